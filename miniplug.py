@@ -1,0 +1,4804 @@
+"""miniplug: plugins that run as subprocesses and are called like local objects.
+
+One file, standard library only, Python 3.8 and up. Vendor it or install it.
+
+A plugin that never heard of miniplug::
+
+    # greeter.py
+    class GreeterHello:
+        def greet(self, name):
+            return f"Hello, {name}!"
+
+and its host::
+
+    import miniplug
+
+    with miniplug.launch("greeter.py:GreeterHello") as plugin:
+        greeter = plugin.dispense()
+        print(greeter.greet("world"))
+
+The plugin runs in a process of its own. Whatever it does there (raise, leak, call ``os._exit``, die of a
+segmentation fault) is an exception in the host, with the exit code and the last lines it wrote; and when the host
+ends, however it ends, the plugin ends too, with all it started. What it prints and logs goes to the host's
+``logging``. The two talk over a private socket (a named pipe on Windows) with a fresh key for every launch, in JSON
+that keeps Python's types. Nothing that arrives is ever run as code. A program can serve plugins by itself, too::
+
+    if __name__ == "__main__":
+        miniplug.serve({"greeter": GreeterHello()})
+
+The map of this file; each section uses only those above it:
+
+     1  errors        what can go wrong, by name
+     2  codec         values to bytes and back
+     3  channel       whole frames over a socket or a named pipe
+     4  handshake     who are you, which version, do you hold the key
+     5  session       calls and answers, both ways, over one channel
+     6  dispatcher    names to methods
+     7  proxies       what the user of a plugin holds
+     8  serve         the plugin's main loop, its output and its logging
+     9  process       start, watch and end a process tree, per platform
+    10  plugin        launch, and what becomes of it
+    11  command line  python -m miniplug serve ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+_AS_PROGRAM = __name__ == "__main__"
+if _AS_PROGRAM:  # what the plugin imports as miniplug must be this module, not a second copy of it
+    sys.modules["miniplug"] = sys.modules["__main__"]
+    __name__ = "miniplug"
+
+import binascii
+import builtins
+import io
+import itertools
+import json
+import json.encoder
+import os
+import socket
+import struct
+import threading
+import time
+from collections import deque, namedtuple
+from contextvars import ContextVar
+from functools import lru_cache, partial, reduce
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing itself is slow to import
+    import logging
+    import multiprocessing
+    from types import ModuleType
+    from typing import IO, Any, Callable, Iterable, Mapping, NoReturn, Sequence, TextIO, TypeVar, Union, overload
+
+    _T = TypeVar("_T")
+    _F = TypeVar("_F", bound=Callable[..., Any])
+    _Path = Union[str, "os.PathLike[str]"]
+    _Command = Union[_Path, Sequence[_Path]]
+    _Output = Union[str, Callable[[str], Any], TextIO]
+    _Bytes = Union[bytes, bytearray, memoryview]
+
+__version__ = "0.1.0"
+
+__all__ = ["AuthenticationError", "Call", "CallTimeout", "DeadReference", "Handshake", "HandshakeError", "InterfaceMismatch",
+           "LaunchError", "MessageTooLarge", "MethodInfo", "MethodNotFound", "NotSerializable", "Plugin", "PluginClosed",
+           "PluginCrashed", "PluginError", "PluginNotFound", "ProtocolError", "RemoteError", "Stream", "__version__",
+           "cancelled", "launch", "local", "ref", "register", "release", "serve"]
+
+_WINDOWS = os.name == "nt"
+_posix: Any = os  # for what Windows lacks, which type checkers know
+_network: Any = socket
+
+
+# === 1. errors ==========================================================================================
+
+class PluginError(Exception):
+    """The base of every error of miniplug's. What an error carries beside its text are attributes of it."""
+
+    def __init__(self, message: str = "", **carried: Any) -> None:
+        super().__init__(message)
+        for name, value in carried.items():
+            setattr(self, name, value)
+
+
+class LaunchError(PluginError, OSError):
+    """The plugin never came up. `command`: what was run. `exit_code`: how it ended, negative for a signal, or None.
+    `output`: the last lines it wrote to stderr, or else to stdout."""
+
+    command: list[str] | None = None
+    exit_code: int | None = None
+    output: Sequence[str] = ()
+
+
+class HandshakeError(LaunchError):
+    """The program is no plugin, or not one for this host. `host`, `plugin`: dicts of what each side has."""
+
+    host: Mapping[str, Any] = {}
+    plugin: Mapping[str, Any] = {}
+
+
+class PluginCrashed(PluginError, ConnectionError):
+    """The plugin died in use. `exit_code`: negative for a signal, or None. `signal_name`: such as ``"SIGSEGV"``, or None.
+    `output`: the last lines of its stderr. `calls`: the names of the methods that were being called."""
+
+    exit_code: int | None = None
+    signal_name: str | None = None
+    output: Sequence[str] = ()
+    calls: Sequence[str] = ()
+
+
+class ProtocolError(PluginCrashed):
+    """The other side sent what the protocol does not allow, and was ended for it."""
+
+
+class PluginClosed(PluginError, RuntimeError):
+    """A call after ``close()``, or one that ``close()`` cut off."""
+
+
+class PluginNotFound(PluginError, LookupError):
+    """No plugin of that name is served, or none was named and there are several. `names`: those there are."""
+
+    names: Sequence[str] = ()
+
+
+class DeadReference(PluginError, ReferenceError):
+    """A call on a reference whose owner is gone or has released it."""
+
+
+class InterfaceMismatch(PluginError, TypeError):
+    """What is served is not the interface. `differences`: every missing or differing method, as text."""
+
+    differences: Sequence[str] = ()
+
+
+class MethodNotFound(PluginError, AttributeError):
+    """The plugin has no such public method. `name`: what was asked for. `matches`: the names that come close."""
+
+    name: str = ""
+    matches: Sequence[str] = ()
+
+
+class NotSerializable(PluginError, TypeError):
+    """A value cannot travel. `path`: where in the arguments or the result it sits. `type_name`: its type."""
+
+    path: str = ""
+    type_name: str = ""
+
+
+class MessageTooLarge(PluginError, ValueError):
+    """A message is over ``max_message``. `size`, `limit`: in bytes."""
+
+    size: int = 0
+    limit: int = 0
+
+
+class RemoteError(PluginError):
+    """A method raised. `type_name`: the exception's type. `message`: its text. `remote_traceback`: the plugin's own, as
+    text. A builtin exception arrives as its own type too: ``except ValueError`` and ``except RemoteError`` both
+    catch a plugin's ValueError."""
+
+    type_name: str = ""
+    message: str = ""
+    remote_traceback: str = ""
+    _body: Any = None  # what it was made from
+
+    def __reduce__(self) -> Any:
+        return _decode_error, (self._body or {"message": str(self)},)
+
+
+class _RemoteTraceback(Exception):
+    """The cause of a RemoteError: what prints the plugin's own traceback above the host's."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+if TYPE_CHECKING:  # at run time these, and Call, are made when they are first asked for, as their bases are slow to import
+
+    class AuthenticationError(LaunchError, multiprocessing.AuthenticationError):
+        """The other side does not hold the key."""
+
+    class CallTimeout(PluginError, TimeoutError):
+        """The deadline passed. `method`: what was called. `seconds`: how long it was given."""
+
+        method: str = ""
+        seconds: float = 0.0
+
+
+def __getattr__(name: str) -> Any:
+    known: dict[str, Any] = {"__module__": __name__}
+    if name in globals():
+        return globals()[name]
+    if name == "AuthenticationError":
+        bases = [LaunchError, _import("multiprocessing").AuthenticationError]
+        known["__doc__"] = "The other side does not hold the key."
+    elif name == "CallTimeout":
+        bases = [PluginError, TimeoutError]
+        if sys.version_info < (3, 11):  # where asyncio and concurrent.futures have timeouts of their own
+            bases += [_import("asyncio").TimeoutError, _import("concurrent.futures").TimeoutError]
+        known["__doc__"] = "The deadline passed. `method`: what was called. `seconds`: how long it was given."
+        known.update(method="", seconds=0.0)
+    elif name == "Call":
+        bases = [_Awaitable, _import("concurrent.futures").Future]
+        known["__doc__"] = "A call that was submitted: a concurrent.futures.Future that can also be awaited in asyncio."
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, type(name, tuple(bases), known))  # one class, however many threads ask at once
+
+
+def _import(name: str) -> Any:
+    __import__(name)
+    return sys.modules[name]
+
+
+def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+# === 2. codec ===========================================================================================
+#
+# JSON that keeps Python's types. What JSON has goes as it is, written by the json module's own encoder in C. What it has
+# not is tagged: an object with one key, which begins with "$"; an object that looks like a tag by itself goes as a "$dict".
+# docs/protocol.md lists the tags. The table _TAGS says what travels, register() adds to it, and both codecs go by it.
+
+_SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly: RFC 8259, section 6
+_INLINE = 2048  # bytes up to this many go in base64, longer ones in a frame beside the message
+_MAX_BUFFERS = 1 << 16  # that go beside one message; what is over goes in base64 again
+_ATOMS = frozenset((str, bool, type(None), int, float))
+_HEAP = 1 << 9  # the flag of a class that a class statement made
+_ERROR_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "path")
+
+
+class _Undecodable(NotSerializable):
+    """What arrived is well-formed, and yet its value cannot be made here. That fails one call, not the session; whoever
+    made the call gets it as NotSerializable."""
+
+
+def _call(path: str, *arguments: Any) -> Any:
+    """Call what `path` names, such as "datetime.date.fromisoformat", which is imported only now."""
+    module, *names = path.split(".")
+    return reduce(getattr, names, _import(module))(*arguments)
+
+
+def _base64(data: _Bytes) -> str:
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
+def _flat(value: memoryview) -> _Bytes:
+    """A view's bytes, not copied if they lie in a row."""
+    try:
+        return value.cast("B") if value.c_contiguous else value.tobytes()
+    except TypeError:  # an empty one, or an unusual format
+        return value.tobytes()
+
+
+def _make_array(state: list[Any]) -> Any:
+    code, size, order, data = state
+    if type(data) is not bytes or order not in ("little", "big"):
+        raise ValueError("an array is a letter, the size of an item, the byte order, and bytes")
+    if code not in _import("array").typecodes or _call("array.array", code).itemsize != size:
+        raise _Undecodable(f"an array of {code!r} with items of {size} bytes is not to be had here")
+    array = _call("array.array", code, data)
+    if order != sys.byteorder:
+        array.byteswap()
+    return array
+
+
+def _moment(value: Any) -> list[Any]:
+    """The state of a datetime or time: what it reads without its zone, its fold, and its zone."""
+    return [value.replace(tzinfo=None).isoformat(), value.fold, value.tzinfo]
+
+
+def _make_moment(name: str, state: list[Any]) -> Any:
+    text, fold, zone = state
+    return _call(f"datetime.{name}.fromisoformat", text).replace(fold=fold, tzinfo=zone)
+
+
+def _make_zone(key: str) -> Any:
+    try:
+        return _call("zoneinfo.ZoneInfo", key)
+    except (ImportError, LookupError, OSError) as error:  # Python 3.8, or no tzdata
+        raise _Undecodable(f"the time zone {key!r} is not to be had here: {error!r}") from None
+
+
+def _make_fraction(state: list[Any]) -> Any:
+    """In lowest terms as it was sent: to reduce two numbers as long as a message would take hours."""
+    numerator, denominator = state
+    if type(numerator) is not int or type(denominator) is not int or denominator < 1:
+        raise ValueError("a fraction is two integers")
+    fraction = object.__new__(_import("fractions").Fraction)
+    fraction._numerator, fraction._denominator = numerator, denominator
+    return fraction
+
+
+def _make_registered(state: list[Any]) -> Any:
+    name, held = state
+    if type(name) is not str:
+        raise ValueError("a registered type goes by its name")
+    if name not in _registered:
+        raise _Undecodable(f"a value of the type {name!r} has come, which is not registered here: "
+                           "both sides have to call miniplug.register for it")
+    try:
+        return _registered[name][1](held)
+    except Exception as error:
+        raise _Undecodable(f"a value of the registered type {name!r} cannot be made from what came: {error!r}") from error
+
+
+# A type, what its state is on the wire, what gives that (to be packed in turn), and the way back from it. A path of the
+# other platform arrives as a pure one: a WindowsPath cannot exist on POSIX, nor the reverse.
+_Row = namedtuple("_Row", "type wire state make")
+_TAGS = {
+    "$int": _Row("builtins.int", str, hex, lambda text: int(text, 16)),
+    "$float": _Row("builtins.float", str, repr, float),
+    "$str": _Row("builtins.str", str, lambda text: _base64(text.encode("utf-8", "surrogatepass")),
+                 lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")),
+    "$tuple": _Row("builtins.tuple", list, list, tuple),
+    "$set": _Row("builtins.set", list, list, set),
+    "$frozenset": _Row("builtins.frozenset", list, list, frozenset),
+    "$dict": _Row("builtins.dict", list, None, lambda pairs: dict(map(list.copy, pairs))),  # of lists, that is
+    "$complex": _Row("builtins.complex", list, lambda z: [z.real, z.imag], lambda state: complex(*state)),
+    "$ellipsis": _Row("", list, None, lambda _: ...),
+    "$range": _Row("builtins.range", list, lambda r: [r.start, r.stop, r.step], lambda state: range(*state)),
+    "$slice": _Row("builtins.slice", list, lambda r: [r.start, r.stop, r.step], lambda state: slice(*state)),
+    "$array": _Row("array.array", list, lambda a: [a.typecode, a.itemsize, sys.byteorder, memoryview(a)], _make_array),
+    "$date": _Row("datetime.date", str, str, partial(_call, "datetime.date.fromisoformat")),
+    "$datetime": _Row("datetime.datetime", list, _moment, partial(_make_moment, "datetime")),
+    "$time": _Row("datetime.time", list, _moment, partial(_make_moment, "time")),
+    "$timedelta": _Row("datetime.timedelta", list, lambda d: [d.days, d.seconds, d.microseconds],
+                       lambda state: _call("datetime.timedelta", *state)),
+    "$timezone": _Row("datetime.timezone", list, lambda zone: list(zone.__getinitargs__()),
+                      lambda state: _call("datetime.timezone", *state)),
+    "$zone": _Row("zoneinfo.ZoneInfo", str, lambda zone: zone.__reduce__()[1][0], _make_zone),
+    "$decimal": _Row("decimal.Decimal", str, str, partial(_call, "decimal.Decimal")),
+    "$fraction": _Row("fractions.Fraction", list, lambda f: [f.numerator, f.denominator], _make_fraction),
+    "$uuid": _Row("uuid.UUID", str, str, partial(_call, "uuid.UUID")),
+    "$posixpath": _Row("pathlib.PosixPath", str, str, partial(_call, f"pathlib.{'Pure' if _WINDOWS else ''}PosixPath")),
+    "$windowspath": _Row("pathlib.WindowsPath", str, str, partial(_call, f"pathlib.{'' if _WINDOWS else 'Pure'}WindowsPath")),
+    "$pureposixpath": _Row("pathlib.PurePosixPath", str, str, partial(_call, "pathlib.PurePosixPath")),
+    "$purewindowspath": _Row("pathlib.PureWindowsPath", str, str, partial(_call, "pathlib.PureWindowsPath")),
+    "$type": _Row("", list, None, _make_registered),  # each registered type has its own state
+}
+_WAYS: dict[type, tuple[str, Callable[[Any], Any]]] = {  # by the type: its tag, and what gives its state
+    bytes: ("$bytes", lambda data: data), memoryview: ("$bytes", _flat),
+    type(...): ("$ellipsis", lambda _: []),
+    bytearray: ("$bytearray", memoryview)}  # a view, so that nobody resizes what is being sent
+
+
+def _way_of(kind: type) -> tuple[str, Callable[[Any], Any]] | None:
+    """The tag of a type and what gives its state, or None. A type of a module that nobody has imported cannot turn up."""
+    if kind not in _WAYS:
+        for tag, row in _TAGS.items():
+            module, _, name = row.type.partition(".")
+            found = getattr(sys.modules.get(module), name, None)
+            if isinstance(found, type):
+                _WAYS[found] = (tag, row.state)
+    return _WAYS.get(kind)
+
+
+# -- registered types
+
+_registered: dict[str, tuple[type, Callable[[Any], Any]]] = {}  # by the name on the wire: the class, and what makes one
+
+
+def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any], Any] | None = None,
+             decode: Callable[[Any], Any] | None = None) -> Any:
+    """Let instances of `cls` travel by value. Both sides call it, usually in a module that they share. Returns `cls`,
+    or without one a decorator: ``@register``, ``@register(name="user")``.
+
+    - `cls` (a class): dataclasses, enums, named tuples and exceptions know their own state, and come back without a call
+      of ``__init__`` or ``__post_init__``. Any other class needs `encode` and `decode`. Subclasses are not meant.
+    - `name` (str, default ``module.qualname``): what the wire calls it, the same on both sides.
+    - `encode` (default None): a function from an instance to whatever can travel itself. `decode`: the way back; it
+      gets what the other side sent, so what it does not expect it should refuse by raising. Both or neither.
+
+    To register a class again is harmless, and the last word on how it is sent. A class of the same module and qualified
+    name takes the former's place, as after ``importlib.reload``.
+
+    Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that another
+    class has, a class in ``__main__`` without `name`, and a type that travels anyway.
+    """
+    if cls is None:
+        return lambda decorated: register(decorated, name=name, encode=encode, decode=decode)
+    if not isinstance(cls, type):
+        raise TypeError(f"register takes a class, not {cls!r}")
+    if name is None and cls.__module__ == "__main__":
+        raise ValueError(f"{cls.__qualname__} is defined in __main__, which is another module on the other side: give name=")
+    if (encode is None) != (decode is None):
+        raise TypeError("encode and decode go together")
+    if cls in _ATOMS or cls is list or (_way_of(cls) or ("$type",))[0] != "$type":
+        raise ValueError(f"{cls.__qualname__} travels by itself")
+    name = name or f"{cls.__module__}.{cls.__qualname__}"
+    former = _registered.get(name, (cls,))[0]
+    if (former.__module__, former.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"the name {name!r} is that of {former!r} already")
+    state, make = (encode, decode) if encode and decode else _own_state(cls)
+    _registered[name] = (cls, make)
+    _WAYS.pop(former, None)
+    _WAYS[cls] = ("$type", lambda value: [name, state(value)])
+    return cls
+
+
+def _own_state(cls: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """What gives the state of a class's instances, and makes one from it. Raises TypeError if that is not known."""
+    if issubclass(cls, _import("enum").Enum):
+        # a member goes by its name; a combination of flags, which need not have one, by its number
+        return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
+                lambda state: cls[state] if type(state) is str else cls(state))
+    fields: Any = None
+    if issubclass(cls, BaseException):
+        fields = []
+    elif issubclass(cls, tuple):
+        fields = getattr(cls, "_fields", None)
+    elif hasattr(cls, "__dataclass_fields__") and all(base.__flags__ & _HEAP for base in cls.__mro__[:-1]):  # not one of dict
+        fields = [field.name for field in _call("dataclasses.fields", cls)]
+    slots = {slot for base in cls.__mro__ for slot in vars(base).get("__slots__", ())} - {"__dict__", "__weakref__"}
+    if fields is None or not slots <= {*fields}:
+        raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
+    if issubclass(cls, BaseException):
+        return _error_state, partial(_make_error, cls)
+    return partial(_record_state, fields), partial(_make_record, cls, fields)
+
+
+def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
+    """The fields of a dataclass or named tuple, if they are all that it holds."""
+    others = {*getattr(value, "__dict__", ())}.difference(fields)
+    if others:
+        raise NotSerializable(f"its attribute {min(others)!r} is not one of its fields: register it with encode and decode")
+    return dict(zip(fields, value if isinstance(value, tuple) else [getattr(value, name) for name in fields]))
+
+
+def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
+    if type(state) is not dict or state.keys() != set(fields):
+        raise ValueError(f"its fields are {[*fields]}")
+    if issubclass(cls, tuple):
+        return tuple.__new__(cls, [state[name] for name in fields])
+    value = object.__new__(cls)
+    for name in fields:
+        object.__setattr__(value, name, state[name])  # it may be frozen
+    return value
+
+
+def _error_base(cls: type) -> tuple[Any, dict[str, Any]]:
+    """The builtin exception that a class comes from, and those of its fields that may be of any type: a
+    UnicodeDecodeError whose `object` is set to a number reads foreign memory when it is printed."""
+    base = next(base for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
+    return base, {name: getattr(base, name) for name in _ERROR_FIELDS if hasattr(base, name)}
+
+
+def _error_state(error: Any) -> dict[str, Any]:
+    """An exception's arguments and attributes, without those that it has for being a RemoteError."""
+    told = {name: field.__get__(error) for name, field in _error_base(type(error))[1].items()}
+    state = {name: held for name, held in told.items() if held is not None}
+    state.update(vars(error), args=list(error.args))
+    hidden = ("type_name", "remote_traceback", "_body") if isinstance(error, RemoteError) else ()
+    return {name: held for name, held in state.items() if name not in hidden}
+
+
+def _make_error(cls: Any, state: Any) -> Any:
+    """An exception from its state, without a call of any __init__ but the builtin base's."""
+    base, fields = _error_base(cls)
+    if type(state) is not dict or type(state.get("args")) is not list:
+        raise ValueError("the state of an exception is its args and attributes")
+    error = base.__new__(cls, *state["args"])
+    base.__init__(error, *state["args"])
+    BaseException.__setattr__(error, "args", tuple(state["args"]))
+    for name, held in state.items():
+        if name in fields:
+            fields[name].__set__(error, held)
+        elif name != "args":
+            vars(error)[name] = held  # where it cannot reach what the interpreter relies on
+    return error
+
+
+# -- encoding
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON keeps a value exactly, types and all, so that it needs no packing."""
+    kind = type(value)
+    if kind is dict:
+        if not _has_plain_keys(value):
+            return False
+        value = value.values()
+    elif kind is not list:
+        return kind in _ATOMS and (kind is not int or -_SAFE_INTEGER <= value <= _SAFE_INTEGER)
+    if len(value) > 64 and set(map(type, value)) <= _ATOMS - {int}:
+        return True  # at C speed; in short ones this takes longer than to look at each
+    for item in value:
+        kind = type(item)
+        if kind is int:
+            if not -_SAFE_INTEGER <= item <= _SAFE_INTEGER:
+                return False
+        elif kind not in _ATOMS and not ((kind is list or kind is dict) and (not item or _is_plain(item))):
+            return False
+    return True
+
+
+def _has_plain_keys(mapping: dict[Any, Any]) -> bool:
+    return set(map(type, mapping)) <= {str} and not (len(mapping) == 1 and next(iter(mapping)).startswith("$"))
+
+
+def _is_plain_atom(value: Any) -> bool:
+    """The same of one value, with a look at what _is_plain leaves to the encoder to trip over: NaN, lone surrogates."""
+    if type(value) is str:
+        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+    return type(value) in _ATOMS and _is_plain(value) and (type(value) is not float or value - value == 0.0)
+
+
+class _Packer:
+    """Turns one value into what JSON keeps: itself where it `is_plain`, else a tagged copy.
+
+    `buffers` collects the bytes that go beside the message, `lent` the numbers of what was lent; `tagged` says whether
+    there is any tag. What cannot travel raises NotSerializable, and `refusal` then knows where that was.
+    """
+
+    def __init__(self, lend: Callable[[Any, list[int]], tuple[str, Any] | None], is_plain: Callable[[Any], bool]) -> None:
+        self.buffers: list[_Bytes] = []
+        self.lent: list[int] = []
+        self.tagged = False
+        self._lend = lend
+        self._is_plain = is_plain
+        self._culprit: Any = None
+        self._trail: list[tuple[str, Any]] = []  # from the culprit out: how a part is called, and its index or key
+
+    def __call__(self, value: Any) -> Any:
+        if self._is_plain(value):
+            return value
+        kind = type(value)
+        if kind is list:
+            return self._all("{}[{}]", range(len(value)), value)
+        if kind is dict:
+            return self._mapping("{}[{!r}]", value)
+        self._culprit = value
+        tag, state = self._taken_apart(value, kind)
+        self.tagged = True
+        if tag == "$type" and type(state[1]) is dict:
+            return {tag: [state[0], self._mapping("{}.{}", state[1])]}
+        if tag != "$bytes" and tag != "$bytearray":
+            return {tag: self(state)}
+        if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
+            return {tag: _base64(state)}
+        self.buffers.append(state)
+        return {tag: len(self.buffers) - 1}
+
+    def _taken_apart(self, value: Any, kind: type) -> tuple[str, Any]:
+        """The tag and state of what JSON does not have."""
+        way = _way_of(kind)
+        try:
+            reduced = (way[0], way[1](value)) if way else self._lend(value, self.lent)
+        except (NotSerializable, RecursionError):
+            raise
+        except Exception as error:
+            raise NotSerializable(f"its state could not be told: {error!r}") from error
+        if reduced is None:
+            raise NotSerializable
+        return reduced
+
+    def _all(self, place: str, keys: Iterable[Any], parts: Iterable[Any]) -> list[Any]:
+        packed: list[Any] = []
+        try:
+            for part in parts:
+                packed.append(self(part))  # noqa: PERF401 -- how many there are tells the place
+        except NotSerializable:
+            self._trail.append((place, [*keys][len(packed)]))
+            raise
+        return packed
+
+    def _mapping(self, place: str, value: dict[Any, Any]) -> Any:
+        if _has_plain_keys(value) and (self._is_plain is _is_plain or all(map(_is_plain_atom, value))):
+            return dict(zip(value, self._all(place, value, value.values())))
+        self.tagged = True
+        keys = self._all("a key of {}", value, value)
+        return {"$dict": [list(pair) for pair in zip(keys, self._all(place, value, value.values()))]}
+
+    def refusal(self, label: str, why: str) -> NotSerializable:
+        """The error that names the place."""
+        path = label
+        for place, key in reversed(self._trail):
+            try:
+                path = place.format(path, key)
+            except Exception:  # a __repr__ that fails
+                path = place.format(path, "?")
+        path = path.replace("call[2]", "args", 1).replace("call[3]", "kwargs", 1)
+        kind = type(self._culprit)
+        name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
+        return NotSerializable(f"{path} is of type {name}: {why or _advice(kind)}", path=path, type_name=name)
+
+
+def _advice(kind: type) -> str:
+    """What to do with a value that cannot travel."""
+    base = next((base for base in kind.__mro__ if base in _ATOMS or base is list or base in _WAYS), None)
+    if hasattr(kind, "__next__") and kind.__module__ != "_io":
+        return "send list(...) of it"
+    if base is not None:
+        return f"it would lose its type; register it with miniplug.register, or send {base.__name__}(...) of it"
+    return "register it with miniplug.register, pass miniplug.ref(...) to lend it, or send plain data"
+
+
+_encode: Callable[[Any], str] = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")).encode
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
+if _make_encoder is not None:  # the C part called directly: its setup for every value costs more than its work
+    _c_encode = _make_encoder(  # markers, default, encoder, indent, separators, sort, skip, allow_nan
+        None, repr, json.encoder.encode_basestring, None, ":", ",", False, False, False)
+    _encode = lambda value: "".join(_c_encode(value, 0))  # noqa: E731
+
+
+def _refuse(*what: Any) -> NoReturn:
+    raise ValueError("this is not data")
+
+
+class _Codec:
+    """Values to bytes and back. `lend`, `unlend` and `borrow` are what the session does with references: `lend` gives
+    the tag and plain state of a value that goes by reference, or None, and appends the loan's number to a list, which
+    `unlend` takes back; `borrow` gives the value for a tag and state."""
+
+    joins = True  # whether bytes of several values make a list of them
+    _goes_as_it_is = staticmethod(_is_plain)
+    _is_exact = staticmethod(_is_plain_atom)  # what packing goes by if the encoder has tripped over something
+
+    def __init__(self, lend: Callable[[Any, list[int]], tuple[str, Any] | None], unlend: Callable[[list[int]], Any],
+                 borrow: Callable[[str, Any], Any]) -> None:
+        self._lend = lend
+        self._unlend = unlend
+        self._borrow = borrow
+        self._buffers: dict[int, _Bytes] = {}  # of the message that is being decoded, those not taken yet
+        decoder: Any = json.JSONDecoder
+        self._scan = decoder(parse_constant=_refuse).scan_once
+        self._scan_tagged = decoder(parse_constant=_refuse, object_hook=self._unmark).scan_once
+
+    def dumps(self, value: Any, label: str) -> tuple[bytes, list[_Bytes], bool, list[int]]:
+        """The bytes, the buffers beside them, whether there are tags, and the numbers of what was lent.
+        Raises NotSerializable, naming the place."""
+        try:
+            if self._goes_as_it_is(value):
+                return self._write(value), [], False, []
+            return self._pack(value, label, _is_plain)
+        except (ValueError, RecursionError):  # ValueError: a NaN, an infinity, or a lone surrogate
+            return self._pack(value, label, self._is_exact)
+
+    def _pack(self, value: Any, label: str, is_plain: Callable[[Any], bool]) -> tuple[bytes, list[_Bytes], bool, list[int]]:
+        pack = _Packer(self._lend, is_plain)
+        try:
+            return self._write(pack(value)), pack.buffers, pack.tagged, pack.lent
+        except BaseException as error:
+            self._unlend(pack.lent)
+            if isinstance(error, RecursionError):
+                raise NotSerializable(f"{label} is nested too deeply, or contains itself", path=label) from None
+            if isinstance(error, NotSerializable):
+                raise pack.refusal(label, str(error)) from error.__cause__
+            raise
+
+    def join(self, values: Sequence[bytes]) -> bytes:
+        return b"[" + b",".join(values) + b"]"
+
+    def _write(self, packed: Any) -> bytes:
+        return _encode(packed).encode()
+
+    def loads(self, data: _Bytes, buffers: list[Any], tagged: bool) -> Any:
+        """The value. Raises ProtocolError for whatever is not well-formed, _Undecodable for what cannot be made here."""
+        try:
+            self._buffers = dict(enumerate(buffers)) if buffers else {}
+            return self._read(data, tagged)
+        except _Undecodable:
+            raise
+        except (DeadReference, MethodNotFound) as error:  # what comes home is no longer there
+            raise _Undecodable(str(error)) from error
+        except Exception as error:
+            raise ProtocolError(f"a malformed value: {error!r}") from None
+
+    def _read(self, data: _Bytes, tagged: bool) -> Any:
+        text = str(data, "utf-8").strip(" \t\r\n")
+        value, end = (self._scan_tagged if tagged else self._scan)(text, 0)
+        if end != len(text):
+            raise ValueError("more than one value")
+        return value
+
+    def _unmark(self, mapping: dict[str, Any]) -> Any:
+        """What an object stands for. A tag's state must be of its type: what that holds is not run."""
+        if len(mapping) != 1:
+            return mapping
+        ((tag, state),) = mapping.items()
+        if not tag.startswith("$"):
+            return mapping
+        if tag == "$bytes" or tag == "$bytearray":
+            return (bytes if tag == "$bytes" else bytearray)(self._taken(state))
+        if tag == "$ref" or tag == "$own":
+            return self._borrow(tag, state)
+        row = _TAGS[tag]
+        if type(state) is not row.wire:
+            raise ValueError(f"{tag} of a {type(state).__name__}")
+        return row.make(state)
+
+    def _taken(self, state: Any) -> _Bytes:
+        """What the tag of some bytes stands for. A buffer is taken once, or a short message could fill the memory."""
+        if type(state) is int:
+            return self._buffers.pop(state)
+        if type(state) is not str:
+            raise ValueError("bytes are base64, or the number of a buffer")
+        return binascii.a2b_base64(state)
+
+
+class _PickleCodec(_Codec):
+    """The same in pickle, for a trusted plugin that moves large structured data: it is faster there, but a pickle that
+    means harm can freeze or end the process that reads it. What pickle has by itself goes at C speed. A value with
+    anything else in it is packed as for JSON first, so a pickle holds nothing but data."""
+
+    joins = False
+    _goes_as_it_is = staticmethod(lambda value: True)  # or the pickler says so
+    _is_exact = staticmethod(_is_plain)
+
+    def __init__(self, *references: Any) -> None:
+        super().__init__(*references)
+        pickle = _import("pickle")  # imported, and its classes made, only where it is asked for
+        self._pickler = type("_Pickler", (pickle.Pickler,), {"reducer_override": _refuse})
+        self._unpickler = type("_Unpickler", (pickle.Unpickler,), {"find_class": _refuse})
+
+    def _write(self, packed: Any) -> bytes:
+        file = io.BytesIO()
+        pickler: Any = self._pickler(file, 5, buffer_callback=_refuse)
+        pickler.fast = True  # by value: no memo
+        pickler.dump(packed)
+        return file.getvalue()
+
+    def _read(self, data: _Bytes, tagged: bool) -> Any:
+        value = self._unpickler(io.BytesIO(data)).load()
+        return self._unmark_all(value) if tagged else value
+
+    def _unmark_all(self, value: Any) -> Any:
+        if type(value) is list:
+            return value if set(map(type, value)) <= _ATOMS else [*map(self._unmark_all, value)]
+        if type(value) is dict:
+            return self._unmark(dict(zip(value, map(self._unmark_all, value.values()))))
+        return value
+
+
+_CODECS = {"json": _Codec, "pickle": _PickleCodec}
+
+
+# -- exceptions
+
+def _can_be_raised(kind: type) -> bool:
+    """Whether a call may raise this in the host: what ends a loop, a task or a process may not, nor what says that the
+    plugin itself is in trouble: another plugin's trouble is not this plugin's."""
+    own = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
+    ending = {"StopIteration", "StopAsyncIteration", "CancelledError"}.intersection(base.__name__ for base in kind.__mro__)
+    return issubclass(kind, Exception) and not own and not ending
+
+
+_BUILTIN_ERRORS: dict[str, type[Exception]] = {
+    name: value for name, value in vars(builtins).items()
+    if isinstance(value, type) and issubclass(value, Exception) and _can_be_raised(value) and not name.endswith("Group")}
+_OWN_ERRORS: dict[str, type[PluginError]] = {kind.__name__: kind for kind in (
+    DeadReference, MessageTooLarge, MethodNotFound, NotSerializable, PluginClosed, PluginNotFound)}
+
+
+def _encode_error(error: BaseException, own: bool = False, bare: bool = False) -> dict[str, Any]:
+    """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: its text only."""
+    if isinstance(error, _Undecodable):
+        error = error.__cause__ if isinstance(error.__cause__, (DeadReference, MethodNotFound)) else NotSerializable(str(error))
+    kind = type(error)
+    try:
+        message = str(error)
+    except Exception:  # a __str__ of its own that fails
+        message = "(its text could not be made)"
+    if own:
+        return {"type": kind.__name__, "message": message, "own": True, "state": _carried(kind, vars(error))}
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    body = {"type": getattr(error, "type_name", "") if isinstance(error, RemoteError) else name,
+            "message": message, "traceback": _format_traceback(error)}
+    if not _can_be_raised(kind):
+        return body
+    registered = next((base for base in kind.__mro__ if _WAYS.get(base, ("",))[0] == "$type"), None)
+    if registered is not None and not bare:
+        body["registered"] = _WAYS[registered][1](error)
+    nearest = next((base for base in kind.__mro__ if _BUILTIN_ERRORS.get(base.__name__) is base), Exception)
+    if nearest is not Exception:
+        state = {} if bare else {key: held for key, held in _error_state(error).items() if key[0] != "_" or key == "__notes__"}
+        body.update(kind=nearest.__name__, args=state.pop("args", [message]), state=state)
+    return body
+
+
+def _carried(kind: type, attributes: dict[str, Any]) -> dict[str, Any]:
+    """What an error of miniplug's carries by its class, of some attributes."""
+    return {key: held for key, held in attributes.items() if key in vars(kind).get("__annotations__", ())}
+
+
+def _format_traceback(error: BaseException) -> str:
+    frames = error.__traceback__
+    if frames is not None and frames.tb_frame.f_code is _Session.run.__code__:
+        frames = frames.tb_next  # miniplug's own
+    try:
+        return "".join(_import("traceback").format_exception(type(error), error, frames))
+    except Exception as failure:
+        return f"(a traceback that could not be made: {failure!r})"
+
+
+def _decode_error(body: Any) -> Any:
+    """The exception to raise for the body of an error message, whatever is wrong with that."""
+    body = body if isinstance(body, dict) else {}
+    message = str(body.get("message", "the plugin failed and did not say how"))
+    state = body["state"] if isinstance(body.get("state"), dict) else {}
+    own = _OWN_ERRORS.get(str(body.get("type"))) if body.get("own") else None
+    if own is not None:
+        return own(message, **_carried(own, state))
+    error = _raised_error(body, state, message)
+    traceback = str(body.get("traceback", ""))
+    told = {"type_name": str(body.get("type", "unknown")), "message": message, "remote_traceback": traceback, "_body": body}
+    vars(error).update({**told, **vars(error), "_body": body})  # its own attributes win
+    BaseException.__setattr__(error, "__cause__", _RemoteTraceback(traceback) if traceback else None)  # it may be frozen
+    return error
+
+
+@lru_cache(None)
+def _remote_type(kind: Any) -> Any:
+    """The type that is an exception's own and RemoteError at once."""
+    body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (kind, RemoteError), {**body, "__reduce__": RemoteError.__reduce__})
+
+
+def _raised_error(body: Mapping[str, Any], state: Mapping[str, Any], message: str) -> Any:
+    """An instance of the registered or builtin exception that a body names, which is a RemoteError too; or a plain one."""
+    kind: Any
+    try:
+        error = _make_registered(body["registered"])
+        kind, state = type(error), _error_state(error)
+    except Exception:  # none, or one that is not registered here
+        kind, state = _BUILTIN_ERRORS.get(str(body.get("kind")), RemoteError), {**state, "args": body.get("args")}
+    try:
+        return _make_error(_remote_type(kind), state) if _can_be_raised(kind) else RemoteError(message)
+    except Exception:  # not what it takes; or kind is RemoteError
+        return RemoteError(message)
+
+
+# === 3. channel =========================================================================================
+#
+# Whole frames, in the framing of multiprocessing.connection: a 4-byte big-endian length, or -1 and 8 bytes, and then
+# that much. On POSIX the socket is read directly: one system call takes as many frames as have come, where the
+# standard Connection needs two for each. On Windows the frames are the messages of a named pipe.
+#
+# One thread at a time may receive; any may send. A signal handler that raises (Ctrl-C in the main thread) strikes when
+# a call returns, before its result is kept. So that no byte and no lock is lost then, results that matter are put into
+# a list by map(), which is one step for the interpreter; what belongs together changes with no call in between; and a
+# frame stays the next one until `taken` is set.
+
+_LENGTH = struct.Struct("!i")
+_LONG_LENGTH = struct.Struct("!iQ")
+_READ_SIZE = 1 << 16
+_KEEP_SIZE = 1 << 21  # a buffer up to this long is used again: new memory costs more than the copying
+_FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
+_TOGETHER = 64  # so many frames at most leave with one system call
+_POSTED_LIMIT = 10000  # small messages that a peer who never reads may leave here before it is given up
+
+
+def _left(deadline: float | None) -> float:
+    """Seconds until a time.monotonic() deadline, not below 0; without one -1, which locks take for "no limit"."""
+    return -1 if deadline is None else min(_FOREVER, max(0.0, deadline - time.monotonic()))
+
+
+class _Channel:
+    """What socket and pipe have in common: sending."""
+
+    def __init__(self) -> None:
+        self._sending = threading.Lock()  # held by whoever writes
+        self._batch: tuple[list[_Bytes], list[int]] = ([], [])  # what is being written, and how many bytes of it have been
+        self._posted: deque[list[_Bytes]] = deque()  # frames for whoever writes next
+        self.taken = False  # whether the frame that recv returned is done with
+
+    def more(self) -> bool:
+        """Whether something has come, for sure, that recv has not returned yet."""
+        return False
+
+    def recv(self, limit: int, deadline: float | None = None) -> memoryview | None:
+        """The next frame, or the same again until `taken` is set; or None past the deadline. Valid until the next call.
+
+        Raises EOFError at the end, OSError for a broken connection, and ProtocolError for a frame over `limit` bytes.
+        """
+        raise NotImplementedError
+
+    def _wire(self, frames: Sequence[_Bytes]) -> list[_Bytes]:
+        return list(frames)
+
+    def _put(self, deadline: float | None) -> None:
+        """Write the batch, or go on with it. Raises TimeoutError past the deadline, OSError for a broken connection."""
+
+    def close(self) -> None:
+        """Give the descriptor back. Not while another thread receives."""
+
+    def shutdown(self) -> None:
+        """End the connection both ways and wake whoever reads or writes."""
+
+    def send(self, frames: Sequence[_Bytes], deadline: float | None = None) -> None:
+        """Send frames, whole and together. Past the deadline raises TimeoutError, and what has begun is finished
+        behind the caller. Raises OSError when the connection is broken."""
+        self._write(self._wire(frames), True, deadline)
+        if self._posted:
+            self.flush()  # what was posted just before the lock was free again
+
+    def post(self, frames: Sequence[_Bytes], later: bool = False) -> None:
+        """Send frames without waiting: a reader calls this. What cannot go now goes with what is sent next. `later`: so does
+        this, or with the next `flush`."""
+        self._posted.append(self._wire(frames))
+        if len(self._posted) > _POSTED_LIMIT:
+            self.shutdown()
+        if not later or len(self._posted) % _TOGETHER == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what was posted, without waiting."""
+        while self._posted and not self._sending.locked():
+            try:
+                self._write([], False, 0.0)
+            except OSError:  # a thread goes on with it; or the connection is broken, which the reader will see
+                return
+
+    def _write(self, chunks: list[_Bytes], wait: bool, deadline: float | None) -> None:
+        """Write the chunks and what was posted, or raise TimeoutError. A batch once begun is never given up."""
+        holds: list[bool] = []
+        try:
+            holds.extend(map(self._sending.acquire, (wait,), (-1 if deadline is None or not wait else _left(deadline),)))
+            if not holds[0]:
+                raise TimeoutError
+            self._batch[0].extend(chunks)
+            self._put(deadline)
+            while self._posted:
+                together = itertools.repeat((), min(len(self._posted), _TOGETHER))
+                self._batch[0].extend(itertools.chain.from_iterable(itertools.starmap(self._posted.popleft, together)))
+                self._put(deadline)
+        except OSError as error:
+            if not isinstance(error, TimeoutError):
+                self._batch = ([], [])  # the connection is broken
+            raise
+        finally:
+            if holds and holds[0]:
+                late = bool(self._batch[0])  # or Ctrl-C
+                self._sending.release()
+                if late:
+                    _start_thread("miniplug-send", self._finish)
+
+    def _finish(self) -> None:
+        try:
+            self._write([], True, None)
+        except OSError:
+            pass
+
+
+class _SocketChannel(_Channel):
+    """Frames over a connected stream socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self.sock: Any = sock
+        sock.setblocking(True)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._view = memoryview(bytearray(_READ_SIZE))  # of which [_start:_end[0]] is read and not yet taken
+        self._start, self._end = 0, [0]
+        self._prefix = self._size = 0
+
+    def more(self) -> bool:
+        return self._end[0] - self._start > (self._size if self.taken else 0)
+
+    def recv(self, limit: int, deadline: float | None = None) -> memoryview | None:
+        if self.taken:
+            self._start += self._size
+            self.taken = False
+        while True:
+            start, end, size = self._start, self._end[0], 0
+            if start != end:
+                size = self._next_size(limit)
+                if size and end - start >= size:
+                    self._size = size
+                    return self._view[start + self._prefix : start + size]
+            if self._posted:
+                self.flush()
+            if not self._fill(size, deadline):
+                return None
+
+    def _next_size(self, limit: int) -> int:
+        """The length of the next frame, prefix included; 0 while too little of it is here to know."""
+        here = self._end[0] - self._start
+        if here < 4:
+            return 0
+        (size,) = _LENGTH.unpack_from(self._view, self._start)
+        self._prefix = 4
+        if 0 <= size <= limit:
+            return size + 4  # type: ignore[no-any-return]
+        if size == -1:
+            if here < 12:
+                return 0
+            (_, size) = _LONG_LENGTH.unpack_from(self._view, self._start)
+            self._prefix = 12
+        if not 0 <= size <= limit:
+            raise ProtocolError(f"a frame of {size} bytes, where at most {limit} are allowed")
+        return int(size) + self._prefix
+
+    def _fill(self, size: int, deadline: float | None) -> bool:
+        """Read what has come, with room for a frame of `size`. False past the deadline."""
+        start, end, room = self._start, self._end[0], len(self._view)
+        if start == end and size <= room <= _KEEP_SIZE:  # the usual case
+            self._start = self._end[0] = 0
+        elif start + max(size, 12) > room or room > max(_KEEP_SIZE, size + _READ_SIZE):
+            wanted = max(size, end - start) + _READ_SIZE  # and what comes with the frame
+            fresh = self._view if size <= room <= max(_KEEP_SIZE, wanted) else memoryview(bytearray(wanted))
+            fresh[: end - start] = self._view[start:end]
+            self._view, self._start, self._end[0] = fresh, 0, end - start
+        end = self._end[0]
+        if deadline is not None and not _wait_for(self.sock, False, deadline):
+            return False
+        self._end[:] = map(int.__add__, (end,), map(self.sock.recv_into, (self._view[end:],)))
+        if self._end[0] == end:
+            raise EOFError
+        return True
+
+    def _wire(self, frames: Sequence[_Bytes]) -> list[_Bytes]:
+        size = len(frames[0])
+        if len(frames) == 1 and size < _READ_SIZE:
+            return [_LENGTH.pack(size) + frames[0]]
+        chunks: list[_Bytes] = []
+        for frame in frames:
+            size = len(frame)
+            head = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG_LENGTH.pack(-1, size)
+            chunks += (head + frame,) if size < _READ_SIZE else (head, frame)  # to copy little is cheaper than to gather
+        return chunks
+
+    def _put(self, deadline: float | None) -> None:
+        chunks, sent = self._batch
+        flags = 0 if deadline is None else _network.MSG_DONTWAIT
+        if len(chunks) == 1 and not sent:  # the usual case
+            try:
+                sent.extend(map(self.sock.send, chunks, (flags,)))
+                if sent[0] == len(chunks[0]):
+                    chunks = []
+                    self._batch = (chunks, [])
+            except BlockingIOError:
+                pass
+        while chunks:
+            whole, part = 0, sum(sent)  # what has been sent already
+            while whole < len(chunks) and part >= len(chunks[whole]):
+                part -= len(chunks[whole])
+                whole += 1
+            chunks, sent = chunks[whole:], []
+            if part:
+                chunks[0] = memoryview(chunks[0])[part:]
+            self._batch = (chunks, sent)
+            try:
+                if chunks:
+                    sent.extend(map(self.sock.sendmsg, (chunks[:_TOGETHER],), ((),), (flags,)))
+            except BlockingIOError:
+                if not _wait_for(self.sock, True, deadline):
+                    raise TimeoutError from None
+
+    def shutdown(self) -> None:
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        self.shutdown()
+        with self._sending:
+            try:
+                self.sock.close()
+            except OSError:
+                pass  # somebody else has closed the descriptor
+
+
+def _wait_for(sock: socket.socket, writing: bool, deadline: float | None) -> bool:
+    """Wait until the socket can be read or written. False past the deadline."""
+    select = _import("select")
+    poll = select.poll()  # not select(), which knows only descriptors below 1024
+    poll.register(sock, select.POLLOUT if writing else select.POLLIN)
+    return bool(poll.poll(None if deadline is None else _left(deadline) * 1000))
+
+
+class _PipeChannel(_Channel):
+    """Frames as the messages of a named pipe of Windows, by overlapped reads and writes. `connection` owns its handle.
+
+    A read or write that is under way stays so when its caller leaves at a deadline; the next one goes on with it.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        super().__init__()
+        self._connection = connection
+        self._handle = connection.fileno()
+        self._down = _import("_overlapped").CreateEvent(None, True, False, None)  # set: the connection has been ended
+        self._ending = threading.Lock()  # protects that both are closed once, and neither is used after that
+        self._incoming: Any = None
+        self._outgoing: Any = None
+        self._frame: bytes | None = None  # what recv returned last
+
+    def recv(self, limit: int, deadline: float | None = None) -> memoryview | None:
+        api = _import("_winapi")
+        if self._frame is not None and not self.taken:
+            return memoryview(self._frame)
+        self._frame, self.taken = None, False
+        try:
+            if self._incoming is None:
+                self._incoming, _ = api.ReadFile(self._handle, 8192, overlapped=True)
+            if not self._wait(self._incoming, deadline):
+                return None
+            read, self._incoming = self._incoming, None
+            _, error = read.GetOverlappedResult(True)
+            rest = api.PeekNamedPipe(self._handle)[1] if error == api.ERROR_MORE_DATA else 0
+            self._frame = read.getbuffer()
+            if len(self._frame) + rest > limit:
+                raise ProtocolError(f"a frame of {len(self._frame) + rest} bytes, where at most {limit} are allowed")
+            if rest:
+                read, _ = api.ReadFile(self._handle, rest, overlapped=True)
+                read.GetOverlappedResult(True)
+                self._frame += read.getbuffer()
+        except BrokenPipeError:
+            raise EOFError from None
+        return memoryview(self._frame)
+
+    def _wait(self, overlapped: Any, deadline: float | None) -> bool:
+        """Wait until a read or write is done. False past the deadline; EOFError if the connection is ended here."""
+        api = _import("_winapi")
+        wait = api.INFINITE if deadline is None else int(_left(deadline) * 1000)
+        which = api.WaitForMultipleObjects([self._down, overlapped.event], False, wait)
+        if which == api.WAIT_OBJECT_0:
+            overlapped.cancel()
+            raise EOFError
+        return bool(which != api.WAIT_TIMEOUT)
+
+    def _put(self, deadline: float | None) -> None:
+        chunks, _ = self._batch
+        while chunks:
+            if self._outgoing is None:
+                self._outgoing, _ = _import("_winapi").WriteFile(self._handle, chunks[0], overlapped=True)
+            try:
+                if not self._wait(self._outgoing, deadline):
+                    raise TimeoutError
+            except EOFError:
+                raise BrokenPipeError from None
+            done, self._outgoing = self._outgoing, None
+            del chunks[0]
+            done.GetOverlappedResult(True)
+
+    def shutdown(self) -> None:
+        with self._ending:
+            if self._handle is not None:
+                _import("_overlapped").SetEvent(self._down)
+
+    def close(self) -> None:
+        self.shutdown()
+        with self._sending, self._ending:
+            if self._handle is not None:
+                self._handle = None
+                self._connection.close()
+                _import("_winapi").CloseHandle(self._down)
+
+
+def _connect(address: str, timeout: float) -> _Channel:
+    """A channel to `address`: a path, a pipe's name or ``host:port``. Raises OSError."""
+    if address.startswith("\\\\"):
+        return _PipeChannel(_import("multiprocessing.connection").Client(address, "AF_PIPE"))
+    host, _, port = address.rpartition(":")
+    family = _network.AF_UNIX if "/" in address else socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    try:
+        sock.settimeout(timeout)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                sock.connect(address if "/" in address else (host.strip("[]"), int(port)))
+                return _SocketChannel(sock)
+            except BlockingIOError:  # Linux says so of a Unix socket whose backlog is full
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.01)
+    except BaseException:
+        sock.close()
+        raise
+
+
+class _Listener:
+    """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
+
+    The folder has mode 0700, so that only this user gets as far as the handshake. `address` is what _connect takes.
+    """
+
+    def __init__(self) -> None:
+        self.folder = ""
+        if _WINDOWS:
+            self.address = rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
+            self._listener: Any = _import("multiprocessing.connection").Listener(self.address, "AF_PIPE")
+        else:
+            self._listener = self._bind()
+            self._listener.setblocking(False)
+
+    def _bind(self) -> socket.socket:
+        for base in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")):
+            folder = os.path.join(os.path.abspath(base or "/"), f"miniplug-{os.urandom(8).hex()}")
+            if base and hasattr(socket, "AF_UNIX") and len(os.fsencode(folder)) <= 101:  # BSD has 104 for "/s" and NUL too
+                sock = socket.socket(_network.AF_UNIX)
+                try:
+                    os.mkdir(folder, 0o700)
+                    self.folder, self.address = folder, os.path.join(folder, "s")
+                    sock.bind(self.address)
+                    sock.listen(128)
+                    return sock
+                except OSError:
+                    sock.close()
+                    self._remove()
+        sock = socket.create_server(("127.0.0.1", 0))  # no folder to be had: the key alone keeps others out
+        self.address = f"127.0.0.1:{sock.getsockname()[1]}"
+        return sock
+
+    def accept(self) -> _Channel | None:
+        """The next connection; or None, if half a second brings none (on Windows it waits on). Raises OSError when
+        accepting fails."""
+        if _WINDOWS:
+            return _PipeChannel(self._listener.accept())
+        if not _wait_for(self._listener, False, time.monotonic() + 0.5):
+            return None
+        return _SocketChannel(self._listener.accept()[0])
+
+    def close(self) -> None:
+        self._listener.close()
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.folder:
+            for remove, path in ((os.unlink, self.address), (os.rmdir, self.folder)):
+                try:
+                    remove(path)
+                except OSError:
+                    pass
+
+
+# === 4. handshake =======================================================================================
+#
+# Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both nonces.
+#
+#     host    {"miniplug": 1, "role": "host", "nonce", "protocol_versions", "codec", "max_message", "features"}
+#     plugin  {"miniplug": 1, "role": "plugin", "nonce", "protocol_versions", "codecs", "max_message", "features", "cookie"}
+#     plugin  {"proof"}
+#     host    {"protocol_version", "codec"}, or {"refusal"}
+#     host    {"proof"}
+#
+# A proof is HMAC-SHA256 over the role's name, the address and all messages before it, each with its length before it,
+# so that nothing can be changed, replayed, reflected, or relayed to another address.
+
+_HELLO_LIMIT = 4096  # bytes; until the key is proven nothing else is decoded
+_HELLO_SECONDS = 5.0
+_WIRE_VERSION = 1
+
+
+class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic_cookie_value",
+                           defaults=(1, "MINIPLUG_COOKIE", "b7fb5a3f2d4a4c0e9a5f6b1c"))):
+    """What a host and its plugins agree on beforehand. Immutable.
+
+    `protocol_version` (int, default 1) is the version of the interface that they share; count it up when that
+    changes. `magic_cookie_key` and `magic_cookie_value` (str) name an environment variable and what the host sets it
+    to: they tell a person who starts a plugin by hand, or a host that starts the wrong program, what is wrong. They
+    are no security measure.
+    """
+
+    __slots__ = ()
+
+
+_Terms = namedtuple("_Terms", "protocol_version codec max_message")  # what a handshake settles; the peer's limit in bytes
+
+
+class _Hello:
+    """One run of the handshake over one channel, for either role. Its methods raise AuthenticationError, HandshakeError,
+    ProtocolError, OSError and EOFError."""
+
+    def __init__(self, channel: _Channel, address: str, key: bytes, role: str) -> None:
+        self._channel, self._address, self._key, self._role = channel, address, key, role
+        self._said: list[bytes] = []
+        self._deadline = time.monotonic() + _HELLO_SECONDS
+
+    def say(self, **message: Any) -> None:
+        self._said.append(_encode(message).encode())
+        self._channel.send([self._said[-1]], self._deadline)
+
+    def hear(self) -> dict[str, Any]:
+        frame = self._channel.recv(_HELLO_LIMIT, self._deadline)
+        if frame is None:
+            raise TimeoutError(f"no answer within {_HELLO_SECONDS:g} s")
+        self._said.append(bytes(frame))
+        self._channel.taken = True
+        try:
+            message = json.loads(self._said[-1])
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            raise ProtocolError("what came is no handshake")
+        return message
+
+    def greet(self, versions: Sequence[int], max_message: int, **others: Any) -> None:
+        self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(), protocol_versions=list(versions),
+                 max_message=max_message, features=[], **others)
+
+    def hear_greeting(self, role: str) -> dict[str, Any]:
+        """The other side's greeting, checked as far as either role needs it."""
+        theirs = self.hear()
+        versions = theirs.get("protocol_versions")
+        if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != role:
+            raise ProtocolError(f"the other side is no miniplug {role} of wire version {_WIRE_VERSION}")
+        if not isinstance(versions, list) or [*map(type, versions), type(theirs.get("max_message"))] != [int] * (len(versions) + 1):
+            raise ProtocolError("the other side's greeting is incomplete")
+        return theirs
+
+    def prove(self) -> None:
+        self.say(proof=self._mac(self._role))
+
+    def check(self, role: str) -> None:
+        """Hear the other side's proof."""
+        expected = self._mac(role)
+        proof = str(self.hear().get("proof"))
+        if not _import("hmac").compare_digest(expected.encode(), proof.encode("utf-8", "replace")):
+            raise __getattr__("AuthenticationError")(f"the {role} at {self._address} does not hold the key")
+
+    def _mac(self, role: str) -> str:
+        mac = _import("hmac").new(self._key, digestmod="sha256")
+        for part in (role.encode(), os.fsencode(self._address), *self._said):
+            mac.update(struct.pack("!I", len(part)) + part)
+        return str(mac.hexdigest())
+
+    def as_host(self, versions: Sequence[int], codec: str, max_message: int) -> _Terms:
+        self.greet(versions, max_message, codec=codec)
+        theirs = self.hear_greeting("plugin")
+        self.check("plugin")
+        mine = {"protocol_versions": list(versions), "codec": codec}
+        common = set(versions) & set(theirs["protocol_versions"])
+        cookie = theirs.get("cookie")
+        refusal = ""
+        if isinstance(cookie, dict) and cookie.get("matches") is not True:
+            refusal = f"it is a plugin for another host: it expects another magic cookie in {cookie.get('key')!r}"
+        elif not common:
+            older = "plugin" if max(theirs["protocol_versions"], default=0) < max(versions) else "host"
+            refusal = (f"no common protocol version: the host has {list(versions)}, the plugin has "
+                       f"{theirs['protocol_versions']}; the {older} is the older one, bring it up to date")
+        elif codec not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
+            refusal = f"the plugin does not know the codec {codec!r}, only {theirs.get('codecs')}"
+        if refusal:
+            self.say(refusal=refusal)
+            self.prove()
+            raise HandshakeError(refusal, host=mine, plugin=theirs)
+        terms = _Terms(max(common), codec, theirs["max_message"])
+        self.say(protocol_version=terms.protocol_version, codec=codec)
+        self.prove()
+        return terms
+
+    def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any]) -> _Terms:
+        """`versions` None: whatever the host has."""
+        theirs = self.hear_greeting("host")
+        versions = theirs["protocol_versions"] if versions is None else versions
+        self.greet(versions, max_message, codecs=list(_CODECS), cookie=dict(cookie))
+        self.prove()
+        choice = self.hear()
+        self.check("host")
+        if "refusal" in choice:
+            raise HandshakeError(str(choice["refusal"]), host=theirs)
+        if choice.get("protocol_version") not in versions or choice.get("codec") not in [*_CODECS]:
+            raise ProtocolError("the host chose what the plugin has not offered")
+        return _Terms(choice["protocol_version"], choice["codec"], theirs["max_message"])
+
+
+# === 5. session =========================================================================================
+#
+# Calls, answers and streams, both ways, over one channel. The two sides are one class: each numbers its own calls, and
+# answers those of the other. A frame is a header and a body in the codec, then the buffers that go beside it:
+#
+#     offset  size  field
+#          0     1  wire version
+#          1     1  kind
+#          2     2  flags: 1 the body has tags, 2 whoever does not know the kind may ignore it, 4 a stream follows
+#          4     4  how many buffers follow, each a frame of its own
+#          8     8  the number of the call it is about, counted by the side that made the call
+#         16     8  in a call: the number of the receiver's call on whose behalf it is made, or 0
+#
+# Reading. At most one thread reads at a time: the holder of `_reading`. It hands on at once what is not its own.
+# Which thread that is:
+#
+#   - A thread that waits for an answer reads, if nobody does; otherwise it sleeps until its answer has come or
+#     it is woken to read. Whoever stops reading wakes the next (`_pass_on`).
+#   - Where calls come in (in a plugin always, in a host while it has lent something), or an answer is due that no
+#     thread waits for, a thread of the pool reads while no caller does. It runs the call it has read itself, the
+#     quickest way by far, and `_reading` is free meanwhile. The clock looks on every few milliseconds while there
+#     is traffic: when one call has outlasted a whole tick, it has another thread read. A method that was that slow
+#     gets another reader at once the next time.
+#   - A call made on behalf of one that a thread waits for is run by that thread; where none waits, by a thread of the
+#     pool, outside `max_workers`. So calls may nest to any depth.
+#
+# Sleeping and waking. A thread first says that it will sleep (`_waiting`, `_idle`), then looks once more, then sleeps;
+# whoever has something for it does that first, then looks who sleeps. So no wake-up is lost. A spurious one is harmless.
+#
+# Streams. The answer to a call may be a stream: items, several to a message, until an end or an error. The caller
+# may leave _WINDOW of them unread; for each one that it reads it gives credit for another, some together. Without
+# credit the producer is set aside, and holds no thread.
+
+_HEADER = struct.Struct("!BBHIQQ")
+_CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END, _CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = range(1, 13)
+_TAGGED, _IGNORABLE, _STREAM = 1, 2, 4
+_WINDOW = 64  # items of a stream that may be on their way or unread
+_GATHER = 0.001  # seconds after a message of items in which the next ones wait for each other
+_TICK = 0.005  # seconds that a call may hold up the others, before another thread reads
+_QUIET_TICKS = 2  # after so many without traffic the clock sleeps
+_IDLE_SECONDS = 10.0  # after which a thread of the pool that has nothing to do ends
+
+_current: ContextVar[_Request | None] = ContextVar("miniplug", default=None)  # the call that runs here
+_loop_threads: set[int] = set()  # those that run event loops of ours
+
+
+def cancelled() -> bool:
+    """Whether the caller has given up the call that this method runs for: timed out, cancelled or gone.
+
+    A long method asks now and then, and returns when it is true. Outside a call it is False.
+    """
+    request = _current.get()
+    return request is not None and request.cancelled
+
+
+class _Gate:
+    """A lock used as a wake-up: `wait` returns True once `open` was called since it last did."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def wait(self, seconds: float = -1) -> bool:
+        return self._lock.acquire(True, min(seconds, threading.TIMEOUT_MAX))
+
+    def open(self) -> None:
+        try:
+            self._lock.release()
+        except RuntimeError:
+            pass  # it is open
+
+
+class _Clock:
+    """One thread for all sessions of this process, while there are any: it looks on while calls run, ends submitted
+    calls at their deadlines, and gives back what the garbage collector has found."""
+
+    def __init__(self) -> None:
+        self._gate = _Gate()
+        self._lock = threading.Lock()  # protects the following three
+        self._sessions: set[_Session] = set()
+        self._alarms: list[tuple[float, int, _Session]] = []  # a heap of (deadline, number of the call, session)
+        self._open = 0  # how many of them counted the last time
+        self._runs = False
+
+    def add(self, session: _Session) -> None:
+        with self._lock:
+            self._sessions.add(session)
+            try:
+                self._start()
+            except RuntimeError:
+                pass  # no thread to be had now; a deadline asks again
+
+    def _start(self) -> None:
+        if not self._runs:
+            _start_thread("miniplug-clock", self._run)
+            self._runs = True
+
+    def remove(self, session: _Session) -> None:
+        with self._lock:
+            self._sessions.discard(session)
+            self._alarms = sorted(alarm for alarm in self._alarms if alarm[2] is not session)
+        self.wake()
+
+    def alarm(self, deadline: float, number: int, session: _Session) -> None:
+        """Have `session.expire(number)` called at a time. Raises RuntimeError if no thread can be started."""
+        with self._lock:
+            self._start()
+            if len(self._alarms) > 2 * self._open + 1000:  # most of them are answered by now
+                self._alarms = sorted(alarm for alarm in self._alarms if alarm[1] in alarm[2]._calls)
+                self._open = len(self._alarms)
+            _import("heapq").heappush(self._alarms, (deadline, number, session))
+            first = self._alarms[0][2] is session
+        if first:
+            self.wake()
+
+    def wake(self) -> None:
+        """Have it look. (Finalizers call this: it takes no lock.)"""
+        self._gate.open()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                sessions = list(self._sessions)
+                self._runs = bool(sessions)
+                if not sessions:
+                    return
+                due = []
+                while self._alarms and self._alarms[0][0] <= time.monotonic():
+                    due.append(_import("heapq").heappop(self._alarms))
+                next_alarm = self._alarms[0][0] if self._alarms else None
+            for _, number, session in due:
+                session.expire(number)
+            busy = [session for session in sessions if session.look_on()]
+            self._gate.wait(_TICK if busy else _left(next_alarm))
+
+
+_clock = _Clock()
+_forks = 0  # how many forks are between the process that began and this one
+
+
+def _after_fork() -> None:
+    global _forks
+    _forks += 1
+    _clock.__init__()  # type: ignore[misc]  # its thread is gone
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Call:
+    """A call of ours. `inbox` is what has come about it, as (kind, value): an answer, or a stream's parts."""
+
+    inbox: Any = ()
+    gate: _Gate | None = None  # of the thread that waits, if it sleeps
+    nested: deque[_Request] | None = None  # calls made on behalf of this one, for the thread that waits
+    takes_nested = True  # from before it is sent, as they may come before that thread waits
+    streams = False
+    received = 0  # items that have come, counted by the reader
+    granted = _WINDOW  # items for which there was credit, counted by who reads the stream
+
+    def __init__(self, number: int, method: str, seconds: float | None, watcher: Callable[[_Call], None] | None = None) -> None:
+        self.number = number
+        self.method = method
+        self.seconds = seconds
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.watcher = watcher  # called by the reader when something has come, where no thread waits
+        if watcher is not None:
+            self.takes_nested = False
+
+    def arrive(self, part: tuple[int, Any], once: Iterable[tuple[int, Any]] = ()) -> None:
+        """Take what has come. That may be repeated, with the same `once`, which gives `part` the first time."""
+        if self.streams:
+            self.inbox.extend(once)
+        else:
+            self.inbox = (part,)
+        if self.gate is not None:
+            self.gate.open()
+        if self.watcher is not None:
+            self.watcher(self)
+
+
+def _too_late(call: _Call) -> Exception:
+    text = f"{call.method}() took longer than {call.seconds:g} s"
+    return __getattr__("CallTimeout")(text, method=call.method, seconds=call.seconds)  # type: ignore[no-any-return]
+
+
+class _Request:
+    """A call of the other side's, to be answered."""
+
+    begun = cancelled = False
+    in_row = False  # whether the thread that runs it goes on with another call at once: then their answers leave together
+    producer: _Producer | None = None  # of the stream that is its answer
+    task: Any = None  # asyncio's, where it runs as one
+
+    def __init__(self, session: _Session, number: int, body: Any, wants_answer: bool, nested: bool = False) -> None:
+        self.session = session
+        self.number = number
+        self.wants_answer = wants_answer
+        self.nested = nested  # whether one of our calls waits for it: then it runs outside max_workers
+        self.target, self.method, self.args, self.kwargs = body[:4]
+        self.outer: _Request | None = None  # the call in which this one is run
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        task = self.task
+        if task is not None:
+            self.session.references.on_loop(task.cancel)
+        if self.producer is not None:
+            self.producer.grant(0)  # it is closed, if it waits for credit
+
+
+def _renamed(error: PluginError, old: str, new: str) -> PluginError:
+    """The same error, with the place that it names told in full."""
+    error.args = (str(error).replace(old, new, 1),)
+    if isinstance(error, NotSerializable):
+        error.path = error.path.replace(old, new, 1)
+    return error
+
+
+def _is_call(body: Any) -> bool:
+    return type(body) is list and len(body) >= 4 and type(body[1]) is str and type(body[2]) is list and type(body[3]) is dict
+
+
+class _Message:
+    """A message that has come. What it carries is put into a queue by `once`: that may be repeated, and is one step, so that
+    nothing is lost or doubled when Ctrl-C strikes in between."""
+
+    checked = False  # whether it is counted, as an answer
+    request: _Request | None = None  # what was made of it, as a call
+
+    def __init__(self, kind: int, flags: int, number: int, parent: int, value: Any) -> None:
+        self.kind = kind
+        self.flags = flags
+        self.number = number
+        self.parent = parent
+        self.value = value
+        self.once: Any = iter(((kind, value),))
+
+
+class _Producer:
+    """The sending end of a stream: it takes from an iterator what the other side has given credit for.
+
+    Items that come quickly gather, and leave together; a slow producer's leave one by one, when they are made.
+    """
+
+    def __init__(self, request: _Request, iterator: Any) -> None:
+        self._request = request
+        self._session = request.session
+        self.iterator = iterator
+        self._credit = _WINDOW
+        self._parked = False  # whether it waits for credit; then `resume` goes on with it
+        self._lock = threading.Lock()  # protects the former two
+        self._items: deque[Any] = deque()
+        self._flushing = threading.Lock()  # held while items leave, so that they leave in order
+        self._last = 0.0  # when some left
+        self._count = 0  # how many have
+        self._size = 0  # of those in _items, in bytes
+        self._failure: BaseException | None = None  # an item that could not travel
+        self._cut = False  # whether that one was found when it was to leave
+
+    def grant(self, credit: int) -> None:
+        with self._lock:
+            self._credit += credit
+            parked, self._parked = self._parked, False
+        if parked:
+            self._session.resume(self._request)
+
+    def may_go_on(self) -> bool:
+        """Use one credit. False: it is parked, until there is some or the stream is given up."""
+        if self._credit <= 0:
+            self.flush()
+        with self._lock:
+            self._parked = self._credit <= 0 and not self._request.cancelled
+            self._credit -= not self._parked
+            return not self._parked
+
+    def put(self, item: Any) -> None:
+        """Encode an item, now, as its maker may change it; and send it, or let it wait for others."""
+        joins = self._session.codec.joins
+        try:
+            content = self._session.codec.dumps(item if joins else [item], "an item")
+        except PluginError as error:
+            self._fail(error)
+            return
+        self._items.append(content)
+        self._size += len(content[0])
+        late = time.monotonic() - self._last > _GATHER
+        if late or content[1] or not joins or len(self._items) >= _WINDOW // 2 or self._size >= _READ_SIZE:
+            self.flush()
+        elif len(self._items) == 1:
+            self._session.flush_later(self)
+
+    def _fail(self, error: PluginError) -> None:
+        """An item cannot travel: that ends the stream, once all before it have left."""
+        place = "an item" if self._session.codec.joins else "an item[0]"
+        self._failure = _renamed(error, place, f"item {self._count + len(self._items)} of {self._request.method}()")
+
+    def flush(self) -> None:
+        """Send what has gathered."""
+        with self._flushing:
+            self._size = 0
+            group: list[Any] = []  # what goes in one message: items without buffers
+            size = 0
+            while self._items:
+                content = self._items.popleft()
+                alone = content[1] or not self._session.codec.joins
+                if group and (alone or size + len(content[0]) >= self._session.send_limit - 2):
+                    self._send(group)
+                    group, size = [], 0
+                group.append(content)
+                size += len(content[0]) + 1
+                if alone:
+                    self._send(group)
+                    group, size = [], 0
+            if group:
+                self._send(group)
+            self._last = time.monotonic()
+
+    def _send(self, group: list[Any]) -> None:
+        if self._cut or self._request.cancelled:
+            for content in group:
+                self._session.references.unlend(content[3])
+            return
+        codec = self._session.codec
+        data = codec.join([content[0] for content in group]) if codec.joins else group[0][0]
+        lent = [number for content in group for number in content[3]]
+        try:
+            self._session.send(_ITEM, self._request.number, (data, group[0][1], any(content[2] for content in group), lent))
+            self._count += len(group)
+        except PluginError as error:  # too large: nothing comes after it
+            self._cut = True
+            self._fail(error)
+
+    def run(self) -> None:
+        """Produce, until the end or until there is no credit."""
+        try:
+            while self.may_go_on():
+                if self.over:
+                    return self.end(None)
+                self.put(next(self.iterator))
+        except StopIteration:
+            self.end(None)
+        except BaseException as error:
+            self.end(error)
+        return None
+
+    async def run_async(self) -> None:
+        """The same for an async iterator."""
+        try:
+            while self.may_go_on():
+                if self.over:
+                    await self._close()
+                    break
+                self.put(await self.iterator.__anext__())
+            else:
+                self._request.task = None  # parked
+                return
+            self.end(None)
+        except StopAsyncIteration:
+            self.end(None)
+        except BaseException as error:
+            self.end(error)
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody wants more."""
+        return self._request.cancelled or self._failure is not None
+
+    async def _close(self) -> None:
+        if hasattr(self.iterator, "aclose"):
+            await self.iterator.aclose()
+
+    def end(self, error: BaseException | None) -> None:
+        """Send the rest and the end, and be done with the call."""
+        self.flush()
+        try:
+            if hasattr(self.iterator, "close"):
+                self.iterator.close()
+        except BaseException as problem:
+            error = error or problem
+        own, error = (False, error) if self._failure is None else (True, self._failure)
+        if error is None:
+            self._session.answer(self._request, _END)
+            self._session.finish(self._request)
+        else:
+            self._session.fail(self._request, error, own)
+
+
+def _leave_fork(error: BaseException | None) -> None:
+    """End a forked child whose method has ended there: it must neither answer nor serve beside its parent."""
+    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    if error is not None and not isinstance(error, SystemExit):
+        _import("traceback").print_exception(type(error), error, error.__traceback__)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # it has none
+    os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
+
+
+class _Session:
+    """Both directions of one connection, for any thread.
+
+    `references` is what this side serves and lends (_References); `borrow(session, tag, state)` makes the proxy for what
+    the other side lends. `lost` is called when the connection has ended, with the cause; it returns what turns the names
+    of the methods whose calls are lost into the exception that they raise.
+    """
+
+    def __init__(self, channel: _Channel, terms: _Terms, max_message: int, references: Any, borrow: Callable[..., Any],
+                 lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
+                 serving: bool = False, max_workers: int = 64) -> None:
+        self.channel = channel
+        self.protocol_version: int = terms.protocol_version
+        self.references = references
+        self.call_timeout: float | None = None  # the deadline of calls that have no other
+        self.ended: Callable[[list[str]], BaseException] | None = None  # makes the error, once it has
+        self.cause: BaseException | None = None  # why it has
+        self.closing: float | None = None  # the grace in seconds, once the host has said stop
+        self.finished = _Gate()  # opens when the other side says stop or is gone
+        self._forks = _forks
+        self._garbage: deque[tuple[int, int]] = deque()  # (kind, number) of messages that finalizers want sent
+        self.codec = _CODECS[terms.codec](self._lend, references.unlend, lambda tag, state: borrow(self, tag, state))
+        self.send_limit: int = terms.max_message
+        self._recv_limit = max_message
+        self._lost = lost
+        self._serving = serving
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, _Call] = {}  # ours, open
+        self._waiting: dict[int, _Call] = {}  # those of them for which a thread waits
+        self._unattended: set[int] = set()  # those whose answer must be read though no thread waits
+        self._requests: dict[int, _Request] = {}  # theirs, open
+        self._reading = threading.Lock()  # held by the one thread that reads
+        self._partial: Any = None  # a message whose buffers have not all come yet
+        self._filled = 0  # how many have
+        self._room = 0  # how many bytes the others may have
+        self._half: _Message | None = None  # a message that is being handed on
+        self._lock = threading.Lock()  # protects _idle, _slots with _queue, and that what waits is told of nested calls
+        self._idle: list[_Gate] = []  # threads of the pool that sleep, the latest last
+        self._slots = max_workers  # how many more calls may run
+        self._queue: deque[_Request] = deque()  # calls that wait for a slot
+        self._ready: deque[tuple[Callable[[Any], Any], Any]] = deque()  # what waits for a thread: (function, argument)
+        self._late: deque[_Producer] = deque()  # with items that wait for others
+        self._drained = _Gate()  # opens when the last call has ended after the host said stop
+        self._ticking = False  # whether the clock looks on
+        self._quiet = 0  # ticks without traffic
+        self._inline: tuple[int, str] = (0, "")  # the call that a reader ran last: its number and method
+        self._seen = self._inline  # by the clock
+        self._slow: set[str] = set()  # methods that outlasted a tick the last time
+        _clock.add(self)
+        if serving:
+            self._wake()
+
+    # -- calling
+
+    def call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], timeout: float | None = None) -> Any:
+        """Call and wait for the answer, which may be a _Call that streams. Raises what the method raised, CallTimeout
+        after `timeout` seconds, and what `lost` said when the connection ends."""
+        if _loop_threads and threading.get_ident() in _loop_threads:
+            raise RuntimeError(f"{method}() would block the event loop of the async methods: await {method}.submit(...)")
+        content = self._dumps(target, method, args, kwargs)
+        return self._ask(_Call(next(self._numbers), method, timeout), _CALL, content)
+
+    def submit(self, watcher: Callable[[_Call], None], target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
+               timeout: float | None) -> _Call:
+        """Call, and have `watcher` called, by whoever reads, when the answer has come. Raises what sending raises."""
+        call = _Call(next(self._numbers), method, timeout, watcher)
+        try:
+            self._start(call, _CALL, self._dumps(target, method, args, kwargs))
+        except TimeoutError:
+            self.give_up(call)
+            call.arrive((_ERROR, _too_late(call)))
+        except BaseException:
+            self.give_up(call)
+            raise
+        if call.deadline is not None and call.deadline < float("inf"):
+            _clock.alarm(call.deadline, call.number, self)
+        return call
+
+    def notify(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], timeout: float | None) -> None:
+        """Call, and want no answer. Raises what sending raises."""
+        call = _Call(next(self._numbers), method, timeout)
+        content = self._dumps(target, method, args, kwargs)
+        try:
+            if self.ended is not None:
+                raise self.ended([method])
+            self.send(_NOTIFY, call.number, content, 0, call.deadline)
+            self._pass_on()  # it may lend something
+        except TimeoutError:
+            raise _too_late(call) from None
+
+    def ping(self, timeout: float) -> float:
+        """Seconds that a message takes there and back. Raises as `call` does."""
+        start = time.perf_counter()
+        self._ask(_Call(next(self._numbers), "ping", timeout), _PING, (b"", (), False, ()))
+        return time.perf_counter() - start
+
+    def next(self, call: _Call) -> tuple[int, Any]:
+        """The next part of a stream: (_ITEM, items), (_END, None) or (_ERROR, exception). Raises as `call` does."""
+        if _loop_threads and threading.get_ident() in _loop_threads and not call.inbox:
+            raise RuntimeError(f"{call.method}() would block the event loop of the async methods: use async for")
+        call.deadline = None if call.seconds is None else time.monotonic() + call.seconds
+        try:
+            self._wait(call)
+        except BaseException as error:
+            self.give_up(call)
+            if type(error) is TimeoutError:
+                raise _too_late(call) from None
+            raise
+        part: tuple[int, Any] = call.inbox.popleft()
+        return part
+
+    def watch(self, call: _Call, watcher: Callable[[_Call], None]) -> None:
+        """Have `watcher` called, by whoever reads, when something comes about the call, though no thread waits."""
+        call.watcher = watcher
+        self._unattended.add(call.number)
+        if call.inbox or call.number not in self._calls:
+            watcher(call)
+        self._pass_on()
+
+    def unwatch(self, call: _Call) -> None:
+        call.watcher = None
+        self._unattended.discard(call.number)
+
+    def _dumps(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return self.codec.dumps([target, method, list(args), kwargs], "call")
+
+    def _lend(self, value: Any, lent: list[int]) -> tuple[str, Any] | None:
+        return self.references.lend(self, value, lent)  # type: ignore[no-any-return]
+
+    def _start(self, call: _Call, kind: int, content: Any) -> None:
+        self._calls[call.number] = call
+        request = _current.get()
+        while request is not None and request.session is not self:
+            request = request.outer  # this side is called through another session
+        parent = request.number if request is not None else 0
+        if self.ended is not None:
+            raise self.ended([call.method])
+        if call.watcher is None:
+            return self.send(kind, call.number, content, parent, call.deadline)
+        self._unattended.add(call.number)
+        self.send(kind, call.number, content, parent, call.deadline)
+        return self._pass_on()
+
+    def _ask(self, call: _Call, kind: int, content: Any) -> Any:
+        try:
+            self._start(call, kind, content)
+            if not self._read_if_free(call) or not call.inbox:
+                self._wait(call)
+            elif self._waiting or self._unattended or self._serving or self.references.lends:
+                self._pass_on()
+        except BaseException as error:
+            self.give_up(call)
+            if type(error) is TimeoutError:
+                raise _too_late(call) from None
+            raise
+        kind, value = call.inbox[0]
+        if kind == _ERROR:
+            raise value
+        if call.streams:
+            call.inbox.popleft()
+            return call
+        return value
+
+    def give_up(self, call: _Call) -> None:
+        """Want nothing more of a call. The other side is told, unless it is over."""
+        self._leave(call)
+        self._unattended.discard(call.number)
+        if self._calls.pop(call.number, None) is not None and self.ended is None:
+            self._cancel(call)
+
+    def _cancel(self, call: _Call) -> None:
+        self.post(_CANCEL, call.number)
+        if call.streams and not self._serving:  # its producer may wait to send: read until a ping is answered
+            ping = _Call(next(self._numbers), "ping", None, lambda call: None)
+            self._calls[ping.number] = ping
+            self._unattended.add(ping.number)
+            self.post(_PING, ping.number)
+            self._pass_on()
+
+    def expire(self, number: int) -> None:
+        """The deadline of a submitted call has come."""
+        call = self._calls.get(number)
+        if call is not None and not call.streams:
+            self.give_up(call)
+            call.arrive((_ERROR, _too_late(call)))
+
+    def credit(self, call: _Call, count: int) -> None:
+        """So many items of a stream have been read."""
+        call.granted += count
+        if self.ended is None and call.number in self._calls:
+            self.post(_CREDIT, call.number, count)
+
+    def discard(self, kind: int, number: int) -> None:
+        """Have a message sent: finalizers call this, which may run at any moment, inside any lock."""
+        if self.ended is None:
+            self._garbage.append((kind, number))
+            _clock.wake()
+
+    def post(self, kind: int, number: int, value: Any = None) -> None:
+        """Send a small message without waiting."""
+        body = b"" if value is None else self.codec.dumps(value, "a message")[0]
+        self.channel.post([_HEADER.pack(_WIRE_VERSION, kind, 0, 0, number, 0) + body])
+
+    def send(self, kind: int, number: int, content: Any, parent: int = 0, deadline: float | None = None, flags: int = 0,
+              wait: bool = True, later: bool = False) -> None:
+        """Send what the codec made. Raises MessageTooLarge, and TimeoutError past the deadline."""
+        body, buffers, tagged, lent = content
+        size, limit = len(body), self.send_limit
+        if buffers:
+            size += sum(map(len, buffers))
+        try:
+            if size > limit:
+                text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message, or send it in parts"
+                raise MessageTooLarge(text, size=size, limit=limit)
+            if self._garbage:
+                self._take_out()
+            header = _HEADER.pack(_WIRE_VERSION, kind, flags | _TAGGED if tagged else flags, len(buffers), number, parent)
+            if wait and not (later and size < _INLINE):
+                self.channel.send([header + body, *buffers], deadline)
+            else:
+                self.channel.post([header + body, *buffers], later)
+        except (MessageTooLarge, TimeoutError):
+            self.references.unlend(lent)
+            raise
+        except OSError:
+            self.channel.shutdown()  # what had come before is still read, up to the end of the connection
+
+    def _take_out(self) -> None:
+        """Send what finalizers have asked for."""
+        while self._garbage and len(self.channel._posted) < 1000:  # the rest when these have left
+            try:
+                kind, number = self._garbage.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            call = self._calls.pop(number, None) if kind == _CANCEL else None
+            if call is not None:
+                self._cancel(call)
+            elif kind == _RELEASE:
+                self.post(kind, number)
+
+    # -- waiting and reading
+
+    def _wait(self, call: _Call) -> None:
+        """Wait until something has come about the call, reading while nobody else does. Raises TimeoutError."""
+        call.gate = gate = call.gate or _Gate()
+        self._waiting[call.number] = call
+        call.takes_nested = True
+        try:
+            while not call.inbox:
+                if call.nested:
+                    request = call.nested.popleft()
+                    self._leave(call)  # as this thread is busy now
+                    self.run(request)
+                    self._waiting[call.number] = call
+                    call.takes_nested = True
+                elif call.deadline is not None and time.monotonic() >= call.deadline:
+                    raise TimeoutError
+                elif self.ended is not None and call.number not in self._calls:
+                    part = (_ERROR, self.ended([call.method]))
+                    call.arrive(part, [part])
+                elif not self._read_if_free(call):
+                    gate.wait(_left(call.deadline))
+        finally:
+            self._leave(call)
+
+    def _leave(self, call: _Call) -> None:
+        """This thread waits no more for the call: others take over what it would have done."""
+        with self._lock:  # no nested call is added after this
+            call.takes_nested = False
+            self._waiting.pop(call.number, None)
+        while call.nested:
+            self.defer(self.run, (call.nested.popleft(),))
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Where somebody should read and nobody does, wake one who will."""
+        if not self._reading.locked():
+            for call in list(self._waiting.values()):
+                if call.gate is not None:
+                    call.gate.open()
+                    return
+            if self._wants_reader():
+                self._wake_if_possible()
+
+    def _wants_reader(self) -> bool:
+        """Whether somebody must read though nobody waits."""
+        return self.ended is None and bool(self._serving or self._unattended or self._requests or self.references.lends)
+
+    def _read_if_free(self, call: _Call) -> bool:
+        """Read, unless another thread does, until something has come about the call or it has a nested one, or past the
+        deadline. Returns whether none did."""
+        holds: list[bool] = []
+        try:
+            holds.extend(map(self._reading.acquire, (False,)))
+            while holds[0] and not call.inbox and not call.nested:
+                message = self._receive(call.deadline, call)
+                if message is None:
+                    break
+                self._handle_elsewhere(message)
+                self._half = message = None
+        except Exception as error:
+            self.end(error)
+        except BaseException:  # Ctrl-C: what has been read is handed on before that goes its way (each step may be repeated)
+            if holds and holds[0] and self._half is not None:
+                self._handle_elsewhere(self._half)
+            raise
+        finally:
+            if holds and holds[0]:
+                self._reading.release()
+        return holds[0]
+
+    def _receive(self, deadline: float | None = None, call: _Call | None = None) -> Any:
+        """The next message; or None past the deadline. The two usual cases are taken up at once: a plain answer to `call`
+        (None: it has it), and, for a thread of the pool, which brings no call, a plain call, as the _Request made of it."""
+        self._half = None
+        if self._partial is None:
+            frame = self.channel.recv(self._recv_limit + _HEADER.size, deadline)
+            if frame is None:
+                return None
+            if len(frame) < _HEADER.size:
+                raise ProtocolError(f"a frame of {len(frame)} bytes, which is shorter than a header")
+            version, kind, flags, count, number, parent = _HEADER.unpack_from(frame)
+            if version != _WIRE_VERSION or count > _MAX_BUFFERS:
+                raise ProtocolError(f"a header with wire version {version} and {count} buffers")
+            body: Any = frame[_HEADER.size :]
+            if not (flags or count or parent) and body:
+                taken, request = self._take_plain(kind, number, body, call)
+                if taken:
+                    return request
+            buffers: list[Any] = []
+            if count:  # what `frame` shows changes with the next one
+                partial = (kind, flags, number, parent, bytes(body), [None] * count)
+                self._partial, self._filled, self._room = partial, 0, self._recv_limit - len(body)
+                self.channel.taken = True
+        if self._partial is not None:
+            kind, flags, number, parent, body, buffers = self._partial
+            while self._filled < len(buffers):
+                frame = self.channel.recv(self._room, deadline)
+                if frame is None:
+                    return None
+                buffer = bytes(frame)
+                room = self._room - len(buffer)
+                buffers[self._filled] = buffer
+                self._filled, self._room, self.channel.taken = self._filled + 1, room, True
+        try:
+            value = self.codec.loads(body, list(buffers), bool(flags & _TAGGED)) if body else None
+            if kind == _ERROR:
+                value = _decode_error(value)
+        except _Undecodable as error:  # well-formed, but not to be had here: it fails that call only
+            if kind not in (_CALL, _NOTIFY, _RESULT, _ERROR, _ITEM):
+                raise ProtocolError(str(error)) from None
+            if kind == _ITEM:
+                self.post(_CANCEL, number)
+            if kind not in (_CALL, _NOTIFY):
+                kind, error = _ERROR, error.__cause__ or NotSerializable(str(error))  # type: ignore[assignment]
+            value = error
+        self._half = _Message(kind, flags, number, parent, value)
+        self._partial, self.channel.taken = None, True
+        return self._half
+
+    def _take_plain(self, kind: int, number: int, body: Any, call: _Call | None) -> tuple[bool, _Request | None]:
+        """Take up one of the two usual messages, whether it was one, and the call if it is one."""
+        try:
+            if call is None and kind == _CALL:
+                value = self.codec.loads(body, [], False)
+                if _is_call(value) and self.closing is None and number not in self._requests:
+                    self.channel.taken = True
+                    request = self._requests[number] = _Request(self, number, value, True)
+                    return True, request
+            elif call is not None and number == call.number and kind == _RESULT and not call.streams:
+                call.inbox = ((kind, self.codec.loads(body, [], False)),)
+                self.channel.taken = True
+                self._calls.pop(number, None)
+                return True, None
+        except _Undecodable:
+            pass  # the usual way tells whom that concerns
+        return False, None
+
+    def _handle(self, message: _Message) -> _Request | None:
+        """Hand a message on. Returns a call of the other side's that is to be run, if it is one."""
+        kind, flags, number, value = message.kind, message.flags, message.number, message.value
+        if kind in (_CALL, _NOTIFY):
+            return self._accept(message)
+        if kind in (_RESULT, _ERROR, _PONG, _ITEM, _END):
+            call = self._calls.get(number)  # None: given up meanwhile
+            if call is not None:
+                if not message.checked:
+                    message.checked = True
+                    self._check_answer(call, kind, flags, value)
+                call.arrive((kind, value), message.once)
+                if not call.streams or kind in (_ERROR, _END):
+                    self._calls.pop(number, None)
+                    self._unattended.discard(number)
+        elif kind == _PING:
+            self.post(_PONG, number)
+        elif kind in (_CANCEL, _CREDIT, _RELEASE):
+            for _ in message.once:
+                self._steer(kind, number, value)
+        elif kind == _SHUTDOWN and self._serving:
+            self.stop(float(value) if type(value) in (int, float) else 0.0)
+        elif not flags & _IGNORABLE:
+            raise ProtocolError(f"a message of the unknown kind {kind}")
+        return None
+
+    def _check_answer(self, call: _Call, kind: int, flags: int, value: Any) -> None:
+        if kind == _RESULT and flags & _STREAM and not call.streams:
+            call.streams, call.inbox = True, deque()
+        elif kind != _ERROR and call.streams != (kind in (_ITEM, _END)):
+            raise ProtocolError(f"a message of kind {kind} about a call that {'streams' if call.streams else 'does not stream'}")
+        elif kind == _ITEM:
+            if type(value) is not list or call.received + len(value) > call.granted:
+                raise ProtocolError("items of a stream are a list, and no more than there is credit for")
+            call.received += len(value)
+
+    def _steer(self, kind: int, number: int, value: Any) -> None:
+        """The other side gives a call or a reference up, or a stream credit."""
+        request = self._requests.get(number)  # None: it has ended meanwhile
+        if kind == _RELEASE:
+            self.references.release(number)
+        elif kind == _CANCEL:
+            if request is not None:
+                request.cancel()
+        elif type(value) is not int or not 0 < value <= _WINDOW:
+            raise ProtocolError(f"a credit of {value!r} items")
+        elif request is not None and request.producer is not None:
+            request.producer.grant(value)
+
+    def _accept(self, message: _Message) -> _Request | None:
+        """Take up a call. None if it is refused, or if it is nested, and has found a thread by that."""
+        body, parent = message.value, self._calls.get(message.parent) if message.parent else None
+        unknown, body = (body, [0, "", [], {}]) if type(body) is _Undecodable else (None, body)
+        if not _is_call(body):
+            raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
+        request = message.request
+        if request is None:
+            request = message.request = _Request(self, message.number, body, message.kind == _CALL, parent is not None)
+            message.once = iter((request,))
+        if self._requests.get(request.number, request) is not request:
+            raise ProtocolError("the number of a call is that of another one")
+        if not request.begun:
+            self._requests[request.number] = request
+        if unknown or self.closing is not None:
+            self.fail(request, unknown or PluginClosed("the plugin is shutting down"), own=True, wait=False)
+            return None
+        if parent is None:
+            return request
+        with self._lock:
+            if parent.takes_nested:
+                parent.nested = deque() if parent.nested is None else parent.nested
+                parent.nested.extend(message.once)
+                if parent.gate is not None:
+                    parent.gate.open()
+                return None
+        self.defer(self.run, message.once)
+        return None
+
+    def _handle_elsewhere(self, message: _Message) -> None:
+        """Hand a message on, and have a thread of the pool run a call, as soon as there is a slot."""
+        if self._handle(message) is not None:
+            self.defer(self._run_in_slot, message.once)
+
+    # -- running calls
+
+    def run(self, request: _Request) -> None:
+        """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises is an
+        answer too."""
+        request.begun = True
+        request.outer = _current.get()
+        token = _current.set(request)
+        own = True  # whether a PluginError would be about this call itself
+        try:
+            if request.producer is not None:
+                return request.producer.run()
+            function = self.references.resolve(request.target, request.method)
+            own = request.target == 0
+            value = function(*request.args, **request.kwargs)
+            if self._forks != _forks:
+                _leave_fork(None)
+            self._conclude(request, value)
+        except BaseException as error:
+            if self._forks != _forks:
+                _leave_fork(error)
+            self.fail(request, error, own and isinstance(error, PluginError))
+        finally:
+            _current.reset(token)
+            request.args = request.kwargs = None  # not kept alive by a frame that lingers
+        return None
+
+    def _conclude(self, request: _Request, value: Any) -> None:
+        """Answer with what a method has returned."""
+        kind = type(value)
+        if kind not in _ATOMS:
+            if hasattr(kind, "__await__"):
+                return self._run_as_task(request, self._await(request, value))
+            if hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
+                return self._stream(request, value)
+        try:
+            if request.wants_answer and not request.cancelled:
+                self.send(_RESULT, request.number, self.codec.dumps(value, "the result"), later=request.in_row)
+        except PluginError as error:  # it cannot travel
+            return self.fail(request, _renamed(error, "the result", f"the result of {request.method}()"), own=True)
+        return self.finish(request)
+
+    def _stream(self, request: _Request, iterator: Any) -> None:
+        request.producer = _Producer(request, iterator)
+        self.answer(request, _RESULT, flags=_STREAM)
+        request.cancelled = request.cancelled or not request.wants_answer  # nobody will read it
+        if hasattr(type(iterator), "__anext__") or threading.get_ident() in _loop_threads:
+            self.resume(request)
+        else:
+            request.producer.run()
+
+    def resume(self, request: _Request) -> None:
+        """Go on with a stream."""
+        assert request.producer is not None
+        if hasattr(type(request.producer.iterator), "__anext__"):
+            self._run_as_task(request, request.producer.run_async())
+        elif request.nested:
+            self.defer(self.run, (request,))
+        elif self._take_slot(request):  # first: a thread for each that finds no slot would be one too many
+            self.defer(self._run_with_slot, (request,))
+
+    def _run_as_task(self, request: _Request, coroutine: Any) -> None:
+        """Run a coroutine on the event loop that the async methods share."""
+        request.in_row = False
+        def begin() -> None:
+            _current.set(request)
+            request.task = task = _import("asyncio").ensure_future(coroutine)
+            if request.cancelled and request.producer is None:  # only once it has begun, or nothing would finish the request
+                _import("asyncio").get_running_loop().call_soon(task.cancel)
+
+        if not self.references.on_loop(begin):
+            coroutine.close()
+            self.finish(request)
+
+    async def _await(self, request: _Request, awaitable: Any) -> None:
+        try:
+            value = await awaitable
+            request.task = None
+            self._conclude(request, value)
+        except BaseException as error:
+            self.fail(request, error, False)
+
+    def finish(self, request: _Request) -> None:
+        """The call has been answered."""
+        self._requests.pop(request.number, None)
+        if self.closing is not None and not self._requests:
+            self._drained.open()
+
+    def answer(self, request: _Request, kind: int, value: Any = None, label: str = "", wait: bool = True, flags: int = 0) -> None:
+        if request.wants_answer and not request.cancelled:
+            content = self.codec.dumps(value, label) if label else (b"", (), False, ())
+            self.send(kind, request.number, content, wait=wait, flags=flags)
+
+    def fail(self, request: _Request, error: BaseException, own: bool = False, wait: bool = True) -> None:
+        """Answer with an exception."""
+        try:
+            self.answer(request, _ERROR, _encode_error(error, own), "the exception", wait)
+        except Exception as problem:  # its arguments cannot travel, or are too long: then its text, or at least its type
+            short = not isinstance(problem, MessageTooLarge)
+            rest = error if short else PluginError(f"{type(error).__qualname__}, which cannot be told: {problem}")
+            self.answer(request, _ERROR, _encode_error(rest, own and short, bare=True), "the exception", wait)
+        if not request.wants_answer:
+            _import("traceback").print_exception(type(error), error, error.__traceback__)
+        self.finish(request)
+
+    # -- the pool
+
+    def defer(self, function: Callable[[Any], Any], arguments: Iterable[Any]) -> None:
+        """Have threads of the pool call a function with each of these, in this order but side by side."""
+        self._ready.extend(zip(itertools.repeat(function), arguments))
+        try:
+            self._wake()
+        except RuntimeError as error:  # no thread to be had: that fails the call, unless a thread has taken it meanwhile
+            waiting = [self._ready.pop()] if self._ready else []
+            for item in waiting:
+                if isinstance(item[1], _Request):
+                    self.fail(item[1], error, wait=False)
+                    with self._lock:
+                        self._slots += item[0] == self._run_with_slot
+                else:
+                    self._ready.append(item)
+
+    def _wake(self) -> None:
+        """Have a thread of the pool look for something to do. Raises RuntimeError if none can be started."""
+        with self._lock:
+            gate = self._idle.pop() if self._idle else None
+        if gate is not None:
+            gate.open()
+        else:
+            _start_thread("miniplug-worker", self._work)
+
+    def _wake_if_possible(self) -> None:
+        try:
+            self._wake()
+        except RuntimeError:
+            pass  # no thread to be had: the calls wait for each other, until there is
+
+    def _work(self) -> None:
+        """A thread of the pool: run what is ready, read while nobody does, or sleep."""
+        gate = _Gate()
+        while True:
+            task = self._next()
+            if task is not None:
+                task[0](task[1])
+            elif self._wants_reader() and self._reading.acquire(False):
+                self._read_as_pool()
+            elif not self._sleep(gate):
+                return
+
+    def _next(self) -> tuple[Callable[[Any], Any], Any] | None:
+        try:
+            task = self._ready.popleft()
+        except IndexError:
+            return None
+        if self._ready:
+            self._wake_if_possible()
+        return task
+
+    def _sleep(self, gate: _Gate) -> bool:
+        """Sleep until there may be something to do. False: for a long time there was nothing, or it is all over."""
+        with self._lock:
+            self._idle.append(gate)
+        busy = bool(self._ready) or (self._wants_reader() and not self._reading.locked())
+        if not busy and gate.wait(_IDLE_SECONDS if self.ended is None else 0):
+            return True
+        with self._lock:
+            if gate in self._idle:
+                self._idle.remove(gate)
+                return busy
+        return gate.wait()  # it was woken just now
+
+    def _take_slot(self, request: _Request) -> bool:
+        """Whether a call may run now; else it runs when there is a slot."""
+        with self._lock:
+            if not self._slots:
+                self._queue.append(request)
+                return False
+            self._slots -= 1
+            return True
+
+    def _run_in_slot(self, request: _Request) -> None:
+        if self._take_slot(request):
+            self._run_with_slot(request)
+
+    def _run_with_slot(self, request: _Request | None) -> None:
+        """Run a call that has a slot, and with the same slot those that wait for one."""
+        while request is not None:
+            self.run(request)
+            with self._lock:
+                request = self._queue.popleft() if self._queue else None
+                self._slots += request is None
+
+    def _read_as_pool(self) -> None:
+        """As the reader: read, and run each call at once, until another thread has taken over."""
+        reads = True
+        try:
+            while reads and (self._serving or self._wants_reader()) and self.ended is None:
+                request = self._receive()
+                if type(request) is _Message:
+                    request = self._handle(request)
+                    self._half = None
+                if request is not None:
+                    reads = self._run_here(request)
+        except Exception as error:
+            self.end(error)
+        if reads:
+            self._reading.release()
+            self._pass_on()
+
+    def _run_here(self, request: _Request) -> bool:
+        """Run the call on the thread that read it, `_reading` free meanwhile. Returns whether this thread reads on."""
+        if not self._take_slot(request):
+            return True
+        method = request.method
+        request.in_row = self.channel.more()
+        self._inline = (request.number, method)
+        self._reading.release()
+        start = time.monotonic()
+        if method in self._slow:
+            self._wake_if_possible()  # that one reads meanwhile
+        elif not self._ticking:
+            self._tick()
+        self._run_with_slot(request)
+        if method in self._slow and time.monotonic() - start < _TICK:
+            self._slow.discard(method)
+        reads = self._reading.acquire(False)
+        if not reads:
+            self.channel.flush()  # it goes on with no other call after all
+        return reads
+
+    # -- the clock
+
+    def _tick(self) -> None:
+        """Have the clock look on."""
+        self._ticking = True
+        _clock.wake()
+
+    def flush_later(self, producer: _Producer) -> None:
+        self._late.append(producer)
+        if not self._ticking:
+            self._tick()
+
+    def look_on(self) -> bool:
+        """Called by the clock every tick, and when it is woken: have another thread read when one call takes long. Returns
+        whether it shall look again."""
+        if self._garbage and self.ended is None:
+            self._take_out()
+            if self._garbage:
+                self._ticking, self._quiet = True, 0
+        self.channel.flush()
+        if self._late:
+            self.defer(_Producer.flush, {self._late.popleft() for _ in range(len(self._late))})
+        inline = self._inline
+        if inline is not self._seen:
+            self._seen, self._quiet = inline, 0
+        elif not self._ticking or self.ended is not None:
+            return False
+        elif not self._reading.locked() and self._wants_reader():  # the reader has been in that call for a whole tick
+            self._slow.add(inline[1])
+            self._wake_if_possible()
+        else:
+            self._quiet += 1
+        if self._quiet >= _QUIET_TICKS:
+            self._quiet = 0
+            self._ticking = False
+            # a call that began, or items that came, just now may not have seen that
+            self._ticking = bool(self._late) or (not self._reading.locked() and self._wants_reader())
+        return self._ticking
+
+    # -- ending
+
+    def stop(self, grace: float) -> None:
+        """Take no more calls and tell those that run that they are given up."""
+        self.closing = grace
+        for request in list(self._requests.values()):
+            request.cancel()
+        self.finished.open()
+
+    def drain(self, seconds: float) -> None:
+        """Wait until the calls that run have ended, at most that long."""
+        deadline = time.monotonic() + seconds
+        while self._requests and self._drained.wait(_left(deadline)):
+            pass
+
+    def end(self, cause: BaseException) -> None:
+        """The connection has ended: fail every call that waits, and let every thread go."""
+        with self._lock:
+            self.cause = cause = self.cause or cause  # the first one is the reason of the others
+        make_error = self._lost(cause)
+        with self._lock:
+            if self.ended is not None:
+                return
+            self.ended = make_error
+            idle, self._idle = self._idle, []
+        self.channel.shutdown()
+        calls = list(self._calls.values())
+        for call in calls:
+            part = (_ERROR, make_error([each.method for each in calls]))
+            call.arrive(part, [part])
+            self._calls.pop(call.number, None)
+        self.stop(self.closing or 0.0)
+        for gate in idle:
+            gate.open()
+        _clock.remove(self)
+
+    def dispose(self) -> None:
+        """Close the channel, once nobody uses it. Not for a thread that reads."""
+        self.channel.shutdown()
+        with self._reading:
+            self.channel.close()
+
+
+# === 6. dispatcher ======================================================================================
+#
+# Names to methods, as xmlrpc.server does it: a method is looked up on the served object, a name that begins with an
+# underscore never is, and an object with a _dispatch(method, args, kwargs) of its own answers every name itself.
+
+def _has_method(obj: Any, name: str) -> bool:
+    """Whether an object has that public method. Looked up on the class, so that no property is run."""
+    found = callable(getattr(_class_of(obj), name, None)) or callable(getattr(obj, "__dict__", {}).get(name))
+    return found and not name.startswith("_")
+
+
+def _class_of(obj: Any) -> Any:
+    return obj if isinstance(obj, type) else type(obj)
+
+
+def _method_names(obj: Any) -> list[str] | None:
+    """The public methods of an object, sorted; None if it answers every name."""
+    if issubclass(type(obj), _Remote):
+        return None if obj._names is None else list(obj._names)
+    if callable(getattr(_class_of(obj), "_dispatch", None)):
+        return None
+    if hasattr(type(obj), "__code__") or hasattr(type(obj), "__self__"):
+        return []  # a function: there is nothing to it but to be called
+    return sorted(name for name in {*dir(_class_of(obj)), *getattr(obj, "__dict__", ())} if _has_method(obj, name))
+
+
+def _no_method(name: str, names: Iterable[str] | None, where: str) -> MethodNotFound:
+    matches = _import("difflib").get_close_matches(name, list(names or ()), cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+    if name.startswith("_"):
+        hint = ": names that begin with an underscore are private to the plugin"
+    text = f"{where} has no method {name!r}{hint}" if name else f"{where} cannot be called itself, only its methods"
+    return MethodNotFound(text, name=name, matches=matches)
+
+
+def _makes_instances(served: Any) -> bool:
+    """Whether what is served is a class or a zero-argument factory, and not the object itself."""
+    if isinstance(served, type) or not callable(served):
+        return isinstance(served, type)
+    if not hasattr(type(served), "__code__"):  # no plain function
+        return type(served).__name__ in ("partial", "method", "builtin_function_or_method")
+    code = served.__code__
+    needed = code.co_argcount - len(served.__defaults__ or ()) + code.co_kwonlyargcount - len(served.__kwdefaults__ or ())
+    return bool(needed == 0 and not code.co_flags & 0x0C)  # with *args or **kwargs it is there to be called
+
+
+class _Loop:
+    """An event loop on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = _import("asyncio").new_event_loop()
+        self._thread = _start_thread("miniplug-loop", self._run)
+
+    def call(self, function: Callable[[], Any]) -> bool:
+        """Have the loop call a function. False if it is closed."""
+        try:
+            self._loop.call_soon_threadsafe(function)
+            return True
+        except RuntimeError:
+            return False
+
+    def _run(self) -> None:
+        asyncio = _import("asyncio")
+        asyncio.set_event_loop(self._loop)
+        _loop_threads.add(threading.get_ident())
+        try:
+            self._loop.run_forever()
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            _loop_threads.discard(threading.get_ident())
+            self._loop.close()
+
+    def close(self) -> None:
+        if self.call(self._loop.stop):
+            self._thread.join(1.0)  # a task may refuse to end
+
+
+class _Served:
+    """What this process serves, to all who connect: plugins by name, and what their callers share."""
+
+    def __init__(self, plugins: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> None:
+        self.plugins = plugins
+        self.info = dict(info or {})
+        self._lock = threading.Lock()  # protects the following two, and that a shared object is entered once
+        self._shared: dict[str, tuple[Any, Any]] = {}  # objects that all callers share, and their context managers
+        self._loop: _Loop | None = None
+        self._closed = False
+
+    def find(self, name: str | None) -> tuple[str, Any]:
+        """What is served under a name, or the only plugin. Raises PluginNotFound."""
+        if name is None and len(self.plugins) == 1:
+            (name,) = self.plugins
+        if name is None or name not in self.plugins:
+            names = sorted(self.plugins)
+            problem = "several plugins are served, name one" if name is None else f"no plugin {name!r} is served"
+            raise PluginNotFound(f"{problem}: there are {', '.join(names)}", names=names)
+        return name, self.plugins[name]
+
+    def shared(self, name: str) -> Any:
+        """The object that all callers share; of a class or factory the one instance that describes the others."""
+        served = self.find(name)[1]
+        with self._lock:
+            if name not in self._shared:
+                self._shared[name] = _enter(served() if _makes_instances(served) else served)
+            return self._shared[name][0]
+
+    def on_loop(self, function: Callable[[], Any]) -> bool:
+        """Have the event loop that all async methods share call a function. False if it is closed."""
+        with self._lock:
+            if self._loop is None and not self._closed:
+                self._loop = _Loop()
+        return self._loop is not None and self._loop.call(function)
+
+    def close(self) -> None:
+        """End the event loop, and exit the context managers, the latest first."""
+        with self._lock:
+            self._closed = True
+        if self._loop is not None:
+            self._loop.close()
+        with self._lock:
+            managers, self._shared = [manager for _, manager in self._shared.values()], {}
+        for manager in reversed(managers):
+            _exit(manager)
+
+
+def _enter(obj: Any) -> tuple[Any, Any]:
+    """Enter a context manager: (what it serves, the manager). Any other object serves itself: (object, None)."""
+    if hasattr(type(obj), "__enter__") and hasattr(type(obj), "__exit__"):
+        return type(obj).__enter__(obj), obj
+    return obj, None
+
+
+def _exit(manager: Any) -> None:
+    """Exit a context manager, if there is one. What that raises goes to stderr, and so to the host's log."""
+    try:
+        if manager is not None:
+            type(manager).__exit__(manager, None, None, None)
+    except Exception:
+        _import("traceback").print_exc()
+
+
+# -- references: objects that stay where they are, and are called from the other side
+
+class _Ref:
+    """An object that is to be passed by reference. One that is dispensed has a context manager, or None, to be exited."""
+
+    def __init__(self, obj: Any, *manager: Any) -> None:
+        self.object = obj
+        self.manager = manager
+
+
+def ref(obj: Any) -> Any:
+    """Pass `obj` by reference: the other side gets a proxy for it. To be used in an argument or a return value.
+
+    The object stays here and is called from there, until the other side has released it or let go of its last proxy
+    for it, or the connection ends. Sent back, it arrives as itself. Functions go by reference on their own.
+    """
+    return _Ref(obj)
+
+
+class _Target:
+    """What a proxy and its methods share: the session, and the number that the object is lent under there.
+
+    `renew` gives both anew when that session has ended (a plugin that was started again), or raises.
+    """
+
+    __slots__ = ("_lock", "identity", "label", "number", "renew", "session", "timeout")
+
+    def __init__(self, session: _Session, number: int) -> None:
+        self._lock = threading.Lock()  # one renewal at a time
+        self.session = session
+        self.number: int | None = number  # None: released
+        self.identity = (session, number)  # what it stands for, also when it is released or renewed
+        self.label = "the object"
+        self.timeout: float | None = None
+        self.renew: Callable[[], tuple[_Session, int]] | None = None
+
+    def live(self) -> _Session:
+        """The session to call on. Raises DeadReference, and what `renew` raises."""
+        if self.number is None:
+            raise DeadReference(f"{self.label} was released")
+        if self.session.ended is not None:
+            if self.renew is None:
+                raise DeadReference(f"{self.label} is gone: the connection to its owner has ended")
+            with self._lock:
+                if self.session.ended is not None:
+                    self.session, self.number = self.renew()
+        return self.session
+
+    def release(self) -> None:
+        number, self.number = self.number, None
+        if number:
+            self.session.discard(_RELEASE, number)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            self.release()
+
+
+class _Remote:
+    """What stands for an object of the other side's: a proxy, or a method of one. Equal ones stand for the same object."""
+
+    __slots__ = ()
+    _target: _Target
+    _name: Any = None  # of the method, or None for the object itself
+    _names: Any = ()  # of the object's methods, or None if it answers every name
+
+    def __eq__(self, other: Any) -> Any:
+        if not issubclass(type(other), _Remote):
+            return NotImplemented
+        return (*self._target.identity, self._name) == (*other._target.identity, other._name)
+
+    def __hash__(self) -> int:
+        return hash(self._target.identity)
+
+    def __reduce__(self) -> NoReturn:
+        raise NotSerializable("a proxy cannot be copied or pickled: it stays in its process", type_name="proxy")
+
+
+def release(proxy: Any) -> None:
+    """Give back what the other side has lent; a call on `proxy` raises DeadReference from then on.
+
+    It is given back by itself when its last proxy is collected. Raises TypeError for what is no proxy.
+    """
+    if not issubclass(type(proxy), _Remote):
+        raise TypeError(f"{type(proxy).__name__} is no proxy: there is nothing to give back")
+    proxy._target.release()
+
+
+class _Loan:
+    """An object lent to the other side, and the context manager to exit with the loan, if any."""
+
+    __slots__ = ("count", "key", "known", "manager", "methods", "object")
+
+    def __init__(self, obj: Any, key: Any, manager: Any = None) -> None:
+        self.object = obj
+        self.key = key
+        self.manager = manager
+        self.methods = _method_names(obj)
+        self.known = frozenset(self.methods or ())
+        self.count = 0  # how often it was sent, and not given back
+
+
+class _References:
+    """What one side has lent over one session, by number. 0 is `system`, which lends what is served."""
+
+    def __init__(self, served: _Served) -> None:
+        self.served = served
+        self.on_loop = served.on_loop
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()  # protects the following two
+        self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
+        self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
+        self._exiting: list[threading.Thread] = []  # those that exit a context manager
+
+    @property
+    def lends(self) -> bool:
+        return len(self._loans) > 1
+
+    def resolve(self, target: Any, method: str) -> Callable[..., Any]:
+        """The function that a call runs. An empty name calls the object itself. Raises MethodNotFound, DeadReference."""
+        loan = self._loans.get(target) if type(target) is int else None
+        if loan is not None and method in loan.known:
+            return getattr(loan.object, method)  # type: ignore[no-any-return]
+        loan = self.loan(target)
+        obj = loan.object
+        if not method and callable(obj):
+            return obj  # type: ignore[no-any-return]
+        if loan.methods is None and not method.startswith("_"):
+            return lambda *args, **kwargs: obj._dispatch(method, args, kwargs)
+        if not _has_method(obj, method):
+            raise _no_method(method, loan.methods, "the plugin")
+        return getattr(obj, method)  # type: ignore[no-any-return]
+
+    def loan(self, number: Any) -> _Loan:
+        loan = self._loans.get(number) if type(number) is int else None
+        if loan is None:
+            raise DeadReference(f"reference {number!r} is not lent, or no longer")
+        return loan
+
+    def dispense(self, name: str | None) -> _Ref:
+        """Raises PluginNotFound, and what the plugin's factory raises."""
+        if name == "system":
+            return _Ref(self._loans[0].object)
+        name, served = self.served.find(name)
+        return _Ref(*_enter(served())) if _makes_instances(served) else _Ref(self.served.shared(name), None)
+
+    def lend(self, session: _Session, value: Any, lent: list[int]) -> tuple[str, Any] | None:
+        """The tag and state of what goes by reference, or None. The number of a new loan is added to `lent`."""
+        kind = type(value)
+        obj, manager = (value.object, value.manager) if kind is _Ref else (value, ())
+        if issubclass(type(obj), _Remote):
+            target = obj._target
+            if target.session is session and target.number is not None:
+                return "$own", [target.number, obj._name]  # it goes home
+        elif kind is not _Ref and (not callable(value) or isinstance(value, type)):
+            return None
+        owner = getattr(obj, "__self__", None)  # a bound method is made anew each time
+        function = getattr(obj, "__func__", None) or getattr(obj, "__name__", None)
+        key: Any = (id(obj),) if owner is None else (id(owner), function)
+        key = object() if manager else key
+        with self._lock:
+            number = 0 if obj is self._loans[0].object else self._lent.get(key)
+            if number is None:
+                number = self._lent[key] = next(self._numbers)
+                self._loans[number] = _Loan(obj, key, *manager)
+            loan = self._loans[number]
+            loan.count += 1
+        lent.append(number)
+        return "$ref", [number, loan.methods, callable(obj)]
+
+    def own(self, number: Any, method: Any) -> Any:
+        """What comes home. Raises DeadReference, MethodNotFound."""
+        if method is not None and type(method) is not str:
+            raise ValueError(f"a method named {method!r}")
+        return self.loan(number).object if not method else self.resolve(number, method)
+
+    def release(self, number: int) -> None:
+        """Take one count of a loan back. To exit it may take long: a thread of its own does that."""
+        with self._lock:
+            loan = self._loans.get(number) if number else None
+            if loan is None:
+                return
+            loan.count -= 1
+            if loan.count > 0:
+                return
+            del self._loans[number], self._lent[loan.key]
+        if loan.manager is not None:
+            exiting = [thread for thread in self._exiting if thread.is_alive()]
+            self._exiting = [*exiting, _start_thread("miniplug-exit", _exit, loan.manager)]
+
+    def unlend(self, lent: Iterable[int]) -> None:
+        """What was lent for a message that was not sent."""
+        for number in lent:
+            self.release(number)
+
+    def close(self) -> None:
+        """The connection has ended: exit the context managers, the latest first."""
+        with self._lock:
+            loans = [loan for number, loan in self._loans.items() if number]
+            self._loans, self._lent = {0: self._loans[0]}, {}
+        for thread in self._exiting:
+            thread.join()
+        for loan in reversed(loans):
+            _exit(loan.manager)
+
+
+class _System:
+    """The reserved target ``system``: what a plugin tells about itself. Method names are written ``plugin.method``."""
+
+    def __init__(self, references: _References) -> None:
+        self._references = references
+
+    def dispense(self, name: str | None = None) -> Any:
+        """Lend the plugin of that name, or the only one."""
+        return self._references.dispense(name)
+
+    def info(self) -> dict[str, Any]:
+        """What the plugin says about itself."""
+        return self._references.served.info
+
+    def listMethods(self) -> list[str]:
+        """The names of all methods."""
+        return [f"{plugin}.{name}" for plugin in self._names() for name in _method_names(self._object(plugin)) or ()]
+
+    def methodHelp(self, name: str) -> str:
+        """A method's docstring, or an empty string."""
+        return _import("inspect").getdoc(self._method(name)) or ""
+
+    def methodSignature(self, name: str) -> str | None:
+        """A method's signature as text, such as ``(name: str) -> str``; None if it is not known."""
+        return _describe(self._method(name))[0]  # type: ignore[no-any-return]
+
+    def describe(self, target: str | int | None = None) -> dict[str, Any]:
+        """The methods of a plugin, or of the reference of that number: {method: [signature, doc, parameters]}, where a
+        parameter is [name, kind, default, annotation], and the last one the result's. Of all plugins: {plugin: methods}."""
+        if target is None:
+            return {plugin: self.describe(plugin) for plugin in self._names()}
+        obj = self._references.loan(target).object if type(target) is int else self._object(str(target))
+        methods = {name: _describe(getattr(obj, name)) for name in _method_names(obj) or ()}
+        return {"": _describe(obj), **methods} if type(target) is int and callable(obj) else methods
+
+    def _names(self) -> list[str]:
+        return ["system", *sorted(self._references.served.plugins)]
+
+    def _object(self, plugin: str) -> Any:
+        return self if plugin == "system" else self._references.served.shared(plugin)
+
+    def _method(self, name: str) -> Any:
+        plugin, _, method = name.rpartition(".")
+        obj = self._object(plugin)
+        if not _has_method(obj, method):
+            raise _no_method(method, _method_names(obj), f"the plugin {plugin!r}")
+        return getattr(obj, method)
+
+
+def _describe(function: Any) -> list[Any]:
+    """A function as [signature, doc, parameters]: text, and None for what is not known. See _System.describe."""
+    inspect = _import("inspect")
+    doc = inspect.getdoc(function)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return [None, doc, None]
+
+    def text(value: Any, show: Callable[[Any], str]) -> str | None:
+        return None if value is inspect.Parameter.empty else show(value)
+
+    parameters = [[each.name, int(each.kind), text(each.default, repr), text(each.annotation, inspect.formatannotation)]
+                  for each in signature.parameters.values()]
+    result = ["return", 0, None, text(signature.return_annotation, inspect.formatannotation)]
+    return [str(signature), doc, [*parameters, result]]
+
+
+# === 7. proxies =========================================================================================
+
+MethodInfo = namedtuple("MethodInfo", "name signature doc")
+MethodInfo.__doc__ = "What `Plugin.describe` tells of a method: `name`, `signature` (text, or None) and `doc` (text, or None)."
+
+
+class _Method(_Remote):
+    """A method of the other side's: call it."""
+
+    __slots__ = ("_about", "_name", "_target", "_timeout")
+
+    def __init__(self, target: _Target, name: str, timeout: float | None = None) -> None:
+        self._target = target
+        self._name = name
+        self._timeout = timeout
+        self._about: list[Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        target = self._target
+        session = target.session
+        if session.ended is not None or target.number is None:
+            session = target.live()
+        value = session.call(target.number or 0, self._name, args, kwargs, self._seconds())
+        return Stream(session, value) if type(value) is _Call else value
+
+    def submit(self, *args: Any, **kwargs: Any) -> Call:
+        """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
+        call: Call = __getattr__("Call")(self.__name__)
+        call._begin(self._target.live(), self._target.number or 0, self._name, args, kwargs, self._seconds())
+        return call
+
+    def notify(self, *args: Any, **kwargs: Any) -> None:
+        """Call, and want no answer. What the method raises goes to the plugin's stderr."""
+        self._target.live().notify(self._target.number or 0, self._name, args, kwargs, self._seconds())
+
+    def timeout(self, seconds: float | None) -> _Method:
+        """The same method with a deadline: past `seconds` a call raises CallTimeout. None: the default one."""
+        return _Method(self._target, self._name, _checked_timeout(seconds))
+
+    def _seconds(self) -> float | None:
+        target = self._target
+        if self._timeout is not None:
+            return self._timeout
+        return target.session.call_timeout if target.timeout is None else target.timeout
+
+    # What help() shows is asked of the plugin. It takes for a function what has a __get__.
+
+    @property
+    def __name__(self) -> str:
+        return self._name or "function"
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self._described()[1]  # type: ignore[no-any-return]
+
+    @property
+    def __signature__(self) -> Any:
+        signature = _signature(self._described()[2])
+        if signature is None:
+            raise AttributeError("__signature__")
+        return signature
+
+    def __get__(self, instance: Any, owner: Any = None) -> _Method:
+        return self
+
+    def _described(self) -> list[Any]:
+        if self._about is None:
+            self._about = _ask_description(self._target).get(self._name) or [None, None, None]
+        return self._about
+
+    def __repr__(self) -> str:
+        return f"<method {self._name} of {self._target.label}>" if self._name else f"<proxy of {self._target.label}>"
+
+
+def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
+    """Raises ValueError for what is no number of seconds, and no None."""
+    if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
+        raise ValueError(f"{name}={seconds!r}: it is a number of seconds, or None for no limit")
+    return None if seconds is None else float(seconds)
+
+
+class _Proxy(_Remote):
+    """An object of the other side's: it has the object's public methods."""
+
+    def __init__(self, target: _Target, names: Sequence[str] | None) -> None:
+        vars(self).update(_target=target, _names=names, _interface=_Proxy)
+
+    def __getattr__(self, name: str) -> Any:
+        if "_target" not in self.__dict__:
+            raise AttributeError(name)
+        target, names = self.__dict__["_target"], self.__dict__["_names"]
+        if name.startswith("_") or (names is not None and name not in names):
+            raise _no_method(name, names, target.label)
+        method = self.__dict__[name] = _Method(target, name)  # found there the next time
+        return method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{self._target.label} has methods only: what is set here would not reach it ({name!r})")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _Method(self._target, "")(*args, **kwargs)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *(self._names or ())})
+
+    def __repr__(self) -> str:
+        return f"<proxy of {self._target.label}>"
+
+    def _dispatch(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return getattr(self, method)(*args, **kwargs)  # so that a proxy can be served in turn
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return self.__dict__["_interface"]  # what isinstance() believes, also of an ABC
+
+    def _adopt(self, interface: type) -> None:
+        """Be an instance of the interface. Raises InterfaceMismatch unless all of it is there, and takes its arguments."""
+        differences = _differences(interface, self._names, lambda: _ask_description(self._target))
+        if differences:
+            text = f"{self._target.label} is no {interface.__name__}: " + "; ".join(differences)
+            raise InterfaceMismatch(text, differences=differences)
+        vars(self)["_interface"] = interface
+
+
+def _borrow(session: _Session, tag: str, state: Any) -> Any:
+    """What a reference that has come stands for. Raises ValueError for what is none, DeadReference and MethodNotFound."""
+    number, second, *rest = state if type(state) is list else (None, None)
+    if tag == "$own":
+        return session.references.own(number, second)
+    named = second is None or (type(second) is list and all(isinstance(name, str) for name in second))
+    if type(number) is not int or not 0 <= number < 1 << 64 or not named:
+        raise ValueError(f"{tag}: {state!r}")
+    target = _Target(session, number)
+    return _Method(target, "") if second == [] and rest[:1] == [True] else _Proxy(target, second)
+
+
+def _open_session(channel: _Channel, terms: _Terms, max_message: int, served: _Served, *others: Any) -> _Session:
+    """A session that serves to the other side, and makes proxies for what that one lends."""
+    return _Session(channel, terms, max_message, _References(served), _borrow, *others)
+
+
+# -- what interfaces and descriptions are made of
+
+class _Text:
+    """Stands for a default or an annotation of which only the text is known."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _ask_description(target: _Target) -> dict[str, Any]:
+    """{method: [signature, doc, parameters]}, as far as the other side tells."""
+    try:
+        found = target.live().call(0, "describe", (target.number,), {}, target.session.call_timeout)
+    except MethodNotFound:  # it is not written with miniplug
+        return {}
+    return _checked_description(found)
+
+
+def _checked_description(found: Any) -> dict[str, Any]:
+    """As much of what `describe` told as is what it should be."""
+    methods = found if type(found) is dict else {}
+    return {name: each for name, each in methods.items() if type(each) is list and len(each) == 3}
+
+
+def _signature(parameters: Any) -> Any:
+    """An inspect.Signature made from what `describe` tells; None if it is not known."""
+    inspect = _import("inspect")
+
+    def value(text: Any) -> Any:
+        return inspect.Parameter.empty if text is None else _Text(str(text))
+
+    try:
+        *others, (_, _, _, result) = parameters
+        made = [inspect.Parameter(name, inspect._ParameterKind(kind), default=value(default), annotation=value(annotation))
+                for name, kind, default, annotation in others]
+        return inspect.Signature(made, return_annotation=value(result))
+    except (TypeError, ValueError):
+        return None
+
+
+def _differences(interface: type, names: Sequence[str] | None, describe: Callable[[], dict[str, Any]]) -> list[str]:
+    """In which ways something with methods of these names (None: all) is not the interface, in words."""
+    inspect = _import("inspect")
+    abstract = sorted(getattr(interface, "__abstractmethods__", ()))
+    found = [f"{name!r} is private, and cannot be called on a plugin" for name in abstract if name.startswith("_")]
+    found += [f"{name!r} is a property, and a plugin has methods only" for name in dir(interface)
+              if not name.startswith("_") and isinstance(inspect.getattr_static(interface, name), property)
+              and (name in abstract or getattr(interface, "_is_protocol", False))]
+    wanted = _method_names(interface) or []
+    found += [f"it has no method {name!r}" for name in wanted if names is not None and name not in names]
+    described = describe() if names is not None else {}
+    for name in wanted:
+        theirs = _signature(described.get(name, (None, None, None))[2])
+        if theirs is not None:
+            found += _refusals(name, inspect.getattr_static(interface, name), theirs)
+    return found
+
+
+def _refusals(name: str, method: Any, theirs: Any) -> list[str]:
+    """A call that the interface's method allows and the plugin's does not take, in words; or nothing."""
+    inspect = _import("inspect")
+    own = not isinstance(method, (staticmethod, classmethod))
+    try:
+        mine = inspect.signature(getattr(method, "__func__", method))
+    except (TypeError, ValueError):
+        return []
+    parameters = list(mine.parameters.values())[own or isinstance(method, classmethod):]
+    for count, keywords in _allowed_calls(parameters):
+        try:
+            theirs.bind(*[None] * count, **dict.fromkeys(keywords))
+        except TypeError as error:
+            shown = ", ".join(["..."] * count + [f"{keyword}=..." for keyword in keywords])
+            wanted = mine.replace(parameters=parameters)
+            return [f"{name}{theirs} does not take all that {name}{wanted} allows: {name}({shown}): {error}"]
+    return []
+
+
+def _allowed_calls(parameters: Sequence[Any]) -> Iterable[tuple[int, list[str]]]:
+    """The shapes of calls that these parameters allow, as (how many by position, names of the others): each count with no
+    optional name, with every single one, and with all. What takes those takes all."""
+    only, either, var, keyword, rest = ([each for each in parameters if each.kind == kind] for kind in range(5))
+    positional = [*only, *either]
+    least = sum(each.default is each.empty for each in only)
+    for count in range(least, len(positional) + 1 + 3 * len(var)):
+        named = [each for each in either if each not in positional[:count]] + keyword
+        needed = [each.name for each in named if each.default is each.empty]
+        optional = [each.name for each in named if each.default is not each.empty] + ["any_other_name"] * len(rest)
+        for chosen in ([], *([name] for name in optional), optional):
+            yield count, needed + chosen
+
+
+# -- calls and streams
+
+class _Awaitable:
+    """What Call adds to concurrent.futures.Future."""
+
+    if TYPE_CHECKING:
+        _condition: Any
+        _done_callbacks: list[Any]
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self._method = method
+        self._session: _Session | None = None
+        self._call: _Call | None = None
+
+    def _begin(self, session: _Session, *what: Any) -> None:
+        self._session = session
+        self._call = session.submit(self._arrive, *what)
+        if self.cancelled():  # meanwhile, by a signal handler
+            session.give_up(self._call)
+
+    def _arrive(self, call: _Call) -> None:
+        """Called by whoever reads, once the answer has come. Callbacks may take long: a thread of the pool runs them."""
+        self._call = call
+        if call.inbox and self._session is not None:
+            self._session.unwatch(call)  # what comes next are items, which the stream takes
+        with self._condition:
+            quick = not any(map(_may_block, self._done_callbacks))
+            if quick and call.inbox:
+                self._settle(call)
+        if call.inbox and not quick and self._session is not None:
+            self._session.defer(self._settle, (call,))
+
+    def _settle(self, call: _Call) -> None:
+        future: Any = self
+        session = self._session
+        assert session is not None
+        try:
+            kind, value = call.inbox[0]
+            if kind == _ERROR:
+                future.set_exception(value)
+            else:
+                if call.streams:
+                    session.unwatch(call)
+                    call.inbox.popleft()
+                    value = Stream(session, call)
+                future.set_result(value)
+        except _import("concurrent.futures").InvalidStateError:
+            pass  # cancelled meanwhile, or settled before
+
+    def cancel(self) -> bool:
+        """Give the call up, here and at the plugin, unless it has been answered."""
+        base: Any = super()
+        with self._condition:
+            if self.done():
+                return self.cancelled()
+            callbacks, self._done_callbacks = self._done_callbacks, []  # they run without the lock, which a reader may want
+            base.cancel()
+            base.set_running_or_notify_cancel()
+        if self._session is not None and self._call is not None:
+            self._session.give_up(self._call)
+        for callback in callbacks:
+            base.add_done_callback(callback)
+        return True
+
+    if TYPE_CHECKING:
+        def cancelled(self) -> bool: ...
+        def done(self) -> bool: ...
+
+    def __await__(self) -> Any:
+        return _import("asyncio").wrap_future(self).__await__()
+
+    def __repr__(self) -> str:
+        state = "cancelled" if self.cancelled() else "answered" if self.done() else "pending"
+        return f"<Call of {self._method}(), {state}>"
+
+
+def _may_block(callback: Any) -> bool:
+    """asyncio's own callbacks only send word to a loop."""
+    return str(getattr(callback, "__module__", "")).split(".")[0] != "asyncio"  # None for those written in C
+
+
+if TYPE_CHECKING:
+    import concurrent.futures
+
+    class Call(_Awaitable, concurrent.futures.Future[Any]):
+        """A call that was submitted: a concurrent.futures.Future that can also be awaited in asyncio."""
+
+
+class Stream:
+    """What a method gives that returns a generator or an iterator: iterate with ``for`` or ``async for``.
+
+    Few items wait here unread, however slow the reader is. `close()` (or `aclose()`, or the end of ``with``) gives the
+    rest up and closes the plugin's generator; so does letting go of the stream. An exception of the generator's is
+    raised where it happened. Each item has the deadline that the call had.
+    """
+
+    def __init__(self, session: _Session, call: _Call) -> None:
+        self._session = session
+        self._call = call
+        self._lock = threading.Lock()  # protects the following; held by the thread that waits for items
+        self._items: Any = iter(())
+        self._size = 0  # how many items the latest message had
+        self._waiters: list[Any] = []  # futures of the tasks that wait for items
+        self._owed = 0  # for how many read ones no credit was given yet
+        self._over = False
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Any:
+        for item in self._items:
+            return item
+        with self._lock:
+            while True:
+                for item in self._items:
+                    return item
+                if self._over:
+                    raise StopIteration
+                self._give_credit()
+                try:
+                    self._take(*self._session.next(self._call))
+                except BaseException as error:
+                    self._over = self._over or not isinstance(error, StopIteration)
+                    raise
+
+    def _give_credit(self) -> None:
+        """For what has been read: all that has come."""
+        self._owed, self._size = self._owed + self._size, 0
+        if self._owed >= _WINDOW // 2:
+            self._session.credit(self._call, self._owed)
+            self._owed = 0
+
+    def _take(self, kind: int, value: Any) -> None:
+        """Take a part of the stream. Raises StopIteration at the end, and what the generator raised."""
+        if kind == _ITEM:
+            self._give_credit()
+            self._items, self._size = iter(value), len(value)
+        else:
+            self._over = True
+            raise value if kind == _ERROR else StopIteration
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Any:
+        while True:
+            for item in self._items:
+                return item
+            if self._over:
+                raise StopAsyncIteration
+            if not self._call.inbox:
+                self._give_credit()
+                await self._news()
+            elif self._lock.acquire(False):
+                try:
+                    self._take(*self._call.inbox.popleft())
+                except StopIteration:
+                    raise StopAsyncIteration from None
+                finally:
+                    self._lock.release()
+
+    async def _news(self) -> None:
+        """Wait until something has come."""
+        asyncio = _import("asyncio")
+        future = _import("concurrent.futures").Future()
+        self._waiters.append(future)
+        self._session.watch(self._call, self._tell)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(future), self._call.seconds)
+        except asyncio.TimeoutError:
+            self.close()
+            raise _too_late(self._call) from None
+        finally:
+            self._waiters.remove(future)
+            if not self._waiters:
+                self._session.unwatch(self._call)
+
+    def _tell(self, call: _Call) -> None:
+        """Something has come: every task looks."""
+        for future in list(self._waiters) if call.inbox else ():
+            try:
+                future.set_result(None)
+            except _import("concurrent.futures").InvalidStateError:
+                pass  # cancelled, or told before
+
+    def close(self) -> None:
+        """Give the rest up: the plugin's generator is closed. Closing what has ended does nothing."""
+        if not self._over:
+            self._over = True
+            self._session.give_up(self._call)
+            self._call.arrive((_END, None), [(_END, None)])  # for a thread that waits
+            if self._lock.locked() and self._session.ended is None:
+                self._session.post(_PING, 0)  # that thread may be the one that reads
+        self._items = iter(())
+
+    async def aclose(self) -> None:
+        """As `close`."""
+        self.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_over", True):
+            self._session.discard(_CANCEL, self._call.number)
+
+    def __repr__(self) -> str:
+        return f"<stream of {self._call.method}(), {'ended' if self._over else 'open'}>"
+
+
+# === 8. serve ===========================================================================================
+
+_ADDRESS, _AUTHKEY, _LOG_LEVEL = "MINIPLUG_ADDRESS", "MINIPLUG_AUTHKEY", "MINIPLUG_LOG_LEVEL"
+_COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
+_GRACE = 2.0  # seconds that a plugin has to end by itself
+_MAX_MESSAGE = 256 << 20
+
+_environment: dict[str, str] = {}  # our variables, once taken out of os.environ
+
+
+def _take_environment() -> None:
+    """Take our variables out of the environment, so that no child of this process sees them."""
+    cookie = os.environ.get(_COOKIE_KEY, "MINIPLUG_COOKIE")
+    for name in [name for name in os.environ if name.startswith("MINIPLUG_") or name == cookie]:
+        _environment[name] = os.environ.pop(name)
+
+
+def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, handshake: Handshake = Handshake(),
+          max_workers: int = 64, max_message: int = _MAX_MESSAGE) -> None:
+    """Serve plugins to the host that started this process, until it says stop or is gone; then return.
+
+    `plugins` maps a name to an object, which all callers share, or to a class or zero-argument factory, which makes
+    an instance for each `dispense`. Mapped by int instead, it is one such mapping for each protocol version. An object
+    that is a context manager is entered before its first call and exited at the end.
+
+    `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at most
+    `max_workers` at once (1: one after another). A message of more than `max_message` bytes is refused.
+
+    Started by hand, it says on stderr that this is a plugin, and exits with status 1 (SystemExit); so it does
+    when the host refuses the plugin, which the host reports. Raises ValueError or TypeError for `plugins` that
+    cannot be served.
+    """
+    versions = _versions(plugins, handshake)
+    _take_environment()
+    key = handshake.magic_cookie_key
+    cookie = os.environ.pop(key, None) or _environment.pop(key, None)  # it may be set by somebody who is no host
+    _serve(versions, info, {"key": key, "matches": cookie == handshake.magic_cookie_value}, max_workers, max_message)
+
+
+def _serve(versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None, cookie: Mapping[str, Any],
+           max_workers: int, max_message: int) -> None:
+    """The plugin's main loop. A version None stands for whatever the host asks for."""
+    if _ADDRESS not in _environment:
+        sys.exit("This program is a plugin: the application that it belongs to starts it, not a person. "
+                 "(In Python, miniplug.launch() with its path and handshake does.)")
+    address, key = _environment[_ADDRESS], _environment.pop(_AUTHKEY, "")
+    if not address:
+        raise RuntimeError("this process has served its host already: serve() works once")
+    _environment[_ADDRESS] = ""
+    _prepare_output()
+    try:
+        channel = _connect(address, _HELLO_SECONDS)
+        offered = None if None in versions else sorted(versions)
+        if len(key) != 64:
+            raise ValueError(f"{_AUTHKEY} is no key of 64 hexadecimal digits")
+        terms = _Hello(channel, address, bytes.fromhex(key), "plugin").as_plugin(offered, max_message, cookie)
+    except HandshakeError as error:
+        sys.exit(f"miniplug: the host refused this plugin: {error}")
+    except (OSError, EOFError, ValueError, PluginError) as error:
+        sys.exit(f"miniplug: no host at {address}: {type(error).__name__}: {error}")
+    session = _serve_host(channel, terms, versions, info, max_workers, max_message)
+    if isinstance(session.cause, ProtocolError):
+        sys.exit(f"miniplug: the host broke the protocol: {session.cause}")
+
+
+def _serve_host(channel: _Channel, terms: _Terms, versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None,
+                max_workers: int, max_message: int) -> _Session:
+    """Serve one host, until it says stop or is gone. Returns the session, ended."""
+    served = _Served(versions[None if None in versions else terms.protocol_version], info)
+    session = _open_session(channel, terms, max_message, served,
+                            lambda cause: lambda calls: PluginClosed("the host is gone"), True, max_workers)
+    session.finished.wait()
+    session.drain((session.closing or _GRACE) / 2)
+    session.references.close()
+    served.close()
+    session.dispose()
+    return session
+
+
+def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
+    """{version: {name: object, ...}, ...}. Raises ValueError or TypeError for what cannot be served."""
+    versions = plugins if plugins and all(type(key) is int for key in plugins) else {handshake.protocol_version: plugins}
+    for mapping in versions.values():
+        if not mapping or not all(isinstance(name, str) for name in mapping):
+            raise TypeError("plugins is {name: object, ...}, or {version: {name: object, ...}, ...}, and not empty")
+        if "system" in mapping:
+            raise ValueError("the name 'system' is reserved: give the plugin another one")
+    return versions
+
+
+# -- output and logging: lines on stderr, in the format of hclog, one JSON object each
+
+_LEVELS = {"error": 40, "warn": 30, "info": 20, "debug": 10, "trace": 5}
+
+
+def _prepare_output() -> None:
+    """Have every line leave at once, as UTF-8; a segmentation fault tell where; and logging speak to the host."""
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    for stream in streams:
+        try:
+            if not stream.isatty():
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        except (AttributeError, OSError, ValueError):
+            pass  # there is none, it is closed, or it is the plugin's own
+    try:
+        _import("faulthandler").enable(all_threads=False)
+    except (AttributeError, OSError, ValueError, RuntimeError):
+        pass  # no stderr to write to
+    level = int(_environment.pop(_LOG_LEVEL, -1))
+    if level >= 0 and "logging" in sys.modules:
+        _set_up_logging(sys.modules["logging"], level)
+    elif level >= 0:
+        sys.meta_path.insert(0, _LoggingHook(level))
+    if level >= 0 and not _WINDOWS and _posix.getpgrp() != os.getpid() and threading.current_thread() is threading.main_thread():
+        signal = _import("signal")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it shares the terminal, whose Ctrl-C is the host's
+
+
+class _LoggingHook:
+    """An import hook that sets logging up when somebody imports it, so that nobody pays for it who does not."""
+
+    def __init__(self, level: int) -> None:
+        self._level = level
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "logging":
+            return None
+        sys.meta_path.remove(self)
+        spec = _import("importlib.util").find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            load(module)
+            _set_up_logging(module, self._level)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def _set_up_logging(logging: Any, level: int) -> None:
+    """Send the root logger's records to the host, unless the plugin has handlers there or calls basicConfig."""
+    root = logging.getLogger()
+    if root.handlers:
+        return
+
+    class HostHandler(logging.Handler):  # type: ignore[misc]
+        def emit(self, record: Any) -> None:
+            try:
+                line = _log_line(record, logging.Formatter())
+                sys.stderr.flush()
+                os.write(2, line)
+            except Exception:
+                self.handleError(record)
+
+    handler, basic_config = HostHandler(), logging.basicConfig
+    root.addHandler(handler)
+    root.setLevel(level)
+
+    def basicConfig(**kwargs: Any) -> None:
+        root.removeHandler(handler)  # the plugin's own configuration takes its place
+        basic_config(**kwargs)
+
+    logging.basicConfig = basicConfig
+
+
+def _log_line(record: Any, formatter: Any) -> bytes:
+    datetime = _import("datetime")
+    when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+    level = next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace")
+    fields: dict[str, Any] = {"@level": level, "@message": record.getMessage(), "@module": record.name,
+                              "@timestamp": when.isoformat(timespec="microseconds")}
+    if _LEVELS[level] != record.levelno:
+        fields["@levelno"] = record.levelno
+    trace = [formatter.formatException(record.exc_info) if record.exc_info else record.exc_text, record.stack_info]
+    if any(trace):
+        fields["@traceback"] = "\n".join(filter(None, trace))
+    known = _standard_fields()
+    fields.update((key, value) for key, value in vars(record).items() if key not in known and not key.startswith("@"))
+    return json.dumps(fields, default=repr, skipkeys=True).encode() + b"\n"
+
+
+def _standard_fields() -> set[str]:
+    """The attributes that every log record has, and those that formatting adds: what a plugin's field may not be."""
+    record = _import("logging").makeLogRecord({})
+    return {*vars(record), *dir(type(record)), "message", "asctime"}
+
+
+# === 9. process =========================================================================================
+#
+# Start a process, hear what it says, and end it with all that it started. On POSIX the process leads a session of its
+# own, so that one signal reaches its group and the terminal's Ctrl-C does not; on Windows it is in a job object. The
+# host's own end, SIGKILL included: on Windows the job closes with the host's handle; on POSIX a guardian waits, a shell
+# that reads from a pipe of the host's and kills the group when that ends, once the plugin had time to end by itself.
+
+_PIPE, _DEVNULL = -1, -3  # as in subprocess, which is slow to import
+_GUARDIAN_SECONDS = 3
+_GUARDIAN = """
+seen() {  # what tells the process from a later one of the same number: when it started
+    if [ -d /proc/self ]; then
+        read -r stat 2>/dev/null <"/proc/$pid/stat" || return 1
+        stat=${stat##*) }; set -- $stat; found=${20}
+    else
+        found=$(ps -o lstart= -p "$pid") || return 1
+    fi
+}
+folder=$1 group=$2 rounds=$3
+read -r pid && seen && start=$found
+read -r end
+if [ -n "$folder" ]; then rm -f -- "$folder/s"; rmdir -- "$folder" 2>/dev/null; fi
+[ -n "$pid" ] || exit 0
+while [ "$rounds" -gt 0 ] && seen && [ "$found" = "$start" ]; do
+    sleep .1 2>/dev/null || sleep 1
+    rounds=$((rounds - 1))
+done
+if seen && [ "$found" != "$start" ]; then exit 0; fi  # a later process has the number: then nobody is left in the group
+kill -s KILL -- "$group$pid" 2>/dev/null
+"""
+
+
+def _popen(argv: Sequence[str], **options: Any) -> Any:
+    """A subprocess.Popen, unbuffered. The pipes are made here: what Popen has opened when it finds no descriptor for the
+    next, it leaves open."""
+    given = {name: options.pop(name, None) for name in ("stdin", "stdout", "stderr")}
+    theirs: list[int] = []
+    ours: dict[str, int] = {}
+    try:
+        for name, stream in given.items():
+            if stream == _DEVNULL:
+                given[name] = os.open(os.devnull, os.O_RDWR)
+                theirs.append(given[name])
+            elif stream == _PIPE:
+                reading, writing = os.pipe()
+                given[name], ours[name] = (reading, writing) if name == "stdin" else (writing, reading)
+                theirs.append(given[name])
+        process = _import("subprocess").Popen(argv, bufsize=0, **given, **options)
+    except BaseException:
+        for fd in ours.values():
+            os.close(fd)
+        raise
+    finally:
+        for fd in theirs:
+            os.close(fd)
+    for name, fd in ours.items():
+        setattr(process, name, open(fd, "wb" if name == "stdin" else "rb", buffering=0))
+    return process
+
+
+class _PosixTree:
+    """A process and its group. No signal is sent once the process is reaped, when its number may be another's."""
+
+    def __init__(self, argv: Sequence[str], shares_terminal: bool, folder: str, **popen: Any) -> None:
+        self._lock = threading.Lock()  # protects that nobody is signalled after the reaping
+        self._reaped = False
+        self._lost = False  # whether somebody else in this host has reaped it, so that nobody knows how it ended
+        self._leads = not shares_terminal
+        shell = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
+        guardian = [shell, "-c", _GUARDIAN, "miniplug-guardian", folder, "-" * self._leads, str(_GUARDIAN_SECONDS * 10)]
+        try:
+            self._guardian = _popen(guardian, stdin=_PIPE, stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
+                                   env={"PATH": os.defpath}, start_new_session=True)
+        except OSError:
+            self._guardian = None  # no shell: the plugin still ends by itself when its connection does
+        try:
+            self.popen = _popen(argv, start_new_session=self._leads, **popen)
+            if self._guardian is not None:
+                self._guardian.stdin.write(b"%d\n" % self.popen.pid)
+        except BrokenPipeError:
+            pass  # somebody killed the guardian
+        except BaseException:
+            self._dismiss()
+            raise
+
+    def signal(self, kill: bool) -> None:
+        """Terminate the whole tree, or kill it."""
+        pid, number = self.popen.pid, 9 if kill else 15
+        with self._lock:
+            try:
+                if not self._reaped and self._leads:
+                    _posix.killpg(pid, number)
+                elif not self._reaped:
+                    for each in [*_descendants(pid), pid]:
+                        os.kill(each, number)
+            except OSError:
+                pass  # there is nobody left (or only the dead, which macOS calls a lack of permission)
+
+    def await_exit(self) -> None:
+        """Wait until the process has ended. It stays unreaped, so that its number stays its own."""
+        try:
+            if hasattr(os, "waitid"):
+                _posix.waitid(_posix.P_PID, self.popen.pid, _posix.WEXITED | _posix.WNOWAIT)
+            else:  # macOS before Python 3.13: a group keeps the number while anybody is in it
+                self.popen.wait()
+        except ChildProcessError:
+            self._lost = True
+
+    def reap(self) -> int | None:
+        with self._lock:
+            code = self.popen.wait()
+            self._reaped = True
+        self._dismiss()
+        return None if self._lost else int(code)
+
+    def _dismiss(self) -> None:
+        if self._guardian is not None:
+            self._guardian.kill()
+            self._guardian.wait()
+            self._guardian.stdin.close()
+
+    def disown(self) -> None:
+        """In a forked child of the host: let go of what would keep the guardian waiting."""
+        self._reaped = True
+        self.popen.returncode = 0
+        if self._guardian is not None:
+            self._guardian.returncode = 0
+            self._guardian.stdin.close()
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes below one."""
+    subprocess = _import("subprocess")
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE, check=False).stdout
+    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
+    found = [pid]
+    for each in found:  # it grows while it is walked
+        found += [child for child, parent in pairs if parent == each]
+    return found[1:]
+
+
+class _WindowsTree:
+    """A process in a job object, which ends with its last handle: with the host, however that ends."""
+
+    def __init__(self, argv: Sequence[str], shares_terminal: bool, folder: str, **popen: Any) -> None:
+        ctypes = _import("ctypes")
+        self._kernel = ctypes.WinDLL("kernel32")
+        self._kernel.CreateJobObjectW.restype = ctypes.c_void_p
+        self._job = ctypes.c_void_p(self._kernel.CreateJobObjectW(None, None))
+        limits = ctypes.create_string_buffer(144 if struct.calcsize("P") == 8 else 112)  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION
+        struct.pack_into("<I", limits, 16, 0x2000)  # its LimitFlags: JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
+        self._kernel.SetInformationJobObject(self._job, 9, limits, len(limits))
+        suspended, new_group, no_window = 0x4, 0x200, 0x08000000
+        flags = suspended | (0 if shares_terminal else new_group | no_window)
+        try:
+            self.popen = _popen(argv, creationflags=flags, **popen)
+        except BaseException:
+            self._kernel.CloseHandle(self._job)
+            raise
+        handle = ctypes.c_void_p(int(self.popen._handle))
+        self._kernel.AssignProcessToJobObject(self._job, handle)
+        ctypes.WinDLL("ntdll").NtResumeProcess(handle)
+
+    def signal(self, kill: bool) -> None:
+        """Kill the whole tree: Windows has no gentler way for a process without a window."""
+        self._kernel.TerminateJobObject(self._job, 1)
+        try:
+            self.popen.kill()  # in case there is no job
+        except OSError:
+            pass  # it has ended
+
+    def await_exit(self) -> None:
+        self.popen.wait()
+
+    def reap(self) -> int:
+        job, self._job = self._job, None
+        self._kernel.CloseHandle(job)
+        return int(self.popen.wait())
+
+
+_LINE_LIMIT = 16 << 20  # bytes; a longer line is delivered in pieces, as it must be kept until its end
+_TAIL_LINES = 30  # how many last lines an error carries
+
+
+class _Lines:
+    """Bytes to lines: one output stream of a plugin. `deliver` takes each line as text; `tail` keeps the last ones."""
+
+    def __init__(self, file: IO[bytes], deliver: Callable[[str], Any]) -> None:
+        self.file = file
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self.log = deliver if isinstance(deliver, _LogSink) else None
+        self._deliver = deliver
+        self._line = bytearray()  # as much of it as has come
+
+    def read(self) -> bool:
+        """Read what there is and deliver its lines. False at the end."""
+        try:
+            data = os.read(self.file.fileno(), 1 << 16)
+        except OSError:
+            data = b""
+        first, *others = data.split(b"\n")
+        self._line += first
+        for line in others:
+            self._end_line()
+            self._line += line
+        if len(self._line) >= _LINE_LIMIT or (self._line and not data):
+            self._end_line()
+        return bool(data)
+
+    def _end_line(self) -> None:
+        line, self._line = self._line, bytearray()
+        text = line[: -1 if line.endswith(b"\r") else None].decode("utf-8", "backslashreplace")
+        self.tail.append(text if len(text) <= 1000 else text[:1000] + "...")
+        _guard(self._deliver, text)
+
+    def flush(self) -> None:
+        """Nothing more has come for a moment: a traceback that the log holds back goes on."""
+        if self.log is not None:
+            _guard(self.log.flush)
+
+    def await_more(self, seconds: float | None, wake: int) -> bool:
+        """Wait for something to read, until there is something in `wake`. False if there is nothing."""
+        if not _WINDOWS:
+            poll = _import("select").poll()
+            poll.register(self.file, 1)  # POLLIN
+            poll.register(wake, 1)
+            ready = poll.poll(None if seconds is None else seconds * 1000)
+            return self.file.fileno() in dict(ready)
+        handle = _import("msvcrt").get_osfhandle(self.file.fileno())
+        deadline = time.monotonic() + (seconds or 0.0)
+        try:
+            while seconds is not None and not _import("_winapi").PeekNamedPipe(handle, 0)[0]:
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(0.005)
+        except OSError:
+            pass  # its end
+        return True  # without a limit reading itself is what waits
+
+
+def _guard(function: Callable[..., Any], *args: Any) -> None:
+    """Call what the host has given us (a callable, a log handler). What it raises is logged, and stops nothing."""
+    try:
+        function(*args)
+    except BaseException as error:
+        try:
+            _import("logging").getLogger("miniplug").error("what takes a plugin's output raised", exc_info=error)
+        except Exception:
+            pass  # the log handler is what raises: there is nobody left to tell
+
+
+class _LogSink:
+    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is."""
+
+    _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
+    _LINKS = ("", "During handling of the above exception, another exception occurred:", _HEADS[0],
+              "The above exception was the direct cause of the following exception:")
+
+    def __init__(self, parent: logging.Logger, stream: str) -> None:
+        self._parent = parent
+        self._logger = parent.getChild(stream)
+        self._stderr = stream == "stderr"
+        self.trace: list[str] = []  # the lines of a traceback, which may go on
+
+    def __call__(self, line: str) -> None:
+        if self.trace and self._goes_on(line):
+            self.trace.append(line)
+            return
+        self.flush()
+        if self._stderr and line.startswith(self._HEADS):
+            self.trace = [line]
+        elif not (self._stderr and line.startswith("{") and self._record(line)):
+            self._logger.log(30 if self._stderr else 20, "%s", line)
+
+    def _goes_on(self, line: str) -> bool:
+        """Whether the traceback does: up to the line that names the exception, and then with the next of a chain."""
+        if not self.trace[-1].startswith((" ", *self._HEADS)):
+            return line in self._LINKS
+        return line.startswith(" ") or not self.trace[0].startswith(" ")
+
+    def flush(self) -> None:
+        lines, self.trace = self.trace, []
+        if lines:
+            self._logger.error("%s", "\n".join(lines).rstrip("\n"))
+
+    def _record(self, line: str) -> bool:
+        """Log a line of hclog's JSON with its level, logger and fields. False if it is none."""
+        try:
+            fields = json.loads(line)
+            message, level = fields.pop("@message"), fields.pop("@level", "info").lower()
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            return False
+        if not isinstance(message, str):
+            return False
+        name, number = fields.pop("@module", ""), fields.pop("@levelno", None)
+        number = number if type(number) is int else _LEVELS.get(level, 20)
+        logger = self._parent.getChild(name) if isinstance(name, str) and name not in ("", "root") else self._parent
+        if not logger.isEnabledFor(number):
+            return True
+        record = logger.makeRecord(logger.name, number, "(plugin)", 0, "%s", (message,), None)
+        trace = fields.pop("@traceback", None)
+        record.exc_text = trace if isinstance(trace, str) else None  # which formatters print below the message
+        try:
+            when = fields.pop("@timestamp").replace("Z", "+00:00")
+            created = _import("datetime").datetime.fromisoformat(when).timestamp()
+            time.localtime(created)  # formatters do that, and no platform can for every time
+            record.created, record.msecs = created, created % 1 * 1000
+        except (KeyError, AttributeError, TypeError, ValueError, OverflowError, OSError):
+            pass  # then it is the time of its arrival
+        known = _standard_fields()
+        vars(record).update((key, value) for key, value in fields.items() if key not in known)
+        logger.handle(record)
+        return True
+
+
+def _end_words(code: int | None) -> tuple[str, str | None]:
+    """How a process ended, in words, and the name of the signal if it was one."""
+    if code is None:
+        return "ended", None
+    if _WINDOWS and code & 0xC0000000 == 0xC0000000:
+        causes = {0xC0000005: "an access violation", 0xC00000FD: "a stack overflow", 0xC000013A: "Ctrl-C"}
+        code &= 0xFFFFFFFF
+        return f"died of {causes.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
+    if code >= 0:
+        return f"exited with status {code}", None
+    try:
+        name = _import("signal").Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"died of {name}", name
+
+
+def _last_words(lines: Sequence[str]) -> str:
+    return ". The last it wrote:" + "".join(f"\n    {line}" for line in lines[-20:]) if lines else ""
+
+
+# === 10. plugin =========================================================================================
+
+class _Door:
+    """Where a starting plugin comes in. Each caller is greeted on a thread of its own, with a deadline; the first that
+    holds the key is let in, and the door closes. A wrong, slow or silent caller holds up nobody.
+
+    `greet` runs the handshake; `arrived` is called once, with the channel and the terms, or with a HandshakeError.
+    """
+
+    _CROWD = 64  # callers in the handshake at once; past that the one that has been there longest has to go
+
+    def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None]) -> None:
+        self.listener = _Listener()
+        self.strangers = 0
+        self._greet = greet
+        self._arrived = arrived
+        self._lock = threading.Lock()  # protects the following two
+        self._open = True
+        self._callers: dict[int, _Channel] = {}
+        self._waits = True  # whether the thread waits for a caller; set before it looks at _open
+        try:
+            self._thread = _start_thread("miniplug-door", self._accept)
+        except BaseException:
+            self.listener.close()
+            raise
+
+    def _accept(self) -> None:
+        while self._open:
+            try:
+                channel = self.listener.accept()
+            except OSError:  # out of descriptors, or a caller that left at once
+                time.sleep(0.05)
+                continue
+            self._waits = False
+            if channel is not None:
+                self._admit(channel)
+            self._waits = True
+        self._waits = False
+        self.listener.close()
+
+    def _admit(self, channel: _Channel) -> None:
+        with self._lock:
+            if not self._open:
+                channel.close()
+                return
+            if len(self._callers) >= self._CROWD:
+                next(iter(self._callers.values())).shutdown()
+            self._callers[id(channel)] = channel
+        try:
+            _start_thread("miniplug-hello", self._meet, channel)
+        except RuntimeError:  # no thread to be had: this one meets the caller, which has its deadline
+            self._meet(channel)
+
+    def _meet(self, channel: _Channel) -> None:
+        first = False
+        result: Any = None
+        try:
+            result = self._greet(channel, self.listener.address)
+        except HandshakeError as error:
+            result = error
+        except Exception:  # a stranger, whatever it is that he did
+            self.strangers += 1
+        with self._lock:
+            if result is not None:
+                first, self._open = self._open, False
+        if not first or isinstance(result, Exception):
+            channel.close()
+        if first:
+            self._arrived(channel, result)
+        with self._lock:
+            self._callers.pop(id(channel), None)
+
+    def settle(self, seconds: float) -> None:
+        """Wait until nobody is being greeted, at most that long."""
+        deadline = time.monotonic() + seconds
+        while self._callers and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        """Let nobody in any more; returns when no thread, socket or file is left."""
+        with self._lock:
+            self._open = False
+            callers = list(self._callers.values())
+        for channel in callers:
+            channel.shutdown()
+        try:
+            if self._waits:
+                _connect(self.listener.address, 1.0).close()  # wakes the thread
+        except OSError:
+            pass  # without a descriptor to do that with, it looks by itself
+        self._thread.join(2.0)
+
+
+class _Run:
+    """One run of a plugin: its process, what that says, and the session with it.
+
+    `ended` is set when it is over: the tree is gone, the last line delivered, the process reaped and `exit_code` known.
+    `news` is set by then, too.
+    """
+
+    def __init__(self, tree: Callable[..., Any], name: str, argv: Sequence[str], sinks: Sequence[Callable[[str], Any] | None],
+                 managed: bool, news: threading.Event, **options: Any) -> None:
+        self.name, self.managed, self._news = name, managed, news
+        self.session: _Session | None = None
+        self.exit_code: int | None = None
+        self.closing = self._exited = False
+        self.ended = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._streams: list[_Lines] = []
+        out, err = (None if sink is None else _PIPE for sink in sinks)
+        self._wake = os.pipe()  # a byte in it wakes the threads that read the output
+        try:
+            self._tree: Any = tree(argv, stdout=out, stderr=err, **options)
+        except BaseException:
+            self._close_files()
+            raise
+        popen = self._tree.popen
+        self.pid: int = popen.pid
+        self._streams = [_Lines(file, sink) for file, sink in zip((popen.stdout, popen.stderr), sinks) if file and sink]
+        _running.add(self)
+        try:
+            for stream in self._streams:
+                self._threads.append(_start_thread("miniplug-output", self._read, stream))
+            _start_thread("miniplug-watch", self._watch)
+        except BaseException:  # no thread to be had
+            self.signal(kill=True)
+            self._watch()
+            raise
+
+    def _read(self, stream: _Lines) -> None:
+        """Deliver lines until the stream ends, or the process has and nothing more comes: a process that left the group
+        may hold the pipe open for ever."""
+        last = float("inf")
+        more = True
+        while more and time.monotonic() < last:
+            exited = self._exited
+            if exited:
+                last = min(last, time.monotonic() + 0.8)
+            if stream.await_more(0.0 if exited else 0.1 if stream.log and stream.log.trace else None, self._wake[0]):
+                more = stream.read()
+            else:
+                more = not exited
+                stream.flush()
+        stream.flush()
+
+    def _watch(self) -> None:
+        self._tree.await_exit()
+        self.signal(kill=True)  # what it has left behind
+        self._exited = True
+        os.write(self._wake[1], b"x")
+        for thread in self._threads:
+            thread.join(1.0)
+        self.exit_code = self._tree.reap()
+        self.ended.set()
+        self.over()
+        for thread in self._threads:
+            thread.join()  # somebody's callable may hang
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for stream in self._streams:
+            stream.file.close()
+        for fd in self._wake:
+            os.close(fd)
+
+    def over(self) -> None:
+        """The process has ended."""
+        _running.discard(self)
+        self._news.set()
+        if self.session is not None:
+            self.session.end(EOFError())
+            self.session.references.close()
+            self.session.references.served.close()
+            self.session.dispose()
+
+    def wait(self, seconds: float = -1) -> bool:
+        """Wait until it is over. False if it is not within that many seconds."""
+        return self.ended.wait(None if seconds < 0 else min(seconds, _FOREVER))
+
+    def signal(self, kill: bool) -> None:
+        self._tree.signal(kill)
+
+    def tail(self) -> list[str]:
+        """The last lines of stderr, or else of stdout."""
+        return next((list(stream.tail) for stream in reversed(self._streams) if stream.tail), [])
+
+    def lost(self, cause: BaseException) -> Callable[[list[str]], BaseException]:
+        """The connection has ended: find out why, and give what makes the error to raise."""
+        if not self.closing and (isinstance(cause, ProtocolError) or not self.wait(0.5)):
+            self.signal(kill=True)
+            self.wait(2.0)
+        if self.closing:
+            return lambda calls: PluginClosed(f"the plugin {self.name!r} was closed")
+        return lambda calls: self._crash(cause, calls)
+
+    def _crash(self, cause: BaseException, calls: list[str]) -> PluginCrashed:
+        how, signal_name = _end_words(self.exit_code)
+        during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else ""
+        tail = self.tail()
+        kind, text = PluginCrashed, f"the plugin {self.name!r} {how}{during}{_last_words(tail)}"
+        if isinstance(cause, ProtocolError):
+            kind, text = ProtocolError, f"the plugin {self.name!r} broke the protocol and was ended{during}: {cause}"
+        return kind(text, exit_code=self.exit_code, signal_name=signal_name, output=tail, calls=list(calls))
+
+    def ask(self, grace: float) -> None:
+        """Ask it to end."""
+        self.closing = True
+        if self.session is not None and self.session.ended is None:
+            self.session.post(_SHUTDOWN, 0, grace)
+
+    def close(self, grace: float) -> None:
+        """Ask it to end, then terminate, then kill; returns when it is gone."""
+        deadline = time.monotonic() + (grace if self.session is not None else 0.0)
+        self.ask(grace)
+        for kill in (False, True):
+            if not self.wait(_left(deadline)):
+                self.signal(kill)
+                deadline = time.monotonic() + 1.0
+        self.wait(_left(deadline))
+
+    def kill(self) -> None:
+        self.closing = True
+        self.signal(kill=True)
+        self.wait(2.0)
+
+    def disown(self) -> None:
+        """In a forked child of the host, where there are no Windows trees: nothing here is ours."""
+        self._tree.disown()
+        self._close_files()
+        if self.session is not None:
+            self.session.ended = lambda calls: _not_owned(self.name)
+            self.session.channel.sock.close()  # type: ignore[attr-defined]  # the plugin waits for its end
+
+
+def _not_owned(name: str) -> PluginError:
+    return PluginError(f"the plugin {name!r} belongs to the process that this one was forked from: launch another here")
+
+
+_running: set[_Run] = set()
+_hooks_set: list[bool] = []
+
+
+def _close_all() -> None:
+    runs = [run for run in list(_running) if run.managed]
+    deadline = time.monotonic() + _GRACE
+    for run in runs:  # ask all before waiting for any
+        run.ask(_GRACE)
+    for run in runs:
+        run.close(_left(deadline))
+
+
+def _disown_all() -> None:
+    while _running:
+        _running.pop().disown()
+
+
+def _set_exit_hooks() -> None:
+    """With the first launch: close what is open at exit, and own nothing in a forked child. Doing it twice is harmless."""
+    if not _hooks_set:
+        _hooks_set.append(True)
+        _import("atexit").register(_close_all)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_disown_all)
+
+
+async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """Call what blocks in a thread. It is waited for also when the task is cancelled, so that nothing is left half done."""
+    asyncio = _import("asyncio")
+    call = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(None, function, *args))
+    try:
+        return await asyncio.shield(call)
+    except asyncio.CancelledError:
+        await asyncio.wait([call])
+        raise
+
+
+class Plugin:
+    """A plugin, as its host holds it: something to start, call and end, as often as you like.
+
+    The parameters are those of `launch`, which makes one and starts it. One that was only made starts on first use.
+    As a context manager it starts and closes. Any thread may use it. After `close()` calls raise PluginClosed, after
+    a crash PluginCrashed, until `start()`; then the proxies that were dispensed work again, on fresh instances.
+    """
+
+    def __init__(self, command: _Command, *, name: str | None = None, handshake: Handshake = Handshake(),
+                 protocol_versions: Iterable[int] | None = None, python: _Path | None = None,
+                 env: Mapping[str, str] | None = None, inherit_env: bool = True, cwd: _Path | None = None,
+                 start_timeout: float = 60.0, call_timeout: float | None = None, stdin: str | IO[Any] = "discard",
+                 stdout: _Output = "log", stderr: _Output = "log", logger: logging.Logger | None = None,
+                 managed: bool = True, codec: str = "json", max_message: int = _MAX_MESSAGE) -> None:
+        for stream, value in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
+            words = ("discard", "inherit", "log")[: 2 if stream == "stdin" else 3]
+            if isinstance(value, str) and value not in words:
+                raise ValueError(f"{stream}={value!r}: it is one of {words}, or a file")
+        if codec not in _CODECS:
+            raise ValueError(f"codec={codec!r}: it is one of {tuple(_CODECS)}")
+        if logger is not None and not hasattr(logger, "getChild"):
+            raise TypeError(f"logger={logger!r}: it is a logging.Logger (that of a LoggerAdapter is its .logger)")
+        self._command = command
+        self.name: str = name or _default_name(command)
+        self._handshake = handshake
+        self._versions = sorted(protocol_versions or [handshake.protocol_version])
+        self._python = None if python is None else os.fspath(python)
+        self._env = dict(env or {})
+        self._inherit_env = inherit_env
+        self._cwd = None if cwd is None else os.fspath(cwd)
+        limit = _checked_timeout(start_timeout, "start_timeout")
+        self._start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
+        self._call_timeout = _checked_timeout(call_timeout, "call_timeout")
+        self._stdin = stdin
+        self._outputs = (stdout, stderr)
+        self._logger = logger
+        self._managed = managed
+        self._codec = codec
+        self._max_message = max_message
+        self._owner = os.getpid()
+        self._starting = threading.RLock()  # held by the thread that starts it
+        self._run: _Run | None = None  # the latest one
+        self._closed = False
+
+    _tree: Callable[..., Any] = _WindowsTree if _WINDOWS else _PosixTree  # starts the process
+
+    # -- its life
+
+    def start(self) -> Plugin:
+        """Start the plugin, unless it runs. Raises LaunchError (and its kinds) when it does not come up."""
+        if self._owner != os.getpid():
+            raise _not_owned(self.name)
+        with self._starting:
+            run = self._run
+            if run is not None and (run.closing or (run.session and run.session.ended)):
+                run.wait()  # it is on its way out, which has a bound
+            if not self.running:
+                self._closed = False
+                self._start()
+        return self
+
+    def close(self, grace: float = _GRACE) -> None:
+        """End the plugin: ask it, after `grace` seconds terminate it, then kill it, and all that it started.
+
+        Returns within `grace` + 2 seconds, after its last line of output. Calls in flight raise PluginClosed.
+        Closing what is closed does nothing.
+        """
+        self._closed = True
+        if self._run is not None and self._owner == os.getpid():
+            self._run.close(grace)
+
+    def kill(self) -> None:
+        """End the plugin and all that it started at once, without asking."""
+        self._closed = True
+        if self._run is not None and self._owner == os.getpid():
+            self._run.kill()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait until the process has ended, at most `timeout` seconds. Returns `exit_code`, or None if it still runs."""
+        if self._run is not None:
+            self._run.wait(-1 if timeout is None else timeout)
+        return self.exit_code
+
+    def __enter__(self) -> Plugin:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    async def astart(self) -> Plugin:
+        """As `start`, without blocking the event loop."""
+        return await _in_thread(self.start)  # type: ignore[no-any-return]
+
+    async def aclose(self, grace: float = _GRACE) -> None:
+        """As `close`, without blocking the event loop."""
+        await _in_thread(self.close, grace)
+
+    async def __aenter__(self) -> Plugin:
+        return await self.astart()
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<Plugin {self.name!r}, {f'pid {self.pid}' if self.running else 'not running'}>"
+
+    @property
+    def running(self) -> bool:
+        """Whether the plugin has started and its process has not ended."""
+        return self._run is not None and self._run.session is not None and not self._run.ended.is_set()
+
+    @property
+    def pid(self) -> int | None:
+        """The number of the plugin's process, or None without one."""
+        run = self._run
+        return run.pid if run is not None and not run.ended.is_set() else None
+
+    @property
+    def exit_code(self) -> int | None:
+        """How the last process ended: its exit status, negative for a signal; None if it runs or never ran."""
+        return self._run.exit_code if self._run is not None else None
+
+    @property
+    def protocol_version(self) -> int:
+        """The version of the interface that host and plugin have agreed on."""
+        return self._session().protocol_version
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the plugin says about itself: the `info` given to `serve`."""
+        return self._ask_system("info", (), dict)[1]  # type: ignore[no-any-return]
+
+    # -- its use
+
+    if TYPE_CHECKING:  # an interface is given as something that makes a _T, since mypy takes no abstract class for a type[_T]
+        @overload
+        def dispense(self, name: str | None = None, interface: None = None, *, timeout: float | None = None) -> Any: ...
+        @overload
+        def dispense(self, name: str | None, interface: Callable[..., _T], *, timeout: float | None = None) -> _T: ...
+        @overload
+        def dispense(self, name: str | None = None, *, interface: Callable[..., _T], timeout: float | None = None) -> _T: ...
+
+    def dispense(self, name: str | None = None, interface: Any = None, *, timeout: float | None = None) -> Any:
+        """A proxy for the plugin of that name, or for the only one there is. The name "system" gives the introspection.
+
+        `interface`: an ABC, Protocol or class; the plugin must have its public methods, and take every call that they
+        allow. The proxy is an instance of it, for type checkers and (not a Protocol) for isinstance(). `timeout`: the
+        deadline of each call in seconds, instead of `call_timeout`.
+
+        Raises PluginNotFound, InterfaceMismatch, and whatever the plugin's factory raised.
+        """
+        _, proxy = self._ask_system("dispense", (name,), _Proxy)
+        target: _Target = proxy._target
+        target.label = f"the plugin {name or self.name!r}"
+        target.timeout = _checked_timeout(timeout)
+        target.renew = lambda: self._renew(name)
+        if interface is not None:
+            proxy._adopt(interface)
+        return proxy
+
+    def _renew(self, name: str | None) -> tuple[_Session, int]:
+        """Dispense anew for a proxy of an earlier run."""
+        session, proxy = self._ask_system("dispense", (name,), _Proxy)
+        fresh: _Target = proxy._target
+        number, fresh.number = fresh.number or 0, None  # the caller gives it back, not this one
+        return session, number
+
+    def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> tuple[_Session, Any]:
+        """Call a method of `system` that has to return a `kind`: (the session, what it returned)."""
+        session = self._session()
+        result = session.call(0, method, args, {}, self._call_timeout)
+        if type(result) is not kind:
+            session.end(ProtocolError(f"system.{method}() returned a {type(result).__name__}"))
+            assert session.ended is not None
+            raise session.ended([method])
+        return session, result
+
+    def describe(self) -> dict[str, dict[str, MethodInfo]]:
+        """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``."""
+        try:
+            found = self._ask_system("describe", (), dict)[1]
+            return {plugin: {name: MethodInfo(name, *each[:2]) for name, each in _checked_description(methods).items()}
+                    for plugin, methods in found.items() if plugin != "system"}
+        except MethodNotFound:  # it is not written with miniplug
+            return self._describe_one_by_one()
+
+    def _describe_one_by_one(self) -> dict[str, dict[str, MethodInfo]]:
+        found: dict[str, dict[str, MethodInfo]] = {}
+        system = self.dispense("system")
+        for full in system.listMethods():
+            plugin, _, name = full.rpartition(".")
+            if plugin != "system":
+                info = MethodInfo(name, system.methodSignature(full), system.methodHelp(full))
+                found.setdefault(plugin, {})[name] = info
+        return found
+
+    def ping(self, timeout: float = 5.0) -> float:
+        """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
+        return self._session().ping(timeout)
+
+    def _session(self) -> _Session:
+        """The session to call on. Starts a plugin that never ran. Raises PluginClosed or PluginCrashed."""
+        run = self._run
+        if run is not None and run.session is not None and run.session.ended is None and not run.closing:
+            return run.session
+        if self._owner != os.getpid():
+            raise _not_owned(self.name)
+        if not self._closed and run is not None and run.session is not None and run.session.ended is not None:
+            raise run.session.ended([])
+        with self._starting:
+            run = self.start()._run if not self._closed else None
+            if run is None or run.session is None:
+                raise PluginClosed(f"the plugin {self.name!r} is closed: start() it again")
+            return run.session
+
+    # -- starting
+
+    def _start(self) -> None:
+        _set_exit_hooks()
+        argv = self._argv()
+        key = os.urandom(32)
+        news = threading.Event()  # set when the plugin has connected, was refused, or has ended
+        came: list[tuple[_Channel, Any]] = []
+
+        def greet(channel: _Channel, address: str) -> _Terms:
+            return _Hello(channel, address, key, "host").as_host(self._versions, self._codec, self._max_message)
+
+        def arrived(channel: _Channel, result: Any) -> None:
+            came.append((channel, result))
+            news.set()
+
+        door = run = None
+        try:
+            door = _Door(greet, arrived)
+            self._run = run = self._spawn(argv, door.listener, key, news)
+            in_time = self._closed or news.wait(self._start_timeout)
+            if run.ended.is_set():
+                door.settle(0.2)  # it may have been refused just before
+            if came and isinstance(came[0][1], _Terms):
+                run.session = _open_session(*came[0], self._max_message, _Served({}), run.lost)
+                run.session.call_timeout = self._call_timeout
+            if run.ended.is_set():
+                run.over()
+            if run.session is None or run.session.ended is not None or self._closed:
+                raise self._failure(run, argv, in_time, door.strangers, came[0][1] if came else None)
+        except BaseException as error:
+            if run is not None:
+                run.kill()
+            if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, PluginError):
+                raise self._not_started(argv, str(error)) from None  # no descriptor or thread to be had
+            raise
+        finally:
+            if door is not None:
+                door.close()
+            if run is None or run.session is None:
+                for channel, _ in came:  # too late
+                    channel.close()
+
+    def _spawn(self, argv: list[str], listener: _Listener, key: bytes, news: threading.Event) -> _Run:
+        logger = self._logger or _import("logging").getLogger(f"miniplug.{self.name}")
+        env = self._environ()
+        env.update({_ADDRESS: listener.address, _AUTHKEY: key.hex(), _LOG_LEVEL: str(logger.getEffectiveLevel())})
+        stdin = {"discard": _DEVNULL, "inherit": None}[self._stdin] if isinstance(self._stdin, str) else self._stdin
+        sinks = [_sink(output, logger, name) for output, name in zip(self._outputs, ("stdout", "stderr"))]
+        terminal = self._stdin == "inherit" and sys.__stdin__ is not None and sys.__stdin__.isatty()
+        try:
+            return _Run(self._tree, self.name, argv, sinks, self._managed, news, stdin=stdin, shares_terminal=terminal,
+                        folder=listener.folder, env=env, cwd=self._cwd)
+        except (OSError, ValueError) as error:
+            known: dict[type, str] = {FileNotFoundError: "there is no such program",
+                                      PermissionError: "it is not executable for this user"}
+            problem = f"{argv[0]}: {known.get(type(error), error)}"
+            if self._cwd is not None and not os.path.isdir(self._cwd):
+                problem = f"cwd={self._cwd!r}: there is no such folder"
+            raise self._not_started(argv, problem) from None
+
+    def _environ(self) -> dict[str, str]:
+        """What the plugin's environment has beside the address and the key."""
+        env = {name: value for name, value in os.environ.items()
+               if (self._inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
+        env.update((name.upper() if _WINDOWS else name, value) for name, value in self._env.items())
+        env[_COOKIE_KEY] = self._handshake.magic_cookie_key
+        env[self._handshake.magic_cookie_key] = self._handshake.magic_cookie_value
+        return env
+
+    def _failure(self, run: _Run, argv: list[str], in_time: bool, strangers: int, refusal: Any) -> PluginError:
+        """Why the plugin did not come up."""
+        if self._closed:
+            return PluginClosed(f"the plugin {self.name!r} was closed while it started")
+        if isinstance(refusal, HandshakeError):
+            run.wait(1.0)  # it says on stderr that it was refused
+            return self._not_started(argv, str(refusal), HandshakeError, host=refusal.host, plugin=refusal.plugin)
+        kind, code = LaunchError, run.exit_code
+        reason = f"it {_end_words(code)[0]}"
+        if not in_time:
+            run.kill()
+            others = f" ({strangers} callers without the key were turned away)" if strangers else ""
+            reason = f"it did not connect within {self._start_timeout:g} s{others}; does it call miniplug.serve()?"
+            code = None
+        elif code == 0:
+            kind, reason = HandshakeError, reason + " without connecting: it is no plugin, or does not call miniplug.serve()"
+        return self._not_started(argv, reason, kind, exit_code=code, output=run.tail())
+
+    def _not_started(self, argv: list[str], reason: str, kind: type[LaunchError] = LaunchError, **carried: Any) -> LaunchError:
+        text = f"the plugin {self.name!r} did not start: {reason}{_last_words(carried.get('output', ()))}"
+        return kind(text, command=argv, **carried)
+
+    def _argv(self) -> list[str]:
+        """What to run. Raises LaunchError if that can be told to fail."""
+        if not isinstance(self._command, (str, os.PathLike)):
+            argv = [os.fspath(part) for part in self._command]
+            if not argv:
+                raise self._not_started(argv, "the command is empty")
+            return argv
+        command = os.fspath(self._command)
+        name, source, attribute = _split_spec(command)
+        path = source if attribute and not source.endswith(".py") else self._existing(source)
+        if not attribute and not path.endswith((".py", ".pyw")):
+            return [path]
+        python = self._python or sys.executable or ""
+        known = os.path.basename(python).lower().startswith(("python", "pypy", "graalpy")) and not hasattr(sys, "frozen")
+        if self._python is None and not known:
+            reason = f"this application ({python or 'an embedded Python'}) has no interpreter of its own to run it"
+            raise self._not_started([command], f"{reason}: pass python='/path/to/python'")
+        bootstrap = [python, "-c", _BOOTSTRAP, os.path.abspath(__file__), __name__]
+        return [*bootstrap, *(["serve", f"{name}={path}:{attribute}"] if attribute else ["run", path])]
+
+    def _existing(self, path: str) -> str:
+        whole = os.path.abspath(os.path.join(self._cwd or "", path))
+        found = whole if os.path.isfile(whole) else _import("shutil").which(path) if not os.path.dirname(path) else None
+        if found is None:
+            raise self._not_started([path], f"{whole}: {'it is a folder' if os.path.isdir(whole) else 'there is no such file'}")
+        return str(found)
+
+
+# Without these a Windows program does not start; on POSIX there are none such.
+_SYSTEM_VARIABLES = ("SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "COMSPEC", "PATHEXT", "TEMP", "TMP") if _WINDOWS else ()
+
+# Run by the plugin's interpreter: this very file is miniplug there, under the name that it has in the host as well.
+# Loaded like this, and not by its path, it comes from the bytecode cache. The first lines are for any Python at all.
+_BOOTSTRAP = """
+import sys
+if sys.version_info < (3, 8):
+    sys.exit("miniplug needs Python 3.8 or newer, and this is " + sys.version.split()[0] + ": " + sys.executable)
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("miniplug", sys.argv[1])
+module = sys.modules["miniplug"] = module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.meta_path.insert(0, module._Alias(sys.argv[2]))
+module._run_plugin(*sys.argv[3:])
+"""
+
+
+class _Alias:
+    """An import hook that gives this very module under the name, too, by which the host has vendored it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return _import("importlib.machinery").ModuleSpec(name, self) if name == self._name else None
+
+    def create_module(self, spec: Any) -> ModuleType:
+        return sys.modules[__name__]
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has run."""
+
+
+def _split_spec(command: str) -> tuple[str, str, str]:
+    """``name=source:Attr`` to its parts; the attribute is empty if it is no spec. The name is the attribute's by default."""
+    head, _, attribute = command.rpartition(":")
+    drive = len(head) == 1 and _WINDOWS  # C:program
+    if not head or drive or attribute.endswith(".py") or not all(part.isidentifier() for part in attribute.split(".")):
+        return "", command, ""
+    name, equals, source = head.partition("=")
+    if not equals or not name.isidentifier():
+        name, source = attribute.rpartition(".")[2].lower(), head
+    return name, source, attribute
+
+
+def _default_name(command: _Command) -> str:
+    """A plugin's name in logs and errors: that of a spec, or else of the program or script."""
+    if isinstance(command, (str, os.PathLike)):
+        name, script, _ = _split_spec(os.fspath(command))
+    else:
+        parts = [os.fspath(part) for part in command] or [""]
+        name, script = "", next((part for part in parts if part.endswith((".py", ".pyw"))), parts[0])
+    return name or os.path.splitext(os.path.basename(script))[0] or "plugin"
+
+
+def _sink(output: _Output, logger: logging.Logger, stream: str) -> Callable[[str], Any] | None:
+    """What takes the lines of an output stream; None for one that goes where the host's own goes."""
+    if isinstance(output, str):
+        return {"inherit": None, "log": _LogSink(logger, stream), "discard": lambda line: None}[output]
+    if callable(output):
+        return output
+    write = output.write
+    return lambda line: write(line + "\n")
+
+
+def _like(other: Callable[..., Any]) -> Callable[[_F], _F]:
+    """For help() and editors: the decorated function takes what `other` takes."""
+    return lambda function: vars(function).update(__wrapped__=other) or function
+
+
+@_like(Plugin)
+def launch(command: _Command, **options: Any) -> Plugin:
+    """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin:`` closes it at the end.
+
+    `command`: an argument list, run as it is; or the path of a program, a ``.py`` file being run under `python`; or a
+    spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``, which this
+    very file serves under `python`, where miniplug need not be installed. The options, all by keyword:
+
+    - `name` (str): what logs and errors call it; by default made from the command.
+    - `handshake` (Handshake), `protocol_versions` (ints; default: the handshake's): what the host can speak. The
+      highest version that both have is used.
+    - `python` (path): the interpreter; by default this one.
+    - `env` (dict of str): added to the environment, and wins over it. `inherit_env` (bool, default True): False starts
+      from nothing but what the system needs. `cwd` (path): where it runs; a relative path in `command` starts there.
+    - `start_timeout` (seconds, default 60): how long it may take to connect.
+    - `call_timeout` (seconds, default None: no limit): the deadline of every call that has no other.
+    - `stdin`: ``"discard"`` (default), ``"inherit"``, or a file. With ``"inherit"`` on a terminal the plugin
+      shares the host's process group.
+    - `stdout`, `stderr`: ``"log"`` (default), ``"inherit"``, ``"discard"``, a callable that takes each line of text, or
+      a text file to write them to.
+    - `logger` (logging.Logger, default ``miniplug.NAME``): the parent of the loggers that the plugin's records and
+      lines go to: its own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
+    - `managed` (bool, default True): closed at interpreter exit at the latest.
+    - `codec`: ``"json"`` (default), which keeps Python's types and runs no code; or ``"pickle"``, faster for large
+      structured data, and only for a plugin that is trusted as this program is: reading a pickle runs none of its code,
+      but one that means harm can freeze or end the process that reads it.
+    - `max_message` (bytes, default 256 MiB): the longest message the host takes.
+
+    Raises LaunchError, HandshakeError or PluginClosed; ValueError for an option that is none.
+    """
+    return Plugin(command, **options).start()
+
+
+class _LocalTree:
+    """Stands for a process where a thread of this one serves the plugins, over a connection like any other."""
+
+    stdout = stderr = None
+
+    def __init__(self, serve: Callable[[_Channel, str, bytes], Any], **popen: Any) -> None:
+        self.popen, self.pid = self, os.getpid()
+        env = popen["env"]
+        self._channel = _connect(env[_ADDRESS], _HELLO_SECONDS)
+        self._thread = _start_thread("miniplug-local", serve, self._channel, env[_ADDRESS], bytes.fromhex(env[_AUTHKEY]))
+
+    def signal(self, kill: bool) -> None:
+        """Cut the connection: that is its end."""
+        self._channel.shutdown()
+
+    def await_exit(self) -> None:
+        self._thread.join()
+
+    def reap(self) -> int:
+        return 0
+
+    def disown(self) -> None:
+        """A forked child has no thread of it."""
+
+
+class _Local(Plugin):
+    """A plugin whose process is this one."""
+
+    def __init__(self, plugins: Mapping[Any, Any], info: Mapping[str, Any] | None, max_workers: int, **options: Any) -> None:
+        super().__init__(["local"], **{"name": "local", **options})
+        versions = _versions(plugins, self._handshake)
+
+        def serve(channel: _Channel, address: str, key: bytes) -> None:
+            try:
+                terms = _Hello(channel, address, key, "plugin").as_plugin(sorted(versions), self._max_message, {"matches": True})
+            except (OSError, EOFError, PluginError):
+                channel.close()  # the host's end tells why
+            else:
+                _serve_host(channel, terms, versions, info, max_workers, self._max_message)
+
+        self._tree = lambda argv, **popen: _LocalTree(serve, **popen)
+
+
+def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, max_workers: int = 64, **options: Any) -> Plugin:
+    """Serve plugins in this very process, for tests: over the same session and codec, started and ready to `dispense`.
+
+    `plugins`, `info` and `max_workers` are those of `serve`; the options those of `launch` that apply: `name`,
+    `handshake`, `protocol_versions`, `codec`, `max_message`, `call_timeout`, `logger`. What a plugin prints or logs goes where
+    the process's own does, and what ends a process (``os._exit``, a crash) ends this one.
+
+    Raises what `serve` and `launch` raise.
+    """
+    known = {"name", "handshake", "protocol_versions", "codec", "max_message", "call_timeout", "logger"}
+    if not options.keys() <= known:
+        raise TypeError(f"local() takes no {', '.join(sorted(options.keys() - known))}: there is no process")
+    return _Local(plugins, info, max_workers, **options).start()
+
+
+# === 11. command line ===================================================================================
+
+def _run_plugin(verb: str, *arguments: str) -> None:
+    """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug."""
+    sys.excepthook = _show_error
+    _take_environment()
+    if _ADDRESS in _environment:
+        _prepare_output()
+    if sys.path[:1] == [""]:
+        del sys.path[0]
+    (_run_script if verb == "run" else _serve_specs)(*arguments)
+
+
+def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
+    """As sys.excepthook: the traceback without the frames of miniplug and of importing that come first."""
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((_show_error.__code__.co_filename, "<")):
+        frames = frames.tb_next
+    sys.__excepthook__(kind, error.with_traceback(frames), frames)
+
+
+def _run_script(path: str) -> None:
+    main: Any = type(sys)("__main__")
+    main.__file__, main.__builtins__ = path, builtins
+    sys.modules["__main__"] = main
+    sys.argv[:] = [path]
+    sys.path.insert(0, os.path.dirname(path))
+    with open(path, "rb") as file:
+        exec(compile(file.read(), path, "exec"), vars(main))
+
+
+def _serve_specs(*specs: str) -> None:
+    """Serve what the specs name, under whatever cookie and version the host asks for."""
+    plugins: dict[str, Any] = {}
+    for spec in specs if _ADDRESS in _environment else ():
+        name, source, attribute = _split_spec(spec)
+        if not attribute:
+            sys.exit(f"miniplug: {spec!r} is no spec: write module:Attr or path/to/file.py:Attr")
+        if name == "system" or name in plugins:
+            sys.exit(f"miniplug: the name {name!r} is {'reserved' if name == 'system' else 'taken'}: write name={spec}")
+        plugins[name] = _load(source, attribute)
+    _serve({None: plugins}, None, {"matches": True}, 64, _MAX_MESSAGE)
+
+
+def _load(source: str, attribute: str) -> Any:
+    """Import a spec's module, by path or by name, and get the attribute."""
+    if source.endswith(".py"):
+        path = os.path.abspath(source)
+        sys.path.insert(0, os.path.dirname(path))
+        name = os.path.splitext(os.path.basename(path))[0]
+        name = f"_plugin_{name}" if name in sys.modules else name  # it may be called json.py
+        util = _import("importlib.util")
+        spec = util.spec_from_file_location(name, path)
+        found = sys.modules[name] = util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+    else:
+        sys.path.insert(0, os.getcwd())
+        found = _import(source)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [name for name in dir(found) if not name.startswith("_")]
+            matches = _import("difflib").get_close_matches(part, public)
+            sys.exit(f"miniplug: {source} has no attribute {attribute!r}" + (f"; did you mean {matches[0]!r}?" if matches else ""))
+        found = getattr(found, part)
+    return found
+
+
+def _main(arguments: Sequence[str]) -> None:
+    if len(arguments) < 2 or arguments[0] != "serve":
+        print("usage: python -m miniplug serve SPEC...   (a SPEC is module:Attr or path/to/file.py:Attr)", file=sys.stderr)
+        sys.exit(2)
+    _run_plugin(*arguments)
+
+
+if _AS_PROGRAM:
+    _main(sys.argv[1:])

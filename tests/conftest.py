@@ -1,0 +1,118 @@
+"""What the tests share: plugins written on the fly, and the proof that nothing is left behind."""
+
+import atexit
+import gc
+import glob
+import os
+import shutil
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+
+import pytest
+
+import miniplug
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+WORKSHOP = os.path.join(HERE, "workshop.py") + ":Workshop"
+WINDOWS = os.name == "nt"
+TEMPORARY = tempfile.mkdtemp(prefix="mp-")  # of this run alone: what is left there is ours
+atexit.register(shutil.rmtree, TEMPORARY, True)
+if not WINDOWS:
+    os.environ["TMPDIR"] = TEMPORARY
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a source file, dedented, and return its path."""
+
+    def write(name, source):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(source), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def workshop():
+    """A plugin that does what it is told, and its proxy."""
+    with miniplug.launch(WORKSHOP) as plugin:
+        yield plugin.dispense()
+
+
+def until(condition, seconds=10.0):
+    """Wait for what no event tells of (another process's end, say), and fail when it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def swallow(function, *args):
+    """Call what is cut off by the test, and rightly so."""
+    try:
+        function(*args)
+    except miniplug.PluginError:
+        pass
+
+
+def alive(pid):
+    """Whether there is such a process that has not ended; a zombie has. (POSIX.)"""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b") ")[2][:1] not in (b"Z", b"X")
+    except OSError:
+        return False
+
+
+def _threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("miniplug")]
+
+
+def descriptors():
+    """What this process has open: {descriptor: what it is of}."""
+    found = {}
+    for fd in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        try:
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            pass  # that of the listing
+    return found
+
+
+def _sockets():
+    return set(glob.glob(os.path.join(TEMPORARY, "miniplug-*")))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """After each test: no thread, descriptor, process or file of miniplug's that was not there before."""
+    before, folders, others = descriptors(), _sockets(), _threads()  # what one test has left is not the next one's fault
+    yield
+    gc.collect()
+    until(lambda: set(_threads()) <= set(others), 15)
+    until(lambda: _opened_since(before) == {}, 5)
+    until(lambda: _sockets() <= folders, 5)
+    if not WINDOWS:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)  # no child, not even a zombie
+
+
+def _opened_since(before):
+    """Descriptors that were not there before, but for those that the interpreter or pytest keep for themselves."""
+    return {fd: target for fd, target in descriptors().items()
+            if fd not in before and "urandom" not in target and "pytest" not in target}
+
+
+def run_python(path, *args, **options):
+    """Run a script with this interpreter and with miniplug importable; returns (status, stdout, stderr)."""
+    import subprocess
+
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), HERE]))
+    done = subprocess.run([sys.executable, path, *args], capture_output=True, stdin=subprocess.DEVNULL, env=env,
+                          timeout=50, text=True, check=False, **options)
+    return done.returncode, done.stdout, done.stderr

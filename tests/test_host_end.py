@@ -1,0 +1,224 @@
+"""The host's end, however it comes, ends its plugins and what they started."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import HERE, WINDOWS, WORKSHOP, alive, until
+
+import miniplug
+
+pytestmark = pytest.mark.skipif(WINDOWS, reason="the test looks at processes by POSIX means")
+
+HOST = """
+import sys, threading, time
+import miniplug
+
+plugin = miniplug.launch({spec!r})
+shop = plugin.dispense()
+child = shop.spawn()
+busy = {busy!r}
+if busy:
+    threading.Thread(target=getattr(shop, busy), daemon=True).start()
+    if busy == "enter_and_wait":
+        shop.await_entered()
+print(plugin.pid, child, flush=True)
+{end}
+"""
+
+
+def run_host(write, end, busy=""):
+    """Start a host in a process of its own. Returns it, and the pids of its plugin and of the plugin's child."""
+    path = write("host.py", HOST.format(spec=WORKSHOP, busy=busy, end=end))
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), HERE]))
+    host = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, env=env, universal_newlines=True)
+    pids = [int(pid) for pid in host.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(alive, pids))
+    return host, pids
+
+
+@pytest.mark.parametrize("end, status", [("", 0), ("raise SystemExit(3)", 3), ("raise ValueError('x')", 1),
+                                         ("import os; os._exit(4)", 4)])
+def test_returned_raised_exited(write, end, status, capfd):
+    host, pids = run_host(write, end)
+    assert host.wait(20) == status
+    host.stdout.close()
+    until(lambda: not any(map(alive, pids)), 5)
+
+
+@pytest.mark.parametrize("busy", ["", "enter_and_wait", "spin", "stick"])
+def test_killed(write, busy):
+    """Also while the plugin is busy in a method, in a loop, or stuck in C code with the GIL held."""
+    host, pids = run_host(write, "time.sleep(600)", busy)
+    host.kill()
+    host.wait()
+    host.stdout.close()
+    until(lambda: not any(map(alive, pids)), 5)
+
+
+def test_killed_while_the_plugin_is_stopped(write):
+    host, pids = run_host(write, "time.sleep(600)")
+    os.kill(pids[0], signal.SIGSTOP)
+    host.kill()
+    host.wait()
+    host.stdout.close()
+    until(lambda: not any(map(alive, pids)), 5)
+
+
+def test_killed_while_it_starts(write, tmp_path):
+    """The plugin has not connected yet, and never will; the door's folder goes as well."""
+    plugin = write("plugin.py", f"""
+        import os, time
+        with open({str(tmp_path / 'started')!r} + "x", "w") as file:
+            file.write(f"{{os.getpid()}} {{os.environ.get('MINIPLUG_ADDRESS')}}")
+        os.rename({str(tmp_path / 'started')!r} + "x", {str(tmp_path / 'started')!r})
+        time.sleep(600)
+    """)
+    path = write("host.py", f"import miniplug, sys\nminiplug.launch([sys.executable, {plugin!r}])\n")
+    host = subprocess.Popen([sys.executable, path], env=dict(os.environ, PYTHONPATH=os.path.dirname(HERE)))
+    until((tmp_path / "started").exists)
+    pid, address = (tmp_path / "started").read_text().split()
+    assert os.path.exists(address)
+    host.kill()
+    host.wait()
+    until(lambda: not alive(int(pid)), 5)
+    until(lambda: not os.path.exists(os.path.dirname(address)), 5)
+
+
+def test_a_plugin_in_another_language_ends_too(write, tmp_path):
+    """One that knows nothing of the connection's end: here a shell script that has handed its connection to nobody."""
+    path = write("plugin.sh", f"""\
+        #!/bin/sh
+        echo $$ > {tmp_path / 'x'} && mv {tmp_path / 'x'} {tmp_path / 'pid'}
+        sleep 600
+    """)
+    os.chmod(path, 0o755)
+    host_path = write("host.py", f"import miniplug\nminiplug.launch({path!r})\n")
+    host = subprocess.Popen([sys.executable, host_path], env=dict(os.environ, PYTHONPATH=os.path.dirname(HERE)))
+    until((tmp_path / "pid").exists)
+    pid = int((tmp_path / "pid").read_text())
+    host.kill()
+    host.wait()
+    until(lambda: not alive(pid), 5)
+
+
+def test_the_guardian_ends_with_its_plugin():
+    plugin = miniplug.launch(WORKSHOP)
+    guardian = plugin._run._tree._guardian.pid
+    assert alive(guardian)
+    plugin.close()
+    assert not alive(guardian)
+
+
+def test_a_guardian_kills_nobody_who_has_the_number_now(tmp_path):
+    """It is told of a process, which ends; then another one is said to have its number. Only the first may be killed.
+
+    A number cannot be made to come again at will, so the guardian's own script is run with a /proc of our making.
+    """
+    bystander = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    script = miniplug._GUARDIAN.replace("/proc/$pid/stat", "$STAT").replace("read -r end", "read -r end; STAT=$STAT.later")
+    for name, started in (("stat", 111), ("stat.later", 222)):
+        (tmp_path / name).write_text(f"{bystander.pid} (a b) c) S " + "0 " * 18 + f"{started} 0\n")
+    guardian = subprocess.Popen(["/bin/sh", "-c", script, "guardian", "", "-", "5"], stdin=subprocess.PIPE,
+                                env=dict(os.environ, STAT=str(tmp_path / "stat")))
+    guardian.stdin.write(b"%d\n" % bystander.pid)
+    guardian.stdin.close()
+    assert guardian.wait(10) == 0
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def on_a_terminal(path, *steps, arguments=()):
+    """Run a script as the foreground group of a pty; when it has said the first of a step, type the second. Returns
+    its wait status and all that it said."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ["PYTHONPATH"] = os.path.dirname(HERE)
+        os.execv(sys.executable, [sys.executable, path, *arguments])
+    said, left = b"", list(steps)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            data = os.read(terminal, 1000)
+        except OSError:
+            break
+        if not data:
+            break
+        said += data
+        if left and left[0][0] in said:
+            os.write(terminal, left.pop(0)[1])
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    return status, said
+
+
+def test_ctrl_c_goes_to_the_host_alone(write):
+    """A real terminal: the host is the foreground group of a pty, on which Ctrl-C is typed."""
+    path = write("host.py", f"""
+        import miniplug, time
+        plugin = miniplug.launch({WORKSHOP!r}, stderr="inherit")
+        shop = plugin.dispense()
+        try:
+            print("ready", flush=True)
+            shop.enter_and_wait()
+        except KeyboardInterrupt:
+            print("interrupted; the plugin says", shop.greet("you"), flush=True)
+        plugin.close()
+        print("exit code", plugin.exit_code, flush=True)
+    """)
+    status, said = on_a_terminal(path, (b"ready", b"\x03"))
+    assert status == 0, said
+    assert b"interrupted; the plugin says Hello, you!" in said and b"exit code 0" in said
+    assert b"Traceback" not in said
+
+
+def test_ctrl_c_with_a_plugin_that_shares_the_terminal(write):
+    """stdin="inherit": it can ask on the terminal, and Ctrl-C there is still the host's alone."""
+    plugin = write("asker.py", """
+        import os
+        class Asker:
+            def ask(self, prompt):
+                print(prompt, end="", flush=True)
+                return input()
+            def group(self): return os.getpgrp()
+            def wait(self):
+                import threading
+                print("waiting", flush=True)
+                threading.Event().wait(30)
+    """)
+    path = write("host.py", f"""
+        import miniplug, os
+        plugin = miniplug.launch({plugin + ":Asker"!r}, stdin="inherit", stdout="inherit", stderr="inherit")
+        asker = plugin.dispense()
+        print("answer", asker.ask("password? "), asker.group() == os.getpgrp(), flush=True)
+        try:
+            asker.wait()
+        except KeyboardInterrupt:
+            print("interrupted", asker.group() == os.getpgrp(), flush=True)
+        plugin.close()
+        print("exit code", plugin.exit_code, flush=True)
+    """)
+    status, said = on_a_terminal(path, (b"password?", b"secret\n"), (b"waiting", b"\x03"))
+    assert status == 0, said
+    assert b"answer secret True" in said and b"interrupted True" in said and b"exit code 0" in said, said
+
+
+def test_a_host_without_a_shell(monkeypatch):
+    """A machine that has no /bin/sh has no guardian, and plugins run all the same."""
+    import subprocess as real
+
+    class NoShell(real.Popen):
+        def __init__(self, args, *others, **options):
+            if args[0].endswith("/sh"):
+                raise FileNotFoundError(args[0])
+            super().__init__(args, *others, **options)
+
+    monkeypatch.setattr(real, "Popen", NoShell)
+    with miniplug.launch(WORKSHOP) as plugin:
+        assert plugin.dispense().greet("x") == "Hello, x!"

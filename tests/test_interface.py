@@ -1,0 +1,301 @@
+"""Typed proxies: what an interface may ask, what is told of a plugin, and what a proxy refuses."""
+
+import abc
+import copy
+import io
+import os
+import pickle
+import pydoc
+import sys
+import typing
+
+import pytest
+from conftest import WINDOWS, WORKSHOP
+from test_session import frame, pair, raw  # noqa: F401
+
+import miniplug
+
+posix = pytest.mark.skipif(WINDOWS, reason="a pair of AF_UNIX sockets")
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class Shop:
+    """All the kinds of methods there are."""
+
+    def plain(self, a, b):
+        """Two by position or by name."""
+
+    def defaults(self, a, b=2, *, c=3):
+        pass
+
+    def only_names(self, *, a, b=1):
+        pass
+
+    def everything(self, *args, **kwargs):
+        pass
+
+    def many(self, *args):
+        pass
+
+    def named(self, **kwargs):
+        pass
+
+    @staticmethod
+    def static(a: int, b: str = "x") -> "typing.List[int]":
+        """A static one."""
+
+    @classmethod
+    def of_class(cls, a):
+        pass
+
+    async def later(self, a):
+        pass
+
+    def _private(self):
+        pass
+
+    value = 7
+
+
+def adopt(both, interface):
+    proxy = both.dispense("s")
+    proxy._adopt(interface)
+    return proxy
+
+
+@pytest.fixture
+def both(pair):  # noqa: F811
+    return pair({"s": Shop()})
+
+
+def interface(source, base=abc.ABC):
+    """A class whose methods are declared like that."""
+    scope = {"abc": abc, "Base": base, "typing": typing}
+    exec(f"class Interface(Base):\n    {source}", scope)
+    return scope["Interface"]
+
+
+AGREES = [
+    "def plain(self, a, b): ...",
+    "def defaults(self, a, b=2, *, c=3): ...",
+    "def defaults(self, a): ...",
+    "def defaults(self, a, b): ...",
+    "def defaults(self, a, *, c): ...",
+    "def only_names(self, *, a): ...",
+    "def only_names(self, *, b=1, a): ...",
+    "def everything(self, a, b=1, *c, d, e=2, **f): ...",
+    "def many(self): ...",
+    "def many(self, *args): ...",
+    "def named(self, *, a, b=3, **kwargs): ...",
+    "@staticmethod\n    def static(a, b='y'): ...",
+    "def static(self, a): ...",
+    "@classmethod\n    def of_class(cls, a): ...",
+    "def of_class(self, a): ...",
+    "async def later(self, a): ...",
+    "def later(self, a): ...",
+    "_own = 1\n    def _helper(self): ...",
+    "@property\n    def concrete(self): return 1",
+]
+
+
+@posix
+@pytest.mark.parametrize("source", AGREES)
+@pytest.mark.parametrize("base", [abc.ABC, object])
+def test_what_agrees_passes(both, source, base):
+    made = interface(source, base)
+    assert isinstance(adopt(both, made), made)
+
+
+DIFFERS = [
+    ("def plain(self, a): ...", "plain"),
+    ("def plain(self, a, b, c): ...", "plain"),
+    ("def plain(self, a, b=1): ...", "plain"),
+    ("def plain(self, a, c): ...", "plain"),
+    ("def plain(self, b, a): ...", "plain"),
+    ("def plain(self, *args): ...", "plain"),
+    ("def plain(self, a, b, *args): ...", "plain"),
+    ("def plain(self, a, b, **kwargs): ...", "plain"),
+    ("def plain(self, *, a, c): ...", "plain"),
+    ("def defaults(self, a, b, c): ...", "defaults"),
+    ("def defaults(self): ...", "defaults"),
+    ("def only_names(self, a): ...", "only_names"),
+    ("def only_names(self): ...", "only_names"),
+    ("def many(self, a): ...", "many"),
+    ("def many(self, *, a): ...", "many"),
+    ("def named(self, a): ...", "named"),
+    ("@staticmethod\n    def static(): ...", "static"),
+    ("@classmethod\n    def of_class(cls): ...", "of_class"),
+    ("@classmethod\n    def of_class(cls, a, b): ...", "of_class"),
+    ("def missing(self): ...", "'missing'"),
+    ("def concrete(self): return 1", "'concrete'"),
+    ("@property\n    @abc.abstractmethod\n    def prop(self): ...", "'prop' is a property"),
+    ("@abc.abstractmethod\n    def _hidden(self): ...", "'_hidden' is private"),
+]
+
+
+@posix
+@pytest.mark.parametrize("source, named", DIFFERS)
+def test_what_differs_is_told(both, source, named):
+    with pytest.raises(miniplug.InterfaceMismatch) as caught:
+        adopt(both, interface(source))
+    assert len(caught.value.differences) == 1 and named in caught.value.differences[0]
+    assert caught.value.differences[0] in str(caught.value) and isinstance(caught.value, TypeError)
+
+
+@posix
+def test_every_difference_is_in_one_error(both):
+    sources = "\n    ".join(source for source, named in DIFFERS if "missing" not in source and "plain(" not in source)
+    with pytest.raises(miniplug.InterfaceMismatch) as caught:
+        adopt(both, interface(sources))
+    told = "\n".join(caught.value.differences)
+    for name in ("defaults", "only_names", "many", "named", "static", "of_class", "'concrete'", "'prop'", "'_hidden'"):
+        assert told.count(f"{name}(") + told.count(f"{name} is") + told.count(f"method {name}") >= 1, name
+    assert len(caught.value.differences) == 9
+
+
+@posix
+def test_protocols(both):
+    class Plain(typing.Protocol):
+        def plain(self, a, b): ...
+
+    class Missing(Plain, typing.Protocol):
+        def nothing(self): ...
+
+        @property
+        def value(self): ...
+
+    assert adopt(both, Plain) is not None
+    with pytest.raises(miniplug.InterfaceMismatch) as caught:
+        adopt(both, Missing)
+    assert len(caught.value.differences) == 2
+
+
+@posix
+def test_positional_only_arguments(both):
+    assert adopt(both, interface("def plain(self, x, y, /): ..."))
+    with pytest.raises(miniplug.InterfaceMismatch):
+        adopt(both, interface("def plain(self, x, /, c): ..."))
+
+
+def test_dispense_checks_at_once_and_gives_an_instance():
+    class Greeter(abc.ABC):
+        @abc.abstractmethod
+        def greet(self, name): ...
+
+        def twice(self, name):
+            return "not run here"
+
+    class Only(abc.ABC):
+        @abc.abstractmethod
+        def greet(self, name): ...
+
+    with miniplug.launch(WORKSHOP) as plugin:
+        greeter = plugin.dispense("workshop", Only, timeout=20)
+        assert isinstance(greeter, Only) and greeter.greet(name="you") == "Hello, you!"
+        with pytest.raises(miniplug.InterfaceMismatch, match="'twice'"):
+            plugin.dispense("workshop", Greeter)
+        assert plugin.running
+
+
+# -- what is told
+
+
+def test_describe_tells_signatures_and_docs():
+    with miniplug.launch(WORKSHOP) as plugin:
+        found = plugin.describe()
+        assert list(found) == ["workshop"]
+        greet = found["workshop"]["greet"]
+        assert greet == miniplug.MethodInfo("greet", "(name)", "Say hello.")
+        assert found["workshop"]["echo"].signature == "(*args, **kwargs)" and found["workshop"]["echo"].doc is None
+        assert "__init__" not in found["workshop"] and "lock" not in found["workshop"]
+
+
+@posix
+def test_help_shows_the_plugins_signature_and_doc(both):
+    proxy = both.dispense("s")
+    out = io.StringIO()
+    pydoc.Helper(output=out).help(proxy.static)
+    assert "static(a: int, b: str = 'x')" in out.getvalue() and "A static one." in out.getvalue()
+    import inspect
+
+    assert str(inspect.signature(proxy.plain)) == "(a, b)" and proxy.plain.__doc__ == "Two by position or by name."
+    assert proxy.plain.__name__ == "plain" and "plain" in repr(proxy.plain)
+
+
+@posix
+def test_dir_and_hasattr(both):
+    proxy = both.dispense("s")
+    assert {"plain", "static", "of_class", "later"} <= set(dir(proxy))
+    assert hasattr(proxy, "plain") and not hasattr(proxy, "value") and not hasattr(proxy, "_private")
+    assert getattr(proxy, "nothing", "default") == "default"
+    with pytest.raises(miniplug.MethodNotFound, match="did you mean 'plain'") as caught:
+        proxy.plane()
+    assert "plain" in caught.value.matches
+
+
+# -- what is refused
+
+
+@posix
+def test_attributes_cannot_be_set(both):
+    proxy = both.dispense("s")
+    for name in ("new", "plain", "_private", "value"):
+        with pytest.raises(AttributeError, match="has methods only"):
+            setattr(proxy, name, 1)
+    assert callable(proxy.plain)
+
+
+@posix
+@pytest.mark.parametrize("use", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(both, use):
+    proxy = both.dispense("s")
+    for each in (proxy, proxy.plain, [proxy]):
+        if each == [proxy] and use is copy.copy:
+            continue
+        with pytest.raises(miniplug.NotSerializable, match="proxy"):
+            use(each)
+
+
+# -- what a foreign plugin may answer
+
+
+def test_a_plugin_that_does_not_describe_itself_is_dispensed():
+    class Greeter(abc.ABC):
+        @abc.abstractmethod
+        def greet(self, name): ...
+
+    with miniplug.launch([sys.executable, os.path.join(HERE, "plugins", "raw_plugin.py")], env={"PYTHONPATH": ""}) as plugin:
+        greeter = plugin.dispense("greeter", Greeter)
+        assert greeter.greet("you") == "Hello, you!" and isinstance(greeter, Greeter)
+        assert greeter.greet.__doc__ is None or isinstance(greeter.greet.__doc__, str)
+
+
+RUBBISH = [
+    b"null", b"7", b"[]", b'"x"', b"{}", b'{"plain":7}', b'{"plain":[]}', b'{"plain":[1,2,3]}', b'{"plain":[null,null,null]}',
+           b'{"plain":["(","doc",[[]]]}', b'{"plain":["(","doc",[["a",9,null,null],["return",0,null,null]]]}',
+           b'{"plain":["(","doc",[[7,1,null,null],["return",0,null,null]]]}',
+           b'{"plain":["(","doc",[["a b",1,null,null],["return",0,null,null]]]}',
+           b'{"plain":["(","doc",[["a",[],null,null],["return",0,null,null]]]}',
+           b'{"plain":["(","doc",[["a",1,null,null],["a",1,null,null],["return",0,null,null]]]}',
+           b'{"plain":["(","doc",[["a",2,"1",null],["b",1,[],{}],["return",0,null,null]]]}']
+
+
+@posix
+@pytest.mark.parametrize("body", RUBBISH)
+def test_rubbish_about_itself_does_no_harm(body):
+    class Plain(abc.ABC):
+        @abc.abstractmethod
+        def plain(self, a): ...
+
+    session, theirs = raw()
+    reference = frame(3, b'{"$ref":[5,["plain"],false]}', flags=1, number=1)
+    theirs.sendall(reference + frame(3, body, number=2) + frame(3, body, number=3))
+    proxy = session.call(0, "dispense", ("s",), {}, 10)
+    proxy._adopt(Plain)
+    assert isinstance(proxy, Plain)
+    repr(proxy.plain.__doc__)
+    getattr(proxy.plain, "__signature__", None)
+    assert session.ended is None
+    session.end(EOFError())
+    session.dispose()
+    theirs.close()

@@ -1,0 +1,352 @@
+"""What a plugin prints and logs reaches the host: in order, whole, and without ever hurting it."""
+
+import io
+import json
+import logging
+import os
+import sys
+import threading
+
+import pytest
+from conftest import WORKSHOP, swallow, until
+
+import miniplug
+
+
+class Collector(logging.Handler):
+    """Keeps records, and tells when one has come."""
+
+    def __init__(self):
+        super().__init__(0)
+        self.records = []
+        self.changed = threading.Condition()
+
+    def emit(self, record):
+        with self.changed:
+            self.records.append(record)
+            self.changed.notify_all()
+
+    def await_message(self, message, count=1):
+        def there():
+            return [record for record in self.records if record.getMessage() == message]
+
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(there()) >= count, 20), [r.getMessage() for r in self.records]
+            return there()[count - 1]
+
+
+@pytest.fixture
+def log():
+    """A logger of its own at level DEBUG, and what it collects."""
+    logger = logging.getLogger("host.plugins.shop")
+    collector = Collector()
+    logger.addHandler(collector)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    yield collector
+    logger.removeHandler(collector)
+
+
+@pytest.fixture
+def shop(log):
+    with miniplug.launch(WORKSHOP, logger=logging.getLogger("host.plugins.shop")) as plugin:
+        yield plugin.dispense()
+
+
+def test_stdout_and_stderr_lines_are_logged(shop, log):
+    shop.say("to stdout")
+    shop.say("to stderr", "stderr")
+    out, err = log.await_message("to stdout"), log.await_message("to stderr")
+    assert (out.name, out.levelname) == ("host.plugins.shop.stdout", "INFO")
+    assert (err.name, err.levelname) == ("host.plugins.shop.stderr", "WARNING")
+
+
+def test_the_default_logger():
+    collector = Collector()
+    logging.getLogger("miniplug.pub").addHandler(collector)
+    logging.getLogger("miniplug.pub").setLevel(logging.INFO)
+    with miniplug.launch(WORKSHOP, name="pub") as plugin:
+        plugin.dispense().say("hello")
+        assert collector.await_message("hello").name == "miniplug.pub.stdout"
+    logging.getLogger("miniplug.pub").removeHandler(collector)
+
+
+def test_records_keep_level_name_and_fields(shop, log):
+    shop.log(logging.WARNING, "100% sure", "shop.till", price=12, tags=["a"])
+    record = log.await_message("100% sure")
+    assert (record.name, record.levelno) == ("host.plugins.shop.shop.till", logging.WARNING)
+    assert (record.price, record.tags) == (12, ["a"])
+    assert abs(record.created - __import__("time").time()) < 60
+    shop.log(25, "in between", "")
+    record = log.await_message("in between")
+    assert (record.name, record.levelno) == ("host.plugins.shop", 25)
+    shop.log(logging.CRITICAL, "critical")
+    assert log.await_message("critical").levelname == "CRITICAL"
+    shop.log(logging.INFO, "two\nlines")
+    assert log.await_message("two\nlines").levelname == "INFO"
+
+
+def test_the_plugin_logs_at_the_level_of_the_hosts_logger(log):
+    logger = logging.getLogger("host.plugins.shop")
+    logger.setLevel(logging.ERROR)
+    with miniplug.launch(WORKSHOP, logger=logger) as plugin:
+        shop = plugin.dispense()
+        logger.setLevel(logging.DEBUG)  # so that whatever were sent would be seen
+        shop.log(logging.WARNING, "not sent")
+        shop.log(logging.ERROR, "sent")
+        log.await_message("sent")
+    assert not [record for record in log.records if record.getMessage() == "not sent"]
+
+
+def test_exceptions_are_logged_with_their_traceback(shop, log):
+    shop.log_exception("it failed")
+    record = log.await_message("it failed")
+    assert record.levelno == logging.ERROR
+    text = logging.Formatter().format(record)
+    assert text.startswith("it failed\nTraceback") and text.endswith("LookupError: logged")
+
+
+def test_a_printed_traceback_is_one_record(shop, log):
+    shop.print_traceback()
+    until(lambda: [record for record in log.records if "LookupError: printed" in record.getMessage()])
+    (record,) = [record for record in log.records if "LookupError" in record.getMessage()]
+    assert record.levelno == logging.ERROR
+    assert record.getMessage().startswith("Traceback (most recent call last):\n")
+    assert record.getMessage().endswith("\nLookupError: printed")
+
+
+def test_a_chained_traceback_and_one_of_a_thread(write, log):
+    path = write("plugin.py", """
+        import threading, traceback
+        class P:
+            def chained(self):
+                try:
+                    try:
+                        1 / 0
+                    except ZeroDivisionError as error:
+                        raise KeyError("outer") from error
+                except KeyError:
+                    traceback.print_exc()
+                print("after", flush=True)
+            def in_a_thread(self):
+                thread = threading.Thread(target=lambda: 1 / 0, name="worker")
+                thread.start()
+                thread.join()
+    """)
+    with miniplug.launch(path + ":P", logger=logging.getLogger("host.plugins.shop")) as plugin:
+        plugin.dispense().chained()
+        plugin.dispense().in_a_thread()
+    errors = [record.getMessage() for record in log.records if record.levelno == logging.ERROR]
+    assert len(errors) == 2, errors
+    assert "ZeroDivisionError" in errors[0] and "direct cause" in errors[0] and errors[0].endswith("KeyError: 'outer'")
+    assert errors[1].startswith("Exception in thread worker") and errors[1].endswith("ZeroDivisionError: division by zero")
+
+
+def test_import_time_output_and_logging(write, log):
+    path = write("plugin.py", """
+        import logging, sys
+        print("printed at import")
+        print("to stderr at import", file=sys.stderr)
+        logging.getLogger("early").info("logged at import")
+        class P:
+            pass
+    """)
+    with miniplug.launch(path + ":P", logger=logging.getLogger("host.plugins.shop")):
+        pass
+    assert log.await_message("logged at import").name == "host.plugins.shop.early"
+    assert log.await_message("printed at import").name.endswith("stdout")
+    assert log.await_message("to stderr at import").name.endswith("stderr")
+
+
+def test_the_plugins_own_configuration_wins(write, log):
+    path = write("plugin.py", """
+        import logging
+        logging.basicConfig(format="mine: %(message)s", level=logging.ERROR)
+        logging.getLogger("x").warning("not shown")
+        logging.getLogger("x").error("shown")
+        class P: pass
+    """)
+    with miniplug.launch(path + ":P", logger=logging.getLogger("host.plugins.shop")):
+        pass
+    assert [record.getMessage() for record in log.records] == ["mine: shown"]
+
+
+def test_a_plugin_that_does_not_log_does_not_import_logging(write):
+    path = write("plugin.py", "import sys\nclass P:\n    def modules(self): return sorted(sys.modules)\n")
+    with miniplug.launch(path + ":P") as plugin:
+        assert "logging" not in plugin.dispense().modules()
+
+
+def test_everything_before_a_crash_arrives():
+    lines = []
+    plugin = miniplug.launch(WORKSHOP, stdout=lines.append)
+    shop = plugin.dispense()
+    shop.write_bytes(b"".join(b"%d\n" % number for number in range(20000)))
+    with pytest.raises(miniplug.PluginCrashed):
+        shop.say_and_die("last words")
+    assert lines == [*map(str, range(20000)), "out: last words"]
+
+
+def test_lines_of_any_length_and_any_bytes():
+    lines = []
+    with miniplug.launch(WORKSHOP, stdout=lines.append) as plugin:
+        shop = plugin.dispense()
+        shop.write_bytes(b"x" * 3000000 + b"\n")
+        shop.write_bytes(bytes(range(256)) + b"\n\n\r\n\xff\xfe no end")
+    assert lines[0] == "x" * 3000000
+    low, high = bytes(range(10)).decode(), bytes(range(11, 128)).decode()
+    assert lines[1] == low
+    assert lines[2] == high + "".join(f"\\x{byte:02x}" for byte in range(128, 256))
+    assert lines[3:] == ["", "", "\\xff\\xfe no end"]
+
+
+def test_a_line_beyond_all_bounds_comes_in_pieces(monkeypatch):
+    monkeypatch.setattr(miniplug, "_LINE_LIMIT", 100000)
+    lines = []
+    with miniplug.launch(WORKSHOP, stdout=lines.append) as plugin:
+        plugin.dispense().write_bytes(b"y" * 1000000)
+    assert "".join(lines) == "y" * 1000000 and max(map(len, lines)) < 200000
+
+
+MALFORMED = [
+    "{", "{}", "[1, 2]", "7", "null", '{"a": 1}', '{"@message": 5}', '{"@message": null, "@level": "info"}', '{"@message": ["x"]}',
+    '{"@level": 3, "@message": "level"}', "[" * 100000, '{"@message": ' + "[" * 100000, '{"@message": 1' + "0" * 10000 + "}",
+    '{"\ud800": "\udfff"}', "{" + "\x00" * 10,
+]
+
+
+def test_malformed_lines_are_logged_as_they_are(shop, log):
+    for line in MALFORMED:
+        shop.write_bytes(line.encode("utf-8", "surrogatepass") + b"\n", 2)
+    shop.say("the end", "stderr")
+    log.await_message("the end")
+    messages = [record.getMessage() for record in log.records]
+    assert len(messages) == len(MALFORMED) + 1
+    assert messages[:10] == MALFORMED[:10]
+
+
+def test_hostile_records_do_no_harm(shop, log):
+    hostile = [
+        {"@message": "m", "msg": "x", "args": [1], "getMessage": "x", "levelno": "x", "name": "y", "exc_info": [1, 2, 3], "": 1},
+        {"@message": "%s %d %(x)s", "@level": "no such level"},
+        {"@message": "time", "@timestamp": "yesterday"},
+        {"@message": "time2", "@timestamp": 10**400},
+        {"@message": "time3", "@timestamp": "9999-12-31T23:59:59Z"},
+        {"@message": "level", "@levelno": 10**100},
+        {"@message": "module", "@module": "..a..b."},
+        {"@message": "trace", "@traceback": {"a": 1}, "__class__": "x", "__dict__": "y"},
+    ]
+    for fields in hostile:
+        shop.write_bytes(json.dumps(fields).encode() + b"\n", 2)
+    shop.say("the end", "stderr")
+    log.await_message("the end")
+    formatter = logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
+    for record in log.records:
+        formatter.format(record)
+    assert {"m", "%s %d %(x)s", "time", "time2", "time3", "level", "module", "trace"} <= {r.getMessage() for r in log.records}
+
+
+def test_a_callable_that_raises_stops_nothing(log, caplog):
+    seen = []
+
+    def take(line):
+        seen.append(line)
+        raise SystemExit("from the callable")
+
+    with miniplug.launch(WORKSHOP, stdout=take) as plugin:
+        plugin.dispense().say("one")
+        plugin.dispense().say("two")
+    assert seen == ["one", "two"]
+    assert "what takes a plugin's output raised" in caplog.text
+
+
+def test_a_log_handler_that_raises_stops_nothing(shop, log):
+    class Bad(logging.Handler):
+        def handle(self, record):
+            raise RuntimeError("bad handler")
+
+    bad = Bad()
+    logging.getLogger("host.plugins.shop.stdout").addHandler(bad)
+    shop.say("one")
+    shop.say("two")
+    logging.getLogger("host.plugins.shop.stdout").removeHandler(bad)
+    until(lambda: shop.say("three") or [r for r in log.records if r.getMessage() == "three"])
+
+
+def test_sinks(capfd, tmp_path):
+    text = io.StringIO()
+    with open(str(tmp_path / "out"), "w", encoding="utf-8") as file, \
+            miniplug.launch(WORKSHOP, stdout=file, stderr=text) as plugin:
+        plugin.dispense().say("grüße")
+        plugin.dispense().say("to stderr", "stderr")
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "grüße\n"
+    assert text.getvalue() == "to stderr\n"
+    with miniplug.launch(WORKSHOP, stdout="discard", stderr="discard") as plugin:
+        plugin.dispense().say("nobody hears")
+    assert capfd.readouterr().out == ""
+    with miniplug.launch(WORKSHOP, stdout="inherit") as plugin:
+        plugin.dispense().say("everybody hears")
+    assert capfd.readouterr().out.splitlines() == ["everybody hears"]
+
+
+def test_output_nobody_reads_quickly_does_not_disturb_the_calls():
+    """The plugin fills its stdout pipe while the host's callable hangs; calls go on, and close is bounded."""
+    hold, held = threading.Event(), threading.Event()
+
+    def take(line):
+        held.set()
+        hold.wait(20)
+
+    plugin = miniplug.launch(WORKSHOP, stdout=take)
+    shop = plugin.dispense()
+    threading.Thread(target=lambda: swallow(shop.write_bytes, b"line\n" * 100000), daemon=True).start()
+    assert held.wait(20)
+    assert shop.greet("x") == "Hello, x!"
+    start = __import__("time").monotonic()
+    plugin.close(0.3)
+    assert __import__("time").monotonic() - start < 2.3
+    hold.set()
+
+
+def test_a_plugin_that_replaces_its_streams(write, log):
+    path = write("plugin.py", """
+        import io, sys, os, logging
+        class P:
+            def replace(self):
+                sys.stdout = sys.stderr = io.StringIO()
+                print("into the void")
+                logging.getLogger("x").warning("still logged")
+            def close(self):
+                os.close(1)
+                return "closed"
+    """)
+    with miniplug.launch(path + ":P", logger=logging.getLogger("host.plugins.shop")) as plugin:
+        plugin.dispense().replace()
+        log.await_message("still logged")
+        assert plugin.dispense().close() == "closed"
+        assert plugin.ping() > 0
+
+
+def test_miniplug_sets_no_level_and_no_propagate():
+    with miniplug.launch(WORKSHOP, name="untouched") as plugin:
+        plugin.dispense().say("x")
+    for name in ("miniplug", "miniplug.untouched", "miniplug.untouched.stdout"):
+        assert logging.getLogger(name).level == logging.NOTSET and logging.getLogger(name).propagate
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.version_info < (3, 11), reason="exception groups are new")
+def test_an_exception_group_is_one_record(write, log):
+    path = write("plugin.py", """
+        import traceback
+        class P:
+            def group(self):
+                try:
+                    raise ExceptionGroup("several", [ValueError(1), TypeError(2)])
+                except ExceptionGroup:
+                    traceback.print_exc()
+                print("plain line", flush=True)
+    """)
+    with miniplug.launch(path + ":P", logger=logging.getLogger("host.plugins.shop")) as plugin:
+        plugin.dispense().group()
+    errors = [record.getMessage() for record in log.records if record.name.endswith("stderr")]
+    assert len(errors) == 1 and "ValueError: 1" in errors[0] and "TypeError: 2" in errors[0]

@@ -1,0 +1,49 @@
+"""The README is followed to the letter: its files written, its commands run, its output compared."""
+
+import os
+import re
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+from readme import blocks, follow
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def the_test_command():
+    """The README's command for the tests. It is not run from the tests; `.ci/run` runs it."""
+    commands = [text for kind, text in blocks(README) if kind == "sh" and "pytest" in text]
+    assert len(commands) == 1
+    return commands[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the README shows a death by signal, which Windows has not")
+def test_readme_shows_what_really_happens(tmp_path):
+    shutil.copy(str(ROOT / "miniplug.py"), str(tmp_path))
+    shutil.copytree(str(ROOT / "examples" / "greeter"), str(tmp_path / "examples" / "greeter"))
+    follow(README, tmp_path, elsewhere=[the_test_command()])
+
+
+def test_readme_begins_with_the_two_commands():
+    commands = [text for kind, text in blocks(README) if kind == "sh"]
+    assert commands[:2] == ["python3 examples/greeter/host.py\n", the_test_command()]
+
+
+def test_ci_runs_the_command_that_the_readme_gives():
+    assert the_test_command() in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no such bit on Windows")
+def test_ci_is_executable():
+    assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize("folder", [ROOT, *(path.parent for path in sorted(ROOT.glob("examples/*/README.md")))],
+                         ids=lambda folder: folder.name)
+def test_links_lead_somewhere(folder):
+    path = folder / "README.md"
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+        assert (folder / target).exists(), target

@@ -1,0 +1,566 @@
+"""Two sessions over a socket pair: overlap, nesting, deadlines, interruption, the end; and all of it at random."""
+
+import gc
+import os
+import random
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+
+import pytest
+from conftest import WINDOWS, until
+
+import miniplug
+
+pytestmark = pytest.mark.skipif(WINDOWS, reason="a pair of AF_UNIX sockets")
+LIMIT = 1 << 24
+
+
+class Pair:
+    """A serving session and one that only calls, each with its objects."""
+
+    def __init__(self, served, others=None, max_workers=64, limit=LIMIT):
+        ends = [miniplug._SocketChannel(end) for end in socket.socketpair()]
+        terms = miniplug._Terms(1, "json", limit)
+
+        def lost(cause):
+            return lambda calls: miniplug.PluginCrashed("gone", calls=calls)
+
+        self.served = [miniplug._Served(served), miniplug._Served(others or {})]
+        self.there = miniplug._open_session(ends[0], terms, limit, self.served[0], lost, True, max_workers)
+        self.here = miniplug._open_session(ends[1], terms, limit, self.served[1], lost, bool(others))
+        self.references = self.there.references
+
+    def dispense(self, name, session=None):
+        return (session or self.here).call(0, "dispense", (name,), {}, 10)
+
+    def close(self):
+        self.here.channel.shutdown()
+        for session in (self.here, self.there):
+            session.end(EOFError())
+            session.dispose()
+        for served in self.served:
+            served.close()
+
+
+@pytest.fixture
+def pair(request):
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(Pair(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def in_threads(*functions):
+    """Run functions in threads of their own; returns their results, or raises the first exception."""
+    results = [None] * len(functions)
+    errors = []
+
+    def run(index, function):
+        try:
+            results[index] = function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(functions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(50)
+        assert not thread.is_alive(), "a call was left waiting"
+    if errors:
+        raise errors[0]
+    return results
+
+
+def settled(both):
+    """Both sessions have forgotten every call."""
+    gc.collect()
+    until(lambda: not (both.here._calls or both.there._calls or both.here._requests or both.there._requests), 5)
+    assert not (both.here._unattended or both.there._unattended or both.here._waiting or both.there._waiting)
+
+
+class Meeting:
+    """Calls that can only end when so many of them run at once."""
+
+    def __init__(self, count):
+        self.barrier = threading.Barrier(count)
+        self.lock = threading.Lock()
+        self.running = self.most = 0
+
+    def meet(self):
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        self.barrier.wait(20)
+        with self.lock:
+            self.running -= 1
+        return True
+
+
+def test_calls_overlap(pair):
+    """Sixteen calls that wait for each other, twice: also the first time, when nobody knows yet that they are slow."""
+    proxy = pair({"m": Meeting(16)}).dispense("m")
+    for _ in range(2):
+        assert in_threads(*[proxy.meet] * 16) == [True] * 16
+
+
+def test_an_answer_is_held_back_for_no_call_that_another_thread_has_taken(pair, monkeypatch):
+    """Calls that come together may be answered together, but not when others than their reader run them."""
+
+    class Late(Meeting):
+        def meet(self):
+            super().meet()
+            until(lambda: not both.there._ticking)  # so that the clock sends nothing on, either
+            return True
+
+    both = pair({"m": Late(8)})
+    proxy, channel = both.dispense("m"), both.here.channel
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(channel, "send", lambda frames, deadline=None: channel.post(frames, later=True))
+            calls = [proxy.meet.submit() for _ in range(8)]
+        channel.flush()  # all at once
+        assert [call.result(10) for call in calls] == [True] * 8
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_at_most_max_workers_run_at_once(pair, workers):
+    meeting = Meeting(workers)
+    proxy = pair({"m": meeting}, max_workers=workers).dispense("m")
+    assert in_threads(*[proxy.meet] * (workers * 6)) == [True] * (workers * 6)
+    assert meeting.most == workers
+
+
+def test_more_calls_than_workers_cost_no_thread_each(pair):
+    meeting = Meeting(4)
+    both = pair({"m": meeting}, max_workers=4)
+    proxy = both.dispense("m")
+    most = []
+
+    def meet():
+        proxy.meet()
+        most.append(sum(thread.name == "miniplug-worker" for thread in threading.enumerate()))
+
+    in_threads(*[meet] * 40)
+    assert max(most) <= 4 + 2
+
+
+def test_a_slow_call_holds_up_nobody(pair):
+    class Slow:
+        def __init__(self):
+            self.go = threading.Event()
+
+        def wait(self):
+            return self.go.wait(20)
+
+        def quick(self):
+            return "quick"
+
+        def release(self):
+            self.go.set()
+
+    proxy = pair({"s": Slow()}).dispense("s")
+    waiting = threading.Thread(target=proxy.wait)
+    waiting.start()
+    for _ in range(100):
+        assert proxy.quick() == "quick"
+    proxy.release()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+class Echo:
+    def __init__(self):
+        self.other = None
+
+    def echo(self, value):
+        return value
+
+    def down(self, depth):
+        """Call the other side, which calls this one, and so on, to the bottom."""
+        return [depth] if not depth else [depth, *self.other.down(depth - 1)]
+
+    def fail(self, depth):
+        if not depth:
+            raise KeyError("at the bottom")
+        self.other.fail(depth - 1)
+
+
+@pytest.fixture
+def both_ways(pair):
+    here, there = Echo(), Echo()
+    both = pair({"there": there}, {"here": here})
+    here.other = both.dispense("there")
+    there.other = both.dispense("here", both.there)
+    yield here.other
+    here.other = there.other = None
+
+
+def test_calls_nest_both_ways(both_ways):
+    assert both_ways.down(60) == list(range(60, -1, -1))
+    with pytest.raises(KeyError):
+        both_ways.fail(20)
+
+
+def test_calls_nest_from_many_threads(both_ways):
+    for results in in_threads(*[lambda: [both_ways.down(10) for _ in range(20)]] * 8):
+        assert results == [list(range(10, -1, -1))] * 20
+
+
+def test_nesting_needs_no_worker_for_each_level(pair):
+    here, there = Echo(), Echo()
+    both = pair({"there": there}, {"here": here}, max_workers=1)
+    here.other, there.other = both.dispense("there"), both.dispense("here", both.there)
+    assert here.other.down(30) == list(range(30, -1, -1))
+    here.other = there.other = None
+
+
+def test_a_late_answer_is_dropped(pair):
+    class Late:
+        def __init__(self):
+            self.go = threading.Event()
+
+        def wait(self):
+            self.go.wait(20)
+            return "late"
+
+        def release(self):
+            self.go.set()
+
+    both = pair({"l": Late()})
+    proxy = both.dispense("l")
+    with pytest.raises(miniplug.CallTimeout):
+        proxy.wait.timeout(0.05)()
+    assert not both.here._calls
+    proxy.release()
+    assert both.here.ping(5) > 0
+    until(lambda: not both.here._calls and not both.there._requests)
+
+
+def test_a_deadline_covers_waiting_to_send(pair):
+    """The other side does not read: the call still ends in time, and the connection is whole once it reads again."""
+    both = pair({"e": Echo()})
+    proxy = both.dispense("e")
+    with both.there._lock:  # its pool cannot take a step
+        start = time.monotonic()
+        for size in (3000000, 10, 5000000):
+            with pytest.raises(miniplug.CallTimeout):
+                proxy.echo.timeout(0.1)("x" * size)
+        assert time.monotonic() - start < 5
+    assert proxy.echo("after") == "after"
+
+
+def test_large_values_both_ways_at_once(pair):
+    """Neither side reads while it writes, unless somebody else does."""
+    proxy = pair({"e": Echo()}).dispense("e")
+    big = bytes(range(256)) * 20000
+    text = "ä" * 3000000
+
+    def echo(value):
+        for _ in range(3):
+            assert proxy.echo(value) == value
+        return True
+
+    assert in_threads(*[lambda: echo(big), lambda: echo(text), lambda: echo([big, text, 5])] * 2) == [True] * 6
+
+
+def test_the_end_fails_what_waits_and_what_comes_later(pair):
+    class Forever:
+        def __init__(self):
+            self.entered = threading.Event()
+
+        def wait(self):
+            self.entered.set()
+            deadline = time.monotonic() + 20
+            while not miniplug.cancelled() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            return miniplug.cancelled()
+
+    forever = Forever()
+    both = pair({"f": forever})
+    proxy = both.dispense("f")
+    caught = []
+
+    def wait():
+        with pytest.raises(miniplug.PluginCrashed) as error:
+            proxy.wait()
+        caught.append(error.value)
+
+    threads = [threading.Thread(target=wait) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    assert forever.entered.wait(10)
+    both.there.channel.shutdown()
+    for thread in threads:
+        thread.join(10)
+    assert len(set(map(id, caught))) == 5 and all(error.calls for error in caught)
+    with pytest.raises(miniplug.DeadReference):
+        proxy.wait()
+    assert both.there.finished.wait(5)
+
+
+def test_after_stop_nothing_new_is_taken(pair):
+    both = pair({"e": Echo()})
+    proxy = both.dispense("e")
+    both.here.post(miniplug._SHUTDOWN, 0, 0.5)
+    assert both.there.finished.wait(5) and both.there.closing == 0.5
+    with pytest.raises(miniplug.PluginClosed, match="shutting down"):
+        proxy.echo(1)
+
+
+def test_a_thread_that_cannot_start_fails_its_call(pair, monkeypatch):
+    class Slow:
+        def __init__(self):
+            self.go = threading.Event()
+
+        def wait(self):
+            return self.go.wait(20)
+
+        def release(self):
+            self.go.set()
+
+    slow = Slow()
+    both = pair({"s": slow}, {"s": slow})
+    message = miniplug._Message(miniplug._CALL, 0, 7, 0, [0, "listMethods", [], {}])
+    sent = []
+    monkeypatch.setattr(both.here, "send", lambda *args, **kwargs: sent.append(args))
+
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    slots = both.here._slots
+    both.here._handle_elsewhere(message)
+    assert sent[0][0] == miniplug._ERROR and b"can't start new thread" in sent[0][2][0]
+    assert both.here._slots == slots and not both.here._ready
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals come to the main thread")
+def test_ctrl_c_at_any_moment_leaves_the_connection_whole(pair):
+    """A signal handler that raises strikes the calling thread at random moments; no answer is lost or mixed up."""
+
+    class Interrupt(BaseException):
+        pass
+
+    def handler(number, frame):
+        if armed[0]:
+            armed[0] = False
+            raise Interrupt
+
+    armed = [False]
+    proxy = pair({"e": Echo()}).dispense("e")
+    rng = random.Random(1)
+    big = "y" * 200000
+    others = threading.Thread(target=lambda: [proxy.echo(-number) for number in range(3000)])
+    over = threading.Event()
+
+    def strike():
+        while not over.wait(rng.uniform(0.00001, 0.002)):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    striker = threading.Thread(target=strike)
+    before = signal.signal(signal.SIGUSR1, handler)
+    others.start()
+    striker.start()
+    struck = 0
+    try:
+        for number in range(400):
+            try:
+                armed[0] = True
+                while armed[0]:
+                    assert proxy.echo(number) == number
+                    if number % 10 == 0:
+                        assert proxy.echo([big, number, b"z" * 5000]) == [big, number, b"z" * 5000]
+            except Interrupt:
+                struck += 1
+    finally:
+        armed[0] = False
+        over.set()
+        striker.join()
+        signal.signal(signal.SIGUSR1, before)
+    others.join(30)
+    assert not others.is_alive()
+    assert struck > 300
+    assert proxy.echo("whole") == "whole"
+
+
+def test_at_random(pair):
+    """Calls of every size, nesting, deadlines and failures from many threads at once, each answer checked."""
+    here, there = Echo(), Echo()
+    both = pair({"there": there}, {"here": here}, max_workers=5)
+    here.other, there.other = both.dispense("there"), both.dispense("here", both.there)
+    proxy = here.other
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+
+    def work(number):
+        rng = random.Random(seed + number)
+        for step in range(60):
+            kind = rng.randrange(6)
+            if kind == 0:
+                depth = rng.randrange(6)
+                assert proxy.down(depth) == list(range(depth, -1, -1))
+            elif kind == 1:
+                value = [number, step, "x" * rng.choice([0, 10, 70000, 300000])]
+                assert proxy.echo(value) == value
+            elif kind == 2:
+                value = bytes([step]) * rng.choice([0, 100, 3000, 100000])
+                assert proxy.echo({"a": [value, (value,)]}) == {"a": [value, (value,)]}
+            elif kind == 3:
+                with pytest.raises(KeyError):
+                    proxy.fail(rng.randrange(4))
+            elif kind == 4:
+                try:
+                    assert proxy.echo.timeout(rng.choice([0.0, 0.0005, 5]))(step) == step
+                except miniplug.CallTimeout:
+                    pass
+            else:
+                assert both.here.ping(20) >= 0
+        return True
+
+    assert in_threads(*[lambda number=number: work(number) for number in range(12)]) == [True] * 12
+    assert not both.here._calls and not both.there._calls
+    here.other = there.other = None
+
+
+def test_deep_recursion_of_threads_is_bounded(both_ways):
+    both_ways.down(40)
+    workers = [thread for thread in threading.enumerate() if thread.name == "miniplug-worker"]
+    assert len(workers) < 12
+
+
+# -- frames that no session sends
+
+
+def raw(session_side_limit=LIMIT):
+    """A calling session, and the socket of the other side, to be fed by hand."""
+    ours, theirs = socket.socketpair()
+    session = miniplug._open_session(miniplug._SocketChannel(ours), miniplug._Terms(1, "json", LIMIT), session_side_limit,
+                                miniplug._Served({}), lambda cause: lambda calls: miniplug.ProtocolError(str(cause)))
+    return session, theirs
+
+
+def frame(kind, body=b"", *, version=1, flags=0, count=0, number=1, parent=0):
+    data = struct.pack("!BBHIQQ", version, kind, flags, count, number, parent) + body
+    return struct.pack("!i", len(data)) + data
+
+
+@pytest.mark.parametrize("sent", [
+    b"\xff\xff\xff\xf9",
+    struct.pack("!i", 0x7FFFFFFF),
+    struct.pack("!iQ", -1, 1 << 40),
+    struct.pack("!i", 3) + b"abc",
+    struct.pack("!i", 0),
+    frame(3, version=9),
+    frame(99),
+    frame(3, b"{"),
+    frame(3, b"NaN"),
+    frame(3, b"\xff\xfe"),
+    frame(3, b"1 2"),
+    frame(3, b"[" * 100000 + b"]" * 100000),
+    frame(3, b'{"$nothing":1}', flags=1),
+    frame(3, b'{"$bytes":7}', flags=1),
+    frame(3, b'{"$bytes":-1}', flags=1),
+    frame(3, b'{"$uuid":7}', flags=1),
+    frame(3, b'{"$ref":["x",[]]}', flags=1),
+    frame(3, b"1", count=1 << 20),
+    frame(1, b"{}", number=5),
+    frame(1, b'[0,7,[],{}]', number=5),
+    frame(3, b"1")[:-1],
+])
+def test_malformed_frames_cost_the_connection_and_no_more(sent):
+    session, theirs = raw()
+    theirs.sendall(sent)
+    theirs.shutdown(socket.SHUT_WR)
+    with pytest.raises(miniplug.ProtocolError):
+        session.call(0, "x", (), {}, 10)
+    assert not session._calls
+    session.dispose()
+    theirs.close()
+
+
+def test_what_may_be_ignored_is():
+    session, theirs = raw()
+    theirs.sendall(frame(99, b"1", flags=2) + frame(3, b'"nobody asked"', number=12345) + frame(8, number=9)
+                   + frame(9, number=77) + frame(3, b' \t["answer"]\n ', number=1))
+    assert session.call(0, "x", (), {}, 10) == ["answer"]
+    session.end(EOFError())
+    session.dispose()
+    theirs.close()
+
+
+@pytest.mark.parametrize("body", [b"", b"7", b"{}", b'{"message":3,"type":[],"kind":{},"args":5,"state":7}',
+                                  b'{"own":true,"type":"PluginError","state":{"args":1,"__class__":2,"with_traceback":3}}',
+                                  b'{"own":true,"type":"serve"}', b'{"own":true,"type":"RemoteError"}',
+                                  b'{"kind":"ValueError","args":[1],"state":{"__class__":"x","__dict__":1,"__traceback__":3}}',
+                                  b'{"kind":"OSError","args":[1,"x"],"state":{"errno":"x"}}',
+                                  b'{"kind":"UnicodeDecodeError","args":[1,"x"],"state":{}}'])
+def test_malformed_errors_are_errors_all_the_same(body):
+    session, theirs = raw()
+    theirs.sendall(frame(4, body))
+    with pytest.raises(miniplug.PluginError):
+        session.call(0, "x", (), {}, 10)
+    session.end(EOFError())
+    session.dispose()
+    theirs.close()
+
+
+def test_a_byte_at_a_time():
+    session, theirs = raw()
+    message = frame(3, b'{"$bytes":0}', flags=1, count=1) + struct.pack("!i", 5000) + b"b" * 5000
+
+    def feed():
+        for index in range(0, len(message), 1 if len(message) - 5000 > 0 else 100):
+            theirs.sendall(message[index : index + 1])
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    assert session.call(0, "x", (), {}, 20) == b"b" * 5000
+    thread.join()
+    session.end(EOFError())
+    session.dispose()
+    theirs.close()
+
+
+def test_long_lengths_are_understood():
+    session, theirs = raw()
+    data = struct.pack("!BBHIQQ", 1, 3, 0, 0, 1, 0) + b'"long"'
+    theirs.sendall(struct.pack("!iQ", -1, len(data)) + data)
+    assert session.call(0, "x", (), {}, 10) == "long"
+    session.end(EOFError())
+    session.dispose()
+    theirs.close()
+
+
+def test_a_deadline_in_the_middle_of_a_message_keeps_its_place():
+    session, theirs = raw()
+    first = frame(3, b'{"$bytes":0}', flags=1, count=1, number=1)
+    theirs.sendall(first + struct.pack("!i", 300000) + b"q" * 1000)
+    with pytest.raises(miniplug.CallTimeout):
+        session.call(0, "x", (), {}, 0.05)
+    thread = threading.Thread(target=lambda: theirs.sendall(b"q" * 299000 + frame(3, b"2", number=2)))
+    thread.start()
+    assert session.call(0, "x", (), {}, 10) == 2
+    thread.join()
+    session.end(EOFError())
+    session.dispose()
+    theirs.close()
+
+
+def test_gil_switching_finds_no_race(pair):
+    """The same again with the interpreter switching threads as often as it can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        test_at_random(pair)
+    finally:
+        sys.setswitchinterval(before)
