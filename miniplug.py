@@ -78,6 +78,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Command = Union[_Path, Sequence[_Path]]
     _Output = Union[str, Callable[[str], Any], TextIO]
     _Bytes = Union[bytes, bytearray, memoryview]
+    _Content = tuple[bytes, Sequence[_Bytes], bool, Sequence[int]]  # a value as bytes, those beside it, tagged?, what it lends
 
 __version__ = "0.1.0"
 
@@ -619,10 +620,11 @@ def _advice(kind: type) -> str:
 
 _encode: Callable[[Any], str] = json.JSONEncoder(
     ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")).encode
+_quote: Callable[[str], str] = json.encoder.encode_basestring
 _make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
 if _make_encoder is not None:  # the C part called directly: its setup for every value costs more than its work
     _c_encode = _make_encoder(  # markers, default, encoder, indent, separators, sort, skip, allow_nan
-        None, repr, json.encoder.encode_basestring, None, ":", ",", False, False, False)
+        None, repr, _quote, None, ":", ",", False, False, False)
     _encode = lambda value: "".join(_c_encode(value, 0))  # noqa: E731
 
 
@@ -649,17 +651,38 @@ class _Codec:
         self._scan = decoder(parse_constant=_refuse).scan_once
         self._scan_tagged = decoder(parse_constant=_refuse, object_hook=self._unmark).scan_once
 
-    def dumps(self, value: Any, label: str) -> tuple[bytes, list[_Bytes], bool, list[int]]:
+    def dumps(self, value: Any, label: str) -> _Content:
         """The bytes, the buffers beside them, whether there are tags, and the numbers of what was lent.
         Raises NotSerializable, naming the place."""
         try:
+            if type(value) is str and self.joins:
+                return _quote(value).encode(), (), False, ()
             if self._goes_as_it_is(value):
-                return self._write(value), [], False, []
+                return self._write(value), (), False, ()
             return self._pack(value, label, _is_plain)
         except (ValueError, RecursionError):  # ValueError: a NaN, an infinity, or a lone surrogate
             return self._pack(value, label, self._is_exact)
 
-    def _pack(self, value: Any, label: str, is_plain: Callable[[Any], bool]) -> tuple[bytes, list[_Bytes], bool, list[int]]:
+    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """As `dumps` of a call. The usual ones, of short texts and numbers, are put together here."""
+        texts = []
+        for value in args:
+            kind = type(value)
+            if kind is str:
+                texts.append(_quote(value))
+            elif kind is int and -_SAFE_INTEGER <= value <= _SAFE_INTEGER:
+                texts.append(str(value))
+            else:
+                break
+        else:
+            if not kwargs:
+                try:
+                    return f"[{target},{_quote(method)},[{','.join(texts)}],{{}}]".encode(), (), False, ()
+                except UnicodeEncodeError:
+                    pass  # a lone surrogate
+        return self.dumps([target, method, list(args), kwargs], "call")
+
+    def _pack(self, value: Any, label: str, is_plain: Callable[[Any], bool]) -> _Content:
         pack = _Packer(self._lend, is_plain)
         try:
             return self._write(pack(value)), pack.buffers, pack.tagged, pack.lent
@@ -688,6 +711,17 @@ class _Codec:
             raise _Undecodable(str(error)) from error
         except Exception as error:
             raise ProtocolError(f"a malformed value: {error!r}") from None
+
+    def loads_plain(self, data: bytes) -> Any:
+        """The same of a value without tags and buffers, which is the usual case."""
+        try:
+            text = data.decode()
+            value, end = self._scan(text, 0)
+            if end == len(text):
+                return value
+        except (ValueError, StopIteration, RecursionError):
+            pass  # the long way knows what is wrong
+        return self.loads(data, [], False) if data else None
 
     def _read(self, data: _Bytes, tagged: bool) -> Any:
         text = str(data, "utf-8").strip(" \t\r\n")
@@ -746,6 +780,13 @@ class _PickleCodec(_Codec):
     def _read(self, data: _Bytes, tagged: bool) -> Any:
         value = self._unpickler(io.BytesIO(data)).load()
         return self._unmark_all(value) if tagged else value
+
+    def loads_plain(self, data: bytes) -> Any:
+        return self.loads(data, [], False) if data else None
+
+    def dumps_call(self, *call: Any) -> Any:
+        target, method, args, kwargs = call
+        return self.dumps([target, method, list(args), kwargs], "call")
 
     def _unmark_all(self, value: Any) -> Any:
         if type(value) is list:
@@ -867,7 +908,7 @@ def _raised_error(body: Mapping[str, Any], state: Mapping[str, Any], message: st
 _LENGTH = struct.Struct("!i")
 _LONG_LENGTH = struct.Struct("!iQ")
 _READ_SIZE = 1 << 16
-_KEEP_SIZE = 1 << 21  # a buffer up to this long is used again: new memory costs more than the copying
+_SMALL = 1 << 12  # a frame up to this long is written in one piece, or not at all
 _FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
 _TOGETHER = 64  # so many frames at most leave with one system call
 _POSTED_LIMIT = 10000  # small messages that a peer who never reads may leave here before it is given up
@@ -881,18 +922,17 @@ def _left(deadline: float | None) -> float:
 class _Channel:
     """What socket and pipe have in common: sending."""
 
+    prefixed = False  # whether a frame on its way has its length before it
+
     def __init__(self) -> None:
         self._sending = threading.Lock()  # held by whoever writes
         self._batch: tuple[list[_Bytes], list[int]] = ([], [])  # what is being written, and how many bytes of it have been
         self._posted: deque[list[_Bytes]] = deque()  # frames for whoever writes next
         self.taken = False  # whether the frame that recv returned is done with
+        self.more = False  # whether more has come, for sure, behind the frame that recv returned
 
-    def more(self) -> bool:
-        """Whether something has come, for sure, that recv has not returned yet."""
-        return False
-
-    def recv(self, limit: int, deadline: float | None = None) -> memoryview | None:
-        """The next frame, or the same again until `taken` is set; or None past the deadline. Valid until the next call.
+    def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
+        """The next frame, or the same again until `taken` is set; or None past the deadline.
 
         Raises EOFError at the end, OSError for a broken connection, and ProtocolError for a frame over `limit` bytes.
         """
@@ -916,6 +956,10 @@ class _Channel:
         self._write(self._wire(frames), True, deadline)
         if self._posted:
             self.flush()  # what was posted just before the lock was free again
+
+    def send_small(self, frame: bytes) -> None:
+        """Send a frame of at most _SMALL bytes, with its length before it if it is to be `prefixed`."""
+        self.send([frame])
 
     def post(self, frames: Sequence[_Bytes], later: bool = False) -> None:
         """Send frames without waiting: a reader calls this. What cannot go now goes with what is sent next. `later`: so does
@@ -968,70 +1012,110 @@ class _Channel:
 class _SocketChannel(_Channel):
     """Frames over a connected stream socket."""
 
+    prefixed = True
+
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
         self.sock: Any = sock
         sock.setblocking(True)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._view = memoryview(bytearray(_READ_SIZE))  # of which [_start:_end[0]] is read and not yet taken
-        self._start, self._end = 0, [0]
-        self._prefix = self._size = 0
+        # How far the reading is, now and once the frame that recv returned is taken: the next frame begins in `data` at `at`,
+        # `come` is what has come after that; `large` is one that is read into place, as (its file, a view of that, its
+        # size, [how many bytes of it have come, ...]).
+        self._state: tuple[bytes, int, list[bytes], Any] = (b"", 0, [], None)
+        self._next = self._state
 
-    def more(self) -> bool:
-        return self._end[0] - self._start > (self._size if self.taken else 0)
-
-    def recv(self, limit: int, deadline: float | None = None) -> memoryview | None:
+    def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
         if self.taken:
-            self._start += self._size
+            self._state = self._next
             self.taken = False
-        while True:
-            start, end, size = self._start, self._end[0], 0
-            if start != end:
-                size = self._next_size(limit)
-                if size and end - start >= size:
-                    self._size = size
-                    return self._view[start + self._prefix : start + size]
-            if self._posted:
-                self.flush()
-            if not self._fill(size, deadline):
-                return None
+        data, at, come, large = self._state
+        if not come and large is None and at == len(data) and deadline is None and not self._posted:  # the usual case
+            come.extend(map(self.sock.recv, (_READ_SIZE,)))
+            data = come[0]
+            if len(data) > 4:
+                (size,) = _LENGTH.unpack_from(data)
+                if size == len(data) - 4 and size <= limit:
+                    self._next = (data, size + 4, [], None)
+                    self.more = False
+                    return data[4:]
+        return self._recv_in_parts(limit, deadline)
 
-    def _next_size(self, limit: int) -> int:
-        """The length of the next frame, prefix included; 0 while too little of it is here to know."""
-        here = self._end[0] - self._start
+    def _recv_in_parts(self, limit: int, deadline: float | None) -> bytes | None:
+        while self._state[3] is None:
+            data, at, come, _ = self._state
+            if come:
+                if not come[-1]:
+                    raise EOFError
+                data, at = data[at:] + b"".join(come), 0
+                come = []
+                self._state = (data, 0, come, None)
+            prefix, size = self._next_size(data, at, limit)
+            if 0 <= size <= len(data) - at - prefix:
+                self._next = (data, at + prefix + size, [], None)
+                self.more = at + prefix + size < len(data)
+                return data[at + prefix : at + prefix + size]
+            if size > _READ_SIZE:
+                self._begin_large(data[at + prefix :], size)
+            elif not self._await(deadline):
+                return None
+            else:
+                come.extend(map(self.sock.recv, (_READ_SIZE,)))
+        return self._recv_large(deadline)
+
+    @staticmethod
+    def _next_size(data: bytes, at: int, limit: int) -> tuple[int, int]:
+        """The lengths of the next frame's prefix and content; -1 while too little of it is here to know."""
+        here = len(data) - at
         if here < 4:
-            return 0
-        (size,) = _LENGTH.unpack_from(self._view, self._start)
-        self._prefix = 4
-        if 0 <= size <= limit:
-            return size + 4  # type: ignore[no-any-return]
+            return 4, -1
+        prefix, (size,) = 4, _LENGTH.unpack_from(data, at)
         if size == -1:
             if here < 12:
-                return 0
-            (_, size) = _LONG_LENGTH.unpack_from(self._view, self._start)
-            self._prefix = 12
+                return 12, -1
+            prefix, (_, size) = 12, _LONG_LENGTH.unpack_from(data, at)
         if not 0 <= size <= limit:
             raise ProtocolError(f"a frame of {size} bytes, where at most {limit} are allowed")
-        return int(size) + self._prefix
+        return prefix, size
 
-    def _fill(self, size: int, deadline: float | None) -> bool:
-        """Read what has come, with room for a frame of `size`. False past the deadline."""
-        start, end, room = self._start, self._end[0], len(self._view)
-        if start == end and size <= room <= _KEEP_SIZE:  # the usual case
-            self._start = self._end[0] = 0
-        elif start + max(size, 12) > room or room > max(_KEEP_SIZE, size + _READ_SIZE):
-            wanted = max(size, end - start) + _READ_SIZE  # and what comes with the frame
-            fresh = self._view if size <= room <= max(_KEEP_SIZE, wanted) else memoryview(bytearray(wanted))
-            fresh[: end - start] = self._view[start:end]
-            self._view, self._start, self._end[0] = fresh, 0, end - start
-        end = self._end[0]
-        if deadline is not None and not _wait_for(self.sock, False, deadline):
-            return False
-        self._end[:] = map(int.__add__, (end,), map(self.sock.recv_into, (self._view[end:],)))
-        if self._end[0] == end:
-            raise EOFError
-        return True
+    def _begin_large(self, begun: bytes, size: int) -> None:
+        """Have the rest of a frame read into place: a file in memory gives its bytes away without a copy."""
+        file = io.BytesIO(bytes(size))
+        view = file.getbuffer()
+        view[: len(begun)] = begun
+        self._state = (b"", 0, [], (file, view, size, [len(begun)]))
+
+    def _recv_large(self, deadline: float | None) -> bytes | None:
+        file, view, size, counts = self._state[3]
+        while sum(counts) < size:
+            if not self._await(deadline):
+                return None
+            with view[sum(counts) :] as rest:
+                counts.extend(map(self.sock.recv_into, (rest,)))
+            if not counts[-1]:
+                raise EOFError
+        view.release()
+        self._next, self.more = (b"", 0, [], None), False
+        return file.getvalue()  # type: ignore[no-any-return]
+
+    def _await(self, deadline: float | None) -> bool:
+        """Wait until something has come, what was posted being sent meanwhile. False past the deadline."""
+        if self._posted:
+            self.flush()
+        return deadline is None or _wait_for(self.sock, False, deadline)
+
+    def send_small(self, frame: bytes) -> None:
+        with self._sending:
+            chunks = self._batch[0]
+            if chunks:
+                chunks.append(frame)
+            else:
+                sent = self.sock.send(frame)
+                if sent < len(frame):
+                    chunks.append(frame[sent:])
+        if chunks or self._posted:
+            self._write([], True, None)
 
     def _wire(self, frames: Sequence[_Bytes]) -> list[_Bytes]:
         size = len(frames[0])
@@ -1110,10 +1194,10 @@ class _PipeChannel(_Channel):
         self._outgoing: Any = None
         self._frame: bytes | None = None  # what recv returned last
 
-    def recv(self, limit: int, deadline: float | None = None) -> memoryview | None:
+    def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
         api = _import("_winapi")
         if self._frame is not None and not self.taken:
-            return memoryview(self._frame)
+            return self._frame
         self._frame, self.taken = None, False
         try:
             if self._incoming is None:
@@ -1132,7 +1216,7 @@ class _PipeChannel(_Channel):
                 self._frame += read.getbuffer()
         except BrokenPipeError:
             raise EOFError from None
-        return memoryview(self._frame)
+        return self._frame
 
     def _wait(self, overlapped: Any, deadline: float | None) -> bool:
         """Wait until a read or write is done. False past the deadline; EOFError if the connection is ended here."""
@@ -1394,14 +1478,14 @@ class _Hello:
 #          8     8  the number of the call it is about, counted by the side that made the call
 #         16     8  in a call: the number of the receiver's call on whose behalf it is made, or 0
 #
-# Reading. At most one thread reads at a time: the holder of `_reading`. It hands on at once what is not its own.
-# Which thread that is:
+# Reading. At most one thread reads at a time: `_reader` holds who does, put there by setdefault(), which is one step, so
+# that Ctrl-C cannot come between having it and knowing it. It hands on at once what is not its own. Which thread that is:
 #
 #   - A thread that waits for an answer reads, if nobody does; otherwise it sleeps until its answer has come or
 #     it is woken to read. Whoever stops reading wakes the next (`_pass_on`).
 #   - Where calls come in (in a plugin always, in a host while it has lent something), or an answer is due that no
 #     thread waits for, a thread of the pool reads while no caller does. It runs the call it has read itself, the
-#     quickest way by far, and `_reading` is free meanwhile. The clock looks on every few milliseconds while there
+#     quickest way by far, and `_reader` is empty meanwhile. The clock looks on every few milliseconds while there
 #     is traffic: when one call has outlasted a whole tick, it has another thread read. A method that was that slow
 #     gets another reader at once the next time.
 #   - A call made on behalf of one that a thread waits for is run by that thread; where none waits, by a thread of the
@@ -1415,8 +1499,12 @@ class _Hello:
 # credit the producer is set aside, and holds no thread.
 
 _HEADER = struct.Struct("!BBHIQQ")
+_BODY = _HEADER.size
+_PREFIXED = struct.Struct("!iBBHIQQ")  # the same with the frame's length before it
+_FIRST = struct.Struct("!QQQ")  # the same with its first four fields as one number, to tell the usual messages by
 _CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END, _CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = range(1, 13)
 _TAGGED, _IGNORABLE, _STREAM = 1, 2, 4
+_PLAIN_CALL, _PLAIN_RESULT = (_FIRST.unpack(_HEADER.pack(_WIRE_VERSION, kind, 0, 0, 0, 0))[0] for kind in (_CALL, _RESULT))
 _WINDOW = 64  # items of a stream that may be on their way or unread
 _GATHER = 0.001  # seconds after a message of items in which the next ones wait for each other
 _TICK = 0.005  # seconds that a call may hold up the others, before another thread reads
@@ -1574,17 +1662,18 @@ class _Request:
     """A call of the other side's, to be answered."""
 
     begun = cancelled = False
+    nested = False  # whether one of our calls waits for it: then it runs outside max_workers
+    outer: _Request | None = None  # the call in which this one is run
     in_row = False  # whether the thread that runs it goes on with another call at once: then their answers leave together
     producer: _Producer | None = None  # of the stream that is its answer
     task: Any = None  # asyncio's, where it runs as one
 
-    def __init__(self, session: _Session, number: int, body: Any, wants_answer: bool, nested: bool = False) -> None:
+    def __init__(self, session: _Session, number: int, body: Any, wants_answer: bool) -> None:
         self.session = session
         self.number = number
+        self.method: str = body[1]
+        self.body = body  # target, method, args, kwargs, ...; None once it runs
         self.wants_answer = wants_answer
-        self.nested = nested  # whether one of our calls waits for it: then it runs outside max_workers
-        self.target, self.method, self.args, self.kwargs = body[:4]
-        self.outer: _Request | None = None  # the call in which this one is run
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -1808,7 +1897,9 @@ class _Session:
         self._garbage: deque[tuple[int, int]] = deque()  # (kind, number) of messages that finalizers want sent
         self.codec = _CODECS[terms.codec](self._lend, references.unlend, lambda tag, state: borrow(self, tag, state))
         self.send_limit: int = terms.max_message
-        self._recv_limit = max_message
+        self._small = min(_SMALL - _PREFIXED.size, self.send_limit)  # bytes of a body that goes the quick way
+        self._pack: Callable[..., bytes] = _PREFIXED.pack if channel.prefixed else lambda size, *fields: _HEADER.pack(*fields)
+        self._recv_limit = max_message + _BODY
         self._lost = lost
         self._serving = serving
         self._numbers = itertools.count(1)
@@ -1816,21 +1907,22 @@ class _Session:
         self._waiting: dict[int, _Call] = {}  # those of them for which a thread waits
         self._unattended: set[int] = set()  # those whose answer must be read though no thread waits
         self._requests: dict[int, _Request] = {}  # theirs, open
-        self._reading = threading.Lock()  # held by the one thread that reads
+        self._reader: dict[int, Any] = {}  # who reads: {0: their call, or their gate}, or nobody
+        self._vacant = _Gate()  # opens when somebody has stopped reading after the end
         self._partial: Any = None  # a message whose buffers have not all come yet
         self._filled = 0  # how many have
         self._room = 0  # how many bytes the others may have
         self._half: _Message | None = None  # a message that is being handed on
-        self._lock = threading.Lock()  # protects _idle, _slots with _queue, and that what waits is told of nested calls
+        self._lock = threading.Lock()  # protects _idle, taking from _queue, and that what waits is told of nested calls
         self._idle: list[_Gate] = []  # threads of the pool that sleep, the latest last
-        self._slots = max_workers  # how many more calls may run
+        self._slots = [True] * max_workers  # as long as how many more calls may run
         self._queue: deque[_Request] = deque()  # calls that wait for a slot
         self._ready: deque[tuple[Callable[[Any], Any], Any]] = deque()  # what waits for a thread: (function, argument)
         self._late: deque[_Producer] = deque()  # with items that wait for others
         self._drained = _Gate()  # opens when the last call has ended after the host said stop
         self._ticking = False  # whether the clock looks on
         self._quiet = 0  # ticks without traffic
-        self._inline: tuple[int, str] = (0, "")  # the call that a reader ran last: its number and method
+        self._inline: _Request | None = None  # the call that a reader ran last
         self._seen = self._inline  # by the clock
         self._slow: set[str] = set()  # methods that outlasted a tick the last time
         _clock.add(self)
@@ -1844,7 +1936,7 @@ class _Session:
         after `timeout` seconds, and what `lost` said when the connection ends."""
         if _loop_threads and threading.get_ident() in _loop_threads:
             raise RuntimeError(f"{method}() would block the event loop of the async methods: await {method}.submit(...)")
-        content = self._dumps(target, method, args, kwargs)
+        content = self.codec.dumps_call(target, method, args, kwargs)
         return self._ask(_Call(next(self._numbers), method, timeout), _CALL, content)
 
     def submit(self, watcher: Callable[[_Call], None], target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
@@ -1852,7 +1944,7 @@ class _Session:
         """Call, and have `watcher` called, by whoever reads, when the answer has come. Raises what sending raises."""
         call = _Call(next(self._numbers), method, timeout, watcher)
         try:
-            self._start(call, _CALL, self._dumps(target, method, args, kwargs))
+            self._start(call, _CALL, self.codec.dumps_call(target, method, args, kwargs))
         except TimeoutError:
             self.give_up(call)
             call.arrive((_ERROR, _too_late(call)))
@@ -1866,7 +1958,7 @@ class _Session:
     def notify(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], timeout: float | None) -> None:
         """Call, and want no answer. Raises what sending raises."""
         call = _Call(next(self._numbers), method, timeout)
-        content = self._dumps(target, method, args, kwargs)
+        content = self.codec.dumps_call(target, method, args, kwargs)
         try:
             if self.ended is not None:
                 raise self.ended([method])
@@ -1907,9 +1999,6 @@ class _Session:
     def unwatch(self, call: _Call) -> None:
         call.watcher = None
         self._unattended.discard(call.number)
-
-    def _dumps(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        return self.codec.dumps([target, method, list(args), kwargs], "call")
 
     def _lend(self, value: Any, lent: list[int]) -> tuple[str, Any] | None:
         return self.references.lend(self, value, lent)  # type: ignore[no-any-return]
@@ -1993,6 +2082,12 @@ class _Session:
         """Send what the codec made. Raises MessageTooLarge, and TimeoutError past the deadline."""
         body, buffers, tagged, lent = content
         size, limit = len(body), self.send_limit
+        if size <= self._small and wait and deadline is None and not (buffers or tagged or later or self._garbage):
+            try:
+                self.channel.send_small(self._pack(size + _BODY, _WIRE_VERSION, kind, flags, 0, number, parent) + body)
+            except OSError:
+                self.channel.shutdown()
+            return
         if buffers:
             size += sum(map(len, buffers))
         try:
@@ -2061,7 +2156,7 @@ class _Session:
 
     def _pass_on(self) -> None:
         """Where somebody should read and nobody does, wake one who will."""
-        if not self._reading.locked():
+        if not self._reader:
             for call in list(self._waiting.values()):
                 if call.gate is not None:
                     call.gate.open()
@@ -2076,10 +2171,11 @@ class _Session:
     def _read_if_free(self, call: _Call) -> bool:
         """Read, unless another thread does, until something has come about the call or it has a nested one, or past the
         deadline. Returns whether none did."""
-        holds: list[bool] = []
+        reader = self._reader
+        if reader.setdefault(0, call) is not call:
+            return False
         try:
-            holds.extend(map(self._reading.acquire, (False,)))
-            while holds[0] and not call.inbox and not call.nested:
+            while not call.inbox and not call.nested:
                 message = self._receive(call.deadline, call)
                 if message is None:
                     break
@@ -2088,49 +2184,63 @@ class _Session:
         except Exception as error:
             self.end(error)
         except BaseException:  # Ctrl-C: what has been read is handed on before that goes its way (each step may be repeated)
-            if holds and holds[0] and self._half is not None:
+            if self._half is not None:
                 self._handle_elsewhere(self._half)
             raise
         finally:
-            if holds and holds[0]:
-                self._reading.release()
-        return holds[0]
+            if reader.get(0) is call:
+                del reader[0]
+            if self.ended is not None:
+                self._vacant.open()
+        return True
 
     def _receive(self, deadline: float | None = None, call: _Call | None = None) -> Any:
         """The next message; or None past the deadline. The two usual cases are taken up at once: a plain answer to `call`
         (None: it has it), and, for a thread of the pool, which brings no call, a plain call, as the _Request made of it."""
         self._half = None
         if self._partial is None:
-            frame = self.channel.recv(self._recv_limit + _HEADER.size, deadline)
+            frame = self.channel.recv(self._recv_limit, deadline)
             if frame is None:
                 return None
-            if len(frame) < _HEADER.size:
+            if len(frame) < _BODY:
                 raise ProtocolError(f"a frame of {len(frame)} bytes, which is shorter than a header")
-            version, kind, flags, count, number, parent = _HEADER.unpack_from(frame)
-            if version != _WIRE_VERSION or count > _MAX_BUFFERS:
-                raise ProtocolError(f"a header with wire version {version} and {count} buffers")
-            body: Any = frame[_HEADER.size :]
-            if not (flags or count or parent) and body:
-                taken, request = self._take_plain(kind, number, body, call)
-                if taken:
-                    return request
-            buffers: list[Any] = []
-            if count:  # what `frame` shows changes with the next one
-                partial = (kind, flags, number, parent, bytes(body), [None] * count)
-                self._partial, self._filled, self._room = partial, 0, self._recv_limit - len(body)
-                self.channel.taken = True
-        if self._partial is not None:
-            kind, flags, number, parent, body, buffers = self._partial
-            while self._filled < len(buffers):
-                frame = self.channel.recv(self._room, deadline)
-                if frame is None:
+            first, number, parent = _FIRST.unpack_from(frame)
+            if first == _PLAIN_RESULT:
+                if call is not None and number == call.number and not call.streams:
+                    call.inbox = ((_RESULT, self.codec.loads_plain(frame[_BODY:])),)
+                    self.channel.taken = True
+                    self._calls.pop(number, None)
                     return None
-                buffer = bytes(frame)
-                room = self._room - len(buffer)
-                buffers[self._filled] = buffer
-                self._filled, self._room, self.channel.taken = self._filled + 1, room, True
+            elif first == _PLAIN_CALL and call is None and not parent:
+                body = self.codec.loads_plain(frame[_BODY:])
+                if _is_call(body) and self.closing is None and number not in self._requests:
+                    self.channel.taken = True
+                    request = self._requests[number] = _Request(self, number, body, True)
+                    return request
+            self._begin(frame)
+        return self._complete(deadline)
+
+    def _begin(self, frame: bytes) -> None:
+        """A message begins with this frame."""
+        version, kind, flags, count, number, parent = _HEADER.unpack_from(frame)
+        if version != _WIRE_VERSION or count > _MAX_BUFFERS:
+            raise ProtocolError(f"a header with wire version {version} and {count} buffers")
+        partial = (kind, flags, number, parent, frame[_BODY:], [None] * count)
+        room = self._recv_limit - len(frame)
+        self._partial, self._filled, self._room, self.channel.taken = partial, 0, room, True
+
+    def _complete(self, deadline: float | None) -> _Message | None:
+        """Read the buffers of the message that has begun. None past the deadline."""
+        kind, flags, number, parent, body, buffers = self._partial
+        while self._filled < len(buffers):
+            buffer = self.channel.recv(self._room, deadline)
+            if buffer is None:
+                return None
+            room = self._room - len(buffer)
+            buffers[self._filled] = buffer
+            self._filled, self._room, self.channel.taken = self._filled + 1, room, True
         try:
-            value = self.codec.loads(body, list(buffers), bool(flags & _TAGGED)) if body else None
+            value = self.codec.loads(body, buffers, bool(flags & _TAGGED)) if body else None
             if kind == _ERROR:
                 value = _decode_error(value)
         except _Undecodable as error:  # well-formed, but not to be had here: it fails that call only
@@ -2142,26 +2252,8 @@ class _Session:
                 kind, error = _ERROR, error.__cause__ or NotSerializable(str(error))  # type: ignore[assignment]
             value = error
         self._half = _Message(kind, flags, number, parent, value)
-        self._partial, self.channel.taken = None, True
+        self._partial = None
         return self._half
-
-    def _take_plain(self, kind: int, number: int, body: Any, call: _Call | None) -> tuple[bool, _Request | None]:
-        """Take up one of the two usual messages, whether it was one, and the call if it is one."""
-        try:
-            if call is None and kind == _CALL:
-                value = self.codec.loads(body, [], False)
-                if _is_call(value) and self.closing is None and number not in self._requests:
-                    self.channel.taken = True
-                    request = self._requests[number] = _Request(self, number, value, True)
-                    return True, request
-            elif call is not None and number == call.number and kind == _RESULT and not call.streams:
-                call.inbox = ((kind, self.codec.loads(body, [], False)),)
-                self.channel.taken = True
-                self._calls.pop(number, None)
-                return True, None
-        except _Undecodable:
-            pass  # the usual way tells whom that concerns
-        return False, None
 
     def _handle(self, message: _Message) -> _Request | None:
         """Hand a message on. Returns a call of the other side's that is to be run, if it is one."""
@@ -2220,7 +2312,8 @@ class _Session:
             raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
         request = message.request
         if request is None:
-            request = message.request = _Request(self, message.number, body, message.kind == _CALL, parent is not None)
+            request = message.request = _Request(self, message.number, body, message.kind == _CALL)
+            request.nested = parent is not None
             message.once = iter((request,))
         if self._requests.get(request.number, request) is not request:
             raise ProtocolError("the number of a call is that of another one")
@@ -2252,15 +2345,16 @@ class _Session:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises is an
         answer too."""
         request.begun = True
-        request.outer = _current.get()
-        token = _current.set(request)
+        request.outer = outer = _current.get()
+        _current.set(request)
         own = True  # whether a PluginError would be about this call itself
         try:
             if request.producer is not None:
                 return request.producer.run()
-            function = self.references.resolve(request.target, request.method)
-            own = request.target == 0
-            value = function(*request.args, **request.kwargs)
+            target, method, args, kwargs, *_ = request.body
+            function = self.references.resolve(target, method)
+            own = target == 0
+            value = function(*args, **kwargs)
             if self._forks != _forks:
                 _leave_fork(None)
             self._conclude(request, value)
@@ -2269,8 +2363,8 @@ class _Session:
                 _leave_fork(error)
             self.fail(request, error, own and isinstance(error, PluginError))
         finally:
-            _current.reset(token)
-            request.args = request.kwargs = None  # not kept alive by a frame that lingers
+            _current.set(outer)
+            request.body = args = kwargs = None  # not kept alive by a frame that lingers
         return None
 
     def _conclude(self, request: _Request, value: Any) -> None:
@@ -2363,8 +2457,8 @@ class _Session:
             for item in waiting:
                 if isinstance(item[1], _Request):
                     self.fail(item[1], error, wait=False)
-                    with self._lock:
-                        self._slots += item[0] == self._run_with_slot
+                    if item[0] == self._run_with_slot:
+                        self._slots.append(True)
                 else:
                     self._ready.append(item)
 
@@ -2390,8 +2484,8 @@ class _Session:
             task = self._next()
             if task is not None:
                 task[0](task[1])
-            elif self._wants_reader() and self._reading.acquire(False):
-                self._read_as_pool()
+            elif self._wants_reader() and self._reader.setdefault(0, gate) is gate:
+                self._read_as_pool(gate)
             elif not self._sleep(gate):
                 return
 
@@ -2408,7 +2502,7 @@ class _Session:
         """Sleep until there may be something to do. False: for a long time there was nothing, or it is all over."""
         with self._lock:
             self._idle.append(gate)
-        busy = bool(self._ready) or (self._wants_reader() and not self._reading.locked())
+        busy = bool(self._ready) or (self._wants_reader() and not self._reader)
         if not busy and gate.wait(_IDLE_SECONDS if self.ended is None else 0):
             return True
         with self._lock:
@@ -2418,63 +2512,89 @@ class _Session:
         return gate.wait()  # it was woken just now
 
     def _take_slot(self, request: _Request) -> bool:
-        """Whether a call may run now; else it runs when there is a slot."""
-        with self._lock:
-            if not self._slots:
-                self._queue.append(request)
-                return False
-            self._slots -= 1
+        """Whether a call may run now; else it runs when there is a slot. (To take from a list and to add to it are one step
+        each. Who queues looks for a slot after that, and who gives one back looks at the queue after that.)"""
+        try:
+            self._slots.pop()
             return True
+        except IndexError:
+            self._queue.append(request)
+            if self._slots:
+                self._start_queued()
+            return False
+
+    def _start_queued(self) -> None:
+        with self._lock:
+            if not (self._queue and self._slots):
+                return
+            try:
+                self._slots.pop()
+            except IndexError:
+                return  # whoever was quicker looks at the queue
+            request = self._queue.popleft()
+        self.defer(self._run_with_slot, (request,))
 
     def _run_in_slot(self, request: _Request) -> None:
         if self._take_slot(request):
             self._run_with_slot(request)
 
-    def _run_with_slot(self, request: _Request | None) -> None:
+    def _run_with_slot(self, request: _Request) -> None:
         """Run a call that has a slot, and with the same slot those that wait for one."""
-        while request is not None:
-            self.run(request)
+        self.run(request)
+        while self._queue:
             with self._lock:
-                request = self._queue.popleft() if self._queue else None
-                self._slots += request is None
+                waiting = self._queue.popleft() if self._queue else None
+            if waiting is None:
+                break
+            self.run(waiting)
+        self._slots.append(True)
+        if self._queue:
+            self._start_queued()
 
-    def _read_as_pool(self) -> None:
+    def _read_as_pool(self, gate: _Gate) -> None:
         """As the reader: read, and run each call at once, until another thread has taken over."""
         reads = True
         try:
-            while reads and (self._serving or self._wants_reader()) and self.ended is None:
+            while reads and self.ended is None and (self._serving or self._wants_reader()):
                 request = self._receive()
                 if type(request) is _Message:
                     request = self._handle(request)
                     self._half = None
                 if request is not None:
-                    reads = self._run_here(request)
+                    reads = self._run_here(request, gate)
         except Exception as error:
             self.end(error)
-        if reads:
-            self._reading.release()
+        if self._reader.get(0) is gate:
+            del self._reader[0]
+            if self.ended is not None:
+                self._vacant.open()
             self._pass_on()
 
-    def _run_here(self, request: _Request) -> bool:
-        """Run the call on the thread that read it, `_reading` free meanwhile. Returns whether this thread reads on."""
+    def _run_here(self, request: _Request, gate: _Gate) -> bool:
+        """Run the call on the thread that read it, while nobody reads. Returns whether this thread reads on."""
         if not self._take_slot(request):
             return True
-        method = request.method
-        request.in_row = self.channel.more()
-        self._inline = (request.number, method)
-        self._reading.release()
-        start = time.monotonic()
-        if method in self._slow:
-            self._wake_if_possible()  # that one reads meanwhile
-        elif not self._ticking:
-            self._tick()
-        self._run_with_slot(request)
-        if method in self._slow and time.monotonic() - start < _TICK:
-            self._slow.discard(method)
-        reads = self._reading.acquire(False)
+        request.in_row = self.channel.more
+        self._inline = request
+        del self._reader[0]
+        if request.method in self._slow:
+            self._run_slow(request)
+        else:
+            if not self._ticking:
+                self._tick()
+            self._run_with_slot(request)
+        reads = self._reader.setdefault(0, gate) is gate
         if not reads:
             self.channel.flush()  # it goes on with no other call after all
         return reads
+
+    def _run_slow(self, request: _Request) -> None:
+        """The same for a method that was slow the last time: another thread reads from the start."""
+        start = time.monotonic()
+        self._wake_if_possible()
+        self._run_with_slot(request)
+        if time.monotonic() - start < _TICK:
+            self._slow.discard(request.method)
 
     # -- the clock
 
@@ -2503,8 +2623,8 @@ class _Session:
             self._seen, self._quiet = inline, 0
         elif not self._ticking or self.ended is not None:
             return False
-        elif not self._reading.locked() and self._wants_reader():  # the reader has been in that call for a whole tick
-            self._slow.add(inline[1])
+        elif inline is not None and not self._reader and self._wants_reader():  # that call has taken a whole tick
+            self._slow.add(inline.method)
             self._wake_if_possible()
         else:
             self._quiet += 1
@@ -2512,7 +2632,7 @@ class _Session:
             self._quiet = 0
             self._ticking = False
             # a call that began, or items that came, just now may not have seen that
-            self._ticking = bool(self._late) or (not self._reading.locked() and self._wants_reader())
+            self._ticking = bool(self._late) or (not self._reader and self._wants_reader())
         return self._ticking
 
     # -- ending
@@ -2554,8 +2674,9 @@ class _Session:
     def dispose(self) -> None:
         """Close the channel, once nobody uses it. Not for a thread that reads."""
         self.channel.shutdown()
-        with self._reading:
-            self.channel.close()
+        while self._reader.setdefault(0, self) is not self:
+            self._vacant.wait(1.0)
+        self.channel.close()
 
 
 # === 6. dispatcher ======================================================================================
@@ -2816,10 +2937,7 @@ class _References:
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
         self._exiting: list[threading.Thread] = []  # those that exit a context manager
-
-    @property
-    def lends(self) -> bool:
-        return len(self._loans) > 1
+        self.lends = False  # whether anything is lent
 
     def resolve(self, target: Any, method: str) -> Callable[..., Any]:
         """The function that a call runs. An empty name calls the object itself. Raises MethodNotFound, DeadReference."""
@@ -2870,6 +2988,7 @@ class _References:
                 self._loans[number] = _Loan(obj, key, *manager)
             loan = self._loans[number]
             loan.count += 1
+            self.lends = True
         lent.append(number)
         return "$ref", [number, loan.methods, callable(obj)]
 
@@ -2889,6 +3008,7 @@ class _References:
             if loan.count > 0:
                 return
             del self._loans[number], self._lent[loan.key]
+            self.lends = len(self._loans) > 1
         if loan.manager is not None:
             exiting = [thread for thread in self._exiting if thread.is_alive()]
             self._exiting = [*exiting, _start_thread("miniplug-exit", _exit, loan.manager)]
@@ -2902,7 +3022,7 @@ class _References:
         """The connection has ended: exit the context managers, the latest first."""
         with self._lock:
             loans = [loan for number, loan in self._loans.items() if number]
-            self._loans, self._lent = {0: self._loans[0]}, {}
+            self._loans, self._lent, self.lends = {0: self._loans[0]}, {}, False
         for thread in self._exiting:
             thread.join()
         for loan in reversed(loans):
@@ -2998,7 +3118,10 @@ class _Method(_Remote):
         session = target.session
         if session.ended is not None or target.number is None:
             session = target.live()
-        value = session.call(target.number or 0, self._name, args, kwargs, self._seconds())
+        seconds = self._timeout
+        if seconds is None:
+            seconds = session.call_timeout if target.timeout is None else target.timeout
+        value = session.call(target.number or 0, self._name, args, kwargs, seconds)
         return Stream(session, value) if type(value) is _Call else value
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:

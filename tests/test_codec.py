@@ -99,7 +99,7 @@ def test_whatever_arrives_is_a_value_or_a_protocol_error(data, tagged):
 def test_plain_data_is_plain_json():
     value = {"a": [1, 2.5, None, True, "grüße"], "b": {}}
     data, buffers, tagged, _ = codec().dumps(value, "value")
-    assert (data, buffers, tagged) == ('{"a":[1,2.5,null,true,"grüße"],"b":{}}'.encode(), [], False)
+    assert (data, list(buffers), tagged) == ('{"a":[1,2.5,null,true,"grüße"],"b":{}}'.encode(), [], False)
 
 
 @pytest.mark.parametrize("value", [2**53 - 1, -(2**53) + 1, 2**53, -(2**53), 10**5000, -(10**5000), 1e308, 5e-324, -0.0],

@@ -415,7 +415,7 @@ def test_a_value_goes_as_the_table_says_and_comes_back(tag, python, wire):
         return
     value = python_of(python)
     data, buffers, tagged, _ = codec().dumps(value, "value")
-    assert (data.decode(), buffers, tagged) == (wire, [], tag != "none")
+    assert (data.decode(), list(buffers), tagged) == (wire, [], tag != "none")
     assert same(value, codec().loads(wire.encode(), [], True))
     if tag == "none":
         assert same(value, codec().loads(wire.encode(), [], False))
