@@ -246,6 +246,7 @@ def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threadin
 # docs/protocol.md lists the tags. The table _TAGS says what travels, register() adds to it, and both codecs go by it.
 
 _SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly: RFC 8259, section 6
+_SHORT = 3 << 10  # bytes of a value that may go the quick way
 _INLINE = 2048  # bytes up to this many go in base64, longer ones in a frame beside the message
 _MAX_BUFFERS = 1 << 16  # that go beside one message; what is over goes in base64 again
 _ATOMS = frozenset((str, bool, type(None), int, float))
@@ -621,6 +622,15 @@ def _advice(kind: type) -> str:
 _encode: Callable[[Any], str] = json.JSONEncoder(
     ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")).encode
 _quote: Callable[[str], str] = json.encoder.encode_basestring
+
+
+def _write_integer(value: int) -> str:
+    if -_SAFE_INTEGER <= value <= _SAFE_INTEGER:
+        return str(value)
+    raise KeyError  # it takes a tag
+
+
+_WRITERS: dict[type, Callable[[Any], str]] = {str: _quote, int: _write_integer}
 _make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
 if _make_encoder is not None:  # the C part called directly: its setup for every value costs more than its work
     _c_encode = _make_encoder(  # markers, default, encoder, indent, separators, sort, skip, allow_nan
@@ -655,32 +665,32 @@ class _Codec:
         """The bytes, the buffers beside them, whether there are tags, and the numbers of what was lent.
         Raises NotSerializable, naming the place."""
         try:
-            if type(value) is str and self.joins:
-                return _quote(value).encode(), (), False, ()
             if self._goes_as_it_is(value):
                 return self._write(value), (), False, ()
             return self._pack(value, label, _is_plain)
         except (ValueError, RecursionError):  # ValueError: a NaN, an infinity, or a lone surrogate
             return self._pack(value, label, self._is_exact)
 
-    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """As `dumps` of a call. The usual ones, of short texts and numbers, are put together here."""
-        texts = []
-        for value in args:
-            kind = type(value)
-            if kind is str:
-                texts.append(_quote(value))
-            elif kind is int and -_SAFE_INTEGER <= value <= _SAFE_INTEGER:
-                texts.append(str(value))
-            else:
-                break
-        else:
-            if not kwargs:
-                try:
-                    return f"[{target},{_quote(method)},[{','.join(texts)}],{{}}]".encode(), (), False, ()
-                except UnicodeEncodeError:
-                    pass  # a lone surrogate
-        return self.dumps([target, method, list(args), kwargs], "call")
+    def dumps_short(self, value: Any, label: str) -> bytes | _Content:
+        """As `dumps`; the bytes alone of what is plain and short."""
+        if type(value) is str and len(value) < _SHORT:
+            try:
+                return _quote(value).encode()
+            except UnicodeEncodeError:
+                pass  # a lone surrogate
+        content = self.dumps(value, label)
+        return content[0] if len(content[0]) <= _SHORT and not (content[1] or content[2] or content[3]) else content
+
+    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bytes | _Content:
+        """The same of a call. The usual ones, of a few short texts and numbers, are put together here."""
+        if not kwargs and len(args) < 5:
+            try:
+                texts = ",".join([_WRITERS[type(value)](value) for value in args])
+                if len(texts) < _SHORT:
+                    return f'[{target},{_quote(method)},[{texts}],{{}}]'.encode()
+            except (KeyError, UnicodeEncodeError):
+                pass  # it is none of them; or a lone surrogate
+        return self.dumps_short([target, method, list(args), kwargs], "call")
 
     def _pack(self, value: Any, label: str, is_plain: Callable[[Any], bool]) -> _Content:
         pack = _Packer(self._lend, is_plain)
@@ -720,8 +730,8 @@ class _Codec:
             if end == len(text):
                 return value
         except (ValueError, StopIteration, RecursionError):
-            pass  # the long way knows what is wrong
-        return self.loads(data, [], False) if data else None
+            pass
+        return self.loads(data, [], False) if data else None  # it knows what is wrong
 
     def _read(self, data: _Bytes, tagged: bool) -> Any:
         text = str(data, "utf-8").strip(" \t\r\n")
@@ -784,8 +794,10 @@ class _PickleCodec(_Codec):
     def loads_plain(self, data: bytes) -> Any:
         return self.loads(data, [], False) if data else None
 
-    def dumps_call(self, *call: Any) -> Any:
-        target, method, args, kwargs = call
+    def dumps_short(self, value: Any, label: str) -> bytes | _Content:
+        return self.dumps(value, label)
+
+    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bytes | _Content:
         return self.dumps([target, method, list(args), kwargs], "call")
 
     def _unmark_all(self, value: Any) -> Any:
@@ -903,11 +915,12 @@ def _raised_error(body: Mapping[str, Any], state: Mapping[str, Any], message: st
 # One thread at a time may receive; any may send. A signal handler that raises (Ctrl-C in the main thread) strikes when
 # a call returns, before its result is kept. So that no byte and no lock is lost then, results that matter are put into
 # a list by map(), which is one step for the interpreter; what belongs together changes with no call in between; and a
-# frame stays the next one until `taken` is set.
+# frame stays the next one until the channel's `state` is set to its `next`.
 
 _LENGTH = struct.Struct("!i")
 _LONG_LENGTH = struct.Struct("!iQ")
 _READ_SIZE = 1 << 16
+_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _SMALL = 1 << 12  # a frame up to this long is written in one piece, or not at all
 _FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
 _TOGETHER = 64  # so many frames at most leave with one system call
@@ -928,11 +941,12 @@ class _Channel:
         self._sending = threading.Lock()  # held by whoever writes
         self._batch: tuple[list[_Bytes], list[int]] = ([], [])  # what is being written, and how many bytes of it have been
         self._posted: deque[list[_Bytes]] = deque()  # frames for whoever writes next
-        self.taken = False  # whether the frame that recv returned is done with
+        self.state: Any = None  # how far the reading is; and how far once the frame that recv returned is taken: who is done
+        self.next: Any = None  # with a frame sets the one to the other
         self.more = False  # whether more has come, for sure, behind the frame that recv returned
 
     def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
-        """The next frame, or the same again until `taken` is set; or None past the deadline.
+        """The next frame, or the same again until it is taken; or None past the deadline.
 
         Raises EOFError at the end, OSError for a broken connection, and ProtocolError for a frame over `limit` bytes.
         """
@@ -958,8 +972,16 @@ class _Channel:
             self.flush()  # what was posted just before the lock was free again
 
     def send_small(self, frame: bytes) -> None:
-        """Send a frame of at most _SMALL bytes, with its length before it if it is to be `prefixed`."""
-        self.send([frame])
+        """Send a frame of at most _SMALL bytes, with its length before it if it is to be `prefixed`. If the connection is
+        broken, it is ended: what had come before is still received."""
+        try:
+            self.send([frame])
+        except OSError:
+            self.shutdown()
+
+    def send_now(self, frame: bytes) -> bool:
+        """The same without waiting: a reader calls this. False if it cannot go at once, and has not."""
+        return False
 
     def post(self, frames: Sequence[_Bytes], later: bool = False) -> None:
         """Send frames without waiting: a reader calls this. What cannot go now goes with what is sent next. `later`: so does
@@ -1020,42 +1042,38 @@ class _SocketChannel(_Channel):
         sock.setblocking(True)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # How far the reading is, now and once the frame that recv returned is taken: the next frame begins in `data` at `at`,
-        # `come` is what has come after that; `large` is one that is read into place, as (its file, a view of that, its
-        # size, [how many bytes of it have come, ...]).
-        self._state: tuple[bytes, int, list[bytes], Any] = (b"", 0, [], None)
-        self._next = self._state
+        # chunks that have come, where in the first of them the next frame begins, and, if that one is long and read into
+        # place, [its file, a view of it, its size, [how much has come, ...]]
+        self.state = ([], 0, [])
 
     def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
-        if self.taken:
-            self._state = self._next
-            self.taken = False
-        data, at, come, large = self._state
-        if not come and large is None and at == len(data) and deadline is None and not self._posted:  # the usual case
+        come = self.state[0]
+        if not come and deadline is None and not self._posted:  # the usual case
             come.extend(map(self.sock.recv, (_READ_SIZE,)))
             data = come[0]
             if len(data) > 4:
                 (size,) = _LENGTH.unpack_from(data)
                 if size == len(data) - 4 and size <= limit:
-                    self._next = (data, size + 4, [], None)
+                    self.next = ([], 0, [])
                     self.more = False
-                    return data[4:]
+                    return data[4:]  # type: ignore[no-any-return]
         return self._recv_in_parts(limit, deadline)
 
     def _recv_in_parts(self, limit: int, deadline: float | None) -> bytes | None:
-        while self._state[3] is None:
-            data, at, come, _ = self._state
-            if come:
-                if not come[-1]:
-                    raise EOFError
-                data, at = data[at:] + b"".join(come), 0
-                come = []
-                self._state = (data, 0, come, None)
+        while not self.state[2]:
+            come, at, _ = self.state
+            if come and not come[-1]:
+                raise EOFError
+            if len(come) > 1:
+                come, at = [come[0][at:] + b"".join(come[1:])], 0
+                self.state = (come, at, [])
+            data = come[0] if come else b""
             prefix, size = self._next_size(data, at, limit)
-            if 0 <= size <= len(data) - at - prefix:
-                self._next = (data, at + prefix + size, [], None)
-                self.more = at + prefix + size < len(data)
-                return data[at + prefix : at + prefix + size]
+            end = at + prefix + size
+            if 0 <= size and end <= len(data):
+                self.more = end < len(data)
+                self.next = (come[:], end, []) if self.more else ([], 0, [])
+                return data[at + prefix : end]  # type: ignore[no-any-return]
             if size > _READ_SIZE:
                 self._begin_large(data[at + prefix :], size)
             elif not self._await(deadline):
@@ -1084,10 +1102,10 @@ class _SocketChannel(_Channel):
         file = io.BytesIO(bytes(size))
         view = file.getbuffer()
         view[: len(begun)] = begun
-        self._state = (b"", 0, [], (file, view, size, [len(begun)]))
+        self.state = ([begun], 0, [file, view, size, [len(begun)]])  # not empty: this is not the usual case
 
     def _recv_large(self, deadline: float | None) -> bytes | None:
-        file, view, size, counts = self._state[3]
+        file, view, size, counts = self.state[2]
         while sum(counts) < size:
             if not self._await(deadline):
                 return None
@@ -1096,7 +1114,7 @@ class _SocketChannel(_Channel):
             if not counts[-1]:
                 raise EOFError
         view.release()
-        self._next, self.more = (b"", 0, [], None), False
+        self.next, self.more = ([], 0, []), False
         return file.getvalue()  # type: ignore[no-any-return]
 
     def _await(self, deadline: float | None) -> bool:
@@ -1106,16 +1124,33 @@ class _SocketChannel(_Channel):
         return deadline is None or _wait_for(self.sock, False, deadline)
 
     def send_small(self, frame: bytes) -> None:
-        with self._sending:
-            chunks = self._batch[0]
-            if chunks:
-                chunks.append(frame)
-            else:
-                sent = self.sock.send(frame)
-                if sent < len(frame):
+        try:
+            with self._sending:
+                chunks = self._batch[0]
+                sent = 0 if chunks else self.sock.send(frame)
+                if sent != len(frame):
                     chunks.append(frame[sent:])
-        if chunks or self._posted:
-            self._write([], True, None)
+            if chunks or self._posted:
+                self._write([], True, None)
+        except OSError:
+            self.shutdown()
+
+    def send_now(self, frame: bytes) -> bool:
+        if self._posted or self._sending.locked():
+            return False
+        try:
+            with self._sending:
+                chunks = self._batch[0]
+                if chunks:
+                    return False
+                sent = self.sock.send(frame, _DONT_WAIT)
+                if sent != len(frame):
+                    chunks.append(frame[sent:])
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.shutdown()
+        return True
 
     def _wire(self, frames: Sequence[_Bytes]) -> list[_Bytes]:
         size = len(frames[0])
@@ -1130,7 +1165,7 @@ class _SocketChannel(_Channel):
 
     def _put(self, deadline: float | None) -> None:
         chunks, sent = self._batch
-        flags = 0 if deadline is None else _network.MSG_DONTWAIT
+        flags = 0 if deadline is None else _DONT_WAIT
         if len(chunks) == 1 and not sent:  # the usual case
             try:
                 sent.extend(map(self.sock.send, chunks, (flags,)))
@@ -1192,13 +1227,11 @@ class _PipeChannel(_Channel):
         self._ending = threading.Lock()  # protects that both are closed once, and neither is used after that
         self._incoming: Any = None
         self._outgoing: Any = None
-        self._frame: bytes | None = None  # what recv returned last
 
     def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
         api = _import("_winapi")
-        if self._frame is not None and not self.taken:
-            return self._frame
-        self._frame, self.taken = None, False
+        if self.state is not None:
+            return self.state
         try:
             if self._incoming is None:
                 self._incoming, _ = api.ReadFile(self._handle, 8192, overlapped=True)
@@ -1207,16 +1240,17 @@ class _PipeChannel(_Channel):
             read, self._incoming = self._incoming, None
             _, error = read.GetOverlappedResult(True)
             rest = api.PeekNamedPipe(self._handle)[1] if error == api.ERROR_MORE_DATA else 0
-            self._frame = read.getbuffer()
-            if len(self._frame) + rest > limit:
-                raise ProtocolError(f"a frame of {len(self._frame) + rest} bytes, where at most {limit} are allowed")
+            frame = read.getbuffer()
+            if len(frame) + rest > limit:
+                raise ProtocolError(f"a frame of {len(frame) + rest} bytes, where at most {limit} are allowed")
             if rest:
                 read, _ = api.ReadFile(self._handle, rest, overlapped=True)
                 read.GetOverlappedResult(True)
-                self._frame += read.getbuffer()
+                frame += read.getbuffer()
         except BrokenPipeError:
             raise EOFError from None
-        return self._frame
+        self.state = frame
+        return frame
 
     def _wait(self, overlapped: Any, deadline: float | None) -> bool:
         """Wait until a read or write is done. False past the deadline; EOFError if the connection is ended here."""
@@ -1386,7 +1420,7 @@ class _Hello:
         if frame is None:
             raise TimeoutError(f"no answer within {_HELLO_SECONDS:g} s")
         self._said.append(bytes(frame))
-        self._channel.taken = True
+        self._channel.state = self._channel.next
         try:
             message = json.loads(self._said[-1])
         except (ValueError, RecursionError):
@@ -1500,8 +1534,8 @@ class _Hello:
 
 _HEADER = struct.Struct("!BBHIQQ")
 _BODY = _HEADER.size
-_PREFIXED = struct.Struct("!iBBHIQQ")  # the same with the frame's length before it
 _FIRST = struct.Struct("!QQQ")  # the same with its first four fields as one number, to tell the usual messages by
+_PREFIXED = struct.Struct("!iBBHIQQ")  # the same with the frame's length before it
 _CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END, _CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = range(1, 13)
 _TAGGED, _IGNORABLE, _STREAM = 1, 2, 4
 _PLAIN_CALL, _PLAIN_RESULT = (_FIRST.unpack(_HEADER.pack(_WIRE_VERSION, kind, 0, 0, 0, 0))[0] for kind in (_CALL, _RESULT))
@@ -1629,6 +1663,8 @@ class _Call:
     nested: deque[_Request] | None = None  # calls made on behalf of this one, for the thread that waits
     takes_nested = True  # from before it is sent, as they may come before that thread waits
     streams = False
+    deadline: float | None = None
+    watcher: Callable[[_Call], None] | None = None  # called by the reader when something has come, where no thread waits
     received = 0  # items that have come, counted by the reader
     granted = _WINDOW  # items for which there was credit, counted by who reads the stream
 
@@ -1636,9 +1672,10 @@ class _Call:
         self.number = number
         self.method = method
         self.seconds = seconds
-        self.deadline = None if seconds is None else time.monotonic() + seconds
-        self.watcher = watcher  # called by the reader when something has come, where no thread waits
+        if seconds is not None:
+            self.deadline = time.monotonic() + seconds
         if watcher is not None:
+            self.watcher = watcher
             self.takes_nested = False
 
     def arrive(self, part: tuple[int, Any], once: Iterable[tuple[int, Any]] = ()) -> None:
@@ -1661,18 +1698,18 @@ def _too_late(call: _Call) -> Exception:
 class _Request:
     """A call of the other side's, to be answered."""
 
-    begun = cancelled = False
+    cancelled = False
     nested = False  # whether one of our calls waits for it: then it runs outside max_workers
     outer: _Request | None = None  # the call in which this one is run
     in_row = False  # whether the thread that runs it goes on with another call at once: then their answers leave together
     producer: _Producer | None = None  # of the stream that is its answer
     task: Any = None  # asyncio's, where it runs as one
 
-    def __init__(self, session: _Session, number: int, body: Any, wants_answer: bool) -> None:
+    def __init__(self, session: _Session, number: int, body: Any, wants_answer: bool = True) -> None:
         self.session = session
         self.number = number
         self.method: str = body[1]
-        self.body = body  # target, method, args, kwargs, ...; None once it runs
+        self.body = body  # [target, method, args, kwargs]; None once it has run
         self.wants_answer = wants_answer
 
     def cancel(self) -> None:
@@ -1693,14 +1730,19 @@ def _renamed(error: PluginError, old: str, new: str) -> PluginError:
 
 
 def _is_call(body: Any) -> bool:
-    return type(body) is list and len(body) >= 4 and type(body[1]) is str and type(body[2]) is list and type(body[3]) is dict
+    """Whether it is one; what a later version of the protocol may add behind is cut off."""
+    if type(body) is not list or len(body) < 4:
+        return False
+    if len(body) > 4:
+        del body[4:]
+    return type(body[1]) is str and type(body[2]) is list and type(body[3]) is dict
 
 
 class _Message:
     """A message that has come. What it carries is put into a queue by `once`: that may be repeated, and is one step, so that
     nothing is lost or doubled when Ctrl-C strikes in between."""
 
-    checked = False  # whether it is counted, as an answer
+    checked = False  # whether it is counted, as an answer, or is among those to be answered, as a call
     request: _Request | None = None  # what was made of it, as a call
 
     def __init__(self, kind: int, flags: int, number: int, parent: int, value: Any) -> None:
@@ -1882,6 +1924,12 @@ class _Session:
     of the methods whose calls are lost into the exception that they raise.
     """
 
+    __slots__ = ("_calls", "_drained", "_filled", "_forks", "_garbage", "_half", "_idle", "_inline", "_late", "_lock",
+                 "_lost", "_lost_calls", "_numbers", "_pack", "_partial", "_queue", "_quiet", "_reader", "_ready",
+                 "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_ticking", "_unattended",
+                 "_vacant", "_waiting", "call_timeout", "cause", "channel", "closing", "codec", "ended", "finished",
+                 "protocol_version", "references", "send_limit")
+
     def __init__(self, channel: _Channel, terms: _Terms, max_message: int, references: Any, borrow: Callable[..., Any],
                  lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
                  serving: bool = False, max_workers: int = 64) -> None:
@@ -1891,13 +1939,13 @@ class _Session:
         self.call_timeout: float | None = None  # the deadline of calls that have no other
         self.ended: Callable[[list[str]], BaseException] | None = None  # makes the error, once it has
         self.cause: BaseException | None = None  # why it has
+        self._lost_calls: list[str] = []  # the methods that were being called then
         self.closing: float | None = None  # the grace in seconds, once the host has said stop
         self.finished = _Gate()  # opens when the other side says stop or is gone
         self._forks = _forks
         self._garbage: deque[tuple[int, int]] = deque()  # (kind, number) of messages that finalizers want sent
         self.codec = _CODECS[terms.codec](self._lend, references.unlend, lambda tag, state: borrow(self, tag, state))
         self.send_limit: int = terms.max_message
-        self._small = min(_SMALL - _PREFIXED.size, self.send_limit)  # bytes of a body that goes the quick way
         self._pack: Callable[..., bytes] = _PREFIXED.pack if channel.prefixed else lambda size, *fields: _HEADER.pack(*fields)
         self._recv_limit = max_message + _BODY
         self._lost = lost
@@ -1937,7 +1985,15 @@ class _Session:
         if _loop_threads and threading.get_ident() in _loop_threads:
             raise RuntimeError(f"{method}() would block the event loop of the async methods: await {method}.submit(...)")
         content = self.codec.dumps_call(target, method, args, kwargs)
-        return self._ask(_Call(next(self._numbers), method, timeout), _CALL, content)
+        call: Any = (next(self._numbers), method)
+        if type(content) is bytes and timeout is None and _current.get() is None and self._reader.setdefault(0, call) is call:
+            value = self._call_alone(*call, content)
+            if type(value) is not _Call:
+                return value
+            call = value
+        else:
+            call = _Call(*call, timeout)
+        return self._ask(call, _CALL, content)
 
     def submit(self, watcher: Callable[[_Call], None], target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
                timeout: float | None) -> _Call:
@@ -1945,6 +2001,7 @@ class _Session:
         call = _Call(next(self._numbers), method, timeout, watcher)
         try:
             self._start(call, _CALL, self.codec.dumps_call(target, method, args, kwargs))
+            self._pass_on()
         except TimeoutError:
             self.give_up(call)
             call.arrive((_ERROR, _too_late(call)))
@@ -2003,23 +2060,57 @@ class _Session:
     def _lend(self, value: Any, lent: list[int]) -> tuple[str, Any] | None:
         return self.references.lend(self, value, lent)  # type: ignore[no-any-return]
 
+    def _call_alone(self, number: int, method: str, content: bytes) -> Any:
+        """The usual case, in a straight line: as the reader, send a call and receive its plain answer. Returns that, or, if
+        it takes another way, a _Call: one of _calls if it is sent."""
+        channel, reader = self.channel, self._reader
+        try:
+            if self.ended is not None or self._garbage or self._partial is not None or len(content) > self.send_limit:
+                return _Call(number, method, None)
+            if not channel.send_now(self._pack(len(content) + _BODY, _WIRE_VERSION, _CALL, 0, 0, number, 0) + content):
+                return _Call(number, method, None)
+            frame: Any = channel.recv(self._recv_limit)
+            if len(frame) > _BODY:
+                first, answered, _ = _FIRST.unpack_from(frame)
+                if first == _PLAIN_RESULT and answered == number:
+                    value = self.codec.loads_plain(frame[_BODY:])
+                    channel.state = channel.next
+                    return value
+            call = self._calls[number] = _Call(number, method, None)
+            return call
+        except Exception as error:
+            self.end(error)
+            raise self.ended(self._lost_calls) from None  # type: ignore[misc]
+        except BaseException:
+            self.post(_CANCEL, number)
+            raise
+        finally:
+            del reader[0]
+            if self._waiting or self._unattended or self._serving or self.references.lends or self.ended is not None:
+                self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        """Another thread may want to read, or to close."""
+        if self.ended is not None:
+            self._vacant.open()
+        self._pass_on()
+
     def _start(self, call: _Call, kind: int, content: Any) -> None:
-        self._calls[call.number] = call
+        number = call.number
+        self._calls[number] = call
         request = _current.get()
         while request is not None and request.session is not self:
             request = request.outer  # this side is called through another session
-        parent = request.number if request is not None else 0
         if self.ended is not None:
             raise self.ended([call.method])
-        if call.watcher is None:
-            return self.send(kind, call.number, content, parent, call.deadline)
-        self._unattended.add(call.number)
-        self.send(kind, call.number, content, parent, call.deadline)
-        return self._pass_on()
+        if call.watcher is not None:
+            self._unattended.add(number)
+        self.send(kind, number, content, 0 if request is None else request.number, call.deadline)
 
     def _ask(self, call: _Call, kind: int, content: Any) -> Any:
         try:
-            self._start(call, kind, content)
+            if call.number not in self._calls:
+                self._start(call, kind, content)
             if not self._read_if_free(call) or not call.inbox:
                 self._wait(call)
             elif self._waiting or self._unattended or self._serving or self.references.lends:
@@ -2079,15 +2170,15 @@ class _Session:
 
     def send(self, kind: int, number: int, content: Any, parent: int = 0, deadline: float | None = None, flags: int = 0,
               wait: bool = True, later: bool = False) -> None:
-        """Send what the codec made. Raises MessageTooLarge, and TimeoutError past the deadline."""
+        """Send what the codec made, which is bytes if it is plain and short. Raises MessageTooLarge, and TimeoutError past
+        the deadline."""
+        if type(content) is bytes:
+            if deadline is None and wait and not (later or self._garbage) and len(content) <= self.send_limit:
+                self.channel.send_small(self._pack(len(content) + _BODY, _WIRE_VERSION, kind, flags, 0, number, parent) + content)
+                return
+            content = (content, (), False, ())
         body, buffers, tagged, lent = content
         size, limit = len(body), self.send_limit
-        if size <= self._small and wait and deadline is None and not (buffers or tagged or later or self._garbage):
-            try:
-                self.channel.send_small(self._pack(size + _BODY, _WIRE_VERSION, kind, flags, 0, number, parent) + body)
-            except OSError:
-                self.channel.shutdown()
-            return
         if buffers:
             size += sum(map(len, buffers))
         try:
@@ -2176,7 +2267,7 @@ class _Session:
             return False
         try:
             while not call.inbox and not call.nested:
-                message = self._receive(call.deadline, call)
+                message = self._receive(call.deadline)
                 if message is None:
                     break
                 self._handle_elsewhere(message)
@@ -2188,46 +2279,31 @@ class _Session:
                 self._handle_elsewhere(self._half)
             raise
         finally:
-            if reader.get(0) is call:
-                del reader[0]
+            del reader[0]
             if self.ended is not None:
                 self._vacant.open()
         return True
 
-    def _receive(self, deadline: float | None = None, call: _Call | None = None) -> Any:
-        """The next message; or None past the deadline. The two usual cases are taken up at once: a plain answer to `call`
-        (None: it has it), and, for a thread of the pool, which brings no call, a plain call, as the _Request made of it."""
+    def _receive(self, deadline: float | None = None) -> _Message | None:
+        """The next message; or None past the deadline."""
         self._half = None
         if self._partial is None:
             frame = self.channel.recv(self._recv_limit, deadline)
             if frame is None:
                 return None
-            if len(frame) < _BODY:
-                raise ProtocolError(f"a frame of {len(frame)} bytes, which is shorter than a header")
-            first, number, parent = _FIRST.unpack_from(frame)
-            if first == _PLAIN_RESULT:
-                if call is not None and number == call.number and not call.streams:
-                    call.inbox = ((_RESULT, self.codec.loads_plain(frame[_BODY:])),)
-                    self.channel.taken = True
-                    self._calls.pop(number, None)
-                    return None
-            elif first == _PLAIN_CALL and call is None and not parent:
-                body = self.codec.loads_plain(frame[_BODY:])
-                if _is_call(body) and self.closing is None and number not in self._requests:
-                    self.channel.taken = True
-                    request = self._requests[number] = _Request(self, number, body, True)
-                    return request
             self._begin(frame)
         return self._complete(deadline)
 
     def _begin(self, frame: bytes) -> None:
         """A message begins with this frame."""
+        if len(frame) < _BODY:
+            raise ProtocolError(f"a frame of {len(frame)} bytes, which is shorter than a header")
         version, kind, flags, count, number, parent = _HEADER.unpack_from(frame)
         if version != _WIRE_VERSION or count > _MAX_BUFFERS:
             raise ProtocolError(f"a header with wire version {version} and {count} buffers")
         partial = (kind, flags, number, parent, frame[_BODY:], [None] * count)
         room = self._recv_limit - len(frame)
-        self._partial, self._filled, self._room, self.channel.taken = partial, 0, room, True
+        self._partial, self._filled, self._room, self.channel.state = partial, 0, room, self.channel.next
 
     def _complete(self, deadline: float | None) -> _Message | None:
         """Read the buffers of the message that has begun. None past the deadline."""
@@ -2238,7 +2314,7 @@ class _Session:
                 return None
             room = self._room - len(buffer)
             buffers[self._filled] = buffer
-            self._filled, self._room, self.channel.taken = self._filled + 1, room, True
+            self._filled, self._room, self.channel.state = self._filled + 1, room, self.channel.next
         try:
             value = self.codec.loads(body, buffers, bool(flags & _TAGGED)) if body else None
             if kind == _ERROR:
@@ -2317,8 +2393,9 @@ class _Session:
             message.once = iter((request,))
         if self._requests.get(request.number, request) is not request:
             raise ProtocolError("the number of a call is that of another one")
-        if not request.begun:
+        if not message.checked:
             self._requests[request.number] = request
+            message.checked = True
         if unknown or self.closing is not None:
             self.fail(request, unknown or PluginClosed("the plugin is shutting down"), own=True, wait=False)
             return None
@@ -2344,20 +2421,28 @@ class _Session:
     def run(self, request: _Request) -> None:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises is an
         answer too."""
-        request.begun = True
         request.outer = outer = _current.get()
         _current.set(request)
         own = True  # whether a PluginError would be about this call itself
         try:
             if request.producer is not None:
                 return request.producer.run()
-            target, method, args, kwargs, *_ = request.body
+            target, method, args, kwargs = request.body
             function = self.references.resolve(target, method)
             own = target == 0
             value = function(*args, **kwargs)
             if self._forks != _forks:
                 _leave_fork(None)
-            self._conclude(request, value)
+            if type(value) not in _ATOMS or not request.wants_answer or request.in_row or request.cancelled:
+                return self._conclude(request, value)
+            content = self.codec.dumps_short(value, "the result")
+            if type(content) is bytes and len(content) <= self.send_limit:  # the usual case
+                self.channel.send_small(self._pack(len(content) + _BODY, _WIRE_VERSION, _RESULT, 0, 0, request.number, 0) + content)
+                self._requests.pop(request.number, None)
+                if self.closing is not None:
+                    self.finish(request)
+            else:
+                self._conclude(request, value)
         except BaseException as error:
             if self._forks != _forks:
                 _leave_fork(error)
@@ -2377,7 +2462,7 @@ class _Session:
                 return self._stream(request, value)
         try:
             if request.wants_answer and not request.cancelled:
-                self.send(_RESULT, request.number, self.codec.dumps(value, "the result"), later=request.in_row)
+                self.send(_RESULT, request.number, self.codec.dumps_short(value, "the result"), later=request.in_row)
         except PluginError as error:  # it cannot travel
             return self.fail(request, _renamed(error, "the result", f"the result of {request.method}()"), own=True)
         return self.finish(request)
@@ -2553,40 +2638,49 @@ class _Session:
 
     def _read_as_pool(self, gate: _Gate) -> None:
         """As the reader: read, and run each call at once, until another thread has taken over."""
-        reads = True
+        reader, channel, requests, loads = self._reader, self.channel, self._requests, self.codec.loads_plain
         try:
-            while reads and self.ended is None and (self._serving or self._wants_reader()):
-                request = self._receive()
-                if type(request) is _Message:
-                    request = self._handle(request)
-                    self._half = None
-                if request is not None:
-                    reads = self._run_here(request, gate)
+            while self.ended is None and (self._serving or self._wants_reader()):
+                request = None
+                if self._partial is None:
+                    frame = channel.recv(self._recv_limit)
+                    if len(frame) > _BODY:
+                        first, number, parent = _FIRST.unpack_from(frame)
+                        if first == _PLAIN_CALL and not parent and self.closing is None:  # the usual case
+                            body = loads(frame[_BODY:])
+                            if _is_call(body) and number not in requests:
+                                channel.state = channel.next
+                                request = requests[number] = _Request(self, number, body)
+                                request.in_row = channel.more
+                if request is None:
+                    request = self._take_up()
+                if request is None or not self._take_slot(request):
+                    continue
+                self._inline = request
+                del reader[0]  # nobody reads while this thread runs the call
+                if request.method in self._slow:
+                    self._run_slow(request)
+                else:
+                    if not self._ticking:
+                        self._tick()
+                    self.run(request)
+                    self._slots.append(True)
+                    if self._queue:
+                        self._start_queued()
+                if reader.setdefault(0, gate) is not gate:
+                    return channel.flush()  # it goes on with no other call after all
         except Exception as error:
             self.end(error)
-        if self._reader.get(0) is gate:
-            del self._reader[0]
-            if self.ended is not None:
-                self._vacant.open()
-            self._pass_on()
+        if reader.get(0) is gate:
+            del reader[0]
+            self._stop_reading()
+        return None
 
-    def _run_here(self, request: _Request, gate: _Gate) -> bool:
-        """Run the call on the thread that read it, while nobody reads. Returns whether this thread reads on."""
-        if not self._take_slot(request):
-            return True
-        request.in_row = self.channel.more
-        self._inline = request
-        del self._reader[0]
-        if request.method in self._slow:
-            self._run_slow(request)
-        else:
-            if not self._ticking:
-                self._tick()
-            self._run_with_slot(request)
-        reads = self._reader.setdefault(0, gate) is gate
-        if not reads:
-            self.channel.flush()  # it goes on with no other call after all
-        return reads
+    def _take_up(self) -> _Request | None:
+        """Receive a message of any kind. A call that is to be run is returned, any other is handed on."""
+        request = self._handle(self._receive())  # type: ignore[arg-type]
+        self._half = None
+        return request
 
     def _run_slow(self, request: _Request) -> None:
         """The same for a method that was slow the last time: another thread reads from the start."""
@@ -2658,12 +2752,14 @@ class _Session:
         with self._lock:
             if self.ended is not None:
                 return
+            alone = self._reader.get(0)
+            self._lost_calls = [alone[1]] if type(alone) is tuple else []
+            self._lost_calls += [call.method for call in list(self._calls.values())]
             self.ended = make_error
             idle, self._idle = self._idle, []
         self.channel.shutdown()
-        calls = list(self._calls.values())
-        for call in calls:
-            part = (_ERROR, make_error([each.method for each in calls]))
+        for call in list(self._calls.values()):
+            part = (_ERROR, make_error(self._lost_calls))
             call.arrive(part, [part])
             self._calls.pop(call.number, None)
         self.stop(self.closing or 0.0)

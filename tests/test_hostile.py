@@ -146,7 +146,7 @@ def attack(expression, *options, kind=miniplug.ProtocolError):
 
         waiter = threading.Thread(target=wait)
         waiter.start()
-        until(lambda: len(plugin._session()._calls) == 1)
+        until(lambda: plugin._session()._reader)
         start = time.monotonic()
         with pytest.raises(kind) as caught:
             for _ in proxy.attack():  # some begin as a stream

@@ -334,7 +334,7 @@ def test_a_thread_that_cannot_start_fails_its_call(pair, monkeypatch):
     both = pair({"s": slow}, {"s": slow})
     message = miniplug._Message(miniplug._CALL, 0, 7, 0, [0, "listMethods", [], {}])
     sent = []
-    monkeypatch.setattr(both.here, "send", lambda *args, **kwargs: sent.append(args))
+    monkeypatch.setattr(miniplug._Session, "send", lambda session, *args, **kwargs: sent.append(args))
 
     def refuse(self):
         raise RuntimeError("can't start new thread")
