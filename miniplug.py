@@ -4171,33 +4171,28 @@ class _Door:
 
 
 class _Run:
-    """One run of a plugin: its process, what that says, and the session with it.
+    """One generation of a plugin, from its start to its end: what serves it, what that says, and the session with it.
 
-    `ended` is set when it is over: the tree is gone, the last line delivered, the process reaped and `exit_code` known.
-    `news` is set by then, too.
+    `tree` is a process, or stands for one: it has a `popen` (with pid, stdout and stderr), is ended by `signal`, and gone
+    when `await_exit` returns; then `reap` gives the exit code. `disown` forgets it, in a forked child. The run is there
+    before its session is (`open`). `ended` is set when it is over: the tree is gone, the last line delivered, the
+    process reaped and `exit_code` known. `news` is set by then, too.
     """
 
-    def __init__(self, tree: Callable[..., Any], name: str, argv: Sequence[str], sinks: Sequence[Callable[[str], Any] | None],
-                 managed: bool, news: threading.Event, **options: Any) -> None:
-        self.name, self.managed, self._news = name, managed, news
+    def __init__(self, plugin: Plugin, tree: Any, sinks: Sequence[Callable[[str], Any] | None], news: threading.Event) -> None:
+        self.plugin, self.name, self._tree, self._news = plugin, plugin.name, tree, news
         self.session: _Session | None = None
         self.exit_code: int | None = None
         self.closing = self._exited = False
         self.ended = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._streams: list[_Lines] = []
-        out, err = (None if sink is None else _PIPE for sink in sinks)
-        self._wake = os.pipe()  # a byte in it wakes the threads that read the output
-        try:
-            self._tree: Any = tree(argv, stdout=out, stderr=err, **options)
-        except BaseException:
-            self._close_files()
-            raise
-        popen = self._tree.popen
+        popen = tree.popen
         self.pid: int = popen.pid
         self._streams = [_Lines(file, sink) for file, sink in zip((popen.stdout, popen.stderr), sinks) if file and sink]
+        self._wake: tuple[int, ...] = ()  # a byte in this pipe wakes the threads that read the output
         _running.add(self)
         try:
+            self._wake = os.pipe() if self._streams else ()
             for stream in self._streams:
                 self._threads.append(_start_thread("miniplug-output", self._read, stream))
             _start_thread("miniplug-watch", self._watch)
@@ -4226,7 +4221,8 @@ class _Run:
         self._tree.await_exit()
         self.signal(kill=True)  # what it has left behind
         self._exited = True
-        os.write(self._wake[1], b"x")
+        if self._wake:
+            os.write(self._wake[1], b"x")
         for thread in self._threads:
             thread.join(1.0)
         self.exit_code = self._tree.reap()
@@ -4241,6 +4237,13 @@ class _Run:
             stream.file.close()
         for fd in self._wake:
             os.close(fd)
+
+    def open(self, channel: _Channel, terms: _Terms, max_message: int, call_timeout: float | None) -> None:
+        """Have a session with it, over an authenticated channel."""
+        self.session = _open_session(channel, terms, max_message, _Served({}), self.lost)
+        self.session.call_timeout = call_timeout
+        if self.ended.is_set():  # just before
+            self.over()
 
     def over(self) -> None:
         """The process has ended."""
@@ -4287,16 +4290,6 @@ class _Run:
         if self.session is not None and self.session.ended is None:
             self.session.post(_SHUTDOWN, 0, grace)
 
-    def close(self, grace: float) -> None:
-        """Ask it to end, then terminate, then kill; returns when it is gone."""
-        deadline = time.monotonic() + (grace if self.session is not None else 0.0)
-        self.ask(grace)
-        for kill in (False, True):
-            if not self.wait(_left(deadline)):
-                self.signal(kill)
-                deadline = time.monotonic() + 1.0
-        self.wait(_left(deadline))
-
     def kill(self) -> None:
         self.closing = True
         self.signal(kill=True)
@@ -4315,17 +4308,26 @@ def _not_owned(name: str) -> PluginError:
     return PluginError(f"the plugin {name!r} belongs to the process that this one was forked from: launch another here")
 
 
-_running: set[_Run] = set()
+_running: set[_Run] = set()  # all that have not ended
 _hooks_set: list[bool] = []
 
 
-def _close_all() -> None:
-    runs = [run for run in list(_running) if run.managed]
-    deadline = time.monotonic() + _GRACE
-    for run in runs:  # ask all before waiting for any
-        run.ask(_GRACE)
+def _close_runs(runs: Sequence[_Run], grace: float) -> None:
+    """End runs side by side: ask them, after `grace` seconds terminate, a second later kill. Returns when they are gone."""
     for run in runs:
-        run.close(_left(deadline))
+        run.ask(grace)
+    deadline = time.monotonic() + (grace if any(run.session for run in runs) else 0.0)
+    for kill in (False, True):
+        runs = [run for run in runs if not run.wait(_left(deadline))]
+        for run in runs:
+            run.signal(kill)
+        deadline = time.monotonic() + 1.0
+    for run in runs:
+        run.wait(_left(deadline))
+
+
+def _close_all() -> None:
+    _close_runs([run for run in list(_running) if run.plugin._managed], _GRACE)
 
 
 def _disown_all() -> None:
@@ -4411,7 +4413,7 @@ class Plugin:
                 run.wait()  # it is on its way out, which has a bound
             if not self.running:
                 self._closed = False
-                self._start()
+                self._open()
         return self
 
     def close(self, grace: float = _GRACE) -> None:
@@ -4421,14 +4423,17 @@ class Plugin:
         Closing what is closed does nothing.
         """
         self._closed = True
-        if self._run is not None and self._owner == os.getpid():
-            self._run.close(grace)
+        _close_runs(self._runs(), grace)
 
     def kill(self) -> None:
         """End the plugin and all that it started at once, without asking."""
         self._closed = True
-        if self._run is not None and self._owner == os.getpid():
-            self._run.kill()
+        for run in self._runs():
+            run.kill()
+
+    def _runs(self) -> list[_Run]:
+        """Those of this plugin that have not ended. (In a forked child there are none.)"""
+        return [run for run in list(_running) if run.plugin is self]
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until the process has ended, at most `timeout` seconds. Returns `exit_code`, or None if it still runs."""
@@ -4570,7 +4575,8 @@ class Plugin:
 
     # -- starting
 
-    def _start(self) -> None:
+    def _open(self) -> None:
+        """Start a process and have a session with it, as `_run`."""
         _set_exit_hooks()
         argv = self._argv()
         key = os.urandom(32)
@@ -4592,10 +4598,7 @@ class Plugin:
             if run.ended.is_set():
                 door.settle(0.2)  # it may have been refused just before
             if came and isinstance(came[0][1], _Terms):
-                run.session = _open_session(*came[0], self._max_message, _Served({}), run.lost)
-                run.session.call_timeout = self._call_timeout
-            if run.ended.is_set():
-                run.over()
+                run.open(*came[0], self._max_message, self._call_timeout)
             if run.session is None or run.session.ended is not None or self._closed:
                 raise self._failure(run, argv, in_time, door.strangers, came[0][1] if came else None)
         except BaseException as error:
@@ -4618,9 +4621,11 @@ class Plugin:
         stdin = {"discard": _DEVNULL, "inherit": None}[self._stdin] if isinstance(self._stdin, str) else self._stdin
         sinks = [_sink(output, logger, name) for output, name in zip(self._outputs, ("stdout", "stderr"))]
         terminal = self._stdin == "inherit" and sys.__stdin__ is not None and sys.__stdin__.isatty()
+        out, err = (None if sink is None else _PIPE for sink in sinks)
         try:
-            return _Run(self._tree, self.name, argv, sinks, self._managed, news, stdin=stdin, shares_terminal=terminal,
-                        folder=listener.folder, env=env, cwd=self._cwd)
+            tree = self._tree(argv, stdin=stdin, stdout=out, stderr=err, shares_terminal=terminal, folder=listener.folder,
+                              env=env, cwd=self._cwd)
+            return _Run(self, tree, sinks, news)
         except (OSError, ValueError) as error:
             known: dict[type, str] = {FileNotFoundError: "there is no such program",
                                       PermissionError: "it is not executable for this user"}
