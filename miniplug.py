@@ -1070,10 +1070,10 @@ class _SocketChannel(_Channel):
             data = come[0] if come else b""
             prefix, size = self._next_size(data, at, limit)
             end = at + prefix + size
-            if 0 <= size and end <= len(data):
+            if size >= 0 and end <= len(data):
                 self.more = end < len(data)
                 self.next = (come[:], end, []) if self.more else ([], 0, [])
-                return data[at + prefix : end]  # type: ignore[no-any-return]
+                return data[at + prefix : end]
             if size > _READ_SIZE:
                 self._begin_large(data[at + prefix :], size)
             elif not self._await(deadline):
@@ -1585,7 +1585,7 @@ class _Clock:
         self._gate = _Gate()
         self._lock = threading.Lock()  # protects the following three
         self._sessions: set[_Session] = set()
-        self._alarms: list[tuple[float, int, _Session]] = []  # a heap of (deadline, number of the call, session)
+        self._alarms: list[tuple[float, int, int, _Session]] = []  # a heap of (deadline, number of the call, id, session)
         self._open = 0  # how many of them counted the last time
         self._runs = False
 
@@ -1605,7 +1605,7 @@ class _Clock:
     def remove(self, session: _Session) -> None:
         with self._lock:
             self._sessions.discard(session)
-            self._alarms = sorted(alarm for alarm in self._alarms if alarm[2] is not session)
+            self._alarms = sorted(alarm for alarm in self._alarms if alarm[3] is not session)
         self.wake()
 
     def alarm(self, deadline: float, number: int, session: _Session) -> None:
@@ -1613,10 +1613,10 @@ class _Clock:
         with self._lock:
             self._start()
             if len(self._alarms) > 2 * self._open + 1000:  # most of them are answered by now
-                self._alarms = sorted(alarm for alarm in self._alarms if alarm[1] in alarm[2]._calls)
+                self._alarms = sorted(alarm for alarm in self._alarms if not alarm[1] or alarm[1] in alarm[3]._calls)
                 self._open = len(self._alarms)
-            _import("heapq").heappush(self._alarms, (deadline, number, session))
-            first = self._alarms[0][2] is session
+            _import("heapq").heappush(self._alarms, (deadline, number, id(session), session))
+            first = self._alarms[0][3] is session
         if first:
             self.wake()
 
@@ -1635,7 +1635,7 @@ class _Clock:
                 while self._alarms and self._alarms[0][0] <= time.monotonic():
                     due.append(_import("heapq").heappop(self._alarms))
                 next_alarm = self._alarms[0][0] if self._alarms else None
-            for _, number, session in due:
+            for _, number, _, session in due:
                 session.expire(number)
             busy = [session for session in sessions if session.look_on()]
             self._gate.wait(_TICK if busy else _left(next_alarm))
@@ -1678,6 +1678,10 @@ class _Call:
             self.watcher = watcher
             self.takes_nested = False
 
+    def left(self) -> float | None:
+        """Seconds until the deadline, or None without one."""
+        return None if self.deadline is None else _left(self.deadline)
+
     def arrive(self, part: tuple[int, Any], once: Iterable[tuple[int, Any]] = ()) -> None:
         """Take what has come. That may be repeated, with the same `once`, which gives `part` the first time."""
         if self.streams:
@@ -1693,6 +1697,10 @@ class _Call:
 def _too_late(call: _Call) -> Exception:
     text = f"{call.method}() took longer than {call.seconds:g} s"
     return __getattr__("CallTimeout")(text, method=call.method, seconds=call.seconds)  # type: ignore[no-any-return]
+
+
+class _Sealed(Exception):
+    """The session takes no more calls: this one was not sent, and may go elsewhere."""
 
 
 class _Request:
@@ -1927,8 +1935,8 @@ class _Session:
     __slots__ = ("_calls", "_drained", "_filled", "_forks", "_garbage", "_half", "_idle", "_inline", "_late", "_lock",
                  "_lost", "_lost_calls", "_numbers", "_pack", "_partial", "_queue", "_quiet", "_reader", "_ready",
                  "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_ticking", "_unattended",
-                 "_vacant", "_waiting", "call_timeout", "cause", "channel", "closing", "codec", "ended", "finished",
-                 "protocol_version", "references", "send_limit")
+                 "_vacant", "_waiting", "borrowed", "call_timeout", "cause", "channel", "closing", "codec", "ended",
+                 "finished", "look", "protocol_version", "references", "sealed", "send_limit", "stale")
 
     def __init__(self, channel: _Channel, terms: _Terms, max_message: int, references: Any, borrow: Callable[..., Any],
                  lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
@@ -1940,6 +1948,10 @@ class _Session:
         self.ended: Callable[[list[str]], BaseException] | None = None  # makes the error, once it has
         self.cause: BaseException | None = None  # why it has
         self._lost_calls: list[str] = []  # the methods that were being called then
+        self.stale = False  # whether callers have to look first where to call: here it has begun just now, or is over
+        self.sealed = False  # whether it takes no more calls
+        self.borrowed: set[int] = set()  # the ids of what stands here for objects of the other side's
+        self.look: Callable[[], None] = lambda: None  # called at alarms with the number 0
         self.closing: float | None = None  # the grace in seconds, once the host has said stop
         self.finished = _Gate()  # opens when the other side says stop or is gone
         self._forks = _forks
@@ -1971,7 +1983,7 @@ class _Session:
         self._ticking = False  # whether the clock looks on
         self._quiet = 0  # ticks without traffic
         self._inline: _Request | None = None  # the call that a reader ran last
-        self._seen = self._inline  # by the clock
+        self._seen: _Request | None = None  # by the clock
         self._slow: set[str] = set()  # methods that outlasted a tick the last time
         _clock.add(self)
         if serving:
@@ -1985,15 +1997,12 @@ class _Session:
         if _loop_threads and threading.get_ident() in _loop_threads:
             raise RuntimeError(f"{method}() would block the event loop of the async methods: await {method}.submit(...)")
         content = self.codec.dumps_call(target, method, args, kwargs)
-        call: Any = (next(self._numbers), method)
-        if type(content) is bytes and timeout is None and _current.get() is None and self._reader.setdefault(0, call) is call:
-            value = self._call_alone(*call, content)
-            if type(value) is not _Call:
-                return value
-            call = value
-        else:
-            call = _Call(*call, timeout)
-        return self._ask(call, _CALL, content)
+        number = next(self._numbers)
+        alone = (number, method)
+        if type(content) is bytes and timeout is None and _current.get() is None and self._reader.setdefault(0, alone) is alone:
+            value = self._call_alone(number, method, content)
+            return self._ask(value, _CALL, content) if type(value) is _Call else value
+        return self._ask(_Call(number, method, timeout), _CALL, content)
 
     def submit(self, watcher: Callable[[_Call], None], target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
                timeout: float | None) -> _Call:
@@ -2016,13 +2025,16 @@ class _Session:
         """Call, and want no answer. Raises what sending raises."""
         call = _Call(next(self._numbers), method, timeout)
         content = self.codec.dumps_call(target, method, args, kwargs)
+        self._calls[call.number] = call  # until it is sent
         try:
-            if self.ended is not None:
-                raise self.ended([method])
+            if self.sealed:
+                raise _Sealed
             self.send(_NOTIFY, call.number, content, 0, call.deadline)
             self._pass_on()  # it may lend something
         except TimeoutError:
             raise _too_late(call) from None
+        finally:
+            self._calls.pop(call.number, None)
 
     def ping(self, timeout: float) -> float:
         """Seconds that a message takes there and back. Raises as `call` does."""
@@ -2065,7 +2077,7 @@ class _Session:
         it takes another way, a _Call: one of _calls if it is sent."""
         channel, reader = self.channel, self._reader
         try:
-            if self.ended is not None or self._garbage or self._partial is not None or len(content) > self.send_limit:
+            if self.sealed or self._garbage or self._partial is not None or len(content) > self.send_limit:
                 return _Call(number, method, None)
             if not channel.send_now(self._pack(len(content) + _BODY, _WIRE_VERSION, _CALL, 0, 0, number, 0) + content):
                 return _Call(number, method, None)
@@ -2101,8 +2113,8 @@ class _Session:
         request = _current.get()
         while request is not None and request.session is not self:
             request = request.outer  # this side is called through another session
-        if self.ended is not None:
-            raise self.ended([call.method])
+        if self.sealed:
+            raise _Sealed
         if call.watcher is not None:
             self._unattended.add(number)
         self.send(kind, number, content, 0 if request is None else request.number, call.deadline)
@@ -2146,10 +2158,22 @@ class _Session:
 
     def expire(self, number: int) -> None:
         """The deadline of a submitted call has come."""
+        if not number:
+            return self.look()
         call = self._calls.get(number)
         if call is not None and not call.streams:
             self.give_up(call)
             call.arrive((_ERROR, _too_late(call)))
+        return None
+
+    def probe(self) -> bool:
+        """Ping without waiting, unless the last such ping is still out. Returns whether it was not."""
+        if 0 in self._unattended:
+            return False
+        self._unattended.add(0)
+        self.post(_PING, 0)
+        self._pass_on()
+        return True
 
     def credit(self, call: _Call, count: int) -> None:
         """So many items of a stream have been read."""
@@ -2346,6 +2370,8 @@ class _Session:
                 if not call.streams or kind in (_ERROR, _END):
                     self._calls.pop(number, None)
                     self._unattended.discard(number)
+            elif not number:
+                self._unattended.discard(0)  # what `probe` waits for
         elif kind == _PING:
             self.post(_PONG, number)
         elif kind in (_CANCEL, _CREDIT, _RELEASE):
@@ -2641,9 +2667,9 @@ class _Session:
         reader, channel, requests, loads = self._reader, self.channel, self._requests, self.codec.loads_plain
         try:
             while self.ended is None and (self._serving or self._wants_reader()):
-                request = None
+                request: _Request | None = None
                 if self._partial is None:
-                    frame = channel.recv(self._recv_limit)
+                    frame: Any = channel.recv(self._recv_limit)
                     if len(frame) > _BODY:
                         first, number, parent = _FIRST.unpack_from(frame)
                         if first == _PLAIN_CALL and not parent and self.closing is None:  # the usual case
@@ -2744,6 +2770,19 @@ class _Session:
         while self._requests and self._drained.wait(_left(deadline)):
             pass
 
+    def busy(self) -> bool:
+        """Whether any call or stream is under way, or a reference left, either way."""
+        alone = type(self._reader.get(0)) is tuple
+        return bool(alone or self._calls or self._requests or self.borrowed or self.references.lends)
+
+    def seal(self) -> bool:
+        """Take no more calls, unless it is busy. Returns whether it takes none. (A call is among `_calls` before it looks
+        whether it may be sent: so none slips through.)"""
+        with self._lock:
+            self.sealed = True
+            self.sealed = self.ended is not None or not self.busy()
+            return self.sealed
+
     def end(self, cause: BaseException) -> None:
         """The connection has ended: fail every call that waits, and let every thread go."""
         with self._lock:
@@ -2756,6 +2795,7 @@ class _Session:
             self._lost_calls = [alone[1]] if type(alone) is tuple else []
             self._lost_calls += [call.method for call in list(self._calls.values())]
             self.ended = make_error
+            self.stale = self.sealed = True
             idle, self._idle = self._idle, []
         self.channel.shutdown()
         for call in list(self._calls.values()):
@@ -2940,42 +2980,66 @@ def ref(obj: Any) -> Any:
 
 
 class _Target:
-    """What a proxy and its methods share: the session, and the number that the object is lent under there.
+    """What a proxy and its methods share. `at`: the session, and the number that the object is lent under there, or None
+    once it is released; the two in one, so that they change together.
 
-    `renew` gives both anew when that session has ended (a plugin that was started again), or raises.
+    What a plugin serves (`plugin`, and its `name`) is at several sessions in turn, or two at once while one of them is
+    replaced: `before` is the other one.
     """
 
-    __slots__ = ("_lock", "identity", "label", "number", "renew", "session", "timeout")
+    __slots__ = ("at", "before", "identity", "label", "lock", "name", "plugin", "timeout")
 
     def __init__(self, session: _Session, number: int) -> None:
-        self._lock = threading.Lock()  # one renewal at a time
-        self.session = session
-        self.number: int | None = number  # None: released
-        self.identity = (session, number)  # what it stands for, also when it is released or renewed
+        self.at: tuple[_Session, int | None] = (session, number)
+        self.before = self.at
+        self.identity = self.at  # what it stands for, also when it is released or dispensed anew
+        self.lock = threading.RLock()  # it is dispensed anew once
         self.label = "the object"
         self.timeout: float | None = None
-        self.renew: Callable[[], tuple[_Session, int]] | None = None
+        self.plugin: Any = None
+        self.name: str | None = None
+        session.borrowed.add(id(self))
 
-    def live(self) -> _Session:
-        """The session to call on. Raises DeadReference, and what `renew` raises."""
-        if self.number is None:
+    def live(self, asked: _Call) -> tuple[_Session, int]:
+        """Where to call. Raises DeadReference, and what a plugin raises that cannot be called."""
+        session, number = self.at
+        if number is None:
             raise DeadReference(f"{self.label} was released")
-        if self.session.ended is not None:
-            if self.renew is None:
-                raise DeadReference(f"{self.label} is gone: the connection to its owner has ended")
-            with self._lock:
-                if self.session.ended is not None:
-                    self.session, self.number = self.renew()
-        return self.session
+        if not (session.stale or session.sealed):
+            return session, number
+        if self.plugin is not None:
+            return self.plugin._renew(self, asked)  # type: ignore[no-any-return]
+        if session.ended is not None:
+            raise DeadReference(f"{self.label} is gone: the connection to its owner has ended")
+        return session, number
 
     def release(self) -> None:
-        number, self.number = self.number, None
+        session, number = self.at
+        self.at = (session, None)
+        session.borrowed.discard(id(self))
         if number:
-            self.session.discard(_RELEASE, number)
+            session.discard(_RELEASE, number)
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
+        if hasattr(self, "at"):
             self.release()
+
+
+def _reach(find: Callable[[_Call], tuple[_Session, int]], function: Callable[..., Any], method: str, args: Sequence[Any],
+           kwargs: dict[str, Any], seconds: float | None) -> tuple[_Session, Any]:
+    """Call `function` with the session and number that `find` gives, and with other ones if that takes no calls by then.
+    Returns the session, and what the function returned. To find it, too, is within the deadline."""
+    asked = _Call(0, method, seconds)
+    while True:
+        try:
+            session, number = find(asked)
+            return session, function(session, number, method, args, kwargs, asked.left())
+        except _Sealed:
+            pass
+        except __getattr__("CallTimeout"):
+            if asked.left() != 0.0:  # it is another one's, such as on_start's
+                raise
+            raise _too_late(asked) from None
 
 
 class _Remote:
@@ -3068,9 +3132,9 @@ class _References:
         kind = type(value)
         obj, manager = (value.object, value.manager) if kind is _Ref else (value, ())
         if issubclass(type(obj), _Remote):
-            target = obj._target
-            if target.session is session and target.number is not None:
-                return "$own", [target.number, obj._name]  # it goes home
+            home, number = obj._target.at
+            if home is session and number is not None:
+                return "$own", [number, obj._name]  # it goes home
         elif kind is not _Ref and (not callable(value) or isinstance(value, type)):
             return None
         owner = getattr(obj, "__self__", None)  # a bound method is made anew each time
@@ -3211,24 +3275,38 @@ class _Method(_Remote):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         target = self._target
-        session = target.session
-        if session.ended is not None or target.number is None:
-            session = target.live()
-        seconds = self._timeout
-        if seconds is None:
-            seconds = session.call_timeout if target.timeout is None else target.timeout
-        value = session.call(target.number or 0, self._name, args, kwargs, seconds)
+        session, number = target.at
+        if not session.stale and number is not None:
+            seconds = self._timeout
+            if seconds is None:
+                seconds = session.call_timeout if target.timeout is None else target.timeout
+            try:
+                value = session.call(number, self._name, args, kwargs, seconds)
+                return Stream(session, value) if type(value) is _Call else value
+            except _Sealed:
+                pass
+        session, value = _reach(target.live, _Session.call, self._name, args, kwargs, self._seconds())
         return Stream(session, value) if type(value) is _Call else value
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:
         """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
         call: Call = __getattr__("Call")(self.__name__)
-        call._begin(self._target.live(), self._target.number or 0, self._name, args, kwargs, self._seconds())
+        target, what = self._target, (self._name, args, kwargs)
+        session, number = target.at
+        if not session.stale and number is not None:
+            try:
+                call._begin(session, number, *what, self._seconds())
+                return call
+            except _Sealed:
+                pass
+        begin = partial(_reach, target.live, call._begin, *what)
+        if target.plugin is None or not target.plugin._put_off(call, begin, self._seconds()):
+            begin(self._seconds())
         return call
 
     def notify(self, *args: Any, **kwargs: Any) -> None:
         """Call, and want no answer. What the method raises goes to the plugin's stderr."""
-        self._target.live().notify(self._target.number or 0, self._name, args, kwargs, self._seconds())
+        _reach(self._target.live, _Session.notify, self._name, args, kwargs, self._seconds())
 
     def timeout(self, seconds: float | None) -> _Method:
         """The same method with a deadline: past `seconds` a call raises CallTimeout. None: the default one."""
@@ -3238,7 +3316,7 @@ class _Method(_Remote):
         target = self._target
         if self._timeout is not None:
             return self._timeout
-        return target.session.call_timeout if target.timeout is None else target.timeout
+        return target.at[0].call_timeout if target.timeout is None else target.timeout
 
     # What help() shows is asked of the plugin. It takes for a function what has a __get__.
 
@@ -3350,11 +3428,13 @@ class _Text:
 
 def _ask_description(target: _Target) -> dict[str, Any]:
     """{method: [signature, doc, parameters]}, as far as the other side tells."""
+    def ask(session: _Session, number: int, method: str, *others: Any) -> Any:
+        return session.call(0, method, (number,), *others[1:])
+
     try:
-        found = target.live().call(0, "describe", (target.number,), {}, target.session.call_timeout)
+        return _checked_description(_reach(target.live, ask, "describe", (), {}, target.at[0].call_timeout)[1])
     except MethodNotFound:  # it is not written with miniplug
         return {}
-    return _checked_description(found)
 
 
 def _checked_description(found: Any) -> dict[str, Any]:
@@ -3446,6 +3526,8 @@ class _Awaitable:
         self._call: _Call | None = None
 
     def _begin(self, session: _Session, *what: Any) -> None:
+        if self.done():  # cancelled before it could be sent, or lost with the session that took no more calls
+            return
         self._session = session
         self._call = session.submit(self._arrive, *what)
         if self.cancelled():  # meanwhile, by a signal handler
@@ -3465,8 +3547,7 @@ class _Awaitable:
 
     def _settle(self, call: _Call) -> None:
         future: Any = self
-        session = self._session
-        assert session is not None
+        session: Any = self._session
         try:
             kind, value = call.inbox[0]
             if kind == _ERROR:
@@ -3893,7 +3974,7 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
         for fd in theirs:
             os.close(fd)
     for name, fd in ours.items():
-        setattr(process, name, open(fd, "wb" if name == "stdin" else "rb", buffering=0))
+        setattr(process, name, open(fd, "wb" if name == "stdin" else "rb", buffering=0))  # noqa: SIM115 -- it is the process's
     return process
 
 
@@ -4077,13 +4158,13 @@ class _Lines:
         return True  # without a limit reading itself is what waits
 
 
-def _guard(function: Callable[..., Any], *args: Any) -> None:
+def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
     """Call what the host has given us (a callable, a log handler). What it raises is logged, and stops nothing."""
     try:
         function(*args)
     except BaseException as error:
         try:
-            _import("logging").getLogger("miniplug").error("what takes a plugin's output raised", exc_info=error)
+            _import("logging").getLogger("miniplug").error("%s raised", what, exc_info=error)
         except Exception:
             pass  # the log handler is what raises: there is nobody left to tell
 
@@ -4267,33 +4348,33 @@ class _Door:
 
 
 class _Run:
-    """One run of a plugin: its process, what that says, and the session with it.
+    """One generation of a plugin, from its start to its end: what serves it, what that says, and the session with it.
 
-    `ended` is set when it is over: the tree is gone, the last line delivered, the process reaped and `exit_code` known.
-    `news` is set by then, too.
+    `tree` is a process, or stands for one: it has a `popen` (with pid, stdout and stderr), is ended by `signal`, and gone
+    when `await_exit` returns; then `reap` gives the exit code. `disown` forgets it, in a forked child. The run is there
+    before its session is (`open`). `ended` is set when it is over: the tree is gone, the last line delivered, the
+    process reaped and `exit_code` known. `news` is set by then, too.
     """
 
-    def __init__(self, tree: Callable[..., Any], name: str, argv: Sequence[str], sinks: Sequence[Callable[[str], Any] | None],
-                 managed: bool, news: threading.Event, **options: Any) -> None:
-        self.name, self.managed, self._news = name, managed, news
+    def __init__(self, plugin: Plugin, tree: Any, sinks: Sequence[Callable[[str], Any] | None], news: threading.Event) -> None:
+        self.plugin, self.name, self._tree, self._news = plugin, plugin.name, tree, news
         self.session: _Session | None = None
         self.exit_code: int | None = None
         self.closing = self._exited = False
         self.ended = threading.Event()
+        self.ended_at = 0.0  # when, on the monotonic clock
+        self._hung = ""  # what is said of one that had to be killed, as it did not answer
+        self._looked = self._silent = self._unused = 0.0  # when `_look` looked last; seconds without an answer, without a call
+        self._number = 0  # of the latest call by then
         self._threads: list[threading.Thread] = []
-        self._streams: list[_Lines] = []
-        out, err = (None if sink is None else _PIPE for sink in sinks)
-        self._wake = os.pipe()  # a byte in it wakes the threads that read the output
-        try:
-            self._tree: Any = tree(argv, stdout=out, stderr=err, **options)
-        except BaseException:
-            self._close_files()
-            raise
-        popen = self._tree.popen
+        popen = tree.popen
         self.pid: int = popen.pid
         self._streams = [_Lines(file, sink) for file, sink in zip((popen.stdout, popen.stderr), sinks) if file and sink]
+        self._wake: tuple[int, ...] = ()  # a byte in this pipe wakes the threads that read the output
         _running.add(self)
+        plugin._expect(self)
         try:
+            self._wake = os.pipe() if self._streams else ()
             for stream in self._streams:
                 self._threads.append(_start_thread("miniplug-output", self._read, stream))
             _start_thread("miniplug-watch", self._watch)
@@ -4320,14 +4401,20 @@ class _Run:
 
     def _watch(self) -> None:
         self._tree.await_exit()
+        asked = self.closing
         self.signal(kill=True)  # what it has left behind
         self._exited = True
-        os.write(self._wake[1], b"x")
+        if self._wake:
+            os.write(self._wake[1], b"x")
         for thread in self._threads:
             thread.join(1.0)
         self.exit_code = self._tree.reap()
+        self.ended_at = time.monotonic()
         self.ended.set()
         self.over()
+        on_exit = self.plugin._on_exit
+        if on_exit is not None and self.session is not None and not asked:
+            _guard(on_exit, self.plugin, what="on_exit")
         for thread in self._threads:
             thread.join()  # somebody's callable may hang
         self._close_files()
@@ -4338,6 +4425,15 @@ class _Run:
         for fd in self._wake:
             os.close(fd)
 
+    def open(self, channel: _Channel, terms: _Terms, max_message: int, call_timeout: float | None) -> None:
+        """Have a session with it, over an authenticated channel. It stays `stale` until on_start has run."""
+        self.session = session = _open_session(channel, terms, max_message, _Served({}), self.lost)
+        session.call_timeout, session.stale, session.look = call_timeout, True, self._look
+        self._looked = time.monotonic()
+        self._look()
+        if self.ended.is_set():  # just before
+            self.over()
+
     def over(self) -> None:
         """The process has ended."""
         _running.discard(self)
@@ -4347,6 +4443,47 @@ class _Run:
             self.session.references.close()
             self.session.references.served.close()
             self.session.dispose()
+
+    @property
+    def crashed(self) -> bool:
+        """Whether it has served, and ended unasked."""
+        return self.session is not None and self.session.ended is not None and not self.closing
+
+    def _look(self) -> None:
+        """Look after it, on the clock's thread, several times in a heartbeat and an idle timeout. Nothing here waits."""
+        session, heartbeat, idle = self.session, self.plugin._heartbeat, self.plugin._idle_timeout
+        periods = [limit / parts for limit, parts in ((heartbeat, 4), (idle, 8)) if limit is not None]
+        if session is None or session.ended is not None or not periods:
+            return
+        now = time.monotonic()
+        passed = min(now - self._looked, 2 * min(periods))  # while this host itself stood still, that tells nothing
+        self._looked = now
+        if heartbeat is not None:
+            self._silent = 0.0 if session.probe() else self._silent + passed
+            if self._silent >= heartbeat:
+                self._hung = f"answered no ping for {heartbeat:g} s and was killed"
+                self.signal(kill=True)
+        if idle is not None:
+            before, self._number = self._number, next(session._numbers)
+            unused = self._number == before + 1 and not session.stale and not session.busy()
+            self._unused = self._unused + passed if unused else 0.0
+            if self._unused >= idle and not self.closing:
+                try:
+                    _start_thread("miniplug-idle", self.plugin._close_idle, self)
+                except RuntimeError:
+                    pass  # no thread to be had: the next time
+        _clock.alarm(now + min(periods), 0, session)
+        if session.ended is not None:  # just now
+            _clock.remove(session)
+
+    def drain(self, seconds: float) -> None:
+        """Another run has taken its place: end it as soon as it is not busy, or after so many seconds."""
+        assert self.session is not None
+        deadline, pause = time.monotonic() + seconds, 0.001
+        while not self.session.seal() and time.monotonic() < deadline:
+            self.ended.wait(pause)
+            pause = min(2 * pause, 0.05)
+        _close_runs([self], _GRACE)
 
     def wait(self, seconds: float = -1) -> bool:
         """Wait until it is over. False if it is not within that many seconds."""
@@ -4370,6 +4507,7 @@ class _Run:
 
     def _crash(self, cause: BaseException, calls: list[str]) -> PluginCrashed:
         how, signal_name = _end_words(self.exit_code)
+        how = self._hung or how
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else ""
         tail = self.tail()
         kind, text = PluginCrashed, f"the plugin {self.name!r} {how}{during}{_last_words(tail)}"
@@ -4383,16 +4521,6 @@ class _Run:
         if self.session is not None and self.session.ended is None:
             self.session.post(_SHUTDOWN, 0, grace)
 
-    def close(self, grace: float) -> None:
-        """Ask it to end, then terminate, then kill; returns when it is gone."""
-        deadline = time.monotonic() + (grace if self.session is not None else 0.0)
-        self.ask(grace)
-        for kill in (False, True):
-            if not self.wait(_left(deadline)):
-                self.signal(kill)
-                deadline = time.monotonic() + 1.0
-        self.wait(_left(deadline))
-
     def kill(self) -> None:
         self.closing = True
         self.signal(kill=True)
@@ -4404,6 +4532,7 @@ class _Run:
         self._close_files()
         if self.session is not None:
             self.session.ended = lambda calls: _not_owned(self.name)
+            self.session.stale = self.session.sealed = True
             self.session.channel.sock.close()  # type: ignore[attr-defined]  # the plugin waits for its end
 
 
@@ -4411,17 +4540,31 @@ def _not_owned(name: str) -> PluginError:
     return PluginError(f"the plugin {name!r} belongs to the process that this one was forked from: launch another here")
 
 
-_running: set[_Run] = set()
+_PAUSE = 0.1  # seconds between a crash and the next start; twice that when it has crashed just before, and so on
+_LONGEST_PAUSE = 10.0
+_running: set[_Run] = set()  # all that have not ended
 _hooks_set: list[bool] = []
 
 
-def _close_all() -> None:
-    runs = [run for run in list(_running) if run.managed]
-    deadline = time.monotonic() + _GRACE
-    for run in runs:  # ask all before waiting for any
-        run.ask(_GRACE)
+def _close_runs(runs: Sequence[_Run], grace: float) -> None:
+    """End runs side by side: ask them, after `grace` seconds terminate, a second later kill. Returns when they are gone."""
     for run in runs:
-        run.close(_left(deadline))
+        run.ask(grace)
+    deadline = time.monotonic() + (grace if any(run.session for run in runs) else 0.0)
+    for kill in (False, True):
+        runs = [run for run in runs if not run.wait(_left(deadline))]
+        for run in runs:
+            run.signal(kill)
+        deadline = time.monotonic() + 1.0
+    for run in runs:
+        run.wait(_left(deadline))
+
+
+def _close_all() -> None:
+    runs = [run for run in list(_running) if run.plugin._managed]
+    for run in runs:
+        run.plugin._closed = True
+    _close_runs(runs, _GRACE)
 
 
 def _disown_all() -> None:
@@ -4438,6 +4581,14 @@ def _set_exit_hooks() -> None:
             os.register_at_fork(after_in_child=_disown_all)
 
 
+def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
+    """Call a function in a thread of its own, or here if there is none to be had."""
+    try:
+        _start_thread(name, function, *args)
+    except RuntimeError:
+        function(*args)
+
+
 async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
     """Call what blocks in a thread. It is waited for also when the task is cancelled, so that nothing is left half done."""
     asyncio = _import("asyncio")
@@ -4449,12 +4600,62 @@ async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
+class _Room:
+    """Where calls wait while their plugin starts: submitted ones here, the others for `done`. To the clock it is a session."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.error: BaseException | None = None  # why it did not start
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, Any] = {}  # (Call, what begins it, what was asked)
+        _clock.add(self)  # type: ignore[arg-type]
+
+    def look_on(self) -> bool:
+        return False
+
+    def enter(self, call: Any, begin: Callable[[float | None], Any], asked: _Call) -> None:
+        """Have `begin(seconds left)` called once it has started. Past the deadline the Call fails."""
+        number = next(self._numbers)
+        self._calls[number] = (call, begin, asked)
+        if asked.deadline is not None and asked.deadline < float("inf"):
+            _clock.alarm(asked.deadline, number, self)  # type: ignore[arg-type]
+        if self.done.is_set():  # just before
+            self.leave(self.error)
+
+    def leave(self, error: BaseException | None) -> None:
+        """It has started, or not: all who wait go on."""
+        self.error = error
+        self.done.set()
+        for number in list(self._calls):
+            self._settle(number)
+        _clock.remove(self)  # type: ignore[arg-type]
+
+    def expire(self, number: int) -> None:
+        """The deadline of a call has come. Its callbacks may take long, and the clock must not."""
+        _aside("miniplug-late", self._settle, number)
+
+    def _settle(self, number: int) -> Any:
+        """A call's turn or deadline has come."""
+        call, begin, asked = self._calls.pop(number, (None, None, None))
+        if asked is None:
+            return None
+        error = self.error if self.done.is_set() else _too_late(asked)
+        try:
+            if error is None:
+                return begin(asked.left())
+        except BaseException as problem:
+            error = problem
+        asked.inbox = ((_ERROR, error),)
+        return call._settle(asked)
+
+
 class Plugin:
     """A plugin, as its host holds it: something to start, call and end, as often as you like.
 
     The parameters are those of `launch`, which makes one and starts it. One that was only made starts on first use.
     As a context manager it starts and closes. Any thread may use it. After `close()` calls raise PluginClosed, after
-    a crash PluginCrashed, until `start()`; then the proxies that were dispensed work again, on fresh instances.
+    a crash PluginCrashed (unless `max_restarts` has it start again), until `start()`; then the proxies that were
+    dispensed work again, on fresh instances.
     """
 
     def __init__(self, command: _Command, *, name: str | None = None, handshake: Handshake = Handshake(),
@@ -4462,6 +4663,9 @@ class Plugin:
                  env: Mapping[str, str] | None = None, inherit_env: bool = True, cwd: _Path | None = None,
                  start_timeout: float = 60.0, call_timeout: float | None = None, stdin: str | IO[Any] = "discard",
                  stdout: _Output = "log", stderr: _Output = "log", logger: logging.Logger | None = None,
+                 max_restarts: int = 0, restart_window: float = 60.0, heartbeat: float | None = None,
+                 idle_timeout: float | None = None, on_start: Callable[[Plugin], Any] | None = None,
+                 on_exit: Callable[[Plugin], Any] | None = None,
                  managed: bool = True, codec: str = "json", max_message: int = _MAX_MESSAGE) -> None:
         for stream, value in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
             words = ("discard", "inherit", "log")[: 2 if stream == "stdin" else 3]
@@ -4488,10 +4692,27 @@ class Plugin:
         self._managed = managed
         self._codec = codec
         self._max_message = max_message
+        self._max_restarts = max_restarts
+        self._restart_window = _checked_timeout(restart_window, "restart_window") or 0.0
+        self._heartbeat = _checked_timeout(heartbeat, "heartbeat")
+        self._idle_timeout = _checked_timeout(idle_timeout, "idle_timeout")
+        if 0.0 in (self._restart_window, self._heartbeat, self._idle_timeout):
+            raise ValueError("restart_window, heartbeat and idle_timeout are more than 0 seconds")
+        self._on_start = on_start
+        self._on_exit = on_exit
         self._owner = os.getpid()
-        self._starting = threading.RLock()  # held by the thread that starts it
-        self._run: _Run | None = None  # the latest one
+        self._run: _Run | None = None  # the latest one, to which calls go
         self._closed = False
+        self._starting = threading.RLock()  # held by the thread that starts it; protects the following
+        self._starter = 0  # the number of that thread
+        self._coming: _Run | None = None  # what it starts: only its own calls go there
+        self._crash: _Run | None = None  # the run that has crashed, until another serves in its place
+        self._down_at = 0.0  # when the last try to start another one ended
+        self._tries: list[float] = []  # when there were such tries
+        self._restarts = 0
+        self._lock = threading.Lock()  # protects that there is one room
+        self._room: _Room | None = None  # with the calls that wait for a start
+        self._stir = threading.Event()  # set by what cuts a pause short
 
     _tree: Callable[..., Any] = _WindowsTree if _WINDOWS else _PosixTree  # starts the process
 
@@ -4502,12 +4723,35 @@ class Plugin:
         if self._owner != os.getpid():
             raise _not_owned(self.name)
         with self._starting:
-            run = self._run
-            if run is not None and (run.closing or (run.session and run.session.ended)):
-                run.wait()  # it is on its way out, which has a bound
-            if not self.running:
+            if self._live() is None:
                 self._closed = False
-                self._start()
+                self._tries.clear()
+                self._begin()
+        return self
+
+    def restart(self, drain: float = 30.0) -> Plugin:
+        """Swap in a fresh process. Returns when that serves; calls go there from then on, and none is lost or refused.
+
+        Calls in flight, streams and references finish in the old process, for at most `drain` seconds, behind the
+        caller. What is cut off then raises PluginClosed, a reference DeadReference; a notification that still runs
+        sees `cancelled()`. If the new process does not come up, the old one stays, and this raises what `start` does.
+        A plugin that does not run is started.
+        """
+        if self._owner != os.getpid():
+            raise _not_owned(self.name)
+        with self._starting:
+            old, session = self._run, self._live()
+            if session is None or old is None:
+                return self.start()
+            if self._coming is not None:
+                raise RuntimeError("on_start cannot restart the plugin")
+            session.stale = True  # so that a call of on_start's finds the new one
+            try:
+                self._begin()
+            except BaseException:
+                session.stale = session.sealed
+                raise
+            _aside("miniplug-drain", old.drain, drain)
         return self
 
     def close(self, grace: float = _GRACE) -> None:
@@ -4517,19 +4761,25 @@ class Plugin:
         Closing what is closed does nothing.
         """
         self._closed = True
-        if self._run is not None and self._owner == os.getpid():
-            self._run.close(grace)
+        self._stir.set()
+        _close_runs(self._runs(), grace)
 
     def kill(self) -> None:
         """End the plugin and all that it started at once, without asking."""
         self._closed = True
-        if self._run is not None and self._owner == os.getpid():
-            self._run.kill()
+        self._stir.set()
+        for run in self._runs():
+            run.kill()
+
+    def _runs(self) -> list[_Run]:
+        """Those of this plugin that have not ended. (In a forked child there are none.)"""
+        return [run for run in list(_running) if run.plugin is self]
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until the process has ended, at most `timeout` seconds. Returns `exit_code`, or None if it still runs."""
-        if self._run is not None:
-            self._run.wait(-1 if timeout is None else timeout)
+        run = self._own()
+        if run is not None:
+            run.wait(-1 if timeout is None else timeout)
         return self.exit_code
 
     def __enter__(self) -> Plugin:
@@ -4558,18 +4808,25 @@ class Plugin:
     @property
     def running(self) -> bool:
         """Whether the plugin has started and its process has not ended."""
-        return self._run is not None and self._run.session is not None and not self._run.ended.is_set()
+        run = self._own()
+        return run is not None and run.session is not None and not run.ended.is_set()
 
     @property
     def pid(self) -> int | None:
         """The number of the plugin's process, or None without one."""
-        run = self._run
+        run = self._own()
         return run.pid if run is not None and not run.ended.is_set() else None
 
     @property
     def exit_code(self) -> int | None:
         """How the last process ended: its exit status, negative for a signal; None if it runs or never ran."""
-        return self._run.exit_code if self._run is not None else None
+        run = self._own()
+        return run.exit_code if run is not None else None
+
+    @property
+    def restarts(self) -> int:
+        """How often it was started anew because it had crashed."""
+        return self._restarts
 
     @property
     def protocol_version(self) -> int:
@@ -4579,7 +4836,7 @@ class Plugin:
     @property
     def info(self) -> dict[str, Any]:
         """What the plugin says about itself: the `info` given to `serve`."""
-        return self._ask_system("info", (), dict)[1]  # type: ignore[no-any-return]
+        return self._ask_system("info", (), dict)  # type: ignore[no-any-return]
 
     # -- its use
 
@@ -4600,36 +4857,51 @@ class Plugin:
 
         Raises PluginNotFound, InterfaceMismatch, and whatever the plugin's factory raised.
         """
-        _, proxy = self._ask_system("dispense", (name,), _Proxy)
+        proxy = self._ask_system("dispense", (name,), _Proxy)
         target: _Target = proxy._target
         target.label = f"the plugin {name or self.name!r}"
         target.timeout = _checked_timeout(timeout)
-        target.renew = lambda: self._renew(name)
+        target.name, target.plugin = name, self
+        target.at[0].borrowed.discard(id(target))  # it finds its object anew in every run
         if interface is not None:
             proxy._adopt(interface)
         return proxy
 
-    def _renew(self, name: str | None) -> tuple[_Session, int]:
-        """Dispense anew for a proxy of an earlier run."""
-        session, proxy = self._ask_system("dispense", (name,), _Proxy)
-        fresh: _Target = proxy._target
-        number, fresh.number = fresh.number or 0, None  # the caller gives it back, not this one
-        return session, number
+    def _renew(self, target: Any, asked: _Call) -> tuple[_Session, int]:
+        """Where the calls on a proxy go now. It is dispensed anew in another run than before."""
+        session = self._session(asked)
+        if not target.lock.acquire(timeout=_left(asked.deadline)):
+            raise _too_late(asked)
+        try:
+            if target.before[0] is session:
+                target.at, target.before = target.before, target.at
+            elif target.at[0] is not session:  # nothing here waits for a start: on_start may want this lock
+                fresh = self._ask(_Proxy, session, 0, "dispense", (target.name,), {}, asked.left())._target
+                target.at, target.before = fresh.at, target.at
+                fresh.at = (session, None)  # the caller gives it back, not this one
+            return target.at  # type: ignore[no-any-return]
+        finally:
+            target.lock.release()
 
-    def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> tuple[_Session, Any]:
-        """Call a method of `system` that has to return a `kind`: (the session, what it returned)."""
-        session = self._session()
-        result = session.call(0, method, args, {}, self._call_timeout)
+    def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
+        """Call a method of `system` that has to return a `kind`."""
+        return _reach(self._system, partial(self._ask, kind), method, args, {}, self._call_timeout)[1]
+
+    def _system(self, asked: _Call) -> tuple[_Session, int]:
+        return self._session(asked), 0
+
+    def _ask(self, kind: type, session: _Session, *what: Any) -> Any:
+        result = session.call(*what)
         if type(result) is not kind:
-            session.end(ProtocolError(f"system.{method}() returned a {type(result).__name__}"))
+            session.end(ProtocolError(f"system.{what[1]}() returned a {type(result).__name__}"))
             assert session.ended is not None
-            raise session.ended([method])
-        return session, result
+            raise session.ended([what[1]])
+        return result
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``."""
         try:
-            found = self._ask_system("describe", (), dict)[1]
+            found = self._ask_system("describe", (), dict)
             return {plugin: {name: MethodInfo(name, *each[:2]) for name, each in _checked_description(methods).items()}
                     for plugin, methods in found.items() if plugin != "system"}
         except MethodNotFound:  # it is not written with miniplug
@@ -4647,26 +4919,156 @@ class Plugin:
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
-        return self._session().ping(timeout)
+        def ping(session: _Session, *what: Any) -> float:
+            return session.ping(what[-1])
 
-    def _session(self) -> _Session:
-        """The session to call on. Starts a plugin that never ran. Raises PluginClosed or PluginCrashed."""
-        run = self._run
-        if run is not None and run.session is not None and run.session.ended is None and not run.closing:
-            return run.session
+        return _reach(self._system, ping, "ping", (), {}, timeout)[1]  # type: ignore[no-any-return]
+
+    # -- supervision
+
+    def _starts(self) -> bool:
+        """Whether this thread is the one that starts it now."""
+        return self._coming is not None and self._starter == threading.get_ident()
+
+    def _own(self) -> _Run | None:
+        """The run that this thread has to do with."""
+        return self._coming if self._starts() else self._run
+
+    def _live(self) -> _Session | None:
+        """The session that calls of this thread go to, if there is one now."""
+        run = self._own()
+        if run is None or run.session is None or run.session.sealed or run.closing or (run is self._coming and not self._starts()):
+            return None
+        return run.session
+
+    def _session(self, asked: _Call | None = None) -> _Session:
+        """The session to call on. Waits, at most until the deadline of what is asked, while the plugin starts. Raises
+        PluginClosed, PluginCrashed, or why it did not start."""
+        while True:
+            session = self._live()
+            if session is not None:
+                return session
+            refusal = self._refusal()
+            if refusal is not None:
+                raise refusal
+            room = self._enter()
+            if not room.done.wait(None if asked is None else asked.left()):
+                raise _too_late(asked)  # type: ignore[arg-type]
+            if room.error is not None:
+                raise room.error
+
+    def _put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
+        """Have `begin(seconds left)` called when the plugin has started. False if there is nothing to wait for."""
+        if self._live() is not None or self._refusal() is not None:
+            return False
+        self._enter().enter(call, begin, _Call(0, call._method, seconds))
+        return True
+
+    def _refusal(self) -> BaseException | None:
+        """What a call raises instead of starting the plugin, if it does."""
         if self._owner != os.getpid():
-            raise _not_owned(self.name)
-        if not self._closed and run is not None and run.session is not None and run.session.ended is not None:
-            raise run.session.ended([])
-        with self._starting:
-            run = self.start()._run if not self._closed else None
-            if run is None or run.session is None:
-                raise PluginClosed(f"the plugin {self.name!r} is closed: start() it again")
-            return run.session
+            return _not_owned(self.name)
+        session = self._coming.session if self._coming is not None and self._starts() else None
+        if session is not None and session.ended is not None:
+            return session.ended([])
+        if self._closed:
+            return PluginClosed(f"the plugin {self.name!r} is closed: start() it again")
+        crash, _, tries = self._setback()
+        if crash is not None and tries >= self._max_restarts:
+            assert crash.session is not None and crash.session.ended is not None
+            return crash.session.ended([])
+        return None
+
+    def _setback(self) -> tuple[_Run | None, float, int]:
+        """What the next start makes up for: a run that crashed, or None; when that was, or the last try to make up for it;
+        and how many tries there had been in the window before."""
+        run = self._run
+        crash, when = (run, run.ended_at) if run is not None and run.crashed else (self._crash, self._down_at)
+        return crash, when, sum(when - each < self._restart_window for each in self._tries)
+
+    def _enter(self) -> _Room:
+        """Where to wait for the start that is under way for the calls, or begins now."""
+        with self._lock:
+            begins = self._room is None
+            room = self._room = self._room or _Room()
+        if begins:
+            _aside("miniplug-start", self._start_again, room)
+        return room
+
+    def _start_again(self, room: _Room) -> None:
+        """Start it for the calls that wait, after a pause if it has crashed."""
+        error: BaseException | None = None
+        try:
+            crash, when, tries = self._setback()
+            self._stir.clear()
+            if crash is not None and self._live() is None and not self._closed:
+                self._stir.wait(max(0.0, when + min(_PAUSE * 2 ** min(tries, 10), _LONGEST_PAUSE) - time.monotonic()))
+            with self._starting:
+                if self._live() is None:
+                    self._make_up()
+        except BaseException as problem:
+            error = problem
+        with self._lock:
+            self._room = None
+        room.leave(error)
+
+    def _make_up(self) -> None:
+        refusal = self._refusal()
+        if refusal is not None:
+            raise refusal
+        crash, now = self._setback()[0], time.monotonic()
+        if crash is not None:
+            self._tries = [*(each for each in self._tries if now - each < self._restart_window), now]
+        self._begin()
+        self._restarts += crash is not None
+
+    def _begin(self) -> None:
+        """Start it, and let the others in once on_start has returned. `_starting` is held."""
+        run = self._run
+        if run is not None and (run.closing or (run.session and run.session.ended)):
+            run.wait()  # it is on its way out, which has a bound
+        self._crash = self._setback()[0]
+        self._starter = threading.get_ident()
+        try:
+            self._open()
+            if self._on_start is not None:
+                self._on_start(self)
+            refusal = None if self._live() else self._refusal()
+            if refusal is not None:
+                raise refusal
+        except BaseException:
+            run, self._coming = self._coming, None
+            if run is not None:
+                run.kill()
+            self._down_at = time.monotonic()
+            raise
+        self._run = run = self._coming
+        assert run is not None and run.session is not None
+        run.session.stale = run.session.sealed
+        self._crash = self._coming = None
+        self._stir.set()
+
+    def _close_idle(self, run: _Run) -> None:
+        """End a run that nobody uses. The next call starts another."""
+        if self._starting.acquire(blocking=False):
+            assert run.session is not None
+            idle = run is self._run and run.session.seal()
+            if idle:
+                run.closing = True
+            self._starting.release()
+            if idle:
+                _close_runs([run], _GRACE)
+
+    def _expect(self, run: _Run) -> None:
+        """A run has been made, and will have a session."""
+        self._coming = run
+        if self._run is None or self._run.ended.is_set():
+            self._run = run
 
     # -- starting
 
-    def _start(self) -> None:
+    def _open(self) -> None:
+        """Make a run, which is `_coming` from then on, and have a session with it. Raises LaunchError."""
         _set_exit_hooks()
         argv = self._argv()
         key = os.urandom(32)
@@ -4683,15 +5085,12 @@ class Plugin:
         door = run = None
         try:
             door = _Door(greet, arrived)
-            self._run = run = self._spawn(argv, door.listener, key, news)
+            run = self._spawn(argv, door.listener, key, news)
             in_time = self._closed or news.wait(self._start_timeout)
             if run.ended.is_set():
                 door.settle(0.2)  # it may have been refused just before
             if came and isinstance(came[0][1], _Terms):
-                run.session = _open_session(*came[0], self._max_message, _Served({}), run.lost)
-                run.session.call_timeout = self._call_timeout
-            if run.ended.is_set():
-                run.over()
+                run.open(*came[0], self._max_message, self._call_timeout)
             if run.session is None or run.session.ended is not None or self._closed:
                 raise self._failure(run, argv, in_time, door.strangers, came[0][1] if came else None)
         except BaseException as error:
@@ -4714,9 +5113,11 @@ class Plugin:
         stdin = {"discard": _DEVNULL, "inherit": None}[self._stdin] if isinstance(self._stdin, str) else self._stdin
         sinks = [_sink(output, logger, name) for output, name in zip(self._outputs, ("stdout", "stderr"))]
         terminal = self._stdin == "inherit" and sys.__stdin__ is not None and sys.__stdin__.isatty()
+        out, err = (None if sink is None else _PIPE for sink in sinks)
         try:
-            return _Run(self._tree, self.name, argv, sinks, self._managed, news, stdin=stdin, shares_terminal=terminal,
-                        folder=listener.folder, env=env, cwd=self._cwd)
+            tree = self._tree(argv, stdin=stdin, stdout=out, stderr=err, shares_terminal=terminal, folder=listener.folder,
+                              env=env, cwd=self._cwd)
+            return _Run(self, tree, sinks, news)
         except (OSError, ValueError) as error:
             known: dict[type, str] = {FileNotFoundError: "there is no such program",
                                       PermissionError: "it is not executable for this user"}
@@ -4877,13 +5278,24 @@ def launch(command: _Command, **options: Any) -> Plugin:
       a text file to write them to.
     - `logger` (logging.Logger, default ``miniplug.NAME``): the parent of the loggers that the plugin's records and
       lines go to: its own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
+    - `max_restarts` (int, default 0) in any `restart_window` (seconds, default 60): after a crash the next call starts the
+      plugin anew, and proxies stay good. A pause goes before, from 0.1 seconds on, and twice as long each time; calls wait
+      through it, their deadlines running. The calls in flight fail with PluginCrashed and are never run again. Past the
+      limit calls raise the last PluginCrashed, until `start`.
+    - `heartbeat` (seconds, default None): a plugin that answers no ping for so long counts as crashed, and is killed. It
+      may be as busy as it likes, as long as other threads of it can run.
+    - `idle_timeout` (seconds, default None): the plugin is closed when for so long no call, stream or reference (other than
+      what is dispensed) has been open, and starts again on the next call. Of a notification only the sending counts.
+    - `on_start` (callable): ``on_start(plugin)`` runs after every start; until it returns, only the calls of its own thread
+      get through. If it raises, the process is ended, and whoever started it gets that: `start`, or the calls that waited.
+    - `on_exit` (callable): ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the process ends unasked.
     - `managed` (bool, default True): closed at interpreter exit at the latest.
     - `codec`: ``"json"`` (default), which keeps Python's types and runs no code; or ``"pickle"``, faster for large
       structured data, and only for a plugin that is trusted as this program is: reading a pickle runs none of its code,
       but one that means harm can freeze or end the process that reads it.
     - `max_message` (bytes, default 256 MiB): the longest message the host takes.
 
-    Raises LaunchError, HandshakeError or PluginClosed; ValueError for an option that is none.
+    Raises LaunchError, HandshakeError or PluginClosed, and what `on_start` raises; ValueError for an option that is none.
     """
     return Plugin(command, **options).start()
 
@@ -4935,12 +5347,12 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
     """Serve plugins in this very process, for tests: over the same session and codec, started and ready to `dispense`.
 
     `plugins`, `info` and `max_workers` are those of `serve`; the options those of `launch` that apply: `name`,
-    `handshake`, `protocol_versions`, `codec`, `max_message`, `call_timeout`, `logger`. What a plugin prints or logs goes where
-    the process's own does, and what ends a process (``os._exit``, a crash) ends this one.
+    `handshake`, `protocol_versions`, `codec`, `max_message`, `call_timeout`, `logger`, `heartbeat`. What a plugin prints or
+    logs goes where the process's own does, and what ends a process (``os._exit``, a crash) ends this one.
 
     Raises what `serve` and `launch` raise.
     """
-    known = {"name", "handshake", "protocol_versions", "codec", "max_message", "call_timeout", "logger"}
+    known = {"name", "handshake", "protocol_versions", "codec", "max_message", "call_timeout", "logger", "heartbeat"}
     if not options.keys() <= known:
         raise TypeError(f"local() takes no {', '.join(sorted(options.keys() - known))}: there is no process")
     return _Local(plugins, info, max_workers, **options).start()

@@ -230,9 +230,10 @@ def test_names(workshop):
     assert isinstance(caught.value, AttributeError) and caught.value.matches[0] == "greet"
     with pytest.raises(miniplug.MethodNotFound, match="private"):
         workshop._secret()
+    session, number = workshop._target.at
     for name in ("_private", "__class__", "__init__", "go", "go.set", "", "nothing"):  # past the proxy's own check
         with pytest.raises((miniplug.MethodNotFound, miniplug.RemoteError)):
-            workshop._target.session.call(workshop._target.number, name, (), {}, 5)
+            session.call(number, name, (), {}, 5)
     assert workshop.greet("still") == "Hello, still!"
 
 
@@ -1015,7 +1016,7 @@ def test_without_any_folder_it_is_loopback_tcp(monkeypatch):
     monkeypatch.setattr(miniplug.os, "mkdir", lambda *args: (_ for _ in ()).throw(OSError("read-only")))
     with miniplug.launch(WORKSHOP) as plugin:
         shop = plugin.dispense()
-        assert ":" in shop._target.session.channel.sock.getsockname()[0] + ":"
+        assert ":" in shop._target.at[0].channel.sock.getsockname()[0] + ":"
         assert shop.greet("x") == "Hello, x!"
         assert len(shop.echo(b"x" * 5000000)) == 5000000
 

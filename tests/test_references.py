@@ -354,15 +354,15 @@ def test_a_released_reference_that_is_sent_fails_that_call_only(both, proxy):
 def test_what_was_released_on_its_way_home_fails_that_call_only(both, proxy):
     function, = proxy.give()
     session = both.here
-    number = function._target.number
+    at = function._target.at
     miniplug.release(function)
     until(lambda: loans(both.there) == 1)
-    function._target.number = number  # as for a thread that has packed it just before
+    function._target.at = at  # as for a thread that has packed it just before
     with pytest.raises(miniplug.PluginError) as caught:
         proxy.echo(function)
     assert not isinstance(caught.value, miniplug.PluginCrashed) and session.ended is None
     assert proxy.echo("well") == "well"
-    function._target.number = None
+    function._target.at = (session, None)
 
 
 @posix
