@@ -4916,11 +4916,26 @@ def _load(source: str, attribute: str) -> Any:
     return found
 
 
+def _parser(argparse: Any) -> Any:
+    """The command line. Each verb sets `run`, which is called with what was given and returns the exit status."""
+
+    class Parser(argparse.ArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> None:
+            self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
+
+    parser = Parser(prog="python -m miniplug", description="Plugins that run as subprocesses and are called like local objects.")
+    parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name")
+    serve.add_argument("specs", metavar="SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
+    serve.set_defaults(run=lambda given: _run_plugin("serve", *given.specs))
+    return parser
+
+
 def _main(arguments: Sequence[str]) -> None:
-    if len(arguments) < 2 or arguments[0] != "serve":
-        print("usage: python -m miniplug serve SPEC...   (a SPEC is module:Attr or path/to/file.py:Attr)", file=sys.stderr)
-        sys.exit(2)
-    _run_plugin(*arguments)
+    given = _parser(_import("argparse")).parse_args(arguments)
+    sys.exit(given.run(given))
 
 
 if _AS_PROGRAM:

@@ -6,10 +6,22 @@ from conftest import WORKSHOP, run_python
 import miniplug
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("serve",), ("nothing", "x")])
-def test_bad_usage_is_status_2(arguments):
+@pytest.mark.parametrize("arguments, said", [
+    ((), "VERB"),
+    (("serve",), "SPEC"),
+    (("nothing", "x"), "'nothing'"),
+    (("--no",), "VERB"),
+])
+def test_bad_usage_is_status_2(arguments, said):
     status, out, err = run_python(miniplug.__file__, *arguments)
-    assert (status, out) == (2, "") and err.startswith("usage: python -m miniplug serve SPEC...") and err.count("\n") == 1
+    assert (status, out) == (2, "") and err.startswith("python -m miniplug") and said in err and err.count("\n") == 1
+
+
+def test_help_and_version():
+    status, out, err = run_python(miniplug.__file__, "--version")
+    assert (status, out, err) == (0, f"miniplug {miniplug.__version__}\n", "")
+    status, out, err = run_python(miniplug.__file__, "--help")
+    assert (status, err) == (0, "") and "serve" in out
 
 
 def test_serving_by_hand_says_that_this_is_a_plugin():
