@@ -5148,7 +5148,7 @@ def _run_script(path: str) -> None:
     sys.argv[:] = [path]
     sys.path.insert(0, os.path.dirname(path))
     with open(path, "rb") as file:
-        exec(compile(file.read(), path, "exec"), vars(main))
+        exec(compile(file.read(), path, "exec", dont_inherit=True), vars(main))  # not this file's __future__
 
 
 def _serve_specs(*specs: str) -> None:

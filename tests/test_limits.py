@@ -121,9 +121,9 @@ def test_processor_time(greedy):
 @posix
 def test_processor_time_of_one_that_does_not_care(greedy):
     """It ignores SIGXCPU; a second later it is SIGKILL, which says of itself nothing."""
-    with miniplug.launch(greedy, limits=miniplug.Limits(cpu_seconds=1)) as plugin:
-        with pytest.raises(miniplug.PluginCrashed, match="died of SIGKILL, over its limit of 1 cpu_seconds"):
-            plugin.dispense().spin_regardless()
+    plugin = miniplug.launch(greedy, limits=miniplug.Limits(cpu_seconds=1))
+    with pytest.raises(miniplug.PluginCrashed, match="died of SIGKILL, over its limit of 1 cpu_seconds"):
+        plugin.dispense().spin_regardless()
 
 
 @posix
@@ -348,7 +348,8 @@ def test_paths_are_relative_to_cwd(marking, tmp_path):
     right = {"marking.py": digest(path), "data.txt": hashlib.sha256(b"data").hexdigest()}
     wrong = refused("marking.py:Marking", cwd=tmp_path, sha256={**right, "data.txt": "f" * 64})
     assert wrong.path == str(tmp_path / "data.txt") and not ran()
-    with miniplug.launch("marking.py:Marking", cwd=tmp_path, sha256={tmp_path / "data.txt": right.pop("data.txt"), **right}) as plugin:
+    absolute = {tmp_path / "data.txt": right["data.txt"], "marking.py": right["marking.py"]}
+    with miniplug.launch("marking.py:Marking", cwd=tmp_path, sha256=absolute) as plugin:
         assert plugin.dispense().hello() == "hello"
     with miniplug.launch("marking.py:Marking", cwd=tmp_path, sha256=right["marking.py"]) as plugin:
         assert plugin.dispense().hello() == "hello"
