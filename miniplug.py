@@ -5086,18 +5086,21 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
 
     `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*.py"`` the Python files,
     ``"*/plugin.py"`` one in each folder there. A file can be run that ends with ``.py`` or ``.pyw``, or is
-    executable (on Windows: has an extension of ``PATHEXT``). Folders are none, and what has a name that begins with
+    executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Folders are none, and what has a name that begins with
     ``.`` or ``_`` is left out, as is what lies in such a folder: ``__init__.py``, ``__pycache__``, ``.venv``.
     Nothing is run or imported. For a spec add the attribute: ``f"{path}:Tool"``.
 
     Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder.
     """
     folder = _import("pathlib").Path(directory).absolute()
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, not a folder")
     os.scandir(folder).close()  # raises, where glob() would find nothing
-    which = _import("shutil").which
+    programs = (".exe", ".com", ".bat", ".cmd")
     return sorted(path for path in folder.glob(pattern) if path.is_file()
                   and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-                  and (path.suffix in (".py", ".pyw") or which(str(path)) == str(path)))
+                  and (path.suffix in (".py", ".pyw")
+                       or (path.suffix.lower() in programs if _WINDOWS else os.access(path, os.X_OK))))
 
 
 def discover_entry_points(group: str) -> dict[str, str]:

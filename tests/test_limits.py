@@ -99,7 +99,7 @@ def test_memory(greedy):
 @posix
 def test_a_message_that_does_not_fit_costs_the_plugin_alone(greedy):
     """The host sends more than the plugin has memory for: it fails there, and is explained here."""
-    with miniplug.launch(greedy, limits=miniplug.Limits(memory=MEMORY)) as plugin:
+    with miniplug.launch(greedy, limits=miniplug.Limits(memory=180 << 20)) as plugin:
         proxy = plugin.dispense()
         with pytest.raises((MemoryError, miniplug.PluginCrashed)) as caught:
             proxy.echo(bytes(200 << 20))
