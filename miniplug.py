@@ -3574,6 +3574,7 @@ class Stream:
 
 _ADDRESS, _AUTHKEY, _LOG_LEVEL = "MINIPLUG_ADDRESS", "MINIPLUG_AUTHKEY", "MINIPLUG_LOG_LEVEL"
 _COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
+_SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: what a bytecode cache holds is another file
 _GRACE = 2.0  # seconds that a plugin has to end by itself
 _MAX_MESSAGE = 256 << 20
 
@@ -4809,6 +4810,10 @@ class Plugin:
         env = {name: value for name, value in os.environ.items()
                if (self._inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
         env.update((name.upper() if _WINDOWS else name, value) for name, value in self._env.items())
+        if self._sha256:
+            env[_SOURCE_ONLY] = "1"
+        if any(path and path.endswith(".py") for path in self._sha256):
+            env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
         env[_COOKIE_KEY] = self._handshake.magic_cookie_key
         env[self._handshake.magic_cookie_key] = self._handshake.magic_cookie_value
         return env
@@ -5008,7 +5013,8 @@ def launch(command: _Command, **options: Any) -> Plugin:
       lines go to: its own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
     - `sha256`: the digest in hex of the program, or of the spec's or script's file (not of the interpreter); or
       ``{path: digest}``, relative to `cwd`. It is checked before anything runs. Somebody who can write to the file can
-      still swap it between the check and the start, and what it imports is not checked unless it is named.
+      still swap it between the check and the start, and what it imports is not checked unless it is named. What is
+      checked is not run from a bytecode cache; where ``.py`` files are named, no cache is used at all.
     - `limits` (Limits): what it may use at most.
     - `managed` (bool, default True): closed at interpreter exit at the latest.
     - `codec`: ``"json"`` (default), which keeps Python's types and runs no code; or ``"pickle"``, faster for large
@@ -5177,7 +5183,10 @@ def _load(source: str, attribute: str) -> Any:
         util = _import("importlib.util")
         spec = util.spec_from_file_location(name, path)
         found = sys.modules[name] = util.module_from_spec(spec)
-        spec.loader.exec_module(found)
+        if _SOURCE_ONLY in _environment:
+            exec(spec.loader.source_to_code(spec.loader.get_data(path), path), vars(found))
+        else:
+            spec.loader.exec_module(found)
     else:
         sys.path.insert(0, os.getcwd())
         found = _import(source)

@@ -1,7 +1,9 @@
 """Limits and checksums: what a plugin may use, and what may run at all."""
 
 import hashlib
+import importlib.util
 import logging
+import marshal
 import os
 import shutil
 import struct
@@ -378,6 +380,40 @@ def test_the_program_of_an_argument_list(write):
     with pytest.raises(miniplug.HandshakeError) as caught:
         miniplug.launch([path], sha256=digest(path))
     assert caught.value.output == ["ran"]
+
+
+def poison(path):
+    """Put other bytecode where Python looks for that of a source file, which stays as it is."""
+    source = os.stat(path)
+    cache = importlib.util.cache_from_source(path)
+    code = compile("value = 'not checked'\nclass Plugin:\n    def hello(self): return value", path, "exec")
+    os.makedirs(os.path.dirname(cache), exist_ok=True)
+    with open(cache, "wb") as file:
+        file.write(importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, int(source.st_mtime), source.st_size) + marshal.dumps(code))
+
+
+@pytest.mark.parametrize("command", ["{}:Plugin", "{}", None], ids=["spec", "script", "list"])
+def test_bytecode_in_a_cache_is_not_what_was_checked(write, command):
+    helper = write("helper_xyz.py", "value = 'checked'\n")
+    path = write("checked.py", """
+        import helper_xyz
+        class Plugin:
+            def hello(self): return helper_xyz.value
+        if __name__ == "__main__":
+            import miniplug
+            miniplug.serve({"plugin": Plugin()})
+    """)
+    poison(path)
+    poison(helper)
+    argv = command.format(path) if command else [sys.executable, path]
+    env = {"PYTHONPATH": os.path.dirname(miniplug.__file__)}
+    with miniplug.launch(argv, env=env) as plugin:  # it works
+        assert plugin.dispense().hello() == "not checked"
+    with miniplug.launch(argv, env=env, sha256={path: digest(path), helper: digest(helper)}) as plugin:
+        assert plugin.dispense().hello() == "checked"
+    os.unlink(importlib.util.cache_from_source(helper))
+    with miniplug.launch(argv, env=env, sha256=digest(path)) as plugin:
+        assert plugin.dispense().hello() == "checked"
 
 
 def test_a_file_that_cannot_be_read(marking, tmp_path):
