@@ -36,9 +36,10 @@ The map of this file; each section uses only those above it:
      6  dispatcher    names to methods
      7  proxies       what the user of a plugin holds
      8  serve         the plugin's main loop, its output and its logging
-     9  process       start, watch and end a process tree, per platform
+     9  process       start, watch, limit and end a process tree, per platform
     10  plugin        launch, and what becomes of it
-    11  command line  python -m miniplug serve ...
+    11  discovery     what there is to launch
+    12  command line  python -m miniplug serve ...
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing itself is slow to import
     import logging
     import multiprocessing
+    from pathlib import Path
     from types import ModuleType
     from typing import IO, Any, Callable, Iterable, Mapping, NoReturn, Sequence, TextIO, TypeVar, Union, overload
 
@@ -82,10 +84,11 @@ if TYPE_CHECKING:  # typing itself is slow to import
 
 __version__ = "0.1.0"
 
-__all__ = ["AuthenticationError", "Call", "CallTimeout", "DeadReference", "Handshake", "HandshakeError", "InterfaceMismatch",
-           "LaunchError", "MessageTooLarge", "MethodInfo", "MethodNotFound", "NotSerializable", "Plugin", "PluginClosed",
-           "PluginCrashed", "PluginError", "PluginNotFound", "ProtocolError", "RemoteError", "Stream", "__version__",
-           "cancelled", "launch", "local", "ref", "register", "release", "serve"]
+__all__ = ["AuthenticationError", "Call", "CallTimeout", "ChecksumError", "DeadReference", "Handshake", "HandshakeError",
+           "InterfaceMismatch", "LaunchError", "Limits", "MessageTooLarge", "MethodInfo", "MethodNotFound", "NotSerializable",
+           "Plugin", "PluginClosed", "PluginCrashed", "PluginError", "PluginNotFound", "ProtocolError", "RemoteError", "Stream",
+           "__version__", "cancelled", "discover", "discover_entry_points", "freeze_support", "launch", "local", "ref",
+           "register", "release", "serve"]
 
 _WINDOWS = os.name == "nt"
 _posix: Any = os  # for what Windows lacks, which type checkers know
@@ -117,6 +120,14 @@ class HandshakeError(LaunchError):
 
     host: Mapping[str, Any] = {}
     plugin: Mapping[str, Any] = {}
+
+
+class ChecksumError(LaunchError):
+    """A file is not the one expected, and nothing was run. `path`: of the file. `expected`, `actual`: SHA-256 in hex digits."""
+
+    path: str = ""
+    expected: str = ""
+    actual: str = ""
 
 
 class PluginCrashed(PluginError, ConnectionError):
@@ -1321,6 +1332,7 @@ class _Listener:
 
     def __init__(self) -> None:
         self.folder = ""
+        self.passed_over: list[str] = []  # the temp folders that would not do, and why
         if _WINDOWS:
             self.address = rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
             self._listener: Any = _import("multiprocessing.connection").Listener(self.address, "AF_PIPE")
@@ -1331,7 +1343,9 @@ class _Listener:
     def _bind(self) -> socket.socket:
         for base in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")):
             folder = os.path.join(os.path.abspath(base or "/"), f"miniplug-{os.urandom(8).hex()}")
-            if base and hasattr(socket, "AF_UNIX") and len(os.fsencode(folder)) <= 101:  # BSD has 104 for "/s" and NUL too
+            if base and len(os.fsencode(folder)) > 101:  # BSD has 104 for "/s" and NUL too
+                self.passed_over.append(f"{base} (its path is too long for a socket)")
+            elif base and hasattr(socket, "AF_UNIX"):
                 sock = socket.socket(_network.AF_UNIX)
                 try:
                     os.mkdir(folder, 0o700)
@@ -1339,9 +1353,11 @@ class _Listener:
                     sock.bind(self.address)
                     sock.listen(128)
                     return sock
-                except OSError:
+                except OSError as error:
                     sock.close()
                     self._remove()
+                    self.folder = ""
+                    self.passed_over.append(f"{base} ({error.strerror or error})")
         sock = socket.create_server(("127.0.0.1", 0))  # no folder to be had: the key alone keeps others out
         self.address = f"127.0.0.1:{sock.getsockname()[1]}"
         return sock
@@ -3735,6 +3751,7 @@ class Stream:
 
 _ADDRESS, _AUTHKEY, _LOG_LEVEL = "MINIPLUG_ADDRESS", "MINIPLUG_AUTHKEY", "MINIPLUG_LOG_LEVEL"
 _COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
+_SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: what a bytecode cache holds is another file
 _GRACE = 2.0  # seconds that a plugin has to end by itself
 _MAX_MESSAGE = 256 << 20
 
@@ -3794,6 +3811,8 @@ def _serve(versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | 
     session = _serve_host(channel, terms, versions, info, max_workers, max_message)
     if isinstance(session.cause, ProtocolError):
         sys.exit(f"miniplug: the host broke the protocol: {session.cause}")
+    if isinstance(session.cause, MemoryError):
+        sys.exit("miniplug: MemoryError: there is no memory for what the host sent")
 
 
 def _serve_host(channel: _Channel, terms: _Terms, versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None,
@@ -3926,6 +3945,7 @@ def _standard_fields() -> set[str]:
 # that reads from a pipe of the host's and kills the group when that ends, once the plugin had time to end by itself.
 
 _PIPE, _DEVNULL = -1, -3  # as in subprocess, which is slow to import
+_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
 _GUARDIAN_SECONDS = 3
 _GUARDIAN = """
 seen() {  # what tells the process from a later one of the same number: when it started
@@ -3978,16 +3998,97 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
     return process
 
 
-class _PosixTree:
+class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
+    """What a plugin, and each process that it starts, may use at most. None, the default, is no limit. Immutable.
+
+    - `memory` (bytes): on POSIX the address space of each process, on Windows what all of them have allocated together.
+      An allocation past it fails: in Python that is a MemoryError. macOS enforces none. Runtimes that reserve much
+      address space (Node's, Go's, Java's) need far more than they use.
+    - `cpu_seconds`: on POSIX the processor time of each process, in whole seconds, rounded up; on Windows that of all of
+      them together. What goes over it is ended, and PluginCrashed says so.
+    - `open_files` (a count): descriptors in each process; to open one more fails with OSError. Windows has no such limit.
+
+    A limit that this system does not have is not set, and the plugin's logger warns of it. A stricter one that the host
+    itself is under stays. Raises ValueError for what is no positive number.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None, open_files: int | None = None) -> Limits:
+        for name, value in (("memory", memory), ("cpu_seconds", cpu_seconds), ("open_files", open_files)):
+            whole = name != "cpu_seconds"
+            kinds = (int,) if whole else (int, float)
+            if value is not None and (type(value) is bool or not isinstance(value, kinds) or not 0 < value < float("inf")):
+                raise ValueError(f"{name}={value!r}: it is a positive {'whole number' if whole else 'number'}, or None")
+        return super().__new__(cls, memory, cpu_seconds, open_files)
+
+    def _not_enforced(self) -> str | None:
+        """The name of a limit that this system does not have."""
+        name = "open_files" if _WINDOWS else "memory" if sys.platform == "darwin" else None
+        return name if name and getattr(self, name) is not None else None
+
+    def _as_job(self) -> bytes:
+        """As JOBOBJECT_EXTENDED_LIMIT_INFORMATION of Windows, for a job that ends with its last handle."""
+        time_limit, memory_limit, kill_on_close = 0x4, 0x200, 0x2000  # of the whole job, both
+        flags = kill_on_close | time_limit * bool(self.cpu_seconds) | memory_limit * bool(self.memory)
+        ticks = min(int((self.cpu_seconds or 0) * 10**7), (1 << 63) - 1)  # of 100 ns
+        memory = min(self.memory or 0, (1 << 8 * struct.calcsize("N")) - 1)
+        return struct.pack("qqINNINII6Q4N", 0, ticks, flags, *[0] * 12, 0, memory, 0, 0)
+
+    def _command(self, argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
+        """A command that sets the limits and then becomes `argv`, so that they hold for it and whatever it starts.
+
+        A shell does that: nothing of Python's runs between fork and exec, and nothing of the plugin's before they hold.
+        """
+        if not os.path.exists(_SHELL):
+            raise OSError(f"its limits cannot be set: there is no {_SHELL}")
+        resource = _import("resource")
+        seconds = None if self.cpu_seconds is None else int(-(-self.cpu_seconds // 1))
+        memory = None if sys.platform == "darwin" else self.memory
+        steps = []
+        for option, kind, value, unit in (("-S -t", "CPU", seconds, 1), ("-H -t", "CPU", seconds and seconds + 1, 1),
+                                          ("-v", "AS", memory, 1024), ("-n", "NOFILE", self.open_files, 1)):
+            if value is not None:
+                hard = resource.getrlimit(getattr(resource, f"RLIMIT_{kind}"))[1]
+                value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+                steps.append(f"ulimit {option} {max(1, value // unit)}")
+        if "PWD" not in env:
+            steps.append("unset PWD")  # which the shell has set
+        lost = [f"{name}={value}" for name, value in env.items() if not (name.isascii() and name.isidentifier())]
+        again = ["env", *lost] if lost else []  # some shells drop variables with such names
+        return [_SHELL, "-c", " && ".join([*steps, 'exec "$@"']), "miniplug-limits", *again, *argv]
+
+    def _broken(self, code: int, seconds: float) -> str:
+        """Which limit a process went over that ended so, after so many seconds of processor time, as words; or none."""
+        killed, time_up = -9, 1816 if _WINDOWS else -24  # SIGXCPU; at the hard limit it is SIGKILL
+        if self.cpu_seconds is not None and (code == time_up or (code == killed and seconds >= self.cpu_seconds)):
+            return f", over its limit of {self.cpu_seconds:g} cpu_seconds"
+        if self.memory is not None and code < 0 and code not in (killed, -15):
+            return f", perhaps for its limit of {self.memory} bytes of memory"
+        return ""
+
+
+class _Tree:
+    """What the kinds of process trees have in common."""
+
+    excess = ""  # which limit it went over, in words, once it is reaped
+
+    def look(self) -> None:
+        """Note who is in the tree, where nothing tells that later."""
+
+
+class _PosixTree(_Tree):
     """A process and its group. No signal is sent once the process is reaped, when its number may be another's."""
 
-    def __init__(self, argv: Sequence[str], shares_terminal: bool, folder: str, **popen: Any) -> None:
+    def __init__(self, argv: Sequence[str], shares_terminal: bool, folder: str, limits: Limits | None, **popen: Any) -> None:
         self._lock = threading.Lock()  # protects that nobody is signalled after the reaping
         self._reaped = False
         self._lost = False  # whether somebody else in this host has reaped it, so that nobody knows how it ended
         self._leads = not shares_terminal
-        shell = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
-        guardian = [shell, "-c", _GUARDIAN, "miniplug-guardian", folder, "-" * self._leads, str(_GUARDIAN_SECONDS * 10)]
+        self._below: dict[int, str] = {}  # without a group: what it started, as far as known, and when each of that began
+        self._limits = limits
+        argv = limits._command(argv, popen["env"]) if limits else argv
+        guardian = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", folder, "-" * self._leads, str(_GUARDIAN_SECONDS * 10)]
         try:
             self._guardian = _popen(guardian, stdin=_PIPE, stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
                                    env={"PATH": os.defpath}, start_new_session=True)
@@ -4005,16 +4106,27 @@ class _PosixTree:
 
     def signal(self, kill: bool) -> None:
         """Terminate the whole tree, or kill it."""
-        pid, number = self.popen.pid, 9 if kill else 15
+        number = 9 if kill else 15
+        self.look()
         with self._lock:
+            for pid, start in self._below.items():
+                _signal(pid, start, number)
             try:
-                if not self._reaped and self._leads:
-                    _posix.killpg(pid, number)
-                elif not self._reaped:
-                    for each in [*_descendants(pid), pid]:
-                        os.kill(each, number)
+                if not self._reaped:
+                    (_posix.killpg if self._leads else os.kill)(self.popen.pid, number)
             except OSError:
                 pass  # there is nobody left (or only the dead, which macOS calls a lack of permission)
+
+    def look(self) -> None:
+        """Note who is in the tree, if no group tells: whose parent has ended is found no more."""
+        with self._lock:
+            if self._leads or self._reaped:
+                return
+            processes = _processes()
+            family = [self.popen.pid, *(pid for pid, start in self._below.items() if processes.get(pid, (0, ""))[1] == start)]
+            for parent in family:  # it grows while it is walked
+                family += [pid for pid, (above, _) in processes.items() if above == parent and pid not in family]
+            self._below = {pid: processes[pid][1] for pid in family[1:]}
 
     def await_exit(self) -> None:
         """Wait until the process has ended. It stays unreaped, so that its number stays its own."""
@@ -4028,9 +4140,19 @@ class _PosixTree:
 
     def reap(self) -> int | None:
         with self._lock:
+            used = 0.0
+            if self.popen.returncode is None and not self._lost:
+                try:
+                    _, status, usage = _posix.wait4(self.popen.pid, 0)
+                    signalled = _posix.WIFSIGNALED(status)
+                    self.popen.returncode = -_posix.WTERMSIG(status) if signalled else _posix.WEXITSTATUS(status)
+                    used = usage.ru_utime + usage.ru_stime
+                except ChildProcessError:
+                    self._lost = True
             code = self.popen.wait()
             self._reaped = True
         self._dismiss()
+        self.excess = self._limits._broken(code, used) if self._limits and not self._lost else ""
         return None if self._lost else int(code)
 
     def _dismiss(self) -> None:
@@ -4048,28 +4170,59 @@ class _PosixTree:
             self._guardian.stdin.close()
 
 
-def _descendants(pid: int) -> list[int]:
-    """The processes below one."""
+def _processes(only: int | None = None) -> dict[int, tuple[int, str]]:
+    """Every process, or one: {its number: (its parent's, when it began)}. The latter tells it from a later one with its
+    number."""
+    found: dict[int, tuple[int, str]] = {}
+    if os.path.isdir("/proc/self"):
+        for pid in filter(str.isdigit, os.listdir("/proc") if only is None else [str(only)]):
+            try:
+                with open(f"/proc/{pid}/stat", "rb") as stat:
+                    fields = stat.read().decode("ascii", "replace").rpartition(") ")[2].split()
+                found[int(pid)] = int(fields[1]), fields[19]
+            except (OSError, ValueError, IndexError):
+                pass  # it has just ended
+        return found
     subprocess = _import("subprocess")
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE, check=False).stdout
-    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
-    found = [pid]
-    for each in found:  # it grows while it is walked
-        found += [child for child, parent in pairs if parent == each]
-    return found[1:]
+    try:
+        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,lstart="], stdout=subprocess.PIPE, check=False).stdout
+    except OSError:
+        return {}
+    for pid, parent, start in (line.split(None, 2) for line in listing.decode("ascii", "replace").splitlines()):
+        found[int(pid)] = int(parent), start
+    return found
 
 
-class _WindowsTree:
+def _signal(pid: int, start: str, number: int) -> None:
+    """Signal a process, but none that has its number now."""
+    try:
+        fd = _posix.pidfd_open(pid)  # whoever has the number: the descriptor stands for nobody else
+    except (AttributeError, OSError):
+        fd = -1  # there are none here, or the process has ended
+    try:
+        if _processes(pid).get(pid, (0, ""))[1] == start:
+            if fd >= 0:
+                _import("signal").pidfd_send_signal(fd, number)
+            else:
+                os.kill(pid, number)
+    except OSError:
+        pass  # it has ended
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+class _WindowsTree(_Tree):
     """A process in a job object, which ends with its last handle: with the host, however that ends."""
 
-    def __init__(self, argv: Sequence[str], shares_terminal: bool, folder: str, **popen: Any) -> None:
+    def __init__(self, argv: Sequence[str], shares_terminal: bool, folder: str, limits: Limits | None, **popen: Any) -> None:
         ctypes = _import("ctypes")
+        self._limits = limits
         self._kernel = ctypes.WinDLL("kernel32")
         self._kernel.CreateJobObjectW.restype = ctypes.c_void_p
         self._job = ctypes.c_void_p(self._kernel.CreateJobObjectW(None, None))
-        limits = ctypes.create_string_buffer(144 if struct.calcsize("P") == 8 else 112)  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION
-        struct.pack_into("<I", limits, 16, 0x2000)  # its LimitFlags: JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
-        self._kernel.SetInformationJobObject(self._job, 9, limits, len(limits))
+        settings = (limits or Limits())._as_job()
+        set_up = self._kernel.SetInformationJobObject(self._job, 9, settings, len(settings))
         suspended, new_group, no_window = 0x4, 0x200, 0x08000000
         flags = suspended | (0 if shares_terminal else new_group | no_window)
         try:
@@ -4078,7 +4231,12 @@ class _WindowsTree:
             self._kernel.CloseHandle(self._job)
             raise
         handle = ctypes.c_void_p(int(self.popen._handle))
-        self._kernel.AssignProcessToJobObject(self._job, handle)
+        assigned = self._kernel.AssignProcessToJobObject(self._job, handle)
+        if limits and not (set_up and assigned):
+            with self.popen:  # which has run nothing yet
+                self.popen.kill()
+            self._kernel.CloseHandle(self._job)
+            raise OSError("its limits cannot be set: Windows refuses the job object")
         ctypes.WinDLL("ntdll").NtResumeProcess(handle)
 
     def signal(self, kill: bool) -> None:
@@ -4095,7 +4253,9 @@ class _WindowsTree:
     def reap(self) -> int:
         job, self._job = self._job, None
         self._kernel.CloseHandle(job)
-        return int(self.popen.wait())
+        code = int(self.popen.wait())
+        self.excess = self._limits._broken(code, 0.0) if self._limits else ""
+        return code
 
 
 _LINE_LIMIT = 16 << 20  # bytes; a longer line is delivered in pieces, as it must be kept until its end
@@ -4492,6 +4652,11 @@ class _Run:
     def signal(self, kill: bool) -> None:
         self._tree.signal(kill)
 
+    def end_words(self) -> tuple[str, str | None]:
+        """How it ended, in words, and the name of the signal if it was one."""
+        words, name = _end_words(self.exit_code)
+        return words + self._tree.excess, name
+
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
         return next((list(stream.tail) for stream in reversed(self._streams) if stream.tail), [])
@@ -4506,7 +4671,7 @@ class _Run:
         return lambda calls: self._crash(cause, calls)
 
     def _crash(self, cause: BaseException, calls: list[str]) -> PluginCrashed:
-        how, signal_name = _end_words(self.exit_code)
+        how, signal_name = self.end_words()
         how = self._hung or how
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else ""
         tail = self.tail()
@@ -4518,6 +4683,7 @@ class _Run:
     def ask(self, grace: float) -> None:
         """Ask it to end."""
         self.closing = True
+        self._tree.look()
         if self.session is not None and self.session.ended is None:
             self.session.post(_SHUTDOWN, 0, grace)
 
@@ -4666,6 +4832,7 @@ class Plugin:
                  max_restarts: int = 0, restart_window: float = 60.0, heartbeat: float | None = None,
                  idle_timeout: float | None = None, on_start: Callable[[Plugin], Any] | None = None,
                  on_exit: Callable[[Plugin], Any] | None = None,
+                 sha256: str | Mapping[_Path, str] | None = None, limits: Limits | None = None,
                  managed: bool = True, codec: str = "json", max_message: int = _MAX_MESSAGE) -> None:
         for stream, value in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
             words = ("discard", "inherit", "log")[: 2 if stream == "stdin" else 3]
@@ -4675,7 +4842,11 @@ class Plugin:
             raise ValueError(f"codec={codec!r}: it is one of {tuple(_CODECS)}")
         if logger is not None and not hasattr(logger, "getChild"):
             raise TypeError(f"logger={logger!r}: it is a logging.Logger (that of a LoggerAdapter is its .logger)")
+        if limits is not None and not isinstance(limits, Limits):
+            raise TypeError(f"limits={limits!r}: it is a miniplug.Limits")
         self._command = command
+        self._limits = limits
+        self._sha256 = _checked_digests(sha256, command)
         self.name: str = name or _default_name(command)
         self._handshake = handshake
         self._versions = sorted(protocol_versions or [handshake.protocol_version])
@@ -5071,6 +5242,7 @@ class Plugin:
         """Make a run, which is `_coming` from then on, and have a session with it. Raises LaunchError."""
         _set_exit_hooks()
         argv = self._argv()
+        self._check_files(argv)
         key = os.urandom(32)
         news = threading.Event()  # set when the plugin has connected, was refused, or has ended
         came: list[tuple[_Channel, Any]] = []
@@ -5112,11 +5284,15 @@ class Plugin:
         env.update({_ADDRESS: listener.address, _AUTHKEY: key.hex(), _LOG_LEVEL: str(logger.getEffectiveLevel())})
         stdin = {"discard": _DEVNULL, "inherit": None}[self._stdin] if isinstance(self._stdin, str) else self._stdin
         sinks = [_sink(output, logger, name) for output, name in zip(self._outputs, ("stdout", "stderr"))]
-        terminal = self._stdin == "inherit" and sys.__stdin__ is not None and sys.__stdin__.isatty()
+        terminal = self._stdin == "inherit" and os.isatty(0)
+        for folder in listener.passed_over:
+            logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
+        if self._limits and self._limits._not_enforced():
+            logger.warning("this system has no limit of %s: it runs without", self._limits._not_enforced())
         out, err = (None if sink is None else _PIPE for sink in sinks)
         try:
             tree = self._tree(argv, stdin=stdin, stdout=out, stderr=err, shares_terminal=terminal, folder=listener.folder,
-                              env=env, cwd=self._cwd)
+                              limits=self._limits, env=env, cwd=self._cwd)
             return _Run(self, tree, sinks, news)
         except (OSError, ValueError) as error:
             known: dict[type, str] = {FileNotFoundError: "there is no such program",
@@ -5131,6 +5307,10 @@ class Plugin:
         env = {name: value for name, value in os.environ.items()
                if (self._inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
         env.update((name.upper() if _WINDOWS else name, value) for name, value in self._env.items())
+        if self._sha256:
+            env[_SOURCE_ONLY] = "1"
+        if any(path and path.endswith(".py") for path in self._sha256):
+            env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
         env[_COOKIE_KEY] = self._handshake.magic_cookie_key
         env[self._handshake.magic_cookie_key] = self._handshake.magic_cookie_value
         return env
@@ -5143,7 +5323,7 @@ class Plugin:
             run.wait(1.0)  # it says on stderr that it was refused
             return self._not_started(argv, str(refusal), HandshakeError, host=refusal.host, plugin=refusal.plugin)
         kind, code = LaunchError, run.exit_code
-        reason = f"it {_end_words(code)[0]}"
+        reason = f"it {run.end_words()[0]}"
         if not in_time:
             run.kill()
             others = f" ({strangers} callers without the key were turned away)" if strangers else ""
@@ -5171,11 +5351,40 @@ class Plugin:
             return [path]
         python = self._python or sys.executable or ""
         known = os.path.basename(python).lower().startswith(("python", "pypy", "graalpy")) and not hasattr(sys, "frozen")
+        bootstrap = [python, "-c", _BOOTSTRAP, os.path.abspath(__file__), __name__]
         if self._python is None and not known:
             reason = f"this application ({python or 'an embedded Python'}) has no interpreter of its own to run it"
-            raise self._not_started([command], f"{reason}: pass python='/path/to/python'")
-        bootstrap = [python, "-c", _BOOTSTRAP, os.path.abspath(__file__), __name__]
+            if not _frozen_mains:
+                freeze = ", or call miniplug.freeze_support() first in its main program" if hasattr(sys, "frozen") else ""
+                raise self._not_started([command], f"{reason}: pass python='/path/to/python'{freeze}")
+            bootstrap = [python, _FROZEN]
         return [*bootstrap, *(["serve", f"{name}={path}:{attribute}"] if attribute else ["run", path])]
+
+    def _check_files(self, argv: list[str]) -> None:
+        """Compare files with their digests in `sha256`. Raises ChecksumError, or LaunchError for one that cannot be read."""
+        for path, expected in self._sha256.items():
+            if path is None:
+                path = self._checked_program(argv)
+            whole = os.path.abspath(os.path.join(self._cwd or "", path))
+            digest = _import("hashlib").sha256()
+            try:
+                with open(whole, "rb") as file:
+                    for block in iter(partial(file.read, 1 << 20), b""):
+                        digest.update(block)
+            except OSError as error:
+                raise self._not_started(argv, f"{whole} cannot be checked: {error.strerror}") from None
+            actual = digest.hexdigest()
+            if actual != expected:
+                reason = f"{whole} is not the file expected: its SHA-256 is {actual}, not {expected}"
+                raise self._not_started(argv, reason, ChecksumError, path=whole, expected=expected, actual=actual)
+
+    def _checked_program(self, argv: list[str]) -> str:
+        """The file that a single digest is of. A program of an argument list is looked up here, and run by its path then."""
+        if isinstance(self._command, (str, os.PathLike)):
+            return self._existing(_split_spec(os.fspath(self._command))[1])
+        if _script_of(argv) is argv[0] and not os.path.dirname(argv[0]):
+            argv[0] = _import("shutil").which(argv[0], path=self._environ().get("PATH")) or argv[0]
+        return _script_of(argv)
 
     def _existing(self, path: str) -> str:
         whole = os.path.abspath(os.path.join(self._cwd or "", path))
@@ -5201,6 +5410,10 @@ spec.loader.exec_module(module)
 sys.meta_path.insert(0, module._Alias(sys.argv[2]))
 module._run_plugin(*sys.argv[3:])
 """
+
+
+_FROZEN = "--miniplug-plugin"  # the first argument of a frozen application that is to be a plugin
+_frozen_mains: list[bool] = []  # not empty: it looks for that
 
 
 class _Alias:
@@ -5236,9 +5449,26 @@ def _default_name(command: _Command) -> str:
     if isinstance(command, (str, os.PathLike)):
         name, script, _ = _split_spec(os.fspath(command))
     else:
-        parts = [os.fspath(part) for part in command] or [""]
-        name, script = "", next((part for part in parts if part.endswith((".py", ".pyw"))), parts[0])
+        name, script = "", _script_of([os.fspath(part) for part in command] or [""])
     return name or os.path.splitext(os.path.basename(script))[0] or "plugin"
+
+
+def _script_of(argv: Sequence[str]) -> str:
+    """The Python script in an argument list, or else the program."""
+    return next((part for part in argv if part.endswith((".py", ".pyw"))), argv[0])
+
+
+def _checked_digests(sha256: str | Mapping[_Path, str] | None, command: _Command) -> dict[str | None, str]:
+    """{path: digest}, the path None for the plugin itself. Raises ValueError."""
+    if isinstance(sha256, str) and isinstance(command, (str, os.PathLike)):
+        _, source, attribute = _split_spec(os.fspath(command))
+        if attribute and not source.endswith(".py"):
+            raise ValueError(f"sha256={sha256!r}: where the module {source!r} lies is not known beforehand; give {{path: digest}}")
+    given = {None: sha256} if isinstance(sha256, str) else sha256 or {}
+    for digest in given.values():
+        if not isinstance(digest, str) or len(digest) != 64 or digest.strip("0123456789abcdefABCDEF"):
+            raise ValueError(f"sha256={digest!r}: it is 64 hexadecimal digits")
+    return {None if path is None else os.fspath(path): digest.lower() for path, digest in given.items()}
 
 
 def _sink(output: _Output, logger: logging.Logger, stream: str) -> Callable[[str], Any] | None:
@@ -5289,18 +5519,24 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `on_start` (callable): ``on_start(plugin)`` runs after every start; until it returns, only the calls of its own thread
       get through. If it raises, the process is ended, and whoever started it gets that: `start`, or the calls that waited.
     - `on_exit` (callable): ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the process ends unasked.
+    - `sha256`: the digest in hex of the program, or of the spec's or script's file (not of the interpreter); or
+      ``{path: digest}``, relative to `cwd`. It is checked before anything runs. Somebody who can write to the file can
+      still swap it between the check and the start, and what it imports is not checked unless it is named. What is
+      checked is not run from a bytecode cache; where ``.py`` files are named, no cache is used at all.
+    - `limits` (Limits): what it may use at most.
     - `managed` (bool, default True): closed at interpreter exit at the latest.
     - `codec`: ``"json"`` (default), which keeps Python's types and runs no code; or ``"pickle"``, faster for large
       structured data, and only for a plugin that is trusted as this program is: reading a pickle runs none of its code,
       but one that means harm can freeze or end the process that reads it.
     - `max_message` (bytes, default 256 MiB): the longest message the host takes.
 
-    Raises LaunchError, HandshakeError or PluginClosed, and what `on_start` raises; ValueError for an option that is none.
+    Raises LaunchError, HandshakeError, ChecksumError or PluginClosed, and what `on_start` raises; ValueError for an option
+    that is none.
     """
     return Plugin(command, **options).start()
 
 
-class _LocalTree:
+class _LocalTree(_Tree):
     """Stands for a process where a thread of this one serves the plugins, over a connection like any other."""
 
     stdout = stderr = None
@@ -5358,7 +5594,52 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
     return _Local(plugins, info, max_workers, **options).start()
 
 
-# === 11. command line ===================================================================================
+# === 11. discovery ======================================================================================
+
+def discover(directory: _Path, pattern: str = "*") -> list[Path]:
+    """The files in a folder that `launch` can run, sorted, as absolute paths.
+
+    `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*.py"`` the Python files,
+    ``"*/plugin.py"`` one in each folder there. A file can be run that ends with ``.py`` or ``.pyw``, or is
+    executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Folders are none, and what has a name that begins with
+    ``.`` or ``_`` is left out, as is what lies in such a folder: ``__init__.py``, ``__pycache__``, ``.venv``.
+    Nothing is run or imported. For a spec add the attribute: ``f"{path}:Tool"``.
+
+    Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder.
+    """
+    folder = _import("pathlib").Path(directory).absolute()
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, not a folder")
+    os.scandir(folder).close()  # raises, where glob() would find nothing
+    programs = (".exe", ".com", ".bat", ".cmd")
+    return sorted(path for path in folder.glob(pattern) if path.is_file()
+                  and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+                  and (path.suffix in (".py", ".pyw")
+                       or (path.suffix.lower() in programs if _WINDOWS else os.access(path, os.X_OK))))
+
+
+def discover_entry_points(group: str) -> dict[str, str]:
+    """The installed distributions' entry points of a group: name to spec, such as ``{"csv": "shop.export:Csv"}``.
+
+    Nothing is imported. Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an
+    import. A distribution that is broken, and an entry that names no attribute, is left out with a warning in the log.
+    """
+    found: dict[str, str] = {}
+    logger = _import("logging").getLogger("miniplug")
+    for distribution in _import("importlib.metadata").distributions():
+        try:
+            for entry in distribution.entry_points:
+                spec = "".join(entry.value.partition("[")[0].split())  # without the extras that it may name
+                if entry.group == group and not _split_spec(spec)[2]:
+                    logger.warning("the entry point %r names no attribute of a module: %s", entry.name, entry.value)
+                elif entry.group == group:
+                    found.setdefault(entry.name, spec)
+        except Exception as error:  # whatever is wrong with it
+            logger.warning("the entry points of a distribution cannot be read: %s: %s", type(error).__name__, error)
+    return found
+
+
+# === 12. command line ===================================================================================
 
 def _run_plugin(verb: str, *arguments: str) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug."""
@@ -5385,7 +5666,7 @@ def _run_script(path: str) -> None:
     sys.argv[:] = [path]
     sys.path.insert(0, os.path.dirname(path))
     with open(path, "rb") as file:
-        exec(compile(file.read(), path, "exec"), vars(main))
+        exec(compile(file.read(), path, "exec", dont_inherit=True), vars(main))  # not this file's __future__
 
 
 def _serve_specs(*specs: str) -> None:
@@ -5411,7 +5692,10 @@ def _load(source: str, attribute: str) -> Any:
         util = _import("importlib.util")
         spec = util.spec_from_file_location(name, path)
         found = sys.modules[name] = util.module_from_spec(spec)
-        spec.loader.exec_module(found)
+        if _SOURCE_ONLY in _environment:
+            exec(spec.loader.source_to_code(spec.loader.get_data(path), path), vars(found))
+        else:
+            spec.loader.exec_module(found)
     else:
         sys.path.insert(0, os.getcwd())
         found = _import(source)
@@ -5424,11 +5708,184 @@ def _load(source: str, attribute: str) -> Any:
     return found
 
 
+def freeze_support() -> None:
+    """Let a frozen application serve its own plugins: the first statement of its main program, as multiprocessing's is.
+
+    Without an interpreter beside it (no `python=`), such an application starts its own executable again for a spec or a
+    ``.py`` file. There this function is the plugin's main loop, and does not return; otherwise it does nothing. The plugin
+    can import what is frozen into the application, and what lies beside its own file.
+
+    (With `python=`, put ``miniplug.py`` beside the frozen application as a data file, for that interpreter to load.)
+    """
+    if not hasattr(sys, "frozen"):
+        return
+    if sys.argv[1:2] != [_FROZEN]:
+        _frozen_mains.append(True)
+        return
+    sys.meta_path.insert(0, _Alias("miniplug"))  # it may be vendored under another name
+    _run_plugin(*sys.argv[2:])
+    sys.exit()
+
+
+def _call_once(given: Any) -> int:
+    name, _, method = given.method.rpartition(".")
+    arguments = []
+    for argument in given.arguments:
+        try:
+            arguments.append(json.loads(argument))
+        except ValueError:
+            arguments.append(argument)
+    with _opened(given) as plugin:
+        result = getattr(plugin.dispense(name or None), method)(*arguments)
+        for each in result if isinstance(result, Stream) else (result,):
+            print(_printable(each), flush=True)
+    return 0
+
+
+def _printable(value: Any) -> str:
+    """A value as JSON if it is JSON, else as Python writes it."""
+    try:
+        if _is_plain(value):
+            return json.dumps(value, ensure_ascii=sys.stdout.encoding.lower() != "utf-8", allow_nan=False)
+    except ValueError:
+        pass  # a NaN, say
+    return repr(value)
+
+
+def _inspect(given: Any) -> int:
+    with _opened(given) as plugin:
+        for key, value in plugin.info.items():
+            print(f"{key}: {_printable(value)}")
+        for name, methods in sorted(plugin.describe().items()):
+            print(name)
+            for method in methods.values():
+                print(f"    {method.name}{method.signature or '(...)'}")
+                for line in (method.doc or "").splitlines():
+                    print(f"        {line}".rstrip())
+    return 0
+
+
+def _opened(given: Any) -> Plugin:
+    """The plugin that a verb names, started."""
+    if given.verbose:
+        _import("logging").basicConfig(format="%(name)s %(levelname)s: %(message)s")
+        _import("logging").getLogger("miniplug").setLevel(given.verbose)
+    output = "log" if given.verbose else "discard"
+    return launch(given.plugin, handshake=Handshake(given.protocol_version, *given.cookie), python=given.python,
+                  stdout=output, stderr=output)
+
+
+def _one_line(error: BaseException) -> str:
+    """An error's most telling line."""
+    if isinstance(error, RemoteError):
+        return f"{error.type_name}: {error.message}".partition("\n")[0].rstrip(": ")
+    output = [line for line in getattr(error, "output", ()) if line.strip()]
+    return " ".join([str(error).partition("\n")[0], *output[-1:]])
+
+
+def _doctor(given: Any) -> int:
+    checks = list(_examine(given.python))
+    healthy = checks[-1][1] is True
+    if given.json:
+        print(json.dumps({"ok": healthy, "checks": [dict(zip(("check", "ok", "detail"), each)) for each in checks]}, indent=2))
+    else:
+        for what, works, detail in checks:
+            print(f"{'-' if works is None else 'ok' if works else 'no':<4}{what:<16}{detail}")
+    return 0 if healthy else 1
+
+
+def _examine(python: str | None) -> Iterable[tuple[str, bool | None, str]]:
+    """What this machine allows: (what, whether it does, more about it). The last is whether a plugin runs."""
+    yield "miniplug", True, f"{__version__}, {os.path.abspath(__file__)}"
+    yield "interpreter", True, f"{python or sys.executable}, under {sys.version.split()[0]} on {sys.platform}"
+    try:
+        listener = _Listener()
+        listener.close()
+        kind = "a named pipe" if _WINDOWS else "a Unix socket" if listener.folder else "a TCP port that the key alone guards"
+        yield "transport", True, f"{kind}, {listener.address}"
+        for folder in listener.passed_over:
+            yield "temp folder", False, folder
+        if listener.folder:
+            yield "temp folder", True, os.path.dirname(listener.folder)
+    except OSError as error:
+        yield "transport", False, str(error)
+    try:
+        socket.create_server(("127.0.0.1", 0)).close()
+        yield "loopback TCP", True, "127.0.0.1"
+    except OSError as error:
+        yield "loopback TCP", False, str(error)
+    try:
+        _import("hashlib").md5(b"")
+        yield "FIPS mode", None, "off"
+    except ValueError:
+        yield "FIPS mode", True, "on: no MD5, and miniplug needs none"
+    yield "process groups", None if _WINDOWS else True, "none on Windows" if _WINDOWS else "one for each plugin"
+    yield "job objects", True if _WINDOWS else None, "one for each plugin" if _WINDOWS else "only on Windows"
+    if not _WINDOWS:
+        found = os.path.exists(_SHELL)
+        yield "guardian", found, f"{_SHELL}{'' if found else ' is not there: no guardian if the host is killed, and no limits'}"
+    start = time.monotonic()
+    try:
+        with launch("doctor=os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
+            plugin.dispense(timeout=20.0).basename("a/b")
+            seconds = time.monotonic() - start
+            yield "a plugin", True, f"runs: {seconds * 1e3:.0f} ms to the first answer, {plugin.ping() * 1e6:.0f} µs a ping"
+    except PluginError as error:
+        yield "a plugin", False, _one_line(error)
+
+
+def _parser(argparse: Any) -> Any:
+    """The command line. Each verb sets `run`, which is called with what was given and returns the exit status."""
+
+    class Parser(argparse.ArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> None:
+            self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
+
+    def cookie(text: str) -> list[str]:
+        if not text.partition("=")[2]:
+            raise ValueError
+        return text.split("=", 1)
+
+    parser = Parser(prog="python -m miniplug", description="Plugins that run as subprocesses and are called like local objects.")
+    parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name")
+    serve.add_argument("specs", metavar="SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
+    serve.set_defaults(run=lambda given: _run_plugin("serve", *given.specs))
+
+    call = verbs.add_parser("call", help="run a plugin, call it once, print the result")
+    inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do")
+    doctor = verbs.add_parser("doctor", help="what this machine allows, and whether a plugin runs here")
+    for verb in (call, inspect, doctor):
+        verb.add_argument("--python", metavar="PATH", help="the interpreter for the plugin")
+    for verb in (call, inspect):
+        verb.add_argument("--verbose", "-v", action="store_const", const="DEBUG", help="what the plugin writes goes to stderr")
+        verb.add_argument("--cookie", metavar="KEY=VALUE", type=cookie, default=(), help="the magic cookie, if it wants one")
+        verb.add_argument("--protocol-version", metavar="N", type=int, default=1)
+        verb.add_argument("plugin", metavar="PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
+    call.add_argument("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
+    call.add_argument("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- it may begin with a dash")
+    doctor.add_argument("--json", action="store_true")
+    for verb, run in ((call, _call_once), (inspect, _inspect), (doctor, _doctor)):
+        verb.set_defaults(run=run)
+    return parser
+
+
 def _main(arguments: Sequence[str]) -> None:
-    if len(arguments) < 2 or arguments[0] != "serve":
-        print("usage: python -m miniplug serve SPEC...   (a SPEC is module:Attr or path/to/file.py:Attr)", file=sys.stderr)
-        sys.exit(2)
-    _run_plugin(*arguments)
+    given = _parser(_import("argparse")).parse_args(arguments)
+    if given.verb == "serve":  # whose errors are the plugin's own
+        sys.exit(given.run(given))
+    try:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        sys.exit(given.run(given))
+    except (PluginError, MemoryError, RecursionError) as error:
+        sys.exit(f"miniplug: {_one_line(error)}")
+    except BrokenPipeError:  # nobody reads what is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if _AS_PROGRAM:

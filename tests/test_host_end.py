@@ -1,6 +1,8 @@
 """The host's end, however it comes, ends its plugins and what they started."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,8 +135,8 @@ def test_a_guardian_kills_nobody_who_has_the_number_now(tmp_path):
 
 
 def on_a_terminal(path, *steps, arguments=()):
-    """Run a script as the foreground group of a pty; when it has said the first of a step, type the second. Returns
-    its wait status and all that it said."""
+    """Run a script as the foreground group of a pty; when it has said the first of a step (a pattern), type the second.
+    Returns its wait status and all that it said."""
     import pty
 
     pid, terminal = pty.fork()
@@ -151,8 +153,8 @@ def on_a_terminal(path, *steps, arguments=()):
         if not data:
             break
         said += data
-        if left and left[0][0] in said:
-            os.write(terminal, left.pop(0)[1])
+        while left and re.search(left[0][0], said):
+            os.write(terminal, re.search(left[0][0], said).expand(left.pop(0)[1]))
     _, status = os.waitpid(pid, 0)
     os.close(terminal)
     return status, said
@@ -204,9 +206,73 @@ def test_ctrl_c_with_a_plugin_that_shares_the_terminal(write):
         plugin.close()
         print("exit code", plugin.exit_code, flush=True)
     """)
-    status, said = on_a_terminal(path, (b"password?", b"secret\n"), (b"waiting", b"\x03"))
+    status, said = on_a_terminal(path, (rb"password\?", b"secret\n"), (b"waiting", b"\x03"))
     assert status == 0, said
     assert b"answer secret True" in said and b"interrupted True" in said and b"exit code 0" in said, said
+
+
+def test_a_plugin_asks_for_a_password_on_the_terminal(write):
+    """getpass opens the terminal itself: the plugin's output goes to the host's log as ever, and nothing is echoed."""
+    plugin = write("asker.py", """
+        import getpass
+        class Asker:
+            def ask(self): return getpass.getpass("password? ")[::-1]
+    """)
+    path = write("host.py", f"""
+        import miniplug
+        with miniplug.launch({plugin + ":Asker"!r}, stdin="inherit") as plugin:
+            print("backwards", plugin.dispense().ask(), flush=True)
+    """)
+    status, said = on_a_terminal(path, (rb"password\? ", b"drowssap\n"))
+    assert status == 0 and b"backwards password" in said and b"drowssap" not in said, said
+
+
+@pytest.mark.parametrize("how", ["close", "kill", "close(grace=0.1)"])
+@pytest.mark.parametrize("source", ["/proc", "ps"])
+def test_a_tree_that_shares_the_terminal_ends(write, how, source):
+    """There is no group to signal: its children, and theirs, are found by who started whom."""
+    if not (os.path.isdir("/proc/self") if source == "/proc" else shutil.which("ps")):
+        pytest.skip(f"there is no {source} here")
+    hide = "miniplug.os.path.isdir = lambda path: False" if source == "ps" else "os.environ['PATH'] = ''"
+    code = """if True:
+        import subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        print("started", child.pid, flush=True)
+        time.sleep(600)
+    """
+    ignore = "shop.ignore_sigterm(); shop.enter_and_wait.submit(); shop.await_entered()" if "grace" in how else ""
+    path = write("host.py", f"""
+        import miniplug, os, sys
+        sys.path.append({HERE!r})
+        from conftest import alive, until
+        plugin = miniplug.launch({WORKSHOP!r}, stdin="inherit", stdout="inherit", stderr="inherit")
+        shop = plugin.dispense()
+        pids = [plugin.pid, shop.spawn(code={code!r})]
+        pids.append(int(input()))
+        assert all(map(alive, pids)) and shop.group() == os.getpgrp()
+        {hide}
+        {ignore}
+        plugin.{how if "(" in how else how + "()"}
+        until(lambda: not any(map(alive, pids)), 5)  # with this process there: its end would be that of the terminal
+        print("gone, exit", plugin.exit_code, flush=True)
+    """)
+    status, said = on_a_terminal(path, (rb"started (\d+)\r\n", rb"\1\n"))
+    assert status == 0 and b"gone, exit" in said, said
+
+
+@pytest.mark.parametrize("pidfd", [True, False])
+def test_no_signal_goes_to_a_process_that_has_the_number_now(monkeypatch, pidfd):
+    if not pidfd:
+        monkeypatch.delattr(os, "pidfd_open", raising=False)
+    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = miniplug._processes()[bystander.pid][1]
+    assert miniplug._processes()[bystander.pid] == (os.getpid(), started) == miniplug._processes(bystander.pid)[bystander.pid]
+    miniplug._signal(bystander.pid, started + "0", signal.SIGKILL)
+    assert alive(bystander.pid)
+    miniplug._signal(bystander.pid, started, signal.SIGKILL)
+    assert bystander.wait(10) == -signal.SIGKILL
+    miniplug._signal(bystander.pid, started, signal.SIGKILL)  # nobody has it
+    bystander.stdin.close()
 
 
 def test_a_host_without_a_shell(monkeypatch):

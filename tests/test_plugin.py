@@ -2,9 +2,11 @@
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -58,6 +60,18 @@ def test_a_script_that_serves(write):
         assert plugin.info == {"version": 7}
     with miniplug.launch([sys.executable, path], env={"PYTHONPATH": ROOT}) as plugin:
         assert plugin.dispense().greet("x") == ["x", "__main__", [path], path]
+
+
+def test_a_script_is_compiled_as_its_own(write):
+    """Not with what this library asks of the compiler for itself: annotations are what they would be."""
+    path = write("script.py", """
+        import miniplug
+        class P:
+            def kind(self, x: int = 0) -> str: return type(P.kind.__annotations__["x"]).__name__
+        miniplug.serve({"p": P()})
+    """)
+    with miniplug.launch(path) as plugin:
+        assert plugin.dispense().kind() == "type"
 
 
 def test_the_command_line_serves_a_spec(write):
@@ -970,6 +984,8 @@ def test_environment(monkeypatch, tmp_path):
     with miniplug.launch(WORKSHOP, env={"EXTRA": "1"}, inherit_env=False) as plugin:
         env = plugin.dispense().env()
         assert "FROM_HOST" not in env and env["EXTRA"] == "1"
+        if not WINDOWS:  # LC_CTYPE: Python itself sets it where no locale is given
+            assert env.keys() <= {"EXTRA", "LC_CTYPE", "__CF_USER_TEXT_ENCODING"}
 
 
 def test_the_cookie_does_not_reach_children(write):
@@ -981,6 +997,29 @@ def test_the_cookie_does_not_reach_children(write):
     """)
     with miniplug.launch(path, handshake=miniplug.Handshake(1, "A_COOKIE", "v")) as plugin:
         assert "A_COOKIE" not in plugin.dispense().env()
+
+
+def test_where_it_runs(write, tmp_path, monkeypatch):
+    """`cwd`: what is relative in the command starts there; it may itself be relative to where the host is."""
+    write("there/beside.py", "value = 'beside'")
+    write("there/where.py", """
+        import os, sys
+        class Where:
+            def cwd(self): return os.path.basename(os.getcwd())
+            def path0(self): return os.path.basename(os.path.realpath(sys.path[0]))
+            def beside(self):
+                import beside
+                return beside.value
+        if __name__ == "__main__":
+            import miniplug
+            miniplug.serve({"where": Where()})
+    """)
+    monkeypatch.chdir(tmp_path)
+    for command in ("where.py:Where", "where:Where", "where.py", str(tmp_path / "there" / "where.py") + ":Where"):
+        with miniplug.launch(command, cwd="there") as plugin:
+            where = plugin.dispense()
+            assert (where.cwd(), where.path0(), where.beside()) == ("there", "there", "beside")
+    assert "there is no such folder" in str(fails([sys.executable], cwd="nowhere"))
 
 
 def test_stdin(tmp_path):
@@ -999,16 +1038,120 @@ def test_paths_with_spaces_and_other_letters(write, tmp_path):
         assert plugin.dispense().hello() == "hello"
     with miniplug.launch("plüg in.py:P", cwd=str(folder)) as plugin:
         assert plugin.dispense().hello() == "hello"
+    script = write("with spaces/ünïcödé/scrïpt.py", """
+        import miniplug, os, sys
+        class P:
+            def where(self): return os.path.basename(__file__), sys.executable
+        miniplug.serve({"p": P()})
+    """)
+    for limits in (None, None if WINDOWS else miniplug.Limits(open_files=100)):
+        with miniplug.launch(script, cwd=str(folder), limits=limits) as plugin:
+            assert plugin.dispense().where() == ("scrïpt.py", sys.executable)
 
 
 @posix
-def test_a_temp_folder_that_is_too_deep_or_read_only(monkeypatch, tmp_path):
-    deep = tmp_path / ("x" * 90) / ("y" * 90)
-    deep.mkdir(parents=True)
-    for value in (str(deep), str(tmp_path / "nothing"), "/proc"):
-        monkeypatch.setenv("TMPDIR", value)
-        with miniplug.launch(WORKSHOP) as plugin:
+def test_an_interpreter_and_a_temp_folder_with_spaces_and_other_letters(tmp_path, monkeypatch):
+    folder = tmp_path / "ünïcödé ænd 'such'"
+    folder.mkdir()
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    short = tempfile.mkdtemp(prefix="ü n ", dir="/tmp")  # short enough for a socket
+    monkeypatch.setenv("TMPDIR", short)
+    try:
+        with miniplug.launch(WORKSHOP, python=python) as plugin:
             assert plugin.dispense().greet("x") == "Hello, x!"
+        assert os.listdir(short) == []
+    finally:
+        os.rmdir(short)
+
+
+@posix
+@pytest.mark.parametrize("folder, problem", [("deep", "its path is too long for a socket"),
+                                             ("nothing", "No such file or directory"), ("/proc", "")])
+def test_a_temp_folder_that_is_too_deep_or_missing_or_read_only(monkeypatch, tmp_path, caplog, folder, problem):
+    """It takes another one, and says so."""
+    folder = str(tmp_path / ("x" * 90) / ("y" * 90) if folder == "deep" else tmp_path / folder)
+    if problem.startswith("its"):
+        os.makedirs(folder)
+    monkeypatch.setenv("TMPDIR", folder)
+    with caplog.at_level(logging.INFO), miniplug.launch(WORKSHOP) as plugin:
+        assert plugin.dispense().greet("x") == "Hello, x!"
+    (said,) = [record for record in caplog.records if folder in record.getMessage()]
+    assert said.name == "miniplug.workshop" and problem in said.getMessage() and "its socket is in /tmp/" in said.getMessage()
+
+
+@posix
+def test_nobody_is_told_of_a_temp_folder_that_will_do(caplog):
+    with caplog.at_level(logging.DEBUG), miniplug.launch(WORKSHOP):
+        assert not [record for record in caplog.records if "socket" in record.getMessage()]
+
+
+@posix
+@pytest.mark.parametrize("home", ["/proc", "/no/such/home"])
+def test_a_home_that_nobody_can_write_to(write, home):
+    """Neither side leaves or needs anything there."""
+    host = write("host.py", f"""
+        import miniplug
+        with miniplug.launch({WORKSHOP!r}) as plugin:
+            print(plugin.dispense().env()["HOME"])
+    """)
+    env = dict(os.environ, HOME=home, PYTHONPATH=os.path.dirname(miniplug.__file__))
+    for name in ("XDG_RUNTIME_DIR", "XDG_CACHE_HOME"):
+        env.pop(name, None)
+    assert subprocess.check_output([sys.executable, host], env=env, universal_newlines=True) == home + "\n"
+
+
+@posix
+@pytest.mark.parametrize("vendored", [False, True])
+def test_a_frozen_application_serves_its_own_plugins(write, tmp_path, vendored):
+    """A real executable whose Python says that it is frozen: it starts itself again for each plugin."""
+    name = "app_vendor.miniplug" if vendored else "miniplug"
+    if vendored:
+        write("app_vendor/__init__.py", "")
+        shutil.copy(miniplug.__file__, str(tmp_path / "app_vendor" / "miniplug.py"))
+    main = write("main.py", f"""
+        import sys
+        sys.frozen, sys.executable = True, {str(tmp_path / "my app")!r}
+        import {name} as miniplug
+        miniplug.freeze_support()
+        print("in the application", sys.argv[1:], flush=True)
+        with miniplug.launch({str(tmp_path / "plugin.py")!r} + ":Frozen", stderr="inherit") as plugin:
+            print(plugin.dispense().where(), flush=True)
+        with miniplug.launch({str(tmp_path / "plugin.py")!r}, stderr="inherit") as plugin:
+            print(plugin.dispense().where(), flush=True)
+            print(plugin.dispense().twice(lambda x: x + 1), flush=True)
+    """)
+    write("plugin.py", f"""
+        import os, sys
+        import miniplug, {name.partition(".")[0]}
+        class Frozen:
+            def where(self):
+                return (sys.frozen, miniplug.__name__, sys.modules[{name!r}] is miniplug,
+                        [name for name in os.environ if name.startswith("MINIPLUG")])
+            def twice(self, function): return function(function(0))
+        if __name__ == "__main__":
+            miniplug.serve({{"frozen": Frozen()}})
+            print("code after serve() runs", file=sys.stderr)
+    """)
+    app = tmp_path / "my app"
+    app.write_text(f'#!/bin/sh\nexec {sys.executable} "{main}" "$@"\n')
+    app.chmod(0o755)
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), os.path.dirname(miniplug.__file__)]))
+    done = subprocess.run([str(app), "--its-own-option"], env=env, capture_output=True, text=True, timeout=30, check=False)
+    where = str((True, name, True, []))
+    assert done.stdout.splitlines() == ["in the application ['--its-own-option']", where, where, "2"], done.stderr
+    assert done.stderr == "code after serve() runs\n"
+
+
+def test_freeze_support_does_nothing_elsewhere(monkeypatch):
+    monkeypatch.setattr(miniplug, "_frozen_mains", [])
+    assert miniplug.freeze_support() is None and not miniplug._frozen_mains
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert "call miniplug.freeze_support() first" in str(fails(WORKSHOP))
+    assert miniplug.freeze_support() is None and miniplug._frozen_mains
+    monkeypatch.setattr(sys, "executable", "/no/such/app")
+    assert fails(WORKSHOP).command == ["/no/such/app", "--miniplug-plugin", "serve", f"workshop={WORKSHOP}"]
 
 
 @posix

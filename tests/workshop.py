@@ -129,6 +129,10 @@ class Workshop:
             self.running -= 1
         return went
 
+    def start_and_wait(self):
+        print("started", flush=True)
+        return self.enter_and_wait()
+
     def await_entered(self):
         return self.entered.wait(30)
 

@@ -34,9 +34,9 @@ class ToolError(Exception):
 
 def find_plugins(folder: Path) -> dict[str, Path]:
     """The plugins in a folder: name to file, sorted by name."""
-    found = {path.stem: path for path in folder.glob("*.py")}
-    found.update((path.parent.name, path) for path in folder.glob("*/plugin.py"))
-    return {name: found[name] for name in sorted(found) if not name.startswith(("_", "."))}
+    found = {path.stem: path for path in miniplug.discover(folder, "*.py")}
+    found.update((path.parent.name, path) for path in miniplug.discover(folder, "*/plugin.py"))
+    return {name: found[name] for name in sorted(found)}
 
 
 def interpreter_for(name: str, file: Path) -> str | None:

@@ -1,0 +1,156 @@
+"""What there is to launch: files in a folder, entry points of what is installed."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import HERE, WINDOWS
+
+import miniplug
+
+PLUGIN = "class Tool:\n    def hello(self): return __file__\n"
+
+
+def program(path):
+    """Write what the system takes for a program. Returns its path."""
+    path = f"{path}.bat" if WINDOWS else str(path)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("@echo off\n" if WINDOWS else "#!/bin/sh\n")
+    os.chmod(path, 0o755)
+    return path
+
+
+def names(found):
+    return [path.name for path in found]
+
+
+def test_files_that_can_be_launched(write, tmp_path):
+    for name in ("zeta.py", "alpha.py", "window.pyw", "read me.txt", "alpha.py~", "alpha.pyc", ".hidden.py", "__init__.py",
+                 "_private.py", "folder/inside.py", "folder.py/inside.py", "__pycache__/zeta.py", ".venv/bin.py"):
+        write(name, PLUGIN)
+    tool = program(tmp_path / "tool")
+    program(tmp_path / ".hidden")
+    found = miniplug.discover(tmp_path)
+    assert names(found) == ["alpha.py", os.path.basename(tool), "window.pyw", "zeta.py"]
+    assert all(path.is_absolute() for path in found)
+    assert miniplug.discover(str(tmp_path)) == found
+
+
+def test_what_was_found_is_launched(write, tmp_path, monkeypatch):
+    write("plugins/ünï cödé.py", PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    (path,) = miniplug.discover("plugins")
+    with miniplug.launch(f"{path}:Tool", cwd=os.path.dirname(str(tmp_path))) as plugin:  # wherever it runs
+        assert plugin.dispense().hello() == str(tmp_path / "plugins" / "ünï cödé.py")
+
+
+def test_patterns(write, tmp_path):
+    for name in ("one.py", "two.py", "a/plugin.py", "b/plugin.py", "b/other.py", ".c/plugin.py", "_d/plugin.py"):
+        write(name, PLUGIN)
+    program(tmp_path / "tool")
+    assert names(miniplug.discover(tmp_path, "*.py")) == ["one.py", "two.py"]
+    assert names(miniplug.discover(tmp_path, "t*.py")) == ["two.py"]
+    assert [path.parent.name for path in miniplug.discover(tmp_path, "*/plugin.py")] == ["a", "b"]
+    assert miniplug.discover(tmp_path, "*.exe") == []
+    assert len(miniplug.discover(tmp_path, "**/*.py")) == 5
+
+
+@pytest.mark.skipif(WINDOWS, reason="links and modes are POSIX")
+def test_links_are_followed_and_modes_count(write, tmp_path):
+    write("elsewhere/real.py", PLUGIN)
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    (folder / "link.py").symlink_to(tmp_path / "elsewhere" / "real.py")
+    (folder / "dangling.py").symlink_to(tmp_path / "nowhere.py")
+    (folder / "loop").symlink_to(folder)
+    os.mkfifo(str(folder / "pipe.py"))
+    (folder / "data").write_text("no program")
+    assert names(miniplug.discover(folder)) == ["link.py"]
+
+
+def test_a_folder_that_is_none(write, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        miniplug.discover(tmp_path / "nothing")
+    with pytest.raises(NotADirectoryError, match=r"file\.py"):
+        miniplug.discover(write("file.py", ""))
+    (tmp_path / "empty").mkdir()
+    assert miniplug.discover(tmp_path / "empty") == []
+
+
+# -- entry points
+
+
+@pytest.fixture
+def site(write, tmp_path, monkeypatch):
+    """Install distributions in folders on sys.path: site(folder, name, entry_points.txt)."""
+    def site(folder, name, entry_points, version="1.0"):
+        info = f"{folder}/{name}-{version}.dist-info"
+        write(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        if isinstance(entry_points, bytes):
+            (tmp_path / info / "entry_points.txt").write_bytes(entry_points)
+        else:
+            write(f"{info}/entry_points.txt", entry_points)
+        if str(tmp_path / folder) not in sys.path:
+            monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / folder)])
+
+    return site
+
+
+def test_entry_points_are_names_and_specs(site, write):
+    site("lib", "shop", """
+        [my.plugins]
+        csv = shop_exports_xyz:Csv
+        nested = shop_exports_xyz : Outer.Inner
+        extra = shop_exports_xyz:Extra [fast, more]
+
+        [console_scripts]
+        shop = shop_exports_xyz:main
+    """)
+    site("lib", "other", "[my.plugins]\nother=other_xyz:Plugin\n")
+    write("lib/shop_exports_xyz.py", "raise SystemExit('imported')")
+    assert miniplug.discover_entry_points("my.plugins") == {
+        "csv": "shop_exports_xyz:Csv", "nested": "shop_exports_xyz:Outer.Inner", "extra": "shop_exports_xyz:Extra",
+        "other": "other_xyz:Plugin"}
+    assert not {"shop_exports_xyz", "other_xyz"} & set(sys.modules)  # nothing is imported
+    assert miniplug.discover_entry_points("no.such.group") == {}
+
+
+@pytest.mark.parametrize("broken", ["this is no ini file\n", b"[my.plugins]\nbad = \xff\xfe:\n", "[my.plugins\nx=y:Z\n",
+                                    "[my.plugins]\nbad = no_attribute\n", "[my.plugins]\nbad = a:b:c ???\n", "[my.plugins]\nbad\n"])
+def test_a_broken_distribution_hides_no_other(site, broken, caplog):
+    site("lib", "aaa", broken)
+    site("lib", "zzz", "[my.plugins]\ngood = zzz_xyz:Good\n")
+    with caplog.at_level(logging.WARNING, "miniplug"):
+        found = miniplug.discover_entry_points("my.plugins")
+    assert found["good"] == "zzz_xyz:Good" and "bad" not in found
+
+
+def test_what_is_left_out_is_told(site, caplog):
+    site("lib", "aaa", "[my.plugins]\nbad = module_alone\n")
+    site("lib", "bbb", b"[my.plugins]\nworse = \xff:X\n")
+    with caplog.at_level(logging.WARNING, "miniplug"):
+        assert miniplug.discover_entry_points("my.plugins") == {}
+    assert "'bad' names no attribute of a module: module_alone" in caplog.text
+    assert "cannot be read: UnicodeDecodeError" in caplog.text
+
+
+def test_the_first_on_the_path_counts(site, tmp_path):
+    site("early", "shop", "[my.plugins]\ncsv = new_xyz:Csv\n", "2.0")
+    site("late", "shop", "[my.plugins]\ncsv = old_xyz:Csv\n", "1.0")
+    assert miniplug.discover_entry_points("my.plugins") == {"csv": "new_xyz:Csv"}
+
+
+def test_what_was_found_runs_where_it_is_installed(site, write, tmp_path):
+    """A spec of an installed distribution: host and plugin find the module on the same path."""
+    site("lib", "shop", "[my.plugins]\ngreeter = installed_xyz:Greeter\n")
+    write("lib/installed_xyz.py", "class Greeter:\n    def greet(self, name): return f'Hello, {name}!'\n")
+    host = write("host.py", """
+        import miniplug
+        for name, spec in miniplug.discover_entry_points("my.plugins").items():
+            with miniplug.launch(spec, name=name) as plugin:
+                print(name, plugin.dispense().greet("world"))
+    """)
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path / "lib"), os.path.dirname(HERE)]))
+    assert subprocess.check_output([sys.executable, host], env=env, universal_newlines=True) == "greeter Hello, world!\n"
