@@ -997,7 +997,7 @@ class _Channel:
             raise
         finally:
             if holds and holds[0]:
-                late = bool(self._batch[0])  # or Ctrl-C
+                late = self._batch[0] != []  # or Ctrl-C, for which a call of bool() would be a moment to strike
                 self._sending.release()
                 if late:
                     _start_thread("miniplug-send", self._finish)
@@ -1181,79 +1181,97 @@ def _wait_for(sock: socket.socket, writing: bool, deadline: float | None) -> boo
 class _PipeChannel(_Channel):
     """Frames as the messages of a named pipe of Windows, by overlapped reads and writes. `connection` owns its handle.
 
-    A read or write that is under way stays so when its caller leaves at a deadline; the next one goes on with it.
+    A read or write that is under way stays so when its caller leaves at a deadline; the next one goes on with it. What is
+    waited for are events, and never the handle: it is used only to begin one, and so `shutdown` can close it at any time.
     """
+
+    _FIRST = 8192  # bytes that are read at first; of a longer message Windows then tells how much is left
 
     def __init__(self, connection: Any) -> None:
         super().__init__()
         self._connection = connection
-        self._handle = connection.fileno()
+        self._handle: int | None = connection.fileno()  # until it is closed
         self._down = _import("_overlapped").CreateEvent(None, True, False, None)  # set: the connection has been ended
-        self._ending = threading.Lock()  # protects that both are closed once, and neither is used after that
-        self._incoming: Any = None
-        self._outgoing: Any = None
-        self._frame: bytes | None = None  # what recv returned last
+        self._ending = threading.RLock()  # protects that nothing begins on a closed handle, and that both are closed once
+        # what has come of the message, how much more to read, and the read that is under way: None when all is here
+        self._incoming: tuple[bytes, int, list[Any] | None] = (b"", self._FIRST, [])
 
     def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
         api = _import("_winapi")
-        if self._frame is not None and not self.taken:
-            return self._frame
-        self._frame, self.taken = None, False
-        try:
-            if self._incoming is None:
-                self._incoming, _ = api.ReadFile(self._handle, 8192, overlapped=True)
-            if not self._wait(self._incoming, deadline):
-                return None
-            read, self._incoming = self._incoming, None
-            _, error = read.GetOverlappedResult(True)
-            rest = api.PeekNamedPipe(self._handle)[1] if error == api.ERROR_MORE_DATA else 0
-            self._frame = read.getbuffer()
-            if len(self._frame) + rest > limit:
-                raise ProtocolError(f"a frame of {len(self._frame) + rest} bytes, where at most {limit} are allowed")
-            if rest:
-                read, _ = api.ReadFile(self._handle, rest, overlapped=True)
-                read.GetOverlappedResult(True)
-                self._frame += read.getbuffer()
-        except BrokenPipeError:
-            raise EOFError from None
-        return self._frame
-
-    def _wait(self, overlapped: Any, deadline: float | None) -> bool:
-        """Wait until a read or write is done. False past the deadline; EOFError if the connection is ended here."""
-        api = _import("_winapi")
-        wait = api.INFINITE if deadline is None else int(_left(deadline) * 1000)
-        which = api.WaitForMultipleObjects([self._down, overlapped.event], False, wait)
-        if which == api.WAIT_OBJECT_0:
-            overlapped.cancel()
-            raise EOFError
-        return bool(which != api.WAIT_TIMEOUT)
+        if self.taken:
+            self._incoming = (b"", self._FIRST, [])
+            self.taken = False
+        while True:
+            come, size, reading = self._incoming
+            if reading is None:
+                return come
+            try:
+                if not self._begun(reading, api.ReadFile, size, deadline):
+                    return None
+                _, error = reading[0][0].GetOverlappedResult(True)
+                rest = self._left_of_message() if error == api.ERROR_MORE_DATA else 0
+            except BrokenPipeError:
+                raise EOFError from None
+            come += reading[0][0].getbuffer()
+            if len(come) + rest > limit:
+                raise ProtocolError(f"a frame of {len(come) + rest} bytes, where at most {limit} are allowed")
+            self._incoming = (come, rest, [] if rest else None)
 
     def _put(self, deadline: float | None) -> None:
-        chunks, _ = self._batch
-        while chunks:
-            if self._outgoing is None:
-                self._outgoing, _ = _import("_winapi").WriteFile(self._handle, chunks[0], overlapped=True)
+        while self._batch[0]:
+            writing: list[Any] = self._batch[1]
+            if not self._begun(writing, _import("_winapi").WriteFile, self._batch[0][0], deadline):
+                raise TimeoutError
+            writing[0][0].GetOverlappedResult(True)
+            self._batch = (self._batch[0][1:], [])
+
+    def _begun(self, under_way: list[Any], function: Callable[..., Any], what: Any, deadline: float | None) -> bool:
+        """Begin a read or write, unless one is under way, and wait until it is done. False past the deadline; raises
+        BrokenPipeError if the connection is or has been ended here."""
+        api = _import("_winapi")
+        with self._ending:
+            if self._handle is None:
+                raise BrokenPipeError
+            if not under_way:
+                under_way.extend(map(function, (self._handle,), (what,), (True,)))
+        while under_way[0][1] == api.ERROR_IO_PENDING:
+            wait = api.INFINITE if deadline is None else int(_left(deadline) * 1000 + 0.999)
             try:
-                if not self._wait(self._outgoing, deadline):
-                    raise TimeoutError
-            except EOFError:
-                raise BrokenPipeError from None
-            done, self._outgoing = self._outgoing, None
-            del chunks[0]
-            done.GetOverlappedResult(True)
+                which = api.WaitForMultipleObjects([self._down, under_way[0][0].event], False, wait)
+            except InterruptedError:  # a signal, whose handler has returned
+                continue
+            if which == api.WAIT_OBJECT_0:
+                raise BrokenPipeError
+            return bool(which != api.WAIT_TIMEOUT)
+        return True
+
+    def _left_of_message(self) -> int:
+        with self._ending:
+            if self._handle is None:
+                raise BrokenPipeError
+            return int(_import("_winapi").PeekNamedPipe(self._handle)[1])
 
     def shutdown(self) -> None:
         with self._ending:
-            if self._handle is not None:
-                _import("_overlapped").SetEvent(self._down)
+            if self._handle is None:
+                return
+            self._handle = None
+            _import("_overlapped").SetEvent(self._down)
+            pending: list[Any] = self._batch[1]
+            for operation, _ in [*(self._incoming[2] or ()), *pending]:
+                try:
+                    operation.cancel()
+                    operation.GetOverlappedResult(True)
+                except OSError:
+                    pass  # it ended by itself
+            self._connection.close()
 
     def close(self) -> None:
         self.shutdown()
         with self._sending, self._ending:
-            if self._handle is not None:
-                self._handle = None
-                self._connection.close()
-                _import("_winapi").CloseHandle(self._down)
+            down, self._down = self._down, None
+            if down is not None:
+                _import("_winapi").CloseHandle(down)
 
 
 def _connect(address: str, timeout: float) -> _Channel:

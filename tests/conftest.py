@@ -1,16 +1,19 @@
 """What the tests share: plugins written on the fly, and the proof that nothing is left behind."""
 
 import atexit
+import ctypes
 import gc
 import glob
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import textwrap
 import threading
 import time
 
+import by_hand
 import pytest
 
 import miniplug
@@ -18,10 +21,16 @@ import miniplug
 HERE = os.path.dirname(os.path.abspath(__file__))
 WORKSHOP = os.path.join(HERE, "workshop.py") + ":Workshop"
 WINDOWS = os.name == "nt"
+WINE = WINDOWS and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
 TEMPORARY = tempfile.mkdtemp(prefix="mp-")  # of this run alone: what is left there is ours
 atexit.register(shutil.rmtree, TEMPORARY, True)
 if not WINDOWS:
     os.environ["TMPDIR"] = TEMPORARY
+
+
+def pytest_make_parametrize_id(val):
+    """pytest puts a test's name into the environment, where Windows has 32,767 characters for a variable."""
+    return f"{type(val).__name__}-{len(val)}" if isinstance(val, (str, bytes)) and len(val) > 1000 else None
 
 
 @pytest.fixture
@@ -42,6 +51,38 @@ def workshop():
     """A plugin that does what it is told, and its proxy."""
     with miniplug.launch(WORKSHOP) as plugin:
         yield plugin.dispense()
+
+
+def channels():
+    """Two channels that are connected with each other: over a pair of sockets, or on Windows over a named pipe."""
+    if not WINDOWS:
+        return [miniplug._SocketChannel(end) for end in socket.socketpair()]
+    listener = miniplug._Listener()
+    try:
+        return [miniplug._connect(listener.address, 5.0), listener.accept()]
+    finally:
+        listener.close()
+
+
+def channel_and_end():
+    """A channel, and the other end of its connection to be spoken by hand."""
+    if not WINDOWS:
+        ours, theirs = socket.socketpair()
+        return miniplug._SocketChannel(ours), theirs
+    listener = miniplug._Listener()
+    try:
+        end = by_hand.connect(listener.address)
+        return listener.accept(), end
+    finally:
+        listener.close()
+
+
+stream = pytest.mark.skipif(WINDOWS, reason="on a named pipe a frame is a message: it has no length before it, and is never cut")
+
+
+def not_under_wine(reason):
+    """Skip a test for what Wine, and not Windows, cannot do."""
+    return pytest.mark.skipif(WINE, reason=f"Wine: {reason}")
 
 
 def until(condition, seconds=10.0):
