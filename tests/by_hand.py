@@ -1,8 +1,10 @@
 """A connection that a test speaks by hand: a socket, or on Windows the end of a named pipe that is used like one."""
 
 import os
+import queue
 import socket
 import struct
+import threading
 
 
 class PipeEnd:
@@ -11,6 +13,17 @@ class PipeEnd:
     def __init__(self, connection):
         self.connection = connection
         self._unsent = self._unread = b""
+        self._frames = queue.Queue()  # a socket has room for a few that nobody reads yet
+        self._sender = threading.Thread(target=self._send, daemon=True)
+        self._sender.start()
+
+    def _send(self):
+        for frame in iter(self._frames.get, None):
+            try:
+                self.connection.send_bytes(frame)
+            except OSError:
+                return  # the other side is gone, or this one has been closed
+        self.connection.close()
 
     def sendall(self, data):
         self._unsent += data
@@ -19,16 +32,28 @@ class PipeEnd:
             if len(self._unsent) < 4 + size:
                 break
             frame, self._unsent = self._unsent[4 : 4 + size], self._unsent[4 + size :]
-            self.connection.send_bytes(frame)
+            self._frames.put(frame)
 
     def recv(self, size):
         if not self._unread:
             try:
                 frame = self.connection.recv_bytes()
-            except EOFError:
+            except (EOFError, OSError):
                 return b""
             self._unread = struct.pack("!i", len(frame)) + frame
         data, self._unread = self._unread[:size], self._unread[size:]
+        return data
+
+    def makefile(self, mode):
+        return self
+
+    def read(self, size):
+        data = b""
+        while len(data) < size:
+            more = self.recv(size - len(data))
+            if not more:
+                break
+            data += more
         return data
 
     def fileno(self):
@@ -38,11 +63,14 @@ class PipeEnd:
         """Its reads wait for ever; the test's own limit ends them."""
 
     def shutdown(self, how):
-        self.close()
+        """Its end, both ways, once all has been sent."""
+        self._frames.put(None)
 
     def close(self):
-        if not self.connection.closed:
-            self.connection.close()
+        self.shutdown(None)
+        self._sender.join(0.5)
+        self.connection.close()  # which ends a sending that nobody reads
+        self._sender.join()
 
     def __enter__(self):
         return self
