@@ -3582,9 +3582,14 @@ _MAX_MESSAGE = 256 << 20
 _environment: dict[str, str] = {}  # our variables, once taken out of os.environ
 
 
+def _variable(name: str) -> str:
+    """An environment variable's name as os.environ lists it."""
+    return name.upper() if _WINDOWS else name
+
+
 def _take_environment() -> None:
     """Take our variables out of the environment, so that no child of this process sees them."""
-    cookie = os.environ.get(_COOKIE_KEY, "MINIPLUG_COOKIE")
+    cookie = _variable(os.environ.get(_COOKIE_KEY, "MINIPLUG_COOKIE"))
     for name in [name for name in os.environ if name.startswith("MINIPLUG_") or name == cookie]:
         _environment[name] = os.environ.pop(name)
 
@@ -3606,7 +3611,7 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
     """
     versions = _versions(plugins, handshake)
     _take_environment()
-    key = handshake.magic_cookie_key
+    key = _variable(handshake.magic_cookie_key)
     cookie = os.environ.pop(key, None) or _environment.pop(key, None)  # it may be set by somebody who is no host
     _serve(versions, info, {"key": key, "matches": cookie == handshake.magic_cookie_value}, max_workers, max_message)
 
@@ -3900,31 +3905,74 @@ def _descendants(pid: int) -> list[int]:
     return found[1:]
 
 
+class _Job:
+    """A job object of Windows, which ends with its last handle, and all in it. These are its system calls, with their types:
+    ctypes takes what it is not told for an int, and would cut a handle in two."""
+
+    def __init__(self) -> None:
+        ctypes = _import("ctypes")
+        handle, pointer, number, success = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int
+        self._lock = threading.Lock()  # protects that nothing is done to whatever has the number of a closed handle
+        self._kernel = ctypes.WinDLL("kernel32")
+        for name, result, *types in (("CreateJobObjectW", handle, pointer, pointer),
+                                     ("SetInformationJobObject", success, handle, success, pointer, number),
+                                     ("AssignProcessToJobObject", success, handle, handle),
+                                     ("TerminateJobObject", success, handle, number),
+                                     ("CloseHandle", success, handle)):
+            function = getattr(self._kernel, name)
+            function.restype, function.argtypes = result, types
+        self._resume = ctypes.WinDLL("ntdll").NtResumeProcess
+        self._resume.restype, self._resume.argtypes = success, [handle]
+        self._handle = self._kernel.CreateJobObjectW(None, None)
+
+    def limit(self, settings: bytes) -> bool:
+        """Set its limits, a JOBOBJECT_EXTENDED_LIMIT_INFORMATION. False if Windows refuses."""
+        return bool(self._kernel.SetInformationJobObject(self._handle, 9, settings, len(settings)))
+
+    def begin(self, process: int) -> bool:
+        """Put a process in that was started suspended, and let it run. False if Windows refuses the former; raises OSError
+        for the latter."""
+        added = self._kernel.AssignProcessToJobObject(self._handle, process)
+        status = self._resume(process)
+        if status < 0:
+            raise OSError(f"it cannot be let run: status 0x{status & 0xFFFFFFFF:08X}")
+        return bool(added)
+
+    def end(self) -> None:
+        """End all that is in it."""
+        with self._lock:
+            if self._handle is not None:
+                self._kernel.TerminateJobObject(self._handle, 1)
+
+    def close(self) -> None:
+        with self._lock:
+            handle, self._handle = self._handle, None
+            if handle is not None:
+                self._kernel.CloseHandle(handle)
+
+
 class _WindowsTree:
     """A process in a job object, which ends with its last handle: with the host, however that ends."""
 
     def __init__(self, argv: Sequence[str], shares_terminal: bool, folder: str, **popen: Any) -> None:
-        ctypes = _import("ctypes")
-        self._kernel = ctypes.WinDLL("kernel32")
-        self._kernel.CreateJobObjectW.restype = ctypes.c_void_p
-        self._job = ctypes.c_void_p(self._kernel.CreateJobObjectW(None, None))
-        limits = ctypes.create_string_buffer(144 if struct.calcsize("P") == 8 else 112)  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION
-        struct.pack_into("<I", limits, 16, 0x2000)  # its LimitFlags: JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
-        self._kernel.SetInformationJobObject(self._job, 9, limits, len(limits))
-        suspended, new_group, no_window = 0x4, 0x200, 0x08000000
-        flags = suspended | (0 if shares_terminal else new_group | no_window)
+        suspended, new_group, no_window, kill_on_close = 0x4, 0x200, 0x08000000, 0x2000
+        settings = bytearray(144 if struct.calcsize("P") == 8 else 112)
+        struct.pack_into("<I", settings, 16, kill_on_close)  # its LimitFlags
+        self._job = _Job()
         try:
-            self.popen = _popen(argv, creationflags=flags, **popen)
+            self._job.limit(bytes(settings))
+            # a group of its own hears no Ctrl-C, not even in the host's console
+            self.popen = _popen(argv, creationflags=suspended | new_group | (0 if shares_terminal else no_window), **popen)
+            self._job.begin(int(self.popen._handle))
         except BaseException:
-            self._kernel.CloseHandle(self._job)
+            if hasattr(self, "popen"):
+                self.popen.kill()
+            self._job.close()
             raise
-        handle = ctypes.c_void_p(int(self.popen._handle))
-        self._kernel.AssignProcessToJobObject(self._job, handle)
-        ctypes.WinDLL("ntdll").NtResumeProcess(handle)
 
     def signal(self, kill: bool) -> None:
         """Kill the whole tree: Windows has no gentler way for a process without a window."""
-        self._kernel.TerminateJobObject(self._job, 1)
+        self._job.end()
         try:
             self.popen.kill()  # in case there is no job
         except OSError:
@@ -3934,8 +3982,7 @@ class _WindowsTree:
         self.popen.wait()
 
     def reap(self) -> int:
-        job, self._job = self._job, None
-        self._kernel.CloseHandle(job)
+        self._job.close()
         return int(self.popen.wait())
 
 
@@ -4074,14 +4121,19 @@ class _LogSink:
         return True
 
 
+_WINDOWS_ERRORS = {
+    0xC0000005: "an access violation", 0xC000001D: "an illegal instruction", 0xC0000094: "a division by zero",
+    0xC00000FD: "a stack overflow", 0xC0000135: "a DLL that is missing", 0xC000013A: "Ctrl-C",
+    0xC0000142: "a DLL that did not start", 0xC0000374: "a heap that is corrupt", 0xC0000409: "abort() or a buffer overrun",
+    0xE06D7363: "a C++ exception"}
+
+
 def _end_words(code: int | None) -> tuple[str, str | None]:
     """How a process ended, in words, and the name of the signal if it was one."""
     if code is None:
         return "ended", None
-    if _WINDOWS and code & 0xC0000000 == 0xC0000000:
-        causes = {0xC0000005: "an access violation", 0xC00000FD: "a stack overflow", 0xC000013A: "Ctrl-C"}
-        code &= 0xFFFFFFFF
-        return f"died of {causes.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
+    if 0xC0000000 <= code < 0xF0000000:  # an error of Windows, or one that a language has numbered for itself
+        return f"died of {_WINDOWS_ERRORS.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
     if code >= 0:
         return f"exited with status {code}", None
     try:
@@ -4651,9 +4703,9 @@ class Plugin:
         """What the plugin's environment has beside the address and the key."""
         env = {name: value for name, value in os.environ.items()
                if (self._inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
-        env.update((name.upper() if _WINDOWS else name, value) for name, value in self._env.items())
+        env.update((_variable(name), value) for name, value in self._env.items())
         env[_COOKIE_KEY] = self._handshake.magic_cookie_key
-        env[self._handshake.magic_cookie_key] = self._handshake.magic_cookie_value
+        env[_variable(self._handshake.magic_cookie_key)] = self._handshake.magic_cookie_value
         return env
 
     def _failure(self, run: _Run, argv: list[str], in_time: bool, strangers: int, refusal: Any) -> PluginError:

@@ -6,7 +6,9 @@ import gc
 import glob
 import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -102,12 +104,36 @@ def swallow(function, *args):
 
 
 def alive(pid):
-    """Whether there is such a process that has not ended; a zombie has. (POSIX.)"""
+    """Whether there is such a process that has not ended; a zombie has."""
+    if WINDOWS:
+        import _winapi
+
+        try:
+            handle = _winapi.OpenProcess(0x100000, False, pid)  # SYNCHRONIZE
+        except OSError:
+            return False
+        ended = _winapi.WaitForSingleObject(handle, 0) == _winapi.WAIT_OBJECT_0
+        _winapi.CloseHandle(handle)
+        return not ended
+    if not os.path.isdir("/proc/self"):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], stdout=subprocess.PIPE, check=False).stdout
+        return state[:1] not in (b"", b"Z")
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             return stat.read().rpartition(b") ")[2][:1] not in (b"Z", b"X")
     except OSError:
         return False
+
+
+def freeze(pid):
+    """Stop a process, for good."""
+    if not WINDOWS:
+        return os.kill(pid, signal.SIGSTOP)
+    import _winapi
+
+    handle = _winapi.OpenProcess(0x800, False, pid)  # PROCESS_SUSPEND_RESUME
+    ctypes.WinDLL("ntdll").NtSuspendProcess(ctypes.c_void_p(handle))
+    return _winapi.CloseHandle(handle)
 
 
 def _threads():
@@ -117,7 +143,7 @@ def _threads():
 def descriptors():
     """What this process has open: {descriptor: what it is of}."""
     found = {}
-    for fd in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+    for fd in os.listdir("/proc/self/fd") if not WINDOWS and os.path.isdir("/proc/self/fd") else ():
         try:
             found[fd] = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
@@ -151,8 +177,6 @@ def _opened_since(before):
 
 def run_python(path, *args, **options):
     """Run a script with this interpreter and with miniplug importable; returns (status, stdout, stderr)."""
-    import subprocess
-
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), HERE]))
     done = subprocess.run([sys.executable, path, *args], capture_output=True, stdin=subprocess.DEVNULL, env=env,
                           timeout=50, text=True, check=False, **options)
