@@ -1030,7 +1030,7 @@ class _Channel:
             raise
         finally:
             if holds and holds[0]:
-                late = bool(self._batch[0])  # or Ctrl-C
+                late = self._batch[0] != []  # or Ctrl-C, for which a call of bool() would be a moment to strike
                 self._sending.release()
                 if late:
                     _start_thread("miniplug-send", self._finish)
@@ -1227,78 +1227,95 @@ def _wait_for(sock: socket.socket, writing: bool, deadline: float | None) -> boo
 class _PipeChannel(_Channel):
     """Frames as the messages of a named pipe of Windows, by overlapped reads and writes. `connection` owns its handle.
 
-    A read or write that is under way stays so when its caller leaves at a deadline; the next one goes on with it.
+    A read or write that is under way stays so when its caller leaves at a deadline; the next one goes on with it. What is
+    waited for are events, and never the handle: it is used only to begin one, and so `shutdown` can close it at any time.
     """
+
+    _FIRST = 8192  # bytes that are read at first; of a longer message Windows then tells how much is left
 
     def __init__(self, connection: Any) -> None:
         super().__init__()
         self._connection = connection
-        self._handle = connection.fileno()
+        self._handle: int | None = connection.fileno()  # until it is closed
         self._down = _import("_overlapped").CreateEvent(None, True, False, None)  # set: the connection has been ended
-        self._ending = threading.Lock()  # protects that both are closed once, and neither is used after that
-        self._incoming: Any = None
-        self._outgoing: Any = None
+        self._ending = threading.RLock()  # protects that nothing begins on a closed handle, and that both are closed once
+        # what has come of the message, how much more to read, and the read that is under way: None when all is here
+        self.state = (b"", self._FIRST, [])
 
     def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
         api = _import("_winapi")
-        if self.state is not None:
-            return self.state
-        try:
-            if self._incoming is None:
-                self._incoming, _ = api.ReadFile(self._handle, 8192, overlapped=True)
-            if not self._wait(self._incoming, deadline):
-                return None
-            read, self._incoming = self._incoming, None
-            _, error = read.GetOverlappedResult(True)
-            rest = api.PeekNamedPipe(self._handle)[1] if error == api.ERROR_MORE_DATA else 0
-            frame = read.getbuffer()
-            if len(frame) + rest > limit:
-                raise ProtocolError(f"a frame of {len(frame) + rest} bytes, where at most {limit} are allowed")
-            if rest:
-                read, _ = api.ReadFile(self._handle, rest, overlapped=True)
-                read.GetOverlappedResult(True)
-                frame += read.getbuffer()
-        except BrokenPipeError:
-            raise EOFError from None
-        self.state = frame
-        return frame
-
-    def _wait(self, overlapped: Any, deadline: float | None) -> bool:
-        """Wait until a read or write is done. False past the deadline; EOFError if the connection is ended here."""
-        api = _import("_winapi")
-        wait = api.INFINITE if deadline is None else int(_left(deadline) * 1000)
-        which = api.WaitForMultipleObjects([self._down, overlapped.event], False, wait)
-        if which == api.WAIT_OBJECT_0:
-            overlapped.cancel()
-            raise EOFError
-        return bool(which != api.WAIT_TIMEOUT)
+        while True:
+            come, size, reading = self.state
+            if reading is None:
+                self.next = (b"", self._FIRST, [])
+                return bytes(come)
+            try:
+                if not self._begun(reading, api.ReadFile, size, deadline):
+                    return None
+                _, error = reading[0][0].GetOverlappedResult(True)
+                rest = self._left_of_message() if error == api.ERROR_MORE_DATA else 0
+            except BrokenPipeError:
+                raise EOFError from None
+            come += reading[0][0].getbuffer()
+            if len(come) + rest > limit:
+                raise ProtocolError(f"a frame of {len(come) + rest} bytes, where at most {limit} are allowed")
+            self.state = (come, rest, [] if rest else None)
 
     def _put(self, deadline: float | None) -> None:
-        chunks, _ = self._batch
-        while chunks:
-            if self._outgoing is None:
-                self._outgoing, _ = _import("_winapi").WriteFile(self._handle, chunks[0], overlapped=True)
+        while self._batch[0]:
+            writing: list[Any] = self._batch[1]
+            if not self._begun(writing, _import("_winapi").WriteFile, self._batch[0][0], deadline):
+                raise TimeoutError
+            writing[0][0].GetOverlappedResult(True)
+            self._batch = (self._batch[0][1:], [])
+
+    def _begun(self, under_way: list[Any], function: Callable[..., Any], what: Any, deadline: float | None) -> bool:
+        """Begin a read or write, unless one is under way, and wait until it is done. False past the deadline; raises
+        BrokenPipeError if the connection is or has been ended here."""
+        api = _import("_winapi")
+        with self._ending:
+            if self._handle is None:
+                raise BrokenPipeError
+            if not under_way:
+                under_way.extend(map(function, (self._handle,), (what,), (True,)))
+        while under_way[0][1] == api.ERROR_IO_PENDING:
+            wait = api.INFINITE if deadline is None else int(_left(deadline) * 1000 + 0.999)
             try:
-                if not self._wait(self._outgoing, deadline):
-                    raise TimeoutError
-            except EOFError:
-                raise BrokenPipeError from None
-            done, self._outgoing = self._outgoing, None
-            del chunks[0]
-            done.GetOverlappedResult(True)
+                which = api.WaitForMultipleObjects([self._down, under_way[0][0].event], False, wait)
+            except InterruptedError:  # a signal, whose handler has returned
+                continue
+            if which == api.WAIT_OBJECT_0:
+                raise BrokenPipeError
+            return bool(which != api.WAIT_TIMEOUT)
+        return True
+
+    def _left_of_message(self) -> int:
+        with self._ending:
+            if self._handle is None:
+                raise BrokenPipeError
+            return int(_import("_winapi").PeekNamedPipe(self._handle)[1])
 
     def shutdown(self) -> None:
         with self._ending:
-            if self._handle is not None:
-                _import("_overlapped").SetEvent(self._down)
+            if self._handle is None:
+                return
+            self._handle = None
+            _import("_overlapped").SetEvent(self._down)
+            pending: list[Any] = self._batch[1]
+            for operation, _ in [*(self.state[2] or ()), *pending]:
+                try:
+                    operation.cancel()
+                    operation.GetOverlappedResult(True)
+                except OSError:
+                    pass  # it ended by itself
+            self._connection.close()
 
     def close(self) -> None:
         self.shutdown()
         with self._sending, self._ending:
-            if self._handle is not None:
-                self._handle = None
-                self._connection.close()
-                _import("_winapi").CloseHandle(self._down)
+            down, self._down = self._down, None
+            if down is not None:
+                _import("_winapi").CloseHandle(down)
 
 
 def _connect(address: str, timeout: float) -> _Channel:
@@ -3758,9 +3775,14 @@ _MAX_MESSAGE = 256 << 20
 _environment: dict[str, str] = {}  # our variables, once taken out of os.environ
 
 
+def _variable(name: str) -> str:
+    """An environment variable's name as os.environ lists it."""
+    return name.upper() if _WINDOWS else name
+
+
 def _take_environment() -> None:
     """Take our variables out of the environment, so that no child of this process sees them."""
-    cookie = os.environ.get(_COOKIE_KEY, "MINIPLUG_COOKIE")
+    cookie = _variable(os.environ.get(_COOKIE_KEY, "MINIPLUG_COOKIE"))
     for name in [name for name in os.environ if name.startswith("MINIPLUG_") or name == cookie]:
         _environment[name] = os.environ.pop(name)
 
@@ -3782,7 +3804,7 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
     """
     versions = _versions(plugins, handshake)
     _take_environment()
-    key = handshake.magic_cookie_key
+    key = _variable(handshake.magic_cookie_key)
     cookie = os.environ.pop(key, None) or _environment.pop(key, None)  # it may be set by somebody who is no host
     _serve(versions, info, {"key": key, "matches": cookie == handshake.magic_cookie_value}, max_workers, max_message)
 
@@ -4212,36 +4234,76 @@ def _signal(pid: int, start: str, number: int) -> None:
             os.close(fd)
 
 
+class _Job:
+    """A job object of Windows, which ends with its last handle, and all in it. These are its system calls, with their types:
+    ctypes takes what it is not told for an int, and would cut a handle in two."""
+
+    def __init__(self) -> None:
+        ctypes = _import("ctypes")
+        handle, pointer, number, success = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int
+        self._lock = threading.Lock()  # protects that nothing is done to whatever has the number of a closed handle
+        self._kernel = ctypes.WinDLL("kernel32")
+        for name, result, *types in (("CreateJobObjectW", handle, pointer, pointer),
+                                     ("SetInformationJobObject", success, handle, success, pointer, number),
+                                     ("AssignProcessToJobObject", success, handle, handle),
+                                     ("TerminateJobObject", success, handle, number),
+                                     ("CloseHandle", success, handle)):
+            function = getattr(self._kernel, name)
+            function.restype, function.argtypes = result, types
+        self._resume = ctypes.WinDLL("ntdll").NtResumeProcess
+        self._resume.restype, self._resume.argtypes = success, [handle]
+        self._handle = self._kernel.CreateJobObjectW(None, None)
+
+    def limit(self, settings: bytes) -> bool:
+        """Set its limits, a JOBOBJECT_EXTENDED_LIMIT_INFORMATION. False if Windows refuses."""
+        return bool(self._kernel.SetInformationJobObject(self._handle, 9, settings, len(settings)))
+
+    def begin(self, process: int, needed: bool = False) -> bool:
+        """Put a process in that was started suspended, and let it run. False if Windows refuses the former; raises OSError
+        for the latter, and for both if the job is `needed`."""
+        added = self._kernel.AssignProcessToJobObject(self._handle, process)
+        if needed and not added:
+            raise OSError("its limits cannot be set: Windows refuses to put it into a job")
+        status = self._resume(process)
+        if status < 0:
+            raise OSError(f"it cannot be let run: status 0x{status & 0xFFFFFFFF:08X}")
+        return bool(added)
+
+    def end(self) -> None:
+        """End all that is in it."""
+        with self._lock:
+            if self._handle is not None:
+                self._kernel.TerminateJobObject(self._handle, 1)
+
+    def close(self) -> None:
+        with self._lock:
+            handle, self._handle = self._handle, None
+            if handle is not None:
+                self._kernel.CloseHandle(handle)
+
+
 class _WindowsTree(_Tree):
     """A process in a job object, which ends with its last handle: with the host, however that ends."""
 
     def __init__(self, argv: Sequence[str], shares_terminal: bool, folder: str, limits: Limits | None, **popen: Any) -> None:
-        ctypes = _import("ctypes")
-        self._limits = limits
-        self._kernel = ctypes.WinDLL("kernel32")
-        self._kernel.CreateJobObjectW.restype = ctypes.c_void_p
-        self._job = ctypes.c_void_p(self._kernel.CreateJobObjectW(None, None))
-        settings = (limits or Limits())._as_job()
-        set_up = self._kernel.SetInformationJobObject(self._job, 9, settings, len(settings))
         suspended, new_group, no_window = 0x4, 0x200, 0x08000000
-        flags = suspended | (0 if shares_terminal else new_group | no_window)
+        self._limits = limits
+        self._job = _Job()
         try:
-            self.popen = _popen(argv, creationflags=flags, **popen)
+            if not self._job.limit((limits or Limits())._as_job()) and limits:
+                raise OSError("its limits cannot be set: Windows refuses them")
+            # a group of its own hears no Ctrl-C, not even in the host's console
+            self.popen = _popen(argv, creationflags=suspended | new_group | (0 if shares_terminal else no_window), **popen)
+            self._job.begin(int(self.popen._handle), bool(limits))
         except BaseException:
-            self._kernel.CloseHandle(self._job)
-            raise
-        handle = ctypes.c_void_p(int(self.popen._handle))
-        assigned = self._kernel.AssignProcessToJobObject(self._job, handle)
-        if limits and not (set_up and assigned):
-            with self.popen:  # which has run nothing yet
+            if hasattr(self, "popen"):
                 self.popen.kill()
-            self._kernel.CloseHandle(self._job)
-            raise OSError("its limits cannot be set: Windows refuses the job object")
-        ctypes.WinDLL("ntdll").NtResumeProcess(handle)
+            self._job.close()
+            raise
 
     def signal(self, kill: bool) -> None:
         """Kill the whole tree: Windows has no gentler way for a process without a window."""
-        self._kernel.TerminateJobObject(self._job, 1)
+        self._job.end()
         try:
             self.popen.kill()  # in case there is no job
         except OSError:
@@ -4251,8 +4313,7 @@ class _WindowsTree(_Tree):
         self.popen.wait()
 
     def reap(self) -> int:
-        job, self._job = self._job, None
-        self._kernel.CloseHandle(job)
+        self._job.close()
         code = int(self.popen.wait())
         self.excess = self._limits._broken(code, 0.0) if self._limits else ""
         return code
@@ -4393,14 +4454,19 @@ class _LogSink:
         return True
 
 
+_WINDOWS_ERRORS = {
+    0xC0000005: "an access violation", 0xC000001D: "an illegal instruction", 0xC0000094: "a division by zero",
+    0xC00000FD: "a stack overflow", 0xC0000135: "a DLL that is missing", 0xC000013A: "Ctrl-C",
+    0xC0000142: "a DLL that did not start", 0xC0000374: "a heap that is corrupt", 0xC0000409: "abort() or a buffer overrun",
+    0xE06D7363: "a C++ exception"}
+
+
 def _end_words(code: int | None) -> tuple[str, str | None]:
     """How a process ended, in words, and the name of the signal if it was one."""
     if code is None:
         return "ended", None
-    if _WINDOWS and code & 0xC0000000 == 0xC0000000:
-        causes = {0xC0000005: "an access violation", 0xC00000FD: "a stack overflow", 0xC000013A: "Ctrl-C"}
-        code &= 0xFFFFFFFF
-        return f"died of {causes.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
+    if 0xC0000000 <= code < 0xF0000000:  # an error of Windows, or one that a language has numbered for itself
+        return f"died of {_WINDOWS_ERRORS.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
     if code >= 0:
         return f"exited with status {code}", None
     try:
@@ -5306,13 +5372,13 @@ class Plugin:
         """What the plugin's environment has beside the address and the key."""
         env = {name: value for name, value in os.environ.items()
                if (self._inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
-        env.update((name.upper() if _WINDOWS else name, value) for name, value in self._env.items())
+        env.update((_variable(name), value) for name, value in self._env.items())
         if self._sha256:
             env[_SOURCE_ONLY] = "1"
         if any(path and path.endswith(".py") for path in self._sha256):
             env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
         env[_COOKIE_KEY] = self._handshake.magic_cookie_key
-        env[self._handshake.magic_cookie_key] = self._handshake.magic_cookie_value
+        env[_variable(self._handshake.magic_cookie_key)] = self._handshake.magic_cookie_value
         return env
 
     def _failure(self, run: _Run, argv: list[str], in_time: bool, strangers: int, refusal: Any) -> PluginError:

@@ -1,16 +1,21 @@
 """What the tests share: plugins written on the fly, and the proof that nothing is left behind."""
 
 import atexit
+import ctypes
 import gc
 import glob
 import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
 
+import by_hand
 import pytest
 
 import miniplug
@@ -18,10 +23,16 @@ import miniplug
 HERE = os.path.dirname(os.path.abspath(__file__))
 WORKSHOP = os.path.join(HERE, "workshop.py") + ":Workshop"
 WINDOWS = os.name == "nt"
+WINE = WINDOWS and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
 TEMPORARY = tempfile.mkdtemp(prefix="mp-")  # of this run alone: what is left there is ours
 atexit.register(shutil.rmtree, TEMPORARY, True)
 if not WINDOWS:
     os.environ["TMPDIR"] = TEMPORARY
+
+
+def pytest_make_parametrize_id(val):
+    """pytest puts a test's name into the environment, where Windows has 32,767 characters for a variable."""
+    return f"{type(val).__name__}-{len(val)}" if isinstance(val, (str, bytes)) and len(val) > 1000 else None
 
 
 @pytest.fixture
@@ -44,9 +55,41 @@ def workshop():
         yield plugin.dispense()
 
 
+def channels():
+    """Two channels that are connected with each other: over a pair of sockets, or on Windows over a named pipe."""
+    if not WINDOWS:
+        return [miniplug._SocketChannel(end) for end in socket.socketpair()]
+    listener = miniplug._Listener()
+    try:
+        return [miniplug._connect(listener.address, 5.0), listener.accept()]
+    finally:
+        listener.close()
+
+
+def channel_and_end():
+    """A channel, and the other end of its connection to be spoken by hand."""
+    if not WINDOWS:
+        ours, theirs = socket.socketpair()
+        return miniplug._SocketChannel(ours), theirs
+    listener = miniplug._Listener()
+    try:
+        end = by_hand.connect(listener.address)
+        return listener.accept(), end
+    finally:
+        listener.close()
+
+
+stream = pytest.mark.skipif(WINDOWS, reason="on a named pipe a frame is a message: it has no length before it, and is never cut")
+
+
+def not_under_wine(reason):
+    """Skip a test for what Wine, and not Windows, cannot do."""
+    return pytest.mark.skipif(WINE, reason=f"Wine: {reason}")
+
+
 def until(condition, seconds=10.0):
     """Wait for what no event tells of (another process's end, say), and fail when it does not come."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * (4 if WINE else 1)  # which is slow, and tells nothing about Windows by that
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
@@ -61,12 +104,36 @@ def swallow(function, *args):
 
 
 def alive(pid):
-    """Whether there is such a process that has not ended; a zombie has. (POSIX.)"""
+    """Whether there is such a process that has not ended; a zombie has."""
+    if WINDOWS:
+        import _winapi
+
+        try:
+            handle = _winapi.OpenProcess(0x100000, False, pid)  # SYNCHRONIZE
+        except OSError:
+            return False
+        ended = _winapi.WaitForSingleObject(handle, 0) == _winapi.WAIT_OBJECT_0
+        _winapi.CloseHandle(handle)
+        return not ended
+    if not os.path.isdir("/proc/self"):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], stdout=subprocess.PIPE, check=False).stdout
+        return state[:1] not in (b"", b"Z")
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             return stat.read().rpartition(b") ")[2][:1] not in (b"Z", b"X")
     except OSError:
         return False
+
+
+def freeze(pid):
+    """Stop a process, for good."""
+    if not WINDOWS:
+        return os.kill(pid, signal.SIGSTOP)
+    import _winapi
+
+    handle = _winapi.OpenProcess(0x800, False, pid)  # PROCESS_SUSPEND_RESUME
+    ctypes.WinDLL("ntdll").NtSuspendProcess(ctypes.c_void_p(handle))
+    return _winapi.CloseHandle(handle)
 
 
 def _threads():
@@ -76,7 +143,7 @@ def _threads():
 def descriptors():
     """What this process has open: {descriptor: what it is of}."""
     found = {}
-    for fd in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+    for fd in os.listdir("/proc/self/fd") if not WINDOWS and os.path.isdir("/proc/self/fd") else ():
         try:
             found[fd] = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
@@ -110,8 +177,6 @@ def _opened_since(before):
 
 def run_python(path, *args, **options):
     """Run a script with this interpreter and with miniplug importable; returns (status, stdout, stderr)."""
-    import subprocess
-
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), HERE]))
     done = subprocess.run([sys.executable, path, *args], capture_output=True, stdin=subprocess.DEVNULL, env=env,
                           timeout=50, text=True, check=False, **options)

@@ -15,8 +15,6 @@ from test_session import in_threads, pair, settled  # noqa: F401
 
 import miniplug
 
-posix = pytest.mark.skipif(WINDOWS, reason="a pair of AF_UNIX sockets")
-
 
 class Worker:
     """What is called in this file. Its events are at hand for the tests, as it runs in their process."""
@@ -101,7 +99,6 @@ def proxy(both):
 # -- a Call is a future
 
 
-@posix
 def test_a_call_is_a_real_future(proxy):
     call = proxy.echo.submit([1, (2,)])
     assert isinstance(call, concurrent.futures.Future) and isinstance(call, miniplug.Call)
@@ -112,7 +109,6 @@ def test_a_call_is_a_real_future(proxy):
         failing.result()
 
 
-@posix
 def test_as_completed_and_wait_take_calls(both, proxy):
     calls = [proxy.echo.submit(number) for number in range(200)]
     assert sorted(call.result() for call in concurrent.futures.as_completed(calls, 10)) == list(range(200))
@@ -125,7 +121,6 @@ def test_as_completed_and_wait_take_calls(both, proxy):
     settled(both)
 
 
-@posix
 def test_the_result_may_not_come_in_time(both, proxy):
     call = proxy.wait.submit("value")
     for _ in range(2):
@@ -135,7 +130,6 @@ def test_the_result_may_not_come_in_time(both, proxy):
     assert call.result(10) == "value"
 
 
-@posix
 def test_submit_does_not_wait_and_answers_come_out_of_order(proxy):
     slow = proxy.wait.submit("slow")
     assert [proxy.echo.submit(number).result(10) for number in range(50)] == list(range(50))
@@ -144,7 +138,6 @@ def test_submit_does_not_wait_and_answers_come_out_of_order(proxy):
     assert slow.result(10) == "slow" and "answered" in repr(slow)
 
 
-@posix
 def test_what_cannot_be_sent_is_raised_by_submit(both, proxy):
     with pytest.raises(miniplug.NotSerializable, match=r"args\[0\]"):
         proxy.echo.submit(object())
@@ -153,7 +146,6 @@ def test_what_cannot_be_sent_is_raised_by_submit(both, proxy):
     settled(both)
 
 
-@posix
 def test_answers_come_though_nobody_waits(both, proxy):
     arrived = threading.Event()
     call = proxy.echo.submit(1)
@@ -162,7 +154,6 @@ def test_answers_come_though_nobody_waits(both, proxy):
     settled(both)
 
 
-@posix
 @pytest.mark.parametrize("round", range(5))
 def test_any_callable_is_a_callback(proxy, round):
     """Those of builtin types have a __module__ of None."""
@@ -175,7 +166,6 @@ def test_any_callable_is_a_callback(proxy, round):
     assert proxy.echo("still") == "still"
 
 
-@posix
 def test_a_callback_that_blocks_holds_up_nobody(proxy):
     go = threading.Event()
     entered = threading.Semaphore(0)
@@ -203,7 +193,6 @@ def asyncio_like(module, go):
     return callback
 
 
-@posix
 def test_a_callback_from_a_module_called_like_asyncio_holds_up_nobody(proxy):
     go = threading.Event()
     call = proxy.wait.submit()
@@ -218,7 +207,6 @@ def test_a_callback_from_a_module_called_like_asyncio_holds_up_nobody(proxy):
         go.set()
 
 
-@posix
 def test_a_callback_calls_the_plugin_again(proxy):
     found = []
     over = threading.Event()
@@ -235,7 +223,6 @@ def test_a_callback_calls_the_plugin_again(proxy):
     assert over.wait(20) and found == list(range(50))
 
 
-@posix
 def test_a_callback_that_raises_ends_nothing(proxy, caplog):
     over = threading.Event()
 
@@ -254,7 +241,6 @@ def test_a_callback_that_raises_ends_nothing(proxy, caplog):
 # -- giving up
 
 
-@posix
 def test_cancel_gives_the_call_up_at_the_plugin(both, proxy, worker):
     call = proxy.until_cancelled.submit()
     assert worker.entered.wait(10)
@@ -266,14 +252,12 @@ def test_cancel_gives_the_call_up_at_the_plugin(both, proxy, worker):
     assert concurrent.futures.wait([call], 5).done == {call}
 
 
-@posix
 def test_cancel_after_the_answer_changes_nothing(proxy):
     call = proxy.echo.submit(3)
     assert call.result(10) == 3
     assert not call.cancel() and not call.cancelled() and call.result() == 3
 
 
-@posix
 def test_cancelling_from_many_threads_at_once(both, proxy):
     for _ in range(30):
         call = proxy.wait.submit()
@@ -285,7 +269,6 @@ def test_cancelling_from_many_threads_at_once(both, proxy):
     settled(both)
 
 
-@posix
 def test_cancel_races_the_answer_and_one_of_them_wins(both, proxy):
     won = {True: 0, False: 0}
     for number in range(300):
@@ -301,7 +284,6 @@ def test_cancel_races_the_answer_and_one_of_them_wins(both, proxy):
     settled(both)
 
 
-@posix
 def test_callbacks_of_a_cancelled_call_may_call_the_plugin(both, proxy, worker):
     """The answer to what is cancelled comes while its callback runs: the reader must not wait for that."""
     call = proxy.wait.submit()
@@ -318,7 +300,6 @@ def test_callbacks_of_a_cancelled_call_may_call_the_plugin(both, proxy, worker):
     settled(both)
 
 
-@posix
 def test_callbacks_of_a_cancelled_call_run_without_its_lock(proxy):
     call = proxy.wait.submit()
     asked = []
@@ -333,7 +314,6 @@ def test_callbacks_of_a_cancelled_call_run_without_its_lock(proxy):
     assert asked == [True]
 
 
-@posix
 def test_a_late_answer_is_dropped_quietly(both, proxy, worker, caplog):
     call = proxy.wait.timeout(0.02).submit("late")
     with pytest.raises(miniplug.CallTimeout) as caught:
@@ -345,7 +325,6 @@ def test_a_late_answer_is_dropped_quietly(both, proxy, worker, caplog):
     assert proxy.echo(1) == 1 and not caplog.records
 
 
-@posix
 @pytest.mark.parametrize("submitted", [False, True])
 def test_a_timeout_is_everybodys_timeout_error(proxy, submitted):
     method = proxy.wait.timeout(0.01)
@@ -354,7 +333,6 @@ def test_a_timeout_is_everybodys_timeout_error(proxy, submitted):
             method.submit().result(10) if submitted else method()
 
 
-@posix
 def test_deadlines_of_submitted_calls_fire_though_nobody_waits(both, proxy):
     failed = []
     over = threading.Event()
@@ -372,7 +350,6 @@ def test_deadlines_of_submitted_calls_fire_though_nobody_waits(both, proxy):
     settled(both)
 
 
-@posix
 def test_no_deadline_is_too_far_away(pair):  # noqa: F811
     """Two sessions whose calls have the same number and the same deadline: the end of time."""
     proxies = [pair({"w": Worker()}).dispense("w") for _ in range(3)]
@@ -381,7 +358,6 @@ def test_no_deadline_is_too_far_away(pair):  # noqa: F811
         assert [call.result(10) for call in calls] == [1, 1, 1]
 
 
-@posix
 def test_deadlines_of_answered_calls_are_not_kept(both, proxy):
     for _ in range(50):
         for call in [proxy.echo.timeout(1000).submit(1) for _ in range(100)]:
@@ -389,14 +365,12 @@ def test_deadlines_of_answered_calls_are_not_kept(both, proxy):
     assert len(miniplug._clock._alarms) < 2500
 
 
-@posix
 @pytest.mark.parametrize("seconds", [-1, math.nan, "3", []])
 def test_what_is_no_number_of_seconds_is_refused(proxy, seconds):
     with pytest.raises(ValueError, match="a number of seconds"):
         proxy.echo.timeout(seconds)
 
 
-@posix
 def test_the_latest_deadline_counts_and_none_is_the_default(both, proxy):
     both.here.call_timeout = 0.02
     proxy = both.dispense("w")
@@ -410,7 +384,6 @@ def test_the_latest_deadline_counts_and_none_is_the_default(both, proxy):
     timer.join()
 
 
-@posix
 @pytest.mark.parametrize("method", ["until_cancelled", "a_wait"])
 @pytest.mark.parametrize("how", ["timeout", "submitted timeout", "cancel"])
 def test_what_is_given_up_is_told_so(both, worker, method, how):
@@ -430,7 +403,6 @@ def test_what_is_given_up_is_told_so(both, worker, method, how):
     settled(both)
 
 
-@posix
 def test_an_async_call_that_is_cancelled_at_once_is_forgotten(both, proxy):
     """Whether it has begun or not: it must not count as one that runs."""
     proxy.a_echo(0)
@@ -442,7 +414,6 @@ def test_an_async_call_that_is_cancelled_at_once_is_forgotten(both, proxy):
     settled(both)
 
 
-@posix
 def test_outside_a_call_nothing_is_cancelled(proxy):
     assert miniplug.cancelled() is False
     assert proxy.is_cancelled() is False
@@ -451,7 +422,6 @@ def test_outside_a_call_nothing_is_cancelled(proxy):
 # -- notify
 
 
-@posix
 def test_notify_wants_no_answer(both, proxy, worker):
     assert proxy.note.notify("a") is None
     until(lambda: worker.seen == ["a"])
@@ -478,7 +448,6 @@ def test_what_a_notified_method_raises_is_one_record(caplog):
 # -- asyncio in the host
 
 
-@posix
 def test_a_call_can_be_awaited_and_gathered(proxy):
     async def main():
         assert await proxy.echo.submit(1) == 1
@@ -489,7 +458,6 @@ def test_a_call_can_be_awaited_and_gathered(proxy):
     asyncio.run(main())
 
 
-@posix
 def test_a_call_can_be_awaited_twice_and_at_once(proxy, worker):
     async def main():
         call = proxy.wait.submit("same")
@@ -506,7 +474,6 @@ def test_a_call_can_be_awaited_twice_and_at_once(proxy, worker):
     asyncio.run(main())
 
 
-@posix
 def test_wait_for_gives_the_call_up(both, proxy, worker):
     async def main():
         call = proxy.until_cancelled.submit()
@@ -521,7 +488,6 @@ def test_wait_for_gives_the_call_up(both, proxy, worker):
     settled(both)
 
 
-@posix
 def test_a_cancelled_task_gives_its_call_up(both, proxy, worker):
     async def main():
         async def wait():
@@ -539,7 +505,6 @@ def test_a_cancelled_task_gives_its_call_up(both, proxy, worker):
     settled(both)
 
 
-@posix
 def test_a_timeout_of_the_calls_own_is_awaited(proxy):
     async def main():
         with pytest.raises(asyncio.TimeoutError) as caught:
@@ -549,7 +514,6 @@ def test_a_timeout_of_the_calls_own_is_awaited(proxy):
     asyncio.run(main())
 
 
-@posix
 def test_a_loop_that_is_closed_before_the_answer_harms_nobody(both, proxy, worker):
     kept = []
 
@@ -568,7 +532,6 @@ def test_a_loop_that_is_closed_before_the_answer_harms_nobody(both, proxy, worke
 # -- async methods
 
 
-@posix
 def test_async_methods_share_one_loop_hundreds_at_a_time(pair):  # noqa: F811
     class Meeting:
         def __init__(self):
@@ -595,7 +558,6 @@ def test_async_methods_share_one_loop_hundreds_at_a_time(pair):  # noqa: F811
     settled(both)
 
 
-@posix
 def test_async_methods_fail_like_any(both, proxy):
     with pytest.raises(KeyError, match="async"):
         proxy.a_fail()
@@ -646,7 +608,6 @@ def asynchronous(pair):  # noqa: F811
     there.other = None
 
 
-@posix
 def test_a_blocking_call_in_an_async_method_says_what_to_do(asynchronous):
     proxy, both = asynchronous
     with pytest.raises(RuntimeError, match=r"await echo\.submit\("):
@@ -655,7 +616,6 @@ def test_a_blocking_call_in_an_async_method_says_what_to_do(asynchronous):
     settled(both)
 
 
-@posix
 def test_async_methods_call_the_other_side(asynchronous):
     proxy, both = asynchronous
     assert proxy.ask(1) == 1 and proxy.ask_async(2) == 2
@@ -666,14 +626,12 @@ def test_async_methods_call_the_other_side(asynchronous):
     settled(both)
 
 
-@posix
 def test_async_methods_have_a_context_each(asynchronous):
     proxy, _ = asynchronous
     calls = [proxy.variables.submit(n) for n in range(50)]
     assert [call.result(10) for call in calls] == [(0, n, False) for n in range(50)]
 
 
-@posix
 def test_async_methods_nest_with_blocking_callbacks(asynchronous):
     proxy, both = asynchronous
 
@@ -685,7 +643,6 @@ def test_async_methods_nest_with_blocking_callbacks(asynchronous):
     settled(both)
 
 
-@posix
 def test_async_callbacks_of_the_host_run_too(both, proxy):
     async def double(value):
         await asyncio.sleep(0)
@@ -699,7 +656,6 @@ def test_async_callbacks_of_the_host_run_too(both, proxy):
 # -- overlap
 
 
-@posix
 def test_one_worker_runs_one_call_after_another(pair):  # noqa: F811
     class Serial:
         def __init__(self):
@@ -723,7 +679,6 @@ def test_one_worker_runs_one_call_after_another(pair):  # noqa: F811
     settled(both)
 
 
-@posix
 def test_every_thread_gets_its_own_answer(both, proxy):
     def work(number):
         for step in range(200):
@@ -734,7 +689,6 @@ def test_every_thread_gets_its_own_answer(both, proxy):
     settled(both)
 
 
-@posix
 def test_an_idle_host_stands_still(pair):  # noqa: F811
     """After the last callback has been called and given back, the clock has nothing to look on at."""
     worker = Worker()
@@ -753,7 +707,6 @@ def test_an_idle_host_stands_still(pair):  # noqa: F811
     until(lambda: not both.here._ticking and not both.there._ticking, 5)
 
 
-@posix
 def test_garbage_is_taken_out_by_any_thread(both, proxy):
     """Two threads that empty the queue at the same time do not trip over each other."""
 

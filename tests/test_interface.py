@@ -10,12 +10,11 @@ import sys
 import typing
 
 import pytest
-from conftest import WINDOWS, WORKSHOP
+from conftest import WORKSHOP
 from test_session import frame, pair, raw  # noqa: F401
 
 import miniplug
 
-posix = pytest.mark.skipif(WINDOWS, reason="a pair of AF_UNIX sockets")
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -98,7 +97,6 @@ AGREES = [
 ]
 
 
-@posix
 @pytest.mark.parametrize("source", AGREES)
 @pytest.mark.parametrize("base", [abc.ABC, object])
 def test_what_agrees_passes(both, source, base):
@@ -133,7 +131,6 @@ DIFFERS = [
 ]
 
 
-@posix
 @pytest.mark.parametrize("source, named", DIFFERS)
 def test_what_differs_is_told(both, source, named):
     with pytest.raises(miniplug.InterfaceMismatch) as caught:
@@ -142,7 +139,6 @@ def test_what_differs_is_told(both, source, named):
     assert caught.value.differences[0] in str(caught.value) and isinstance(caught.value, TypeError)
 
 
-@posix
 def test_every_difference_is_in_one_error(both):
     sources = "\n    ".join(source for source, named in DIFFERS if "missing" not in source and "plain(" not in source)
     with pytest.raises(miniplug.InterfaceMismatch) as caught:
@@ -153,7 +149,6 @@ def test_every_difference_is_in_one_error(both):
     assert len(caught.value.differences) == 9
 
 
-@posix
 def test_protocols(both):
     class Plain(typing.Protocol):
         def plain(self, a, b): ...
@@ -170,7 +165,6 @@ def test_protocols(both):
     assert len(caught.value.differences) == 2
 
 
-@posix
 def test_positional_only_arguments(both):
     assert adopt(both, interface("def plain(self, x, y, /): ..."))
     with pytest.raises(miniplug.InterfaceMismatch):
@@ -210,7 +204,6 @@ def test_describe_tells_signatures_and_docs():
         assert "__init__" not in found["workshop"] and "lock" not in found["workshop"]
 
 
-@posix
 def test_help_shows_the_plugins_signature_and_doc(both):
     proxy = both.dispense("s")
     out = io.StringIO()
@@ -222,7 +215,6 @@ def test_help_shows_the_plugins_signature_and_doc(both):
     assert proxy.plain.__name__ == "plain" and "plain" in repr(proxy.plain)
 
 
-@posix
 def test_dir_and_hasattr(both):
     proxy = both.dispense("s")
     assert {"plain", "static", "of_class", "later"} <= set(dir(proxy))
@@ -236,7 +228,6 @@ def test_dir_and_hasattr(both):
 # -- what is refused
 
 
-@posix
 def test_attributes_cannot_be_set(both):
     proxy = both.dispense("s")
     for name in ("new", "plain", "_private", "value"):
@@ -245,7 +236,6 @@ def test_attributes_cannot_be_set(both):
     assert callable(proxy.plain)
 
 
-@posix
 @pytest.mark.parametrize("use", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_copies_are_refused(both, use):
     proxy = both.dispense("s")
@@ -280,7 +270,6 @@ RUBBISH = [
            b'{"plain":["(","doc",[["a",2,"1",null],["b",1,[],{}],["return",0,null,null]]]}']
 
 
-@posix
 @pytest.mark.parametrize("body", RUBBISH)
 def test_rubbish_about_itself_does_no_harm(body):
     class Plain(abc.ABC):

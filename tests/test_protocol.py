@@ -11,18 +11,16 @@ import json
 import os
 import pathlib
 import re
-import socket
 import threading
 import uuid
 
 import pytest
+from conftest import channel_and_end, channels
 
 import miniplug
 
 DOC = (pathlib.Path(__file__).parent.parent / "docs" / "protocol.md").read_text(encoding="utf-8")
 SECONDS = 10.0
-
-needs_sockets = pytest.mark.skipif(os.name == "nt", reason="drives a Unix socket by hand")
 
 # What the plugin of the examples serves. It is compiled under this name so that a traceback is the same everywhere.
 GREETER = '''
@@ -129,9 +127,8 @@ class Background:
 @pytest.fixture
 def ends():
     """A channel for the real side, and the other end of its connection to play by hand."""
-    ours, theirs = socket.socketpair()
+    channel, theirs = channel_and_end()
     theirs.settimeout(SECONDS)
-    channel = miniplug._SocketChannel(ours)
     yield channel, theirs
     theirs.close()
     channel.close()
@@ -219,7 +216,6 @@ def test_the_document_has_all_of_the_conversation():
     assert all(wire for _, wire in HEX.values())
 
 
-@needs_sockets
 def test_the_host_says_and_takes_what_the_document_says(ends, nonce):
     channel, plugin = ends
     nonce("host")
@@ -231,7 +227,6 @@ def test_the_host_says_and_takes_what_the_document_says(ends, nonce):
         session.call(1, "greet", (), {})
 
 
-@needs_sockets
 def test_the_plugin_says_and_takes_what_the_document_says(ends, nonce, monkeypatch):
     channel, host = ends
     nonce("plugin")
@@ -247,7 +242,6 @@ def test_the_plugin_says_and_takes_what_the_document_says(ends, nonce, monkeypat
 
 # -- the handshake
 
-@needs_sockets
 @pytest.mark.parametrize("change", ["key", "address"])
 @pytest.mark.parametrize("role", ["host", "plugin"])
 def test_a_proof_is_of_one_key_and_one_address(ends, nonce, role, change):
@@ -265,7 +259,6 @@ def test_a_proof_is_of_one_key_and_one_address(ends, nonce, role, change):
         side.result()
 
 
-@needs_sockets
 def test_each_message_of_the_handshake_is_covered_by_a_proof(ends, nonce):
     """Whatever is changed on the way, one side refuses: here the choice, which comes after the plugin's proof."""
     channel, host = ends
@@ -279,17 +272,15 @@ def test_each_message_of_the_handshake_is_covered_by_a_proof(ends, nonce):
         plugin.result()
 
 
-@needs_sockets
 def test_a_refusal_reaches_the_plugin_under_a_proof():
-    ours, theirs = socket.socketpair()
-    channels = miniplug._SocketChannel(ours), miniplug._SocketChannel(theirs)
-    hello_of_plugin = miniplug._Hello(channels[1], ADDRESS, KEY, "plugin")
+    both = channels()
+    hello_of_plugin = miniplug._Hello(both[1], ADDRESS, KEY, "plugin")
     plugin = Background(hello_of_plugin.as_plugin, [7], 1 << 20, {"matches": True})
     with pytest.raises(miniplug.HandshakeError, match="no common protocol version"):
-        hello(channels[0], "host")
+        hello(both[0], "host")
     with pytest.raises(miniplug.HandshakeError, match="no common protocol version"):
         plugin.result()
-    for channel in channels:
+    for channel in both:
         channel.close()
 
 

@@ -12,12 +12,10 @@ import threading
 import time
 
 import pytest
-from conftest import WINDOWS
 from test_session import pair  # noqa: F401
 
 import miniplug
 
-pytestmark = pytest.mark.skipif(WINDOWS, reason="a pair of AF_UNIX sockets")
 SECONDS = float(os.environ.get("MINIPLUG_RANDOM_SECONDS", "2.5"))
 STUCK = 20.0  # seconds after which a call counts as never to return
 

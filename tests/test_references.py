@@ -6,12 +6,10 @@ import gc
 import threading
 
 import pytest
-from conftest import WINDOWS, swallow, until
+from conftest import swallow, until
 from test_session import LIMIT, in_threads, pair  # noqa: F401
 
 import miniplug
-
-posix = pytest.mark.skipif(WINDOWS, reason="a pair of AF_UNIX sockets")
 
 
 class Thing:
@@ -158,7 +156,6 @@ def double(value):
 # -- what goes by reference
 
 
-@posix
 @pytest.mark.parametrize("function", [double, lambda value: value * 2, functools.partial(pow, 2), Thing("x").get, [].append, len,
                                       Callable(), Silent(), asyncio.sleep])
 @pytest.mark.parametrize("nested", [False, True])
@@ -170,7 +167,6 @@ def test_callables_go_and_come_home_as_themselves(both, proxy, function, nested)
     given_back(both)
 
 
-@posix
 def test_callables_are_called_from_the_other_side(both, proxy):
     assert proxy.call(double, 4) == 8
     assert proxy.call(lambda *args, **kwargs: [args, kwargs], 1, 2, a=3) == [(1, 2), {"a": 3}]
@@ -184,7 +180,6 @@ def test_callables_are_called_from_the_other_side(both, proxy):
     given_back(both)
 
 
-@posix
 def test_the_other_sides_callables_are_called_here(both, proxy):
     functions = proxy.give(5)
     assert [function("x") for function in functions] == [[n, "x"] for n in range(5)]
@@ -197,7 +192,6 @@ def test_the_other_sides_callables_are_called_here(both, proxy):
     given_back(both)
 
 
-@posix
 def test_objects_go_by_reference_when_they_are_told_to(both, proxy):
     thing = Thing("mine")
     assert proxy.call_method(miniplug.ref(thing), "get") == "mine"
@@ -208,7 +202,6 @@ def test_objects_go_by_reference_when_they_are_told_to(both, proxy):
     given_back(both)
 
 
-@posix
 def test_a_class_goes_only_when_it_is_told_to(both, proxy):
     with pytest.raises(miniplug.NotSerializable):
         proxy.echo(Thing)
@@ -222,7 +215,6 @@ def test_a_class_goes_only_when_it_is_told_to(both, proxy):
     given_back(both)
 
 
-@posix
 def test_the_other_sides_come_home_to_it_as_themselves(both, proxy, keeper):
     function, = proxy.give()
     thing = proxy.give_thing()
@@ -234,7 +226,6 @@ def test_the_other_sides_come_home_to_it_as_themselves(both, proxy, keeper):
     given_back(both)
 
 
-@posix
 def test_equal_proxies_stand_for_the_same_object(both, proxy, keeper):
     thing = Thing()
     for one in (double, thing.get, Silent(), miniplug.ref(thing)):
@@ -250,14 +241,12 @@ def test_equal_proxies_stand_for_the_same_object(both, proxy, keeper):
     given_back(both)
 
 
-@posix
 def test_bound_methods_of_builtin_types_are_equal_too(both, proxy):
     found = []
     proxy.register(found.append)
     proxy.unregister(found.append)
 
 
-@posix
 def test_thousands_of_callbacks_leak_nothing(both, proxy):
     for number in range(3000):
         assert proxy.call(lambda number=number: number) == number
@@ -268,7 +257,6 @@ def test_thousands_of_callbacks_leak_nothing(both, proxy):
     assert proxy.echo(1) == 1
 
 
-@posix
 def test_very_many_references_at_once_are_given_back(both, proxy):
     """All of them fall to the garbage collector in one moment."""
     functions = proxy.give(40000)
@@ -278,7 +266,6 @@ def test_very_many_references_at_once_are_given_back(both, proxy):
     assert proxy.echo(1) == 1
 
 
-@posix
 @pytest.mark.parametrize("bad", [object(), b"x" * (2 * LIMIT), float("nan"), "\ud800", [[float("inf"), object()]]])
 def test_what_fails_to_be_sent_lends_nothing(both, proxy, bad):
     for _ in range(20):
@@ -288,7 +275,6 @@ def test_what_fails_to_be_sent_lends_nothing(both, proxy, bad):
     given_back(both)
 
 
-@posix
 def test_results_that_fail_to_be_sent_lend_nothing(both, proxy):
     for _ in range(20):
         with pytest.raises(miniplug.NotSerializable):
@@ -298,7 +284,6 @@ def test_results_that_fail_to_be_sent_lend_nothing(both, proxy):
     given_back(both)
 
 
-@posix
 def test_recursive_values_lend_nothing(both, proxy):
     endless = [double]
     endless.append(endless)
@@ -307,7 +292,6 @@ def test_recursive_values_lend_nothing(both, proxy):
     given_back(both)
 
 
-@posix
 def test_answers_that_come_too_late_are_given_back(both, proxy):
     for _ in range(50):
         swallow(proxy.give.timeout(0.0003), 20)
@@ -316,7 +300,6 @@ def test_answers_that_come_too_late_are_given_back(both, proxy):
     given_back(both)
 
 
-@posix
 def test_a_released_reference_is_dead_here_and_there(both, proxy, keeper):
     function, = proxy.give()
     other = proxy.echo([function])[0]
@@ -339,7 +322,6 @@ def test_a_released_reference_is_dead_here_and_there(both, proxy, keeper):
     given_back(both)
 
 
-@posix
 def test_a_released_reference_that_is_sent_fails_that_call_only(both, proxy):
     function, = proxy.give()
     miniplug.release(function)
@@ -350,7 +332,6 @@ def test_a_released_reference_that_is_sent_fails_that_call_only(both, proxy):
     given_back(both)
 
 
-@posix
 def test_what_was_released_on_its_way_home_fails_that_call_only(both, proxy):
     function, = proxy.give()
     session = both.here
@@ -365,7 +346,6 @@ def test_what_was_released_on_its_way_home_fails_that_call_only(both, proxy):
     function._target.at = (session, None)
 
 
-@posix
 def test_a_reference_outlives_its_plugin_as_a_dead_one(both, proxy):
     function, = proxy.give()
     thing = proxy.give_thing()
@@ -380,7 +360,6 @@ def test_a_reference_outlives_its_plugin_as_a_dead_one(both, proxy):
     miniplug.release(function)
 
 
-@posix
 def test_references_are_given_back_while_other_threads_call(both, proxy):
     def work():
         for number in range(150):
@@ -395,7 +374,6 @@ def test_references_are_given_back_while_other_threads_call(both, proxy):
 # -- callbacks at any time, from anywhere
 
 
-@posix
 def test_a_kept_callback_is_called_while_the_host_is_idle(both, proxy):
     got = []
     over = threading.Event()
@@ -416,7 +394,6 @@ def test_a_kept_callback_is_called_while_the_host_is_idle(both, proxy):
     given_back(both)
 
 
-@posix
 def test_an_exception_passes_through_as_itself_both_ways(both, proxy):
     def fail():
         raise KeyError("deep", 7)
@@ -435,7 +412,6 @@ def test_an_exception_passes_through_as_itself_both_ways(both, proxy):
     given_back(both)
 
 
-@posix
 @pytest.mark.parametrize("workers", [1, 3])
 def test_callbacks_nest_to_any_depth(pair, workers):  # noqa: F811
     proxy = pair({"k": Keeper()}, max_workers=workers).dispense("k")
@@ -451,7 +427,6 @@ def test_callbacks_nest_to_any_depth(pair, workers):  # noqa: F811
     assert in_threads(*[lambda: proxy.nest(back, 20), lambda: proxy.nest(back_by_submit, 20)] * 5) == [list(range(20, -1, -1))] * 10
 
 
-@posix
 def test_an_exception_passes_through_many_levels(both, proxy):
     def fail(depth):
         if not depth:
@@ -463,7 +438,6 @@ def test_an_exception_passes_through_many_levels(both, proxy):
     given_back(both)
 
 
-@posix
 def test_async_methods_call_callbacks_back(both, proxy):
     assert proxy.a_call(double, 4) == 8
 
@@ -474,7 +448,6 @@ def test_async_methods_call_callbacks_back(both, proxy):
     given_back(both)
 
 
-@posix
 def test_a_callback_of_a_cancelled_call_is_told_so(both, proxy):
     told = threading.Event()
     entered = threading.Event()
@@ -496,7 +469,6 @@ def test_a_callback_of_a_cancelled_call_is_told_so(both, proxy):
 # -- more than one plugin
 
 
-@posix
 def test_a_proxy_passes_on_to_another_plugin(pair):  # noqa: F811
     one, two = pair({"k": Keeper()}), pair({"k": Keeper()})
     first, second = one.dispense("k"), two.dispense("k")
@@ -519,7 +491,6 @@ def test_a_proxy_passes_on_to_another_plugin(pair):  # noqa: F811
     assert second.echo(1) == 1
 
 
-@posix
 def test_nesting_through_two_plugins_needs_no_worker_for_each_level(pair):  # noqa: F811
     first = pair({"k": Keeper()}, max_workers=1).dispense("k")
     second = pair({"k": Keeper()}, max_workers=1).dispense("k")

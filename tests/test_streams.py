@@ -9,12 +9,11 @@ import threading
 import time
 
 import pytest
-from conftest import WINDOWS, until
+from conftest import until
 from test_session import LIMIT, frame, in_threads, pair, raw, settled  # noqa: F401
 
 import miniplug
 
-posix = pytest.mark.skipif(WINDOWS, reason="a pair of AF_UNIX sockets")
 BOUND = 200  # items that an open stream may cost beyond what was read
 
 
@@ -254,7 +253,6 @@ def proxy(both):
 # -- what streams
 
 
-@posix
 @pytest.mark.parametrize("method", ["count", "a_count", "a_slow_count", "iterator", "mapped", "own", "a_own", "later", "a_later"])
 @pytest.mark.parametrize("number", [0, 1, 31, 32, 33, 63, 64, 65, 1000])
 def test_iterators_of_all_kinds_stream(both, proxy, method, number):
@@ -270,21 +268,18 @@ def test_iterators_of_all_kinds_stream(both, proxy, method, number):
     settled(both)
 
 
-@posix
 @pytest.mark.parametrize("method", ["count", "a_count"])
 def test_thousands_of_items_come_in_order(both, proxy, method):
     assert list(getattr(proxy, method)(30000)) == list(range(30000))
     settled(both)
 
 
-@posix
 def test_submit_of_a_streaming_method_resolves_to_the_stream(both, proxy):
     for _ in range(50):
         assert list(proxy.count.submit(100).result(10)) == list(range(100))
     settled(both)
 
 
-@posix
 @pytest.mark.parametrize("method", ["count", "a_count"])
 def test_no_item_is_lost_when_the_stream_goes_to_a_callback(both, proxy, method):
     """The first items come before the callback has run."""
@@ -304,12 +299,10 @@ def test_no_item_is_lost_when_the_stream_goes_to_a_callback(both, proxy, method)
     settled(both)
 
 
-@posix
 def test_a_mutated_item_arrives_as_it_was_when_it_was_yielded(both, proxy):
     assert [row["number"] for row in proxy.reused(100)] == list(range(100))
 
 
-@posix
 def test_a_reused_buffer_arrives_as_it_was_when_it_was_yielded(both, proxy):
     assert [struct.unpack("!I", item[:4])[0] for item in proxy.reused_buffer(100)] == list(range(100))
 
@@ -317,7 +310,6 @@ def test_a_reused_buffer_arrives_as_it_was_when_it_was_yielded(both, proxy):
 # -- flow control
 
 
-@posix
 @pytest.mark.parametrize("method", ["endless", "a_endless"])
 def test_a_reader_that_stands_still_costs_few_items(both, proxy, source, method):
     stream = getattr(proxy, method)()
@@ -336,7 +328,6 @@ def test_a_reader_that_stands_still_costs_few_items(both, proxy, source, method)
     settled(both)
 
 
-@posix
 def test_large_items_of_a_stream_that_nobody_reads_stay_few(pair):  # noqa: F811
     source = Source()
     both = pair({"s": source})
@@ -350,7 +341,6 @@ def test_large_items_of_a_stream_that_nobody_reads_stay_few(pair):  # noqa: F811
         assert int(next(stream).rstrip(b"x")) == expected
 
 
-@posix
 @pytest.mark.parametrize("how", ["close", "abandon"])
 def test_a_producer_that_waits_to_send_is_freed_though_the_host_is_idle(pair, how):  # noqa: F811
     source = Source()
@@ -363,7 +353,6 @@ def test_a_producer_that_waits_to_send_is_freed_though_the_host_is_idle(pair, ho
     assert source.over.wait(1)
 
 
-@posix
 @pytest.mark.parametrize("method", ["slow", "a_slow"])
 def test_a_slow_producers_item_arrives_when_it_is_made(both, proxy, source, method):
     for _ in range(10):
@@ -375,7 +364,6 @@ def test_a_slow_producers_item_arrives_when_it_is_made(both, proxy, source, meth
         assert next(stream) == "third" and list(stream) == []
 
 
-@posix
 def test_the_second_of_two_quick_items_arrives_too(both, proxy):
     """It has to wait for others, which do not come."""
 
@@ -402,7 +390,6 @@ def test_the_second_of_two_quick_items_arrives_too(both, proxy):
     assert list(stream) == []
 
 
-@posix
 def test_items_that_come_while_the_clock_goes_to_sleep_are_sent(both, proxy, monkeypatch):
     """Between its look at what waits and its going to sleep."""
     session = both.there
@@ -427,7 +414,6 @@ def test_items_that_come_while_the_clock_goes_to_sleep_are_sent(both, proxy, mon
     until(lambda: seen == ["put", "flushed"], 5)
 
 
-@posix
 def test_batches_that_are_too_large_together_go_one_by_one(pair):  # noqa: F811
     both = pair({"s": Source()}, limit=100000)
     proxy = both.dispense("s")
@@ -435,7 +421,6 @@ def test_batches_that_are_too_large_together_go_one_by_one(pair):  # noqa: F811
     settled(both)
 
 
-@posix
 def test_credit_is_given_for_whatever_came_in_one_message():
     """A plugin that was not written with this file may send all that it has credit for at once."""
     session, theirs = raw()
@@ -465,7 +450,6 @@ def test_credit_is_given_for_whatever_came_in_one_message():
     theirs.close()
 
 
-@posix
 @pytest.mark.parametrize("sent", [
     frame(5, b"[1]"),
     frame(6),
@@ -485,7 +469,6 @@ def test_malformed_streams_cost_the_connection_and_no_more(sent):
     theirs.close()
 
 
-@posix
 @pytest.mark.parametrize("body", [b"0", b"-1", b"65", b"1.5", b"true", b'"1"', b"[]", b""])
 def test_malformed_credit_costs_the_connection(body):
     session, theirs = raw()
@@ -496,7 +479,6 @@ def test_malformed_credit_costs_the_connection(body):
     theirs.close()
 
 
-@posix
 def test_hundreds_of_open_streams_hold_no_worker(pair):  # noqa: F811
     source = Source()
     both = pair({"s": source}, max_workers=2)
@@ -512,7 +494,6 @@ def test_hundreds_of_open_streams_hold_no_worker(pair):  # noqa: F811
     settled(both)
 
 
-@posix
 def test_one_worker_has_an_open_stream_and_other_calls(pair):  # noqa: F811
     source = Source()
     both = pair({"s": source}, max_workers=1)
@@ -529,7 +510,6 @@ def test_one_worker_has_an_open_stream_and_other_calls(pair):  # noqa: F811
 # -- how it ends
 
 
-@posix
 @pytest.mark.parametrize("method", ["fails", "a_fails"])
 @pytest.mark.parametrize("after", [0, 1, 40, 64, 200])
 def test_an_exception_ends_the_stream_where_it_happened(both, proxy, method, after):
@@ -541,7 +521,6 @@ def test_an_exception_ends_the_stream_where_it_happened(both, proxy, method, aft
     settled(both)
 
 
-@posix
 @pytest.mark.parametrize("after", [0, 1, 40, 100])
 def test_an_item_that_cannot_travel_ends_the_stream_by_name(both, proxy, source, after):
     found = []
@@ -554,7 +533,6 @@ def test_an_item_that_cannot_travel_ends_the_stream_by_name(both, proxy, source,
     settled(both)
 
 
-@posix
 @pytest.mark.parametrize("after", [0, 1, 40, 100])
 def test_an_item_that_is_too_large_ends_the_stream_by_name(both, proxy, after):
     found = []
@@ -566,7 +544,6 @@ def test_an_item_that_is_too_large_ends_the_stream_by_name(both, proxy, after):
     settled(both)
 
 
-@posix
 @pytest.mark.parametrize("method", ["endless", "a_endless", "a_slow", "stuck", "a_stuck"])
 def test_a_closed_stream_frees_the_generator(both, proxy, source, method):
     stream = getattr(proxy, method)(*([1] if "stuck" in method else []))
@@ -578,7 +555,6 @@ def test_a_closed_stream_frees_the_generator(both, proxy, source, method):
     settled(both)
 
 
-@posix
 @pytest.mark.parametrize("method", ["endless", "a_endless"])
 @pytest.mark.parametrize("how", ["sync", "submit", "unread", "never looked at"])
 def test_an_abandoned_stream_frees_the_generator_with_no_further_call(both, proxy, source, method, how):
@@ -601,7 +577,6 @@ def test_an_abandoned_stream_frees_the_generator_with_no_further_call(both, prox
     settled(both)
 
 
-@posix
 def test_an_abandoned_stream_in_a_cycle_is_freed_too(both, proxy, source):
     class Holder:
         pass
@@ -616,7 +591,6 @@ def test_an_abandoned_stream_in_a_cycle_is_freed_too(both, proxy, source):
     settled(both)
 
 
-@posix
 def test_with_closes_the_stream(both, proxy, source):
     with proxy.endless() as stream:
         next(stream)
@@ -624,7 +598,6 @@ def test_with_closes_the_stream(both, proxy, source):
     settled(both)
 
 
-@posix
 def test_what_closing_raises_harms_nobody(both, proxy, source):
     stream = proxy.raises_in_finally()
     next(stream)
@@ -636,7 +609,6 @@ def test_what_closing_raises_harms_nobody(both, proxy, source):
     settled(both)
 
 
-@posix
 def test_closing_wakes_a_thread_that_reads(both, proxy, source):
     stream = proxy.stuck(1)
     next(stream)
@@ -650,7 +622,6 @@ def test_closing_wakes_a_thread_that_reads(both, proxy, source):
     settled(both)
 
 
-@posix
 @pytest.mark.parametrize("method", ["count", "a_count"])
 def test_threads_that_read_one_stream_get_each_item_once(both, proxy, method):
     stream = getattr(proxy, method)(5000)
@@ -660,7 +631,6 @@ def test_threads_that_read_one_stream_get_each_item_once(both, proxy, method):
     settled(both)
 
 
-@posix
 @pytest.mark.parametrize("end", ["close", "crash"])
 def test_the_end_of_the_session_ends_every_stream(both, proxy, source, end):
     streams = [proxy.endless(), proxy.a_endless(), proxy.stuck(1), proxy.count(10000)]
@@ -679,7 +649,6 @@ def test_the_end_of_the_session_ends_every_stream(both, proxy, source, end):
 # -- deadlines
 
 
-@posix
 @pytest.mark.parametrize("method", ["stuck", "a_stuck"])
 @pytest.mark.parametrize("submitted", [False, True])
 def test_the_deadline_of_a_stream_is_that_of_each_item(both, proxy, source, method, submitted):
@@ -693,7 +662,6 @@ def test_the_deadline_of_a_stream_is_that_of_each_item(both, proxy, source, meth
     settled(both)
 
 
-@posix
 @pytest.mark.parametrize("submitted", [False, True])
 def test_a_stream_may_last_longer_than_its_deadline(both, proxy, submitted):
     method = proxy.ask_between.timeout(0.3)
@@ -703,7 +671,6 @@ def test_a_stream_may_last_longer_than_its_deadline(both, proxy, submitted):
     settled(both)
 
 
-@posix
 def test_a_reader_may_take_longer_than_the_deadline(both, proxy):
     stream = proxy.count.timeout(0.02)(200)
     assert next(stream) == 0
@@ -714,7 +681,6 @@ def test_a_reader_may_take_longer_than_the_deadline(both, proxy):
 # -- asyncio
 
 
-@posix
 @pytest.mark.parametrize("method", ["count", "a_count", "a_slow_count"])
 def test_async_for(both, proxy, method):
     async def main():
@@ -732,7 +698,6 @@ def test_async_for(both, proxy, method):
     settled(both)
 
 
-@posix
 @pytest.mark.parametrize("how", ["break", "aclose", "cancel"])
 @pytest.mark.parametrize("method", ["endless", "a_endless"])
 def test_leaving_async_for_frees_the_generator(both, proxy, source, how, method):
@@ -762,7 +727,6 @@ def test_leaving_async_for_frees_the_generator(both, proxy, source, how, method)
     settled(both)
 
 
-@posix
 def test_the_deadline_of_async_for(both, proxy, source):
     async def main():
         found = []
@@ -776,7 +740,6 @@ def test_the_deadline_of_async_for(both, proxy, source):
     settled(both)
 
 
-@posix
 def test_many_tasks_read_streams_of_their_own(both, proxy):
     async def read(number):
         return [item async for item in await proxy.a_slow_count.submit(number)]
@@ -788,7 +751,6 @@ def test_many_tasks_read_streams_of_their_own(both, proxy):
     settled(both)
 
 
-@posix
 def test_tasks_that_read_one_stream_get_each_item_once(both, proxy):
     async def read(stream):
         return [item async for item in stream]
@@ -802,7 +764,6 @@ def test_tasks_that_read_one_stream_get_each_item_once(both, proxy):
     settled(both)
 
 
-@posix
 def test_a_task_that_is_cancelled_as_an_item_comes_harms_nobody(both, proxy):
     """The reader tells of the item while the loop gives the wait up."""
 
@@ -833,7 +794,6 @@ def test_a_task_that_is_cancelled_as_an_item_comes_harms_nobody(both, proxy):
 # -- the other way, and both ways
 
 
-@posix
 def test_a_callback_may_give_a_stream(both, proxy):
     over = threading.Event()
 
@@ -860,7 +820,6 @@ def test_a_callback_may_give_a_stream(both, proxy):
     settled(both)
 
 
-@posix
 def test_a_stream_that_came_may_be_sent_on(both, proxy):
     """The host's stream goes through the plugin back to the host."""
     over = threading.Event()
@@ -878,7 +837,6 @@ def test_a_stream_that_came_may_be_sent_on(both, proxy):
     settled(both)
 
 
-@posix
 def test_a_generator_may_call_back_between_items(both, proxy):
     stream = proxy.ask_between(lambda value: [value, proxy.echo(value)], 200)
     for number in range(200):
@@ -888,7 +846,6 @@ def test_a_generator_may_call_back_between_items(both, proxy):
     settled(both)
 
 
-@posix
 def test_a_stream_of_references_leaks_none_when_it_is_abandoned(both, proxy):
     class Giver:
         def functions(self):

@@ -88,7 +88,7 @@ class Workshop:
     def segfault(self):
         import faulthandler
 
-        faulthandler._sigsegv()
+        faulthandler._read_null() if os.name == "nt" else faulthandler._sigsegv()
 
     def abort(self):
         os.abort()
@@ -116,7 +116,7 @@ class Workshop:
         """Stuck in C code that holds the GIL for ever."""
         import ctypes
 
-        ctypes.PyDLL(None).pause()
+        ctypes.PyDLL("kernel32").Sleep(-1) if os.name == "nt" else ctypes.PyDLL(None).pause()
 
     def enter_and_wait(self, seconds=30.0):
         """Say that it has begun (see `await_entered`) and wait for `let_go`."""
@@ -196,6 +196,7 @@ class Workshop:
     def spawn(self, detached=False, holds_pipes=True, code="import time; time.sleep(600)"):
         """Start a child that sleeps, or runs that code, and return its pid."""
         streams = None if holds_pipes else subprocess.DEVNULL
-        self.child = subprocess.Popen([sys.executable, "-c", code], start_new_session=detached,
+        flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP if os.name == "nt" and detached else 0
+        self.child = subprocess.Popen([sys.executable, "-c", code], start_new_session=detached, creationflags=flags,
                                       stdout=streams, stderr=streams)
         return self.child.pid
