@@ -1644,6 +1644,8 @@ class _Clock:
     def alarm(self, deadline: float, number: int, session: _Session) -> None:
         """Have `session.expire(number)` called at a time. Raises RuntimeError if no thread can be started."""
         with self._lock:
+            if session not in self._sessions:
+                return  # it has ended meanwhile
             self._start()
             if len(self._alarms) > 2 * self._open + 1000:  # most of them are answered by now
                 self._alarms = sorted(alarm for alarm in self._alarms if not alarm[1] or alarm[1] in alarm[3]._calls)
@@ -2722,10 +2724,7 @@ class _Session:
                 else:
                     if not self._ticking:
                         self._tick()
-                    self.run(request)
-                    self._slots.append(True)
-                    if self._queue:
-                        self._start_queued()
+                    self._run_with_slot(request)
                 if reader.setdefault(0, gate) is not gate:
                     return channel.flush()  # it goes on with no other call after all
         except Exception as error:
