@@ -684,11 +684,12 @@ class _Codec:
 
     def dumps_short(self, value: Any, label: str) -> bytes | _Content:
         """As `dumps`; the bytes alone of what is plain and short."""
-        if type(value) is str and len(value) < _SHORT:
+        kind = type(value)
+        if kind in _WRITERS and (kind is not str or len(value) < _SHORT):
             try:
-                return _quote(value).encode()
-            except UnicodeEncodeError:
-                pass  # a lone surrogate
+                return _WRITERS[kind](value).encode()
+            except (KeyError, UnicodeEncodeError):
+                pass  # a long integer, or a lone surrogate
         content = self.dumps(value, label)
         return content[0] if len(content[0]) <= _SHORT and not (content[1] or content[2] or content[3]) else content
 
@@ -1807,9 +1808,10 @@ class _Producer:
         self._request = request
         self._session = request.session
         self.iterator = iterator
-        self._credit = _WINDOW
+        self._granted = _WINDOW  # for how many items there was credit, in all
         self._parked = False  # whether it waits for credit; then `resume` goes on with it
-        self._lock = threading.Lock()  # protects the former two
+        self._lock = threading.Lock()  # protects the former two, from those that grant
+        self._used = 0  # how many items were made
         self._items: deque[Any] = deque()
         self._flushing = threading.Lock()  # held while items leave, so that they leave in order
         self._last = 0.0  # when some left
@@ -1820,28 +1822,32 @@ class _Producer:
 
     def grant(self, credit: int) -> None:
         with self._lock:
-            self._credit += credit
+            self._granted += credit
             parked, self._parked = self._parked, False
         if parked:
             self._session.resume(self._request)
 
     def may_go_on(self) -> bool:
         """Use one credit. False: it is parked, until there is some or the stream is given up."""
-        if self._credit <= 0:
+        if self._used >= self._granted:
             self.flush()
-        with self._lock:
-            self._parked = self._credit <= 0 and not self._request.cancelled
-            self._credit -= not self._parked
-            return not self._parked
+            with self._lock:
+                self._parked = self._used >= self._granted and not self._request.cancelled
+                if self._parked:
+                    return False
+        self._used += 1
+        return True
 
     def put(self, item: Any) -> None:
         """Encode an item, now, as its maker may change it; and send it, or let it wait for others."""
         joins = self._session.codec.joins
         try:
-            content = self._session.codec.dumps(item if joins else [item], "an item")
+            content = self._session.codec.dumps_short(item if joins else [item], "an item")
         except PluginError as error:
             self._fail(error)
             return
+        if type(content) is bytes:
+            content = (content, (), False, ())
         self._items.append(content)
         self._size += len(content[0])
         late = time.monotonic() - self._last > _GATHER
@@ -1969,9 +1975,9 @@ class _Session:
 
     __slots__ = ("_calls", "_drained", "_filled", "_forks", "_garbage", "_half", "_idle", "_inline", "_late", "_lock",
                  "_lost", "_lost_calls", "_numbers", "_pack", "_partial", "_queue", "_quiet", "_reader", "_ready",
-                 "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_ticking", "_unattended",
-                 "_vacant", "_waiting", "borrowed", "call_timeout", "cause", "channel", "closing", "codec", "ended",
-                 "finished", "look", "protocol_version", "references", "sealed", "send_limit", "stale")
+                 "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_summoned", "_ticking",
+                 "_unattended", "_vacant", "_waiting", "borrowed", "call_timeout", "cause", "channel", "closing", "codec",
+                 "ended", "finished", "look", "protocol_version", "references", "sealed", "send_limit", "stale")
 
     def __init__(self, channel: _Channel, terms: _Terms, max_message: int, references: Any, borrow: Callable[..., Any],
                  lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
@@ -2009,6 +2015,7 @@ class _Session:
         self._room = 0  # how many bytes the others may have
         self._half: _Message | None = None  # a message that is being handed on
         self._lock = threading.Lock()  # protects _idle, taking from _queue, and that what waits is told of nested calls
+        self._summoned = False  # whether one of the pool has been woken to read, and has not looked yet
         self._idle: list[_Gate] = []  # threads of the pool that sleep, the latest last
         self._slots = [True] * max_workers  # as long as how many more calls may run
         self._queue: deque[_Request] = deque()  # calls that wait for a slot
@@ -2311,7 +2318,8 @@ class _Session:
                 if call.gate is not None:
                     call.gate.open()
                     return
-            if self._wants_reader():
+            if not self._summoned and self._wants_reader():
+                self._summoned = True
                 self._wake_if_possible()
 
     def _wants_reader(self) -> bool:
@@ -2621,12 +2629,13 @@ class _Session:
         try:
             self._wake()
         except RuntimeError:
-            pass  # no thread to be had: the calls wait for each other, until there is
+            self._summoned = False  # no thread to be had: the calls wait for each other, until there is
 
     def _work(self) -> None:
         """A thread of the pool: run what is ready, read while nobody does, or sleep."""
         gate = _Gate()
         while True:
+            self._summoned = False  # before it looks: what comes after that wakes one anew
             task = self._next()
             if task is not None:
                 task[0](task[1])
