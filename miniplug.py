@@ -87,7 +87,7 @@ __version__ = "0.1.0"
 __all__ = ["AuthenticationError", "Call", "CallTimeout", "ChecksumError", "DeadReference", "Handshake", "HandshakeError",
            "InterfaceMismatch", "LaunchError", "Limits", "MessageTooLarge", "MethodInfo", "MethodNotFound", "NotSerializable",
            "Plugin", "PluginClosed", "PluginCrashed", "PluginError", "PluginNotFound", "ProtocolError", "RemoteError", "Stream",
-           "__version__", "cancelled", "discover", "discover_entry_points", "freeze_support", "launch", "local", "ref",
+           "__version__", "attach", "cancelled", "discover", "discover_entry_points", "freeze_support", "launch", "local", "ref",
            "register", "release", "serve"]
 
 _WINDOWS = os.name == "nt"
@@ -1217,7 +1217,7 @@ class _SocketChannel(_Channel):
                 pass  # somebody else has closed the descriptor
 
 
-def _wait_for(sock: socket.socket, writing: bool, deadline: float | None) -> bool:
+def _wait_for(sock: socket.socket | int, writing: bool, deadline: float | None) -> bool:
     """Wait until the socket can be read or written. False past the deadline."""
     select = _import("select")
     poll = select.poll()  # not select(), which knows only descriptors below 1024
@@ -1319,19 +1319,33 @@ class _PipeChannel(_Channel):
                 _import("_winapi").CloseHandle(down)
 
 
+def _transport(address: str) -> str:
+    return "pipe" if address.startswith("\\\\") else "unix" if "/" in address else "tcp"
+
+
+def _endpoint(address: str) -> tuple[int, Any]:
+    """The family of a socket, and where it is connected to. Raises ValueError for what is no address of this machine."""
+    if _transport(address) == "unix":
+        return _network.AF_UNIX, address
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not port.isdigit() or (host != "::1" and not (host.startswith("127.") and host.replace(".", "").isdigit())):
+        raise ValueError(f"{address!r} is no address: that is a path with a / in it, 127.0.0.1:PORT or [::1]:PORT")
+    return (socket.AF_INET6 if ":" in host else socket.AF_INET), (host, int(port))
+
+
 def _connect(address: str, timeout: float) -> _Channel:
     """A channel to `address`: a path, a pipe's name or ``host:port``. Raises OSError."""
-    if address.startswith("\\\\"):
+    if _transport(address) == "pipe":
         return _PipeChannel(_import("multiprocessing.connection").Client(address, "AF_PIPE"))
-    host, _, port = address.rpartition(":")
-    family = _network.AF_UNIX if "/" in address else socket.AF_INET6 if ":" in host else socket.AF_INET
+    family, target = _endpoint(address)
     sock = socket.socket(family)
     try:
         sock.settimeout(timeout)
         deadline = time.monotonic() + timeout
         while True:
             try:
-                sock.connect(address if "/" in address else (host.strip("[]"), int(port)))
+                sock.connect(target)
                 return _SocketChannel(sock)
             except BlockingIOError:  # Linux says so of a Unix socket whose backlog is full
                 if time.monotonic() >= deadline:
@@ -1345,18 +1359,39 @@ def _connect(address: str, timeout: float) -> _Channel:
 class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
-    The folder has mode 0700, so that only this user gets as far as the handshake. `address` is what _connect takes.
+    The folder has mode 0700, so that only this user gets as far as the handshake. `address` is what _connect takes; one
+    that is given is used instead, and the OSError or ValueError raised if it cannot be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "") -> None:
         self.folder = ""
         self.passed_over: list[str] = []  # the temp folders that would not do, and why
+        self.address = address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
+        if address and (_transport(address) == "pipe") != _WINDOWS:
+            raise ValueError(f"{address!r} is no address: here {'that is' if _WINDOWS else 'there is no'} the name of a pipe")
         if _WINDOWS:
-            self.address = rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
             self._listener: Any = _import("multiprocessing.connection").Listener(self.address, "AF_PIPE")
         else:
-            self._listener = self._bind()
+            self._listener = self._bind_to(address) if address else self._bind()
             self._listener.setblocking(False)
+
+    def _bind_to(self, address: str) -> socket.socket:
+        if _transport(address) == "unix":
+            self.address = address = os.path.abspath(address)
+            sock = socket.socket(_network.AF_UNIX)
+            try:
+                _remove_stale(address)
+                sock.bind(address)
+                os.chmod(address, 0o600)
+                sock.listen(128)
+                return sock
+            except BaseException:
+                sock.close()
+                raise
+        family, target = _endpoint(address)
+        sock = socket.create_server(target, family=family)
+        self.address = address[: address.rindex(":")] + f":{sock.getsockname()[1]}"
+        return sock
 
     def _bind(self) -> socket.socket:
         for base in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")):
@@ -1394,12 +1429,27 @@ class _Listener:
         self._remove()
 
     def _remove(self) -> None:
-        if self.folder:
+        if _transport(self.address) == "unix":
             for remove, path in ((os.unlink, self.address), (os.rmdir, self.folder)):
                 try:
                     remove(path)
                 except OSError:
                     pass
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket that a process which was killed has left, and the folder if it had made one for it."""
+    try:
+        if _transport(path) == "unix" and _import("stat").S_ISSOCK(os.lstat(path).st_mode):  # and nothing else
+            try:
+                _connect(path, 1.0).close()
+            except ConnectionRefusedError:
+                os.unlink(path)
+                folder = os.path.dirname(path)
+                if os.path.basename(folder).startswith("miniplug-"):
+                    os.rmdir(folder)
+    except OSError:
+        pass  # there is nothing, or somebody else was quicker
 
 
 # === 4. handshake =======================================================================================
@@ -1433,7 +1483,8 @@ class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic
     __slots__ = ()
 
 
-_Terms = namedtuple("_Terms", "protocol_version codec max_message")  # what a handshake settles; the peer's limit in bytes
+# What a handshake settles; the other side's limit in bytes, and its features.
+_Terms = namedtuple("_Terms", "protocol_version codec max_message features", defaults=((),))
 
 
 class _Hello:
@@ -1463,9 +1514,9 @@ class _Hello:
             raise ProtocolError("what came is no handshake")
         return message
 
-    def greet(self, versions: Sequence[int], max_message: int, **others: Any) -> None:
+    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (), **others: Any) -> None:
         self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(), protocol_versions=list(versions),
-                 max_message=max_message, features=[], **others)
+                 max_message=max_message, features=list(features), **others)
 
     def hear_greeting(self, role: str) -> dict[str, Any]:
         """The other side's greeting, checked as far as either role needs it."""
@@ -1513,16 +1564,18 @@ class _Hello:
             self.say(refusal=refusal)
             self.prove()
             raise HandshakeError(refusal, host=mine, plugin=theirs)
-        terms = _Terms(max(common), codec, theirs["max_message"])
+        features = theirs.get("features")
+        terms = _Terms(max(common), codec, theirs["max_message"], features if isinstance(features, list) else ())
         self.say(protocol_version=terms.protocol_version, codec=codec)
         self.prove()
         return terms
 
-    def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any]) -> _Terms:
+    def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
+                  features: Sequence[str] = ()) -> _Terms:
         """`versions` None: whatever the host has."""
         theirs = self.hear_greeting("host")
         versions = theirs["protocol_versions"] if versions is None else versions
-        self.greet(versions, max_message, codecs=list(_CODECS), cookie=dict(cookie))
+        self.greet(versions, max_message, features, codecs=list(_CODECS), cookie=dict(cookie))
         self.prove()
         choice = self.hear()
         self.check("host")
@@ -1531,6 +1584,99 @@ class _Hello:
         if choice.get("protocol_version") not in versions or choice.get("codec") not in [*_CODECS]:
             raise ProtocolError("the host chose what the plugin has not offered")
         return _Terms(choice["protocol_version"], choice["codec"], theirs["max_message"])
+
+
+class _Door:
+    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let in if it holds
+    the key. A wrong, slow or silent caller holds up nobody.
+
+    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError. The door closes
+    before it is called, and lets in nobody else, unless it `stays` open.
+    """
+
+    _CROWD = 64  # callers in the handshake at once; past that the one that has been there longest has to go
+
+    def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
+                 address: str = "", stays: bool = False) -> None:
+        self.listener = _Listener(address)
+        self.strangers = 0
+        self._greet = greet
+        self._arrived = arrived
+        self._stays = stays
+        self._lock = threading.Lock()  # protects the following two
+        self._open = True
+        self._callers: dict[int, _Channel] = {}
+        self._waits = True  # whether the thread waits for a caller; set before it looks at _open
+        try:
+            self._thread = _start_thread("miniplug-door", self._accept)
+        except BaseException:
+            self.listener.close()
+            raise
+
+    def _accept(self) -> None:
+        while self._open:
+            try:
+                channel = self.listener.accept()
+            except OSError:  # out of descriptors, or a caller that left at once
+                time.sleep(0.05)
+                continue
+            self._waits = False
+            if channel is not None:
+                self._admit(channel)
+            self._waits = True
+        self._waits = False
+        self.listener.close()
+
+    def _admit(self, channel: _Channel) -> None:
+        with self._lock:
+            if not self._open:
+                channel.close()
+                return
+            if len(self._callers) >= self._CROWD:
+                next(iter(self._callers.values())).shutdown()
+            self._callers[id(channel)] = channel
+        try:
+            _start_thread("miniplug-hello", self._meet, channel)
+        except RuntimeError:  # no thread to be had: this one meets the caller, which has its deadline
+            self._meet(channel)
+
+    def _meet(self, channel: _Channel) -> None:
+        result: Any = None
+        try:
+            result = self._greet(channel, self.listener.address)
+        except HandshakeError as error:
+            result = error
+        except Exception:  # a stranger, whatever it is that he did
+            self.strangers += 1
+        with self._lock:
+            enters = self._open and result is not None
+            self._open = self._open and (self._stays or not enters)
+        if not enters or isinstance(result, Exception):
+            channel.close()
+        if enters:
+            self._arrived(channel, result)
+        with self._lock:
+            self._callers.pop(id(channel), None)
+
+    def settle(self, seconds: float) -> None:
+        """Wait until nobody is being greeted, at most that long."""
+        deadline = time.monotonic() + seconds
+        while self._callers and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        """Let nobody in any more; returns when no thread, socket or file is left."""
+        with self._lock:
+            self._open = False
+            callers = list(self._callers.values())
+        for channel in callers:
+            channel.shutdown()
+        try:
+            if self._waits:
+                _connect(self.listener.address, 1.0).close()  # wakes the thread
+        except OSError:
+            pass  # without a descriptor to do that with, it looks by itself
+        self._thread.join(2.0)
 
 
 # === 5. session =========================================================================================
@@ -1965,6 +2111,15 @@ def _leave_fork(error: BaseException | None) -> None:
     os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
 
 
+class _Slots:
+    """How many calls may run at once. All sessions of a plugin share them."""
+
+    def __init__(self, count: int) -> None:
+        self.free = [True] * count  # as long as how many more calls may run
+        self.queue: deque[_Request] = deque()  # calls that wait for a slot
+        self.lock = threading.Lock()  # protects taking from the queue
+
+
 class _Session:
     """Both directions of one connection, for any thread.
 
@@ -1975,13 +2130,13 @@ class _Session:
 
     __slots__ = ("_calls", "_drained", "_filled", "_forks", "_garbage", "_half", "_idle", "_inline", "_late", "_lock",
                  "_lost", "_lost_calls", "_numbers", "_pack", "_partial", "_queue", "_quiet", "_reader", "_ready",
-                 "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_summoned", "_ticking",
-                 "_unattended", "_vacant", "_waiting", "borrowed", "call_timeout", "cause", "channel", "closing", "codec",
-                 "ended", "finished", "look", "protocol_version", "references", "sealed", "send_limit", "stale")
+                 "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_summoned", "_taking",
+                 "_ticking", "_unattended", "_vacant", "_waiting", "borrowed", "call_timeout", "cause", "channel", "closing",
+                 "codec", "ended", "finished", "look", "protocol_version", "references", "sealed", "send_limit", "stale")
 
     def __init__(self, channel: _Channel, terms: _Terms, max_message: int, references: Any, borrow: Callable[..., Any],
                  lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
-                 serving: bool = False, max_workers: int = 64) -> None:
+                 serving: bool = False, slots: _Slots | None = None) -> None:
         self.channel = channel
         self.protocol_version: int = terms.protocol_version
         self.references = references
@@ -1993,7 +2148,7 @@ class _Session:
         self.sealed = False  # whether it takes no more calls
         self.borrowed: set[int] = set()  # the ids of what stands here for objects of the other side's
         self.look: Callable[[], None] = lambda: None  # called at alarms with the number 0
-        self.closing: float | None = None  # the grace in seconds, once the host has said stop
+        self.closing: float | None = None  # the grace in seconds, once the host has said stop; -1 if it is gone without a word
         self.finished = _Gate()  # opens when the other side says stop or is gone
         self._forks = _forks
         self._garbage: deque[tuple[int, int]] = deque()  # (kind, number) of messages that finalizers want sent
@@ -2014,11 +2169,11 @@ class _Session:
         self._filled = 0  # how many have
         self._room = 0  # how many bytes the others may have
         self._half: _Message | None = None  # a message that is being handed on
-        self._lock = threading.Lock()  # protects _idle, taking from _queue, and that what waits is told of nested calls
+        self._lock = threading.Lock()  # protects _idle, and that what waits is told of nested calls
         self._summoned = False  # whether one of the pool has been woken to read, and has not looked yet
         self._idle: list[_Gate] = []  # threads of the pool that sleep, the latest last
-        self._slots = [True] * max_workers  # as long as how many more calls may run
-        self._queue: deque[_Request] = deque()  # calls that wait for a slot
+        slots = slots or _Slots(64)
+        self._slots, self._queue, self._taking = slots.free, slots.queue, slots.lock
         self._ready: deque[tuple[Callable[[Any], Any], Any]] = deque()  # what waits for a thread: (function, argument)
         self._late: deque[_Producer] = deque()  # with items that wait for others
         self._drained = _Gate()  # opens when the last call has ended after the host said stop
@@ -2421,7 +2576,7 @@ class _Session:
             for _ in message.once:
                 self._steer(kind, number, value)
         elif kind == _SHUTDOWN and self._serving:
-            self.stop(float(value) if type(value) in (int, float) else 0.0)
+            self.stop(max(0.0, float(value)) if type(value) in (int, float) else 0.0)
         elif not flags & _IGNORABLE:
             raise ProtocolError(f"a message of the unknown kind {kind}")
         return None
@@ -2679,7 +2834,7 @@ class _Session:
             return False
 
     def _start_queued(self) -> None:
-        with self._lock:
+        with self._taking:
             if not (self._queue and self._slots):
                 return
             try:
@@ -2687,7 +2842,7 @@ class _Session:
             except IndexError:
                 return  # whoever was quicker looks at the queue
             request = self._queue.popleft()
-        self.defer(self._run_with_slot, (request,))
+        request.session.defer(request.session._run_with_slot, (request,))
 
     def _run_in_slot(self, request: _Request) -> None:
         if self._take_slot(request):
@@ -2697,11 +2852,11 @@ class _Session:
         """Run a call that has a slot, and with the same slot those that wait for one."""
         self.run(request)
         while self._queue:
-            with self._lock:
+            with self._taking:
                 waiting = self._queue.popleft() if self._queue else None
             if waiting is None:
                 break
-            self.run(waiting)
+            waiting.session.run(waiting)
         self._slots.append(True)
         if self._queue:
             self._start_queued()
@@ -2843,7 +2998,7 @@ class _Session:
             part = (_ERROR, make_error(self._lost_calls))
             call.arrive(part, [part])
             self._calls.pop(call.number, None)
-        self.stop(self.closing or 0.0)
+        self.stop(-1.0 if self.closing is None else self.closing)
         for gate in idle:
             gate.open()
         _clock.remove(self)
@@ -2943,6 +3098,7 @@ class _Served:
     def __init__(self, plugins: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> None:
         self.plugins = plugins
         self.info = dict(info or {})
+        self.config: dict[str, Any] | None = None  # what another host needs to attach, if one can
         self._lock = threading.Lock()  # protects the following two, and that a shared object is entered once
         self._shared: dict[str, tuple[Any, Any]] = {}  # objects that all callers share, and their context managers
         self._loop: _Loop | None = None
@@ -3134,7 +3290,7 @@ class _References:
         self.served = served
         self.on_loop = served.on_loop
         self._numbers = itertools.count(1)
-        self._lock = threading.Lock()  # protects the following two
+        self._lock = threading.Lock()  # protects the following three
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
         self._exiting: list[threading.Thread] = []  # those that exit a context manager
@@ -3210,9 +3366,9 @@ class _References:
                 return
             del self._loans[number], self._lent[loan.key]
             self.lends = len(self._loans) > 1
-        if loan.manager is not None:
-            exiting = [thread for thread in self._exiting if thread.is_alive()]
-            self._exiting = [*exiting, _start_thread("miniplug-exit", _exit, loan.manager)]
+            if loan.manager is not None:
+                exiting = [thread for thread in self._exiting if thread.is_alive()]
+                self._exiting = [*exiting, _start_thread("miniplug-exit", _exit, loan.manager)]
 
     def unlend(self, lent: Iterable[int]) -> None:
         """What was lent for a message that was not sent."""
@@ -3243,6 +3399,10 @@ class _System:
     def info(self) -> dict[str, Any]:
         """What the plugin says about itself."""
         return self._references.served.info
+
+    def reattachConfig(self) -> dict[str, Any] | None:
+        """What another host needs to attach: network, address, authkey and pid. None if nobody can."""
+        return self._references.served.config
 
     def listMethods(self) -> list[str]:
         """The names of all methods."""
@@ -3775,6 +3935,8 @@ class Stream:
 # === 8. serve ===========================================================================================
 
 _ADDRESS, _AUTHKEY, _LOG_LEVEL = "MINIPLUG_ADDRESS", "MINIPLUG_AUTHKEY", "MINIPLUG_LOG_LEVEL"
+_PERSIST, _PIPES = "MINIPLUG_PERSIST", "MINIPLUG_PIPES"  # stay when the host goes; which of the output streams it reads
+_ATTACH = "MINIPLUG_ATTACH"  # {NAME: config} as JSON: where a host attaches instead of launching
 _COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
 _SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: what a bytecode cache holds is another file
 _GRACE = 2.0  # seconds that a plugin has to end by itself
@@ -3796,6 +3958,7 @@ def _take_environment() -> None:
 
 
 def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, handshake: Handshake = Handshake(),
+          address: str | None = None, authkey: bytes | str | None = None, persist: bool = False,
           max_workers: int = 64, max_message: int = _MAX_MESSAGE) -> None:
     """Serve plugins to the host that started this process, until it says stop or is gone; then return.
 
@@ -3806,57 +3969,250 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
     `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at most
     `max_workers` at once (1: one after another). A message of more than `max_message` bytes is refused.
 
-    Started by hand, it says on stderr that this is a plugin, and exits with status 1 (SystemExit); so it does
-    when the host refuses the plugin, which the host reports. Raises ValueError or TypeError for `plugins` that
-    cannot be served.
+    `persist=True`: stay when the host goes, for it or another one to `attach` to, until one of them says stop. Any number
+    of hosts may be there at once. `address` is where they attach: a path with a ``/`` in it, ``127.0.0.1:PORT`` or, on
+    Windows, the name of a pipe; by default a private place of its own. `authkey` is the key that they have to hold: at
+    least 16 bytes, or as many in hexadecimal digits; by default a fresh one.
+
+    Started by hand with `persist` or an `address`, it prints what `attach` needs, as a line of JSON, and serves until
+    Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says on stderr that this is a
+    plugin, and exits with status 1 (SystemExit); so it does when the host refuses the plugin, which the host
+    reports. Raises ValueError or TypeError for what cannot be served, and OSError for an `address` that is not to be had.
     """
-    versions = _versions(plugins, handshake)
+    server = _Server(_versions(plugins, handshake), info, max_workers, max_message)
     _take_environment()
     key = _variable(handshake.magic_cookie_key)
     cookie = os.environ.pop(key, None) or _environment.pop(key, None)  # it may be set by somebody who is no host
-    _serve(versions, info, {"key": key, "matches": cookie == handshake.magic_cookie_value}, max_workers, max_message)
+    _serve(server, {"key": key, "matches": cookie == handshake.magic_cookie_value}, address, authkey, persist)
 
 
-def _serve(versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None, cookie: Mapping[str, Any],
-           max_workers: int, max_message: int) -> None:
-    """The plugin's main loop. A version None stands for whatever the host asks for."""
-    if _ADDRESS not in _environment:
+def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, authkey: bytes | str | None, persist: bool) -> None:
+    """The plugin's main loop."""
+    host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
+    server.stays = persist = persist or _PERSIST in _environment
+    if host is None and not persist and address is None:
         sys.exit("This program is a plugin: the application that it belongs to starts it, not a person. "
                  "(In Python, miniplug.launch() with its path and handshake does.)")
-    address, key = _environment[_ADDRESS], _environment.pop(_AUTHKEY, "")
-    if not address:
+    if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
     _prepare_output()
     try:
-        channel = _connect(address, _HELLO_SECONDS)
-        offered = None if None in versions else sorted(versions)
-        if len(key) != 64:
-            raise ValueError(f"{_AUTHKEY} is no key of 64 hexadecimal digits")
-        terms = _Hello(channel, address, bytes.fromhex(key), "plugin").as_plugin(offered, max_message, cookie)
-    except HandshakeError as error:
-        sys.exit(f"miniplug: the host refused this plugin: {error}")
-    except (OSError, EOFError, ValueError, PluginError) as error:
-        sys.exit(f"miniplug: no host at {address}: {type(error).__name__}: {error}")
-    session = _serve_host(channel, terms, versions, info, max_workers, max_message)
-    if isinstance(session.cause, ProtocolError):
-        sys.exit(f"miniplug: the host broke the protocol: {session.cause}")
-    if isinstance(session.cause, MemoryError):
-        sys.exit("miniplug: MemoryError: there is no memory for what the host sent")
+        if persist or address is not None:
+            server.listen(address or "", os.urandom(32) if authkey is None else _checked_key(authkey))
+            _heed_signals(host is not None)
+        if host is None:
+            print(json.dumps(server.config), flush=True)
+        else:
+            server.serve_launcher(host, key, cookie)
+        server.wait()
+    except KeyboardInterrupt:
+        if host is not None and not persist:
+            raise
+    finally:
+        server.close()
 
 
-def _serve_host(channel: _Channel, terms: _Terms, versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None,
-                max_workers: int, max_message: int) -> _Session:
-    """Serve one host, until it says stop or is gone. Returns the session, ended."""
-    served = _Served(versions[None if None in versions else terms.protocol_version], info)
-    session = _open_session(channel, terms, max_message, served,
-                            lambda cause: lambda calls: PluginClosed("the host is gone"), True, max_workers)
-    session.finished.wait()
-    session.drain((session.closing or _GRACE) / 2)
-    session.references.close()
-    served.close()
-    session.dispose()
-    return session
+def _checked_key(key: bytes | str) -> bytes:
+    """A key that is given as bytes or in hexadecimal digits. Raises ValueError."""
+    data = bytes.fromhex(key) if isinstance(key, str) else bytes(key)
+    if len(data) < 16:
+        raise ValueError(f"a key of {len(data)} bytes, where at least 16 are needed")
+    return data
+
+
+def _checked_config(config: Any) -> dict[str, Any]:
+    """What another host needs to attach. Raises ValueError for what is not."""
+    kinds = {"network": str, "address": str, "authkey": str, "pid": int, "protocol_version": int}
+    if not isinstance(config, dict) or any(type(config.get(key)) is not kind for key, kind in kinds.items()):
+        raise ValueError(f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it, and not {config!r:.60}")
+    if _transport(config["address"]) != config["network"] or (config["network"] == "pipe") != _WINDOWS:
+        raise ValueError(f"{config['address']!r} is no address for the network {config['network']!r} here")
+    if config["network"] != "pipe":
+        _endpoint(config["address"])
+    _checked_key(config["authkey"])
+    return {key: config[key] for key in kinds}
+
+
+def _heed_signals(launched: bool) -> None:
+    """Of a plugin that listens: SIGTERM ends it orderly, as Ctrl-C does, and the end of its host's terminal does not."""
+    signal = _import("signal")
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
+        if not _WINDOWS:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if launched else interrupt)
+
+
+class _Server:
+    """What this process serves, and the hosts that it serves it to, each over a session of its own."""
+
+    def __init__(self, versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None, max_workers: int,
+                 max_message: int) -> None:
+        """A version None stands for whatever a host asks for."""
+        self.stays = False  # also when its hosts are gone
+        self.config: dict[str, Any] = {}  # what another host needs to attach
+        self._served = {version: _Served(plugins, info) for version, plugins in versions.items()}
+        self._max_message, self._slots = max_message, _Slots(max_workers)
+        self._door: _Door | None = None
+        self._lock = threading.Lock()  # protects the following five
+        self._sessions: list[_Session] = []  # those that are not disposed of
+        self._threads: list[threading.Thread] = []  # that attend to those who have come through the door
+        self._hosts = 0  # how many are there
+        self._attended = False  # whether one has been
+        self._grace: float | None = None  # in seconds, once it is to end
+        self._over = threading.Event()
+
+    def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
+        """Run the handshake. From now on this host counts as one that is there: it may know before this side that it is in."""
+        versions = None if None in self._served else sorted(self._served)
+        hello = _Hello(channel, address, key, "plugin")
+        with self._lock:
+            self._hosts += 1
+        try:
+            return hello.as_plugin(versions, self._max_message, cookie, ["persist"] if self.stays else [])
+        except BaseException:
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        """A host is gone."""
+        with self._lock:
+            self._hosts -= 1
+            last = self._attended and not (self._hosts or self.stays)
+        if last:
+            self.stop()
+
+    def listen(self, address: str, key: bytes) -> None:
+        """Let hosts attach. They need no cookie: it is not they who start this program."""
+        def greet(channel: _Channel, address: str) -> _Terms:
+            return self.greet(channel, address, key, {"matches": True})
+
+        self._door = _Door(greet, self._arrived, address, stays=True)
+        address = self._door.listener.address
+        self.config.update(network=_transport(address), address=address, authkey=key.hex(), pid=os.getpid(),
+                           protocol_version=max((each for each in self._served if each is not None), default=1))
+        for served in self._served.values():
+            served.config = self.config
+
+    def _arrived(self, channel: _Channel, terms: Any) -> None:
+        if isinstance(terms, _Terms):  # or the host has refused this plugin
+            try:
+                thread = _start_thread("miniplug-host", self.attend, channel, terms)
+                with self._lock:
+                    self._threads = [*(each for each in self._threads if each.is_alive()), thread]
+            except RuntimeError:  # no thread to be had
+                channel.close()
+                self._leave()
+
+    def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
+        """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
+        gone = _outlet() if self.stays else None
+        try:
+            channel = _connect(address, _HELLO_SECONDS)
+            if len(key) != 64:
+                raise ValueError(f"{_AUTHKEY} is no key of 64 hexadecimal digits")
+            terms = self.greet(channel, address, bytes.fromhex(key), cookie)
+        except HandshakeError as error:
+            sys.exit(f"miniplug: the host refused this plugin: {error}")
+        except (OSError, EOFError, ValueError, PluginError) as error:
+            sys.exit(f"miniplug: no host at {address}: {type(error).__name__}: {error}")
+        cause = self.attend(channel, terms, gone)
+        if isinstance(cause, ProtocolError) and not self.stays:
+            sys.exit(f"miniplug: the host broke the protocol: {cause}")
+        if isinstance(cause, MemoryError) and not self.stays:
+            sys.exit("miniplug: MemoryError: there is no memory for what the host sent")
+
+    def attend(self, channel: _Channel, terms: _Terms, gone: Callable[[], None] | None = None) -> BaseException | None:
+        """Serve one host, until it says stop or is gone: then `gone` is called, at once. Returns why the session has ended."""
+        def lost(cause: BaseException) -> Callable[[list[str]], BaseException]:
+            if gone is not None:
+                gone()
+            return lambda calls: PluginClosed("the host is gone")
+
+        served = self._served.get(terms.protocol_version) or self._served[None]
+        with self._lock:
+            if self._grace is not None:
+                channel.close()
+                return None
+            session = _open_session(channel, terms, self._max_message, served, lost, True, self._slots)
+            self._sessions.append(session)
+            self._attended = True
+        session.finished.wait()
+        assert session.closing is not None
+        if session.closing >= 0:
+            self.stop(session.closing)
+        self._leave()
+        if self._grace is None:  # else `close` does that
+            self._part([session])
+        return session.cause
+
+    def _part(self, sessions: list[_Session], served: Iterable[_Served] = ()) -> None:
+        """Give the calls that run the time they have, and let go of sessions, and then of what is served."""
+        deadline = time.monotonic() + (_GRACE if self._grace is None else self._grace) / 2
+        for session in sessions:
+            session.drain(_left(deadline))
+            session.references.close()
+        for each in served:
+            each.close()
+        for session in sessions:
+            session.dispose()
+            self._sessions.remove(session)
+
+    def stop(self, grace: float = _GRACE) -> None:
+        """Tell the hosts' sessions, and whoever waits, that it is over; `close` does the rest."""
+        with self._lock:
+            self._grace = grace if self._grace is None else self._grace
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.stop(self._grace)
+        self._over.set()
+
+    def wait(self) -> None:
+        while not self._over.wait(0.5):
+            pass  # a signal that another thread got, and on Windows any, does not interrupt a lock
+
+    def close(self) -> None:
+        """Let nobody in any more, and end the sessions and what is served."""
+        self.stop()
+        if self._door is not None:
+            self._door.close()
+        for thread in self._threads:
+            thread.join()
+        self._part(list(self._sessions), self._served.values())
+
+
+def _outlet() -> Callable[[], None]:
+    """What a plugin that stays calls when its host is gone: from then on output goes nowhere. Until then this process
+    holds the pipes to the host open itself, where there is a /proc, so that no write fails meanwhile."""
+    pipes = []
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in _environment.pop(_PIPES, ""):
+        try:
+            pipes.append(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
+        except OSError:
+            pass
+
+    def close() -> None:
+        try:
+            for fd in (1, 2):
+                os.dup2(null, fd)
+            while pipes:
+                _start_thread("miniplug-drain", _drain, pipes.pop())
+        except (OSError, RuntimeError):
+            pass  # no thread to be had: children that write will have to wait
+
+    return close
+
+
+def _drain(pipe: int) -> None:
+    """Read what nobody wants, so that children which have inherited the pipe go on, until they have ended."""
+    while os.read(pipe, 1 << 16):
+        pass
+    os.close(pipe)
 
 
 def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
@@ -4057,10 +4413,10 @@ class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
         name = "open_files" if _WINDOWS else "memory" if sys.platform == "darwin" else None
         return name if name and getattr(self, name) is not None else None
 
-    def _as_job(self) -> bytes:
-        """As JOBOBJECT_EXTENDED_LIMIT_INFORMATION of Windows, for a job that ends with its last handle."""
+    def _as_job(self, stays: bool = False) -> bytes:
+        """As JOBOBJECT_EXTENDED_LIMIT_INFORMATION of Windows, for a job that ends with its last handle, unless it stays."""
         time_limit, memory_limit, kill_on_close = 0x4, 0x200, 0x2000  # of the whole job, both
-        flags = kill_on_close | time_limit * bool(self.cpu_seconds) | memory_limit * bool(self.memory)
+        flags = kill_on_close * (not stays) | time_limit * bool(self.cpu_seconds) | memory_limit * bool(self.memory)
         ticks = min(int((self.cpu_seconds or 0) * 10**7), (1 << 63) - 1)  # of 100 ns
         memory = min(self.memory or 0, (1 << 8 * struct.calcsize("N")) - 1)
         return struct.pack("qqINNINII6Q4N", 0, ticks, flags, *[0] * 12, 0, memory, 0, 0)
@@ -4191,6 +4547,10 @@ class _PosixTree(_Tree):
             self._guardian.wait()
             self._guardian.stdin.close()
 
+    def keep(self) -> None:
+        """It is to stay when this process goes."""
+        self._dismiss()
+
     def disown(self) -> None:
         """In a forked child of the host: let go of what would keep the guardian waiting."""
         self._reaped = True
@@ -4309,6 +4669,10 @@ class _WindowsTree(_Tree):
             self._job.close()
             raise
 
+    def keep(self) -> None:
+        """It is to stay when this process goes."""
+        self._job.limit((self._limits or Limits())._as_job(stays=True))
+
     def signal(self, kill: bool) -> None:
         """Kill the whole tree: Windows has no gentler way for a process without a window."""
         self._job.end()
@@ -4325,6 +4689,82 @@ class _WindowsTree(_Tree):
         code = int(self.popen.wait())
         self.excess = self._limits._broken(code, 0.0) if self._limits else ""
         return code
+
+
+class _Peer:
+    """The process at the other end of a connection, held so that no later one of its number can be meant. Raises OSError
+    or AttributeError where the operating system does not tell which it is, or cannot hold it."""
+
+    def __init__(self, channel: Any) -> None:
+        if _WINDOWS:
+            number = _import("ctypes").c_ulong()
+            kernel = _import("ctypes").WinDLL("kernel32")
+            if not kernel.GetNamedPipeServerProcessId(_import("ctypes").c_void_p(channel._handle), _import("ctypes").byref(number)):
+                raise OSError("there is no telling")
+            self.pid = int(number.value)
+            self._handle = _import("_winapi").OpenProcess(0x100001, False, self.pid)  # PROCESS_TERMINATE, SYNCHRONIZE
+            self._ways: tuple[int, ...] = (1,)  # the exit code
+        else:
+            self.pid = struct.unpack("3i", channel.sock.getsockopt(socket.SOL_SOCKET, _network.SO_PEERCRED, 12))[0]
+            self._handle = _posix.pidfd_open(self.pid)
+            leads = _posix.getpgid(self.pid) == self.pid
+            self._ways = (4, 0) if leads else (0,)  # PIDFD_SIGNAL_PROCESS_GROUP, which Linux knows since 6.9
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it has ended. False if it has not within that many seconds."""
+        if _WINDOWS:
+            return bool(_import("_winapi").WaitForSingleObject(self._handle, int(seconds * 1000)) == 0)
+        return _wait_for(self._handle, False, time.monotonic() + seconds)
+
+    def kill(self) -> None:
+        """Kill it, and what there is of the group that it leads, also when it has ended itself."""
+        for way in self._ways:
+            try:
+                if _WINDOWS:
+                    _import("_winapi").TerminateProcess(self._handle, way)
+                else:
+                    _import("signal").pidfd_send_signal(self._handle, 9, None, way)
+                break
+            except OSError:
+                pass  # there is nobody left
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            _import("_winapi").CloseHandle(self._handle) if _WINDOWS else os.close(self._handle)
+
+
+class _PeerTree(_Tree):
+    """Stands for a process that somebody else has started, to which there is but a connection. `peer`: the process, where
+    the operating system proves that it is the one of that number."""
+
+    stdout = stderr = None
+
+    def __init__(self, channel: _Channel, pid: int) -> None:
+        """To be made before the handshake: the process that answers then has been alive, and had its number, meanwhile."""
+        self.popen, self.pid = self, pid
+        self.peer: _Peer | None = None
+        self._channel = channel
+        self._let_go = threading.Event()
+        try:
+            peer = _Peer(channel)
+            self.pid = peer.pid
+            self.peer = peer if peer.pid == pid != os.getpid() else None
+        except (OSError, AttributeError):
+            pass
+
+    def signal(self, kill: bool) -> None:
+        """Cut the connection: that is its end here."""
+        self._channel.shutdown()
+        self._let_go.set()
+
+    def await_exit(self) -> None:
+        self._let_go.wait()
+
+    def reap(self) -> None:
+        self.peer = None
+
+    def disown(self) -> None:
+        """A forked child has nothing of it."""
 
 
 _LINE_LIMIT = 16 << 20  # bytes; a longer line is delivered in pieces, as it must be kept until its end
@@ -4490,111 +4930,26 @@ def _last_words(lines: Sequence[str]) -> str:
 
 # === 10. plugin =========================================================================================
 
-class _Door:
-    """Where a starting plugin comes in. Each caller is greeted on a thread of its own, with a deadline; the first that
-    holds the key is let in, and the door closes. A wrong, slow or silent caller holds up nobody.
-
-    `greet` runs the handshake; `arrived` is called once, with the channel and the terms, or with a HandshakeError.
-    """
-
-    _CROWD = 64  # callers in the handshake at once; past that the one that has been there longest has to go
-
-    def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None]) -> None:
-        self.listener = _Listener()
-        self.strangers = 0
-        self._greet = greet
-        self._arrived = arrived
-        self._lock = threading.Lock()  # protects the following two
-        self._open = True
-        self._callers: dict[int, _Channel] = {}
-        self._waits = True  # whether the thread waits for a caller; set before it looks at _open
-        try:
-            self._thread = _start_thread("miniplug-door", self._accept)
-        except BaseException:
-            self.listener.close()
-            raise
-
-    def _accept(self) -> None:
-        while self._open:
-            try:
-                channel = self.listener.accept()
-            except OSError:  # out of descriptors, or a caller that left at once
-                time.sleep(0.05)
-                continue
-            self._waits = False
-            if channel is not None:
-                self._admit(channel)
-            self._waits = True
-        self._waits = False
-        self.listener.close()
-
-    def _admit(self, channel: _Channel) -> None:
-        with self._lock:
-            if not self._open:
-                channel.close()
-                return
-            if len(self._callers) >= self._CROWD:
-                next(iter(self._callers.values())).shutdown()
-            self._callers[id(channel)] = channel
-        try:
-            _start_thread("miniplug-hello", self._meet, channel)
-        except RuntimeError:  # no thread to be had: this one meets the caller, which has its deadline
-            self._meet(channel)
-
-    def _meet(self, channel: _Channel) -> None:
-        first = False
-        result: Any = None
-        try:
-            result = self._greet(channel, self.listener.address)
-        except HandshakeError as error:
-            result = error
-        except Exception:  # a stranger, whatever it is that he did
-            self.strangers += 1
-        with self._lock:
-            if result is not None:
-                first, self._open = self._open, False
-        if not first or isinstance(result, Exception):
-            channel.close()
-        if first:
-            self._arrived(channel, result)
-        with self._lock:
-            self._callers.pop(id(channel), None)
-
-    def settle(self, seconds: float) -> None:
-        """Wait until nobody is being greeted, at most that long."""
-        deadline = time.monotonic() + seconds
-        while self._callers and time.monotonic() < deadline:
-            time.sleep(0.005)
-
-    def close(self) -> None:
-        """Let nobody in any more; returns when no thread, socket or file is left."""
-        with self._lock:
-            self._open = False
-            callers = list(self._callers.values())
-        for channel in callers:
-            channel.shutdown()
-        try:
-            if self._waits:
-                _connect(self.listener.address, 1.0).close()  # wakes the thread
-        except OSError:
-            pass  # without a descriptor to do that with, it looks by itself
-        self._thread.join(2.0)
-
-
 class _Run:
     """One generation of a plugin, from its start to its end: what serves it, what that says, and the session with it.
 
     `tree` is a process, or stands for one: it has a `popen` (with pid, stdout and stderr), is ended by `signal`, and gone
     when `await_exit` returns; then `reap` gives the exit code. `disown` forgets it, in a forked child. The run is there
     before its session is (`open`). `ended` is set when it is over: the tree is gone, the last line delivered, the
-    process reaped and `exit_code` known. `news` is set by then, too.
+    process reaped and `exit_code` known. `news` is set by then, too. `config`: what another host needs to attach, of a
+    process that stays without this one.
     """
+
+    owned = True  # whether the process is to end with it
 
     def __init__(self, plugin: Plugin, tree: Any, sinks: Sequence[Callable[[str], Any] | None], news: threading.Event) -> None:
         self.plugin, self.name, self._tree, self._news = plugin, plugin.name, tree, news
         self.session: _Session | None = None
         self.exit_code: int | None = None
+        self.config: dict[str, Any] | None = None
+        self.stays = False  # when this process goes
         self.closing = self._exited = False
+        self._ending = threading.Lock()  # held by the thread that ends it
         self.ended = threading.Event()
         self.ended_at = 0.0  # when, on the monotonic clock
         self._hung = ""  # what is said of one that had to be killed, as it did not answer
@@ -4635,28 +4990,51 @@ class _Run:
 
     def _watch(self) -> None:
         self._tree.await_exit()
-        asked = self.closing
-        self.signal(kill=True)  # what it has left behind
-        self._exited = True
-        if self._wake:
-            os.write(self._wake[1], b"x")
-        for thread in self._threads:
-            thread.join(1.0)
-        self.exit_code = self._tree.reap()
-        self.ended_at = time.monotonic()
-        self.ended.set()
-        self.over()
-        on_exit = self.plugin._on_exit
-        if on_exit is not None and self.session is not None and not asked:
-            _guard(on_exit, self.plugin, what="on_exit")
+        if self._ending.acquire(False):
+            asked = self.closing
+            self.signal(kill=True)  # what it has left behind
+            if self.config is not None and self.owned:
+                _remove_stale(self.config["address"])
+            self._stop_reading(1.0)
+            self.exit_code = self._tree.reap()
+            self.ended_at = time.monotonic()
+            self.ended.set()
+            self.over()
+            on_exit = self.plugin._on_exit
+            if on_exit is not None and self.session is not None and not asked:
+                _guard(on_exit, self.plugin, what="on_exit")
+        else:  # it was detached
+            self.ended.wait()
+            self._tree.reap()
         for thread in self._threads:
             thread.join()  # somebody's callable may hang
         self._close_files()
 
+    def detach(self) -> None:
+        """Let go of a process that stays without this one."""
+        self.closing = True
+        if self._ending.acquire(False):
+            self.over()  # at the connection's end it turns its output away
+            for thread in self._threads:
+                thread.join(0.3)
+            self._stop_reading(0.3)
+            if not any(thread.is_alive() for thread in self._threads):  # on Windows they may read until the process ends
+                self._close_files()
+            self.ended.set()
+
+    def _stop_reading(self, seconds: float) -> None:
+        """Have the threads that read the output end, once nothing more comes, and wait for each at most that long."""
+        self._exited = True
+        if self._wake:
+            os.write(self._wake[1], b"x")
+        for thread in self._threads:
+            thread.join(seconds)
+
     def _close_files(self) -> None:
         for stream in self._streams:
             stream.file.close()
-        for fd in self._wake:
+        wake, self._wake = self._wake, ()
+        for fd in wake:
             os.close(fd)
 
     def open(self, channel: _Channel, terms: _Terms, max_message: int, call_timeout: float | None) -> None:
@@ -4667,6 +5045,16 @@ class _Run:
         self._look()
         if self.ended.is_set():  # just before
             self.over()
+
+    def keep(self) -> None:
+        """It has said that it stays when this host goes: learn how to attach to it, and have nothing end it then."""
+        assert self.session is not None
+        try:
+            config = self.session.call(0, "reattachConfig", (), {}, _HELLO_SECONDS)
+            self.config, self.stays = _checked_config(config), True
+            self._tree.keep()
+        except (PluginError, ValueError, _Sealed) as error:
+            raise LaunchError(f"the plugin {self.name!r} stays, and does not say how to attach to it: {error}") from None
 
     def over(self) -> None:
         """The process has ended."""
@@ -4695,7 +5083,7 @@ class _Run:
         if heartbeat is not None:
             self._silent = 0.0 if session.probe() else self._silent + passed
             if self._silent >= heartbeat:
-                self._hung = f"answered no ping for {heartbeat:g} s and was killed"
+                self._hung = f"answered no ping for {heartbeat:g} s and was {'killed' if self.owned else 'given up'}"
                 self.signal(kill=True)
         if idle is not None:
             before, self._number = self._number, next(session._numbers)
@@ -4713,6 +5101,7 @@ class _Run:
     def drain(self, seconds: float) -> None:
         """Another run has taken its place: end it as soon as it is not busy, or after so many seconds."""
         assert self.session is not None
+        self.stays = False
         deadline, pause = time.monotonic() + seconds, 0.001
         while not self.session.seal() and time.monotonic() < deadline:
             self.ended.wait(pause)
@@ -4766,6 +5155,9 @@ class _Run:
         self.signal(kill=True)
         self.wait(2.0)
 
+    def kill_process(self) -> None:
+        self.kill()
+
     def disown(self) -> None:
         """In a forked child of the host, where there are no Windows trees: nothing here is ours."""
         self._tree.disown()
@@ -4774,6 +5166,44 @@ class _Run:
             self.session.ended = lambda calls: _not_owned(self.name)
             self.session.stale = self.session.sealed = True
             self.session.channel.sock.close()  # type: ignore[attr-defined]  # the plugin waits for its end
+
+
+class _AttachedRun(_Run):
+    """One whose process is not this one's: it ends with the connection."""
+
+    owned = False
+
+    def open(self, *others: Any) -> None:
+        super().open(*others)
+        assert self.session is not None
+        self.session._unattended.add(-1)  # so that somebody reads, and sees the end, though nobody calls
+        self.session._pass_on()
+
+    def lost(self, cause: BaseException) -> Callable[[list[str]], BaseException]:
+        self.signal(kill=True)
+        return super().lost(cause)
+
+    def ask(self, grace: float) -> None:
+        self.closing = True
+        self.signal(kill=False)
+
+    def detach(self) -> None:
+        self.ask(0.0)
+        self.wait(2.0)
+
+    def kill_process(self) -> None:
+        """Ask it to end. What does not is killed, if the operating system proves which it is."""
+        peer = self._tree.peer
+        super().ask(0.0)
+        assert self.config is not None
+        if peer is not None:
+            peer.wait(1.0)
+            peer.kill()
+            peer.wait(1.0)
+            _remove_stale(self.config["address"])
+        self.wait(1.0)
+        self.ask(0.0)
+        self.wait(1.0)
 
 
 def _not_owned(name: str) -> PluginError:
@@ -4801,10 +5231,12 @@ def _close_runs(runs: Sequence[_Run], grace: float) -> None:
 
 
 def _close_all() -> None:
-    runs = [run for run in list(_running) if run.plugin._managed]
+    runs = [run for run in list(_running) if run.plugin._managed or run.stays]
     for run in runs:
         run.plugin._closed = True
-    _close_runs(runs, _GRACE)
+        if run.stays:
+            run.detach()
+    _close_runs([run for run in runs if not run.stays], _GRACE)
 
 
 def _disown_all() -> None:
@@ -4907,7 +5339,7 @@ class Plugin:
                  idle_timeout: float | None = None, on_start: Callable[[Plugin], Any] | None = None,
                  on_exit: Callable[[Plugin], Any] | None = None,
                  sha256: str | Mapping[_Path, str] | None = None, limits: Limits | None = None,
-                 managed: bool = True, codec: str = "json", max_message: int = _MAX_MESSAGE) -> None:
+                 managed: bool = True, persist: bool = False, codec: str = "json", max_message: int = _MAX_MESSAGE) -> None:
         for stream, value in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
             words = ("discard", "inherit", "log")[: 2 if stream == "stdin" else 3]
             if isinstance(value, str) and value not in words:
@@ -4935,6 +5367,8 @@ class Plugin:
         self._outputs = (stdout, stderr)
         self._logger = logger
         self._managed = managed
+        self._persist = persist
+        self._config: dict[str, Any] | None = None  # of a process that is attached to
         self._codec = codec
         self._max_message = max_message
         self._max_restarts = max_restarts
@@ -4988,6 +5422,8 @@ class Plugin:
             old, session = self._run, self._live()
             if session is None or old is None:
                 return self.start()
+            if not old.owned:
+                raise PluginError(f"the plugin {self.name!r} belongs to another host: that can restart it")
             if self._coming is not None:
                 raise RuntimeError("on_start cannot restart the plugin")
             session.stale = True  # so that a call of on_start's finds the new one
@@ -5010,15 +5446,32 @@ class Plugin:
         _close_runs(self._runs(), grace)
 
     def kill(self) -> None:
-        """End the plugin and all that it started at once, without asking."""
+        """End the plugin and all that it started at once, without asking. (One that was attached to is asked: see `attach`.)"""
         self._closed = True
         self._stir.set()
         for run in self._runs():
-            run.kill()
+            run.kill_process()
 
     def _runs(self) -> list[_Run]:
         """Those of this plugin that have not ended. (In a forked child there are none.)"""
         return [run for run in list(_running) if run.plugin is self]
+
+    def detach(self) -> None:
+        """Let go of the plugin, and leave it running, for this host or another one to `attach` to.
+
+        Raises PluginError for one that cannot stay: `launch(persist=True)` makes one that can, and so does
+        `serve(persist=True)`. To detach from what does not run does nothing.
+        """
+        run = self._own()
+        if run in self._runs() and run is not None:
+            if not run.stays:
+                raise self._cannot_stay()
+            self._closed = True
+            self._stir.set()
+            run.detach()
+
+    def _cannot_stay(self) -> PluginError:
+        return PluginError(f"the plugin {self.name!r} does not stay without its host: launch it with persist=True")
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until the process has ended, at most `timeout` seconds. Returns `exit_code`, or None if it still runs."""
@@ -5161,6 +5614,15 @@ class Plugin:
                 info = MethodInfo(name, system.methodSignature(full), system.methodHelp(full))
                 found.setdefault(plugin, {})[name] = info
         return found
+
+    def reattach_config(self) -> dict[str, Any]:
+        """What another host needs to `attach`, as a plain dict that json can store: ``network``, ``address``, ``authkey``,
+        ``pid`` and ``protocol_version``. Who has it can call the plugin. Raises PluginError for one that does not persist."""
+        session = self._session()
+        run = next((run for run in self._runs() if run.session is session), None)
+        if run is None or run.config is None:
+            raise self._cannot_stay()
+        return {**run.config, "protocol_version": session.protocol_version}
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
@@ -5313,8 +5775,13 @@ class Plugin:
     # -- starting
 
     def _open(self) -> None:
-        """Make a run, which is `_coming` from then on, and have a session with it. Raises LaunchError."""
+        """Make a run, which is `_coming` from then on, and have a session with it: start a process, or attach to one. Raises
+        LaunchError."""
         _set_exit_hooks()
+        config = self._attached_to()
+        if config is not None:
+            self._attach(config)
+            return
         argv = self._argv()
         self._check_files(argv)
         key = os.urandom(32)
@@ -5351,11 +5818,54 @@ class Plugin:
             if run is None or run.session is None:
                 for channel, _ in came:  # too late
                     channel.close()
+        if "persist" in came[0][1].features:
+            run.keep()
+
+    def _attached_to(self) -> dict[str, Any] | None:
+        """The config of the process that is to be attached to, if one is."""
+        text = os.environ.get(_ATTACH)
+        if self._config is not None or not text:
+            return self._config
+        try:
+            configs = json.loads(text)
+            if not isinstance(configs, dict):
+                raise ValueError("it is no object")
+            return _checked_config(configs[self.name]) if self.name in configs else None
+        except (ValueError, RecursionError) as error:
+            raise self._not_attached(f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}") from None
+
+    def _attach(self, config: dict[str, Any]) -> None:
+        address = config["address"]
+        try:
+            channel = _connect(address, _HELLO_SECONDS)
+        except (OSError, ValueError, OverflowError) as error:
+            raise self._not_attached(f"nobody listens at {address}, so the plugin has ended ({error})") from None
+        try:
+            tree = _PeerTree(channel, config["pid"])
+            hello = _Hello(channel, address, bytes.fromhex(config["authkey"]), "host")
+            terms = hello.as_host(self._versions, self._codec, self._max_message)
+            run = _AttachedRun(self, tree, (), threading.Event())
+            run.config, run.stays = config, True
+            run.open(channel, terms, self._max_message, self._call_timeout)
+        except BaseException as error:
+            channel.close()
+            if isinstance(error, LaunchError):
+                raise self._not_attached(str(error), type(error), **vars(error)) from None
+            if isinstance(error, (OSError, EOFError, PluginError)):
+                raise self._not_attached(f"what listens at {address} is no plugin: {error!r}", HandshakeError) from None
+            raise
+        if self._closed:
+            self.close()
+            raise PluginClosed(f"the plugin {self.name!r} was closed while it started")
+
+    def _not_attached(self, reason: str, kind: type[LaunchError] = LaunchError, **carried: Any) -> LaunchError:
+        return kind(f"there is no attaching to the plugin {self.name!r}: {reason}", **carried)
 
     def _spawn(self, argv: list[str], listener: _Listener, key: bytes, news: threading.Event) -> _Run:
         logger = self._logger or _import("logging").getLogger(f"miniplug.{self.name}")
         env = self._environ()
         env.update({_ADDRESS: listener.address, _AUTHKEY: key.hex(), _LOG_LEVEL: str(logger.getEffectiveLevel())})
+        env.update({_PERSIST: "1"} if self._persist else {})
         stdin = {"discard": _DEVNULL, "inherit": None}[self._stdin] if isinstance(self._stdin, str) else self._stdin
         sinks = [_sink(output, logger, name) for output, name in zip(self._outputs, ("stdout", "stderr"))]
         terminal = self._stdin == "inherit" and os.isatty(0)
@@ -5364,6 +5874,7 @@ class Plugin:
         if self._limits and self._limits._not_enforced():
             logger.warning("this system has no limit of %s: it runs without", self._limits._not_enforced())
         out, err = (None if sink is None else _PIPE for sink in sinks)
+        env[_PIPES] = "".join(fd for fd, stream in (("1", out), ("2", err)) if stream)
         try:
             tree = self._tree(argv, stdin=stdin, stdout=out, stderr=err, shares_terminal=terminal, folder=listener.folder,
                               limits=self._limits, env=env, cwd=self._cwd)
@@ -5599,6 +6110,8 @@ def launch(command: _Command, **options: Any) -> Plugin:
       checked is not run from a bytecode cache; where ``.py`` files are named, no cache is used at all.
     - `limits` (Limits): what it may use at most.
     - `managed` (bool, default True): closed at interpreter exit at the latest.
+    - `persist` (bool, default False): it stays when this host goes, also by interpreter exit, unless this one closes it,
+      and can be attached to: see `attach`.
     - `codec`: ``"json"`` (default), which keeps Python's types and runs no code; or ``"pickle"``, faster for large
       structured data, and only for a plugin that is trusted as this program is: reading a pickle runs none of its code,
       but one that means harm can freeze or end the process that reads it.
@@ -5608,6 +6121,35 @@ def launch(command: _Command, **options: Any) -> Plugin:
     that is none.
     """
     return Plugin(command, **options).start()
+
+
+def attach(config: Mapping[str, Any], **options: Any) -> Plugin:
+    """Connect to a plugin that runs already, and return it, ready to `dispense`. `config` is what its `reattach_config` gave.
+
+    The process is not this host's: `close`, the end of a ``with`` and interpreter exit only disconnect. `kill` asks it to
+    end; what does not is killed if the operating system proves that it is the plugin (on Linux and Windows), and a process
+    that merely has its number never is. What it prints does not come here. After a `close` `start` connects again.
+
+    The options are those of `launch` that apply: `name`, `handshake` (for its version), `protocol_versions`, `codec`,
+    `max_message`, `call_timeout`, `heartbeat`, `logger`. If the environment variable ``MINIPLUG_ATTACH`` is
+    ``{NAME: config}`` as JSON, `launch` attaches in the same way for a plugin of that name.
+
+    Raises LaunchError if there is no such plugin (any more), or its kinds HandshakeError and AuthenticationError.
+    """
+    plugin = Plugin(["attach"], **{"name": "attached", **_applicable("attach", options)})
+    try:
+        plugin._config = _checked_config(config)
+    except ValueError as error:
+        raise plugin._not_attached(str(error)) from None
+    return plugin.start()
+
+
+def _applicable(function: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `launch`, if they go without a process. Raises TypeError."""
+    known = {"name", "handshake", "protocol_versions", "codec", "max_message", "call_timeout", "logger", "heartbeat"}
+    if not options.keys() <= known:
+        raise TypeError(f"{function}() takes no {', '.join(sorted(options.keys() - known))}: it starts no process")
+    return options
 
 
 class _LocalTree(_Tree):
@@ -5638,17 +6180,20 @@ class _LocalTree(_Tree):
 class _Local(Plugin):
     """A plugin whose process is this one."""
 
+    def _attached_to(self) -> None:
+        """Nothing."""
+
     def __init__(self, plugins: Mapping[Any, Any], info: Mapping[str, Any] | None, max_workers: int, **options: Any) -> None:
         super().__init__(["local"], **{"name": "local", **options})
         versions = _versions(plugins, self._handshake)
 
         def serve(channel: _Channel, address: str, key: bytes) -> None:
+            server = _Server(versions, info, max_workers, self._max_message)
             try:
-                terms = _Hello(channel, address, key, "plugin").as_plugin(sorted(versions), self._max_message, {"matches": True})
+                server.attend(channel, server.greet(channel, address, key, {"matches": True}))
             except (OSError, EOFError, PluginError):
                 channel.close()  # the host's end tells why
-            else:
-                _serve_host(channel, terms, versions, info, max_workers, self._max_message)
+            server.close()
 
         self._tree = lambda argv, **popen: _LocalTree(serve, **popen)
 
@@ -5662,10 +6207,7 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
 
     Raises what `serve` and `launch` raise.
     """
-    known = {"name", "handshake", "protocol_versions", "codec", "max_message", "call_timeout", "logger", "heartbeat"}
-    if not options.keys() <= known:
-        raise TypeError(f"local() takes no {', '.join(sorted(options.keys() - known))}: there is no process")
-    return _Local(plugins, info, max_workers, **options).start()
+    return _Local(plugins, info, max_workers, **_applicable("local", options)).start()
 
 
 # === 11. discovery ======================================================================================
@@ -5715,7 +6257,7 @@ def discover_entry_points(group: str) -> dict[str, str]:
 
 # === 12. command line ===================================================================================
 
-def _run_plugin(verb: str, *arguments: str) -> None:
+def _run_plugin(verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug."""
     sys.excepthook = _show_error
     _take_environment()
@@ -5723,7 +6265,7 @@ def _run_plugin(verb: str, *arguments: str) -> None:
         _prepare_output()
     if sys.path[:1] == [""]:
         del sys.path[0]
-    (_run_script if verb == "run" else _serve_specs)(*arguments)
+    _run_script(*arguments) if verb == "run" else _serve_specs(*arguments, **options)
 
 
 def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
@@ -5743,17 +6285,21 @@ def _run_script(path: str) -> None:
         exec(compile(file.read(), path, "exec", dont_inherit=True), vars(main))  # not this file's __future__
 
 
-def _serve_specs(*specs: str) -> None:
+def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None, persist: bool = False) -> None:
     """Serve what the specs name, under whatever cookie and version the host asks for."""
     plugins: dict[str, Any] = {}
-    for spec in specs if _ADDRESS in _environment else ():
+    for spec in specs if _ADDRESS in _environment or persist or address is not None else ():
         name, source, attribute = _split_spec(spec)
         if not attribute:
             sys.exit(f"miniplug: {spec!r} is no spec: write module:Attr or path/to/file.py:Attr")
         if name == "system" or name in plugins:
             sys.exit(f"miniplug: the name {name!r} is {'reserved' if name == 'system' else 'taken'}: write name={spec}")
         plugins[name] = _load(source, attribute)
-    _serve({None: plugins}, None, {"matches": True}, 64, _MAX_MESSAGE)
+    try:
+        authkey = _import("pathlib").Path(authkey_file).read_text().strip() if authkey_file else None
+        _serve(_Server({None: plugins}, None, 64, _MAX_MESSAGE), {"matches": True}, address, authkey, persist)
+    except (OSError, ValueError) as error:
+        sys.exit(f"miniplug: {error}")
 
 
 def _load(source: str, attribute: str) -> Any:
@@ -5926,7 +6472,11 @@ def _parser(argparse: Any) -> Any:
 
     serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name")
     serve.add_argument("specs", metavar="SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
-    serve.set_defaults(run=lambda given: _run_plugin("serve", *given.specs))
+    serve.add_argument("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
+    serve.add_argument("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
+    serve.add_argument("--persist", action="store_true", help="stay when the last host is gone")
+    serve.set_defaults(run=lambda given: _run_plugin("serve", *given.specs, address=given.listen, persist=given.persist,
+                                                     authkey_file=given.authkey_file))
 
     call = verbs.add_parser("call", help="run a plugin, call it once, print the result")
     inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do")

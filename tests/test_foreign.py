@@ -223,3 +223,14 @@ def test_a_raw_plugin_is_told_why_it_is_refused():
 
 def test_a_raw_plugin_ends_with_its_host(write):
     check_ends_with_host(write, [sys.executable, RAW])
+
+
+def test_a_raw_plugin_can_persist():
+    owner = miniplug.launch([sys.executable, RAW], persist=True)
+    config = owner.reattach_config()
+    owner.detach()
+    with miniplug.attach(config) as plugin, miniplug.attach(config) as other:
+        assert plugin.dispense().greet("one") == "Hello, one!" and other.dispense().greet("two") == "Hello, two!"
+    with miniplug.attach(config) as plugin:
+        plugin.kill()
+    until(lambda: not os.path.exists(os.path.dirname(config["address"])))

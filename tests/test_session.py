@@ -29,7 +29,7 @@ class Pair:
             return lambda calls: miniplug.PluginCrashed("gone", calls=calls)
 
         self.served = [miniplug._Served(served), miniplug._Served(others or {})]
-        self.there = miniplug._open_session(ends[0], terms, limit, self.served[0], lost, True, max_workers)
+        self.there = miniplug._open_session(ends[0], terms, limit, self.served[0], lost, True, miniplug._Slots(max_workers))
         self.here = miniplug._open_session(ends[1], terms, limit, self.served[1], lost, bool(others))
         self.references = self.there.references
 
