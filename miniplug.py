@@ -244,6 +244,22 @@ def _import(name: str) -> Any:
     return sys.modules[name]
 
 
+def _is_ctrl_c(error: BaseException) -> bool:
+    """Whether this is for the program, and not just something that was raised."""
+    return issubclass(type(error), KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+
+
+def _innermost(frame: Any, functions: Sequence[Any], *owners: Any) -> Any:
+    """Which of some methods of these objects runs in this frame, or in the nearest one below it; or None. What a signal handler
+    or a finalizer interrupts goes on only after it, and may be what it waits for."""
+    codes = {id(function.__code__): function for function in functions}
+    while frame is not None:
+        if id(frame.f_code) in codes and any(frame.f_locals.get("self") is owner for owner in owners):
+            return codes[id(frame.f_code)]
+        frame = frame.f_back
+    return None
+
+
 def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threading.Thread:
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     thread.start()
@@ -266,8 +282,15 @@ _ERROR_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name
 
 
 class _Undecodable(NotSerializable):
-    """What arrived is well-formed, and yet its value cannot be made here. That fails one call, not the session; whoever
-    made the call gets it as NotSerializable."""
+    """What arrived is well-formed, and yet its value cannot be made here. That fails one call, not the session."""
+
+    def told(self) -> PluginError:
+        """What whoever made the call gets."""
+        if isinstance(self.__cause__, (DeadReference, MethodNotFound)):
+            return self.__cause__
+        error = NotSerializable(str(self))
+        error.__cause__ = self.__cause__
+        return error
 
 
 def _call(path: str, *arguments: Any) -> Any:
@@ -336,7 +359,9 @@ def _make_registered(state: list[Any]) -> Any:
                            "both sides have to call miniplug.register for it")
     try:
         return _registered[name][1](held)
-    except Exception as error:
+    except BaseException as error:
+        if _is_ctrl_c(error):
+            raise
         raise _Undecodable(f"a value of the registered type {name!r} cannot be made from what came: {error!r}") from error
 
 
@@ -649,6 +674,14 @@ if _make_encoder is not None:  # the C part called directly: its setup for every
     _encode = lambda value: "".join(_c_encode(value, 0))  # noqa: E731
 
 
+def _is_deep() -> bool:
+    """Whether most of this thread's stack is used up."""
+    try:
+        return bool(sys._getframe(sys.getrecursionlimit() // 2))
+    except ValueError:
+        return False
+
+
 def _refuse(*what: Any) -> NoReturn:
     raise ValueError("this is not data")
 
@@ -710,7 +743,7 @@ class _Codec:
             return self._write(pack(value)), pack.buffers, pack.tagged, pack.lent
         except BaseException as error:
             self._unlend(pack.lent)
-            if isinstance(error, RecursionError):
+            if isinstance(error, RecursionError) and not _is_deep():
                 raise NotSerializable(f"{label} is nested too deeply, or contains itself", path=label) from None
             if isinstance(error, NotSerializable):
                 raise pack.refusal(label, str(error)) from error.__cause__
@@ -732,6 +765,8 @@ class _Codec:
         except (DeadReference, MethodNotFound) as error:  # what comes home is no longer there
             raise _Undecodable(str(error)) from error
         except Exception as error:
+            if isinstance(error, RecursionError) and _is_deep():
+                raise  # it is the caller's stack that is full
             raise ProtocolError(f"a malformed value: {error!r}") from None
 
     def loads_plain(self, data: bytes) -> Any:
@@ -840,20 +875,26 @@ _OWN_ERRORS: dict[str, type[PluginError]] = {kind.__name__: kind for kind in (
     DeadReference, MessageTooLarge, MethodNotFound, NotSerializable, PluginClosed, PluginNotFound)}
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= 1000 else text[:1000] + "..."
+
+
 def _encode_error(error: BaseException, own: bool = False, bare: bool = False) -> dict[str, Any]:
-    """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: its text only."""
-    if isinstance(error, _Undecodable):
-        error = error.__cause__ if isinstance(error.__cause__, (DeadReference, MethodNotFound)) else NotSerializable(str(error))
+    """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: no more than its type
+    and as much of its text as goes into any message."""
+    if type(error) is _Undecodable:
+        error = error.told()
     kind = type(error)
     try:
         message = str(error)
-    except Exception:  # a __str__ of its own that fails
+    except BaseException:  # a __str__ of its own that fails
         message = "(its text could not be made)"
+    cut = _cut if bare else str
     if own:
-        return {"type": kind.__name__, "message": message, "own": True, "state": _carried(kind, vars(error))}
+        return {"type": kind.__name__, "message": cut(message), "own": True, "state": {} if bare else _carried(kind, vars(error))}
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     body = {"type": getattr(error, "type_name", "") if isinstance(error, RemoteError) else name,
-            "message": message, "traceback": _format_traceback(error)}
+            "message": cut(message), "traceback": cut(_format_traceback(error))}
     if not _can_be_raised(kind):
         return body
     registered = next((base for base in kind.__mro__ if _WAYS.get(base, ("",))[0] == "$type"), None)
@@ -862,7 +903,7 @@ def _encode_error(error: BaseException, own: bool = False, bare: bool = False) -
     nearest = next((base for base in kind.__mro__ if _BUILTIN_ERRORS.get(base.__name__) is base), Exception)
     if nearest is not Exception:
         state = {} if bare else {key: held for key, held in _error_state(error).items() if key[0] != "_" or key == "__notes__"}
-        body.update(kind=nearest.__name__, args=state.pop("args", [message]), state=state)
+        body.update(kind=nearest.__name__, args=state.pop("args", [cut(message)]), state=state)
     return body
 
 
@@ -877,8 +918,8 @@ def _format_traceback(error: BaseException) -> str:
         frames = frames.tb_next  # miniplug's own
     try:
         return "".join(_import("traceback").format_exception(type(error), error, frames))
-    except Exception as failure:
-        return f"(a traceback that could not be made: {failure!r})"
+    except BaseException as failure:  # such as a __repr__ that calls sys.exit()
+        return f"(a traceback that could not be made: {type(failure).__name__})"
 
 
 def _decode_error(body: Any) -> Any:
@@ -934,6 +975,7 @@ _LONG_LENGTH = struct.Struct("!iQ")
 _READ_SIZE = 1 << 16
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _SMALL = 1 << 12  # a frame up to this long is written in one piece, or not at all
+_A_WHILE = 0.1  # seconds of waiting after which a thread looks whether it waits for itself
 _FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
 _TOGETHER = 64  # so many frames at most leave with one system call
 _POSTED_LIMIT = 10000  # small messages that a peer who never reads may leave here before it is given up
@@ -1016,7 +1058,11 @@ class _Channel:
         """Write the chunks and what was posted, or raise TimeoutError. A batch once begun is never given up."""
         holds: list[bool] = []
         try:
-            holds.extend(map(self._sending.acquire, (wait,), (-1 if deadline is None or not wait else _left(deadline),)))
+            holds.extend(map(self._sending.acquire, (False,)))
+            if wait and not holds[0]:
+                if self.is_writing():
+                    return self._posted.append(chunks)  # that one sends it as well
+                holds[:] = map(self._sending.acquire, (True,), (_left(deadline),))
             if not holds[0]:
                 raise TimeoutError
             self._batch[0].extend(chunks)
@@ -1025,6 +1071,7 @@ class _Channel:
                 together = itertools.repeat((), min(len(self._posted), _TOGETHER))
                 self._batch[0].extend(itertools.chain.from_iterable(itertools.starmap(self._posted.popleft, together)))
                 self._put(deadline)
+            return None
         except OSError as error:
             if not isinstance(error, TimeoutError):
                 self._batch = ([], [])  # the connection is broken
@@ -1035,6 +1082,10 @@ class _Channel:
                 self._sending.release()
                 if late:
                     _start_thread("miniplug-send", self._finish)
+
+    def is_writing(self) -> bool:
+        """Whether this thread is in the midst of writing, further down than the caller."""
+        return _innermost(sys._getframe(2), [_Channel._write, type(self).send_small, type(self).send_now], self) is not None
 
     def _finish(self) -> None:
         try:
@@ -1136,6 +1187,8 @@ class _SocketChannel(_Channel):
         return deadline is None or _wait_for(self.sock, False, deadline)
 
     def send_small(self, frame: bytes) -> None:
+        if self._sending.locked() and self.is_writing():
+            return self._posted.append([frame])
         try:
             with self._sending:
                 chunks = self._batch[0]
@@ -1753,6 +1806,8 @@ class _Gate:
     def open(self) -> None:
         try:
             self._lock.release()
+        except RecursionError:  # a RuntimeError too, and another matter
+            raise
         except RuntimeError:
             pass  # it is open
 
@@ -1763,7 +1818,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._gate = _Gate()
-        self._lock = threading.Lock()  # protects the following three
+        self._lock = threading.RLock()  # protects the following three; a signal handler may take it again
         self._sessions: set[_Session] = set()
         self._alarms: list[tuple[float, int, int, _Session]] = []  # a heap of (deadline, number of the call, id, session)
         self._open = 0  # how many of them counted the last time
@@ -1876,6 +1931,11 @@ class _Call:
             self.watcher(self)
 
 
+def _waits_for_itself(call: _Call) -> Exception:
+    return RuntimeError(f"{call.method}() would wait for ever: called by a signal handler, a __del__ or a decode, it has "
+                        "interrupted what is to bring the answer; use submit or notify there")
+
+
 def _too_late(call: _Call) -> Exception:
     text = f"{call.method}() took longer than {call.seconds:g} s"
     return __getattr__("CallTimeout")(text, method=call.method, seconds=call.seconds)  # type: ignore[no-any-return]
@@ -1986,6 +2046,8 @@ class _Producer:
 
     def put(self, item: Any) -> None:
         """Encode an item, now, as its maker may change it; and send it, or let it wait for others."""
+        if self._session._forks != _forks:
+            _leave_fork(None)
         joins = self._session.codec.joins
         try:
             content = self._session.codec.dumps_short(item if joins else [item], "an item")
@@ -2084,6 +2146,8 @@ class _Producer:
 
     def end(self, error: BaseException | None) -> None:
         """Send the rest and the end, and be done with the call."""
+        if self._session._forks != _forks:
+            _leave_fork(error)
         self.flush()
         try:
             if hasattr(self.iterator, "close"):
@@ -2169,7 +2233,7 @@ class _Session:
         self._filled = 0  # how many have
         self._room = 0  # how many bytes the others may have
         self._half: _Message | None = None  # a message that is being handed on
-        self._lock = threading.Lock()  # protects _idle, and that what waits is told of nested calls
+        self._lock = threading.RLock()  # protects _idle, and that what waits is told of nested calls
         self._summoned = False  # whether one of the pool has been woken to read, and has not looked yet
         self._idle: list[_Gate] = []  # threads of the pool that sleep, the latest last
         slots = slots or _Slots(64)
@@ -2287,10 +2351,10 @@ class _Session:
                     return value
             call = self._calls[number] = _Call(number, method, None)
             return call
-        except Exception as error:
-            self.end(error)
-            raise self.ended(self._lost_calls) from None  # type: ignore[misc]
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, RecursionError):
+                self.end(error)
+                raise self.ended(self._lost_calls) from None  # type: ignore[misc]
             self.post(_CANCEL, number)
             raise
         finally:
@@ -2320,6 +2384,8 @@ class _Session:
         try:
             if call.number not in self._calls:
                 self._start(call, kind, content)
+                if self.channel._posted and self.channel.is_writing():
+                    raise _waits_for_itself(call)
             if not self._read_if_free(call) or not call.inbox:
                 self._wait(call)
             elif self._waiting or self._unattended or self._serving or self.references.lends:
@@ -2453,7 +2519,11 @@ class _Session:
                     part = (_ERROR, self.ended([call.method]))
                     call.arrive(part, [part])
                 elif not self._read_if_free(call):
-                    gate.wait(_left(call.deadline))
+                    left = _left(call.deadline)
+                    if not gate.wait(left if 0 <= left < _A_WHILE else _A_WHILE) and not call.inbox:
+                        if _innermost(sys._getframe(), _INDISPENSABLE, self, self.references) not in (None, _Session.run):
+                            raise _waits_for_itself(call)
+                        gate.wait(_left(call.deadline))
         finally:
             self._leave(call)
 
@@ -2494,11 +2564,12 @@ class _Session:
                     break
                 self._handle_elsewhere(message)
                 self._half = message = None
-        except Exception as error:
-            self.end(error)
-        except BaseException:  # Ctrl-C: what has been read is handed on before that goes its way (each step may be repeated)
-            if self._half is not None:
-                self._handle_elsewhere(self._half)
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, RecursionError):
+                self.end(error)
+                return True
+            if self._half is not None:  # Ctrl-C, or the caller's stack is full: what has been read is handed on before that
+                self._handle_elsewhere(self._half)  # goes its way (each step may be repeated)
             raise
         finally:
             del reader[0]
@@ -2547,7 +2618,7 @@ class _Session:
             if kind == _ITEM:
                 self.post(_CANCEL, number)
             if kind not in (_CALL, _NOTIFY):
-                kind, error = _ERROR, error.__cause__ or NotSerializable(str(error))  # type: ignore[assignment]
+                kind, error = _ERROR, error.told()  # type: ignore[assignment]
             value = error
         self._half = _Message(kind, flags, number, parent, value)
         self._partial = None
@@ -2668,9 +2739,9 @@ class _Session:
             else:
                 self._conclude(request, value)
         except BaseException as error:
-            if self._forks != _forks:
-                _leave_fork(error)
             self.fail(request, error, own and isinstance(error, PluginError))
+            if _is_ctrl_c(error):
+                raise  # the answer is for the other side; the user of this one wants an end
         finally:
             _current.set(outer)
             request.body = args = kwargs = None  # not kept alive by a frame that lingers
@@ -2678,6 +2749,8 @@ class _Session:
 
     def _conclude(self, request: _Request, value: Any) -> None:
         """Answer with what a method has returned."""
+        if self._forks != _forks:
+            _leave_fork(None)
         kind = type(value)
         if kind not in _ATOMS:
             if hasattr(kind, "__await__"):
@@ -2721,7 +2794,7 @@ class _Session:
 
         if not self.references.on_loop(begin):
             coroutine.close()
-            self.finish(request)
+            self.fail(request, PluginClosed("the plugin is shutting down"), own=True)
 
     async def _await(self, request: _Request, awaitable: Any) -> None:
         try:
@@ -2744,12 +2817,17 @@ class _Session:
 
     def fail(self, request: _Request, error: BaseException, own: bool = False, wait: bool = True) -> None:
         """Answer with an exception."""
-        try:
-            self.answer(request, _ERROR, _encode_error(error, own), "the exception", wait)
-        except Exception as problem:  # its arguments cannot travel, or are too long: then its text, or at least its type
-            short = not isinstance(problem, MessageTooLarge)
-            rest = error if short else PluginError(f"{type(error).__qualname__}, which cannot be told: {problem}")
-            self.answer(request, _ERROR, _encode_error(rest, own and short, bare=True), "the exception", wait)
+        if self._forks != _forks:
+            _leave_fork(error)
+        tell: Callable[[], dict[str, Any]]
+        for tell in (partial(_encode_error, error, own), partial(_encode_error, error, own, bare=True),
+                     partial(dict, message="an exception that cannot be told")):
+            try:
+                self.answer(request, _ERROR, tell(), "the exception", wait)
+                break
+            except BaseException as problem:  # its arguments cannot travel, or are too long, or it is a trap
+                if _is_ctrl_c(problem):
+                    raise
         if not request.wants_answer:
             _import("traceback").print_exception(type(error), error, error.__traceback__)
         self.finish(request)
@@ -2761,6 +2839,8 @@ class _Session:
         self._ready.extend(zip(itertools.repeat(function), arguments))
         try:
             self._wake()
+        except RecursionError:
+            raise
         except RuntimeError as error:  # no thread to be had: that fails the call, unless a thread has taken it meanwhile
             waiting = [self._ready.pop()] if self._ready else []
             for item in waiting:
@@ -2774,15 +2854,17 @@ class _Session:
     def _wake(self) -> None:
         """Have a thread of the pool look for something to do. Raises RuntimeError if none can be started."""
         with self._lock:
-            gate = self._idle.pop() if self._idle else None
-        if gate is not None:
-            gate.open()
-        else:
-            _start_thread("miniplug-worker", self._work)
+            if self._idle:
+                self._idle[-1].open()  # if there is no room for that on the stack, it stays there
+                del self._idle[-1]
+                return
+        _start_thread("miniplug-worker", self._work)
 
     def _wake_if_possible(self) -> None:
         try:
             self._wake()
+        except RecursionError:
+            raise
         except RuntimeError:
             self._summoned = False  # no thread to be had: the calls wait for each other, until there is
 
@@ -2891,7 +2973,7 @@ class _Session:
                     self._run_with_slot(request)
                 if reader.setdefault(0, gate) is not gate:
                     return channel.flush()  # it goes on with no other call after all
-        except Exception as error:
+        except BaseException as error:
             self.end(error)
         if reader.get(0) is gate:
             del reader[0]
@@ -3062,6 +3144,7 @@ class _Loop:
 
     def __init__(self) -> None:
         self._loop = _import("asyncio").new_event_loop()
+        self._closing = False
         self._thread = _start_thread("miniplug-loop", self._run)
 
     def call(self, function: Callable[[], Any]) -> bool:
@@ -3077,7 +3160,11 @@ class _Loop:
         asyncio.set_event_loop(self._loop)
         _loop_threads.add(threading.get_ident())
         try:
-            self._loop.run_forever()
+            while not self._closing:
+                try:
+                    self._loop.run_forever()
+                except BaseException:  # some task that the plugin has started calls sys.exit()
+                    _import("traceback").print_exc()
             tasks = asyncio.all_tasks(self._loop)
             for task in tasks:
                 task.cancel()
@@ -3088,6 +3175,7 @@ class _Loop:
             self._loop.close()
 
     def close(self) -> None:
+        self._closing = True
         if self.call(self._loop.stop):
             self._thread.join(1.0)  # a task may refuse to end
 
@@ -3099,8 +3187,9 @@ class _Served:
         self.plugins = plugins
         self.info = dict(info or {})
         self.config: dict[str, Any] | None = None  # what another host needs to attach, if one can
-        self._lock = threading.Lock()  # protects the following two, and that a shared object is entered once
+        self._entering: dict[str, Any] = {}  # a lock for each name, held while that is entered, once
         self._shared: dict[str, tuple[Any, Any]] = {}  # objects that all callers share, and their context managers
+        self._lock = threading.Lock()  # protects the following two
         self._loop: _Loop | None = None
         self._closed = False
 
@@ -3117,7 +3206,7 @@ class _Served:
     def shared(self, name: str) -> Any:
         """The object that all callers share; of a class or factory the one instance that describes the others."""
         served = self.find(name)[1]
-        with self._lock:
+        with self._entering.setdefault(name, threading.RLock()):
             if name not in self._shared:
                 self._shared[name] = _enter(served() if _makes_instances(served) else served)
             return self._shared[name][0]
@@ -3135,8 +3224,7 @@ class _Served:
             self._closed = True
         if self._loop is not None:
             self._loop.close()
-        with self._lock:
-            managers, self._shared = [manager for _, manager in self._shared.values()], {}
+        managers, self._shared = [manager for _, manager in self._shared.values()], {}
         for manager in reversed(managers):
             _exit(manager)
 
@@ -3290,7 +3378,7 @@ class _References:
         self.served = served
         self.on_loop = served.on_loop
         self._numbers = itertools.count(1)
-        self._lock = threading.Lock()  # protects the following three
+        self._lock = threading.RLock()  # protects the following three
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
         self._exiting: list[threading.Thread] = []  # those that exit a context manager
@@ -3341,8 +3429,9 @@ class _References:
         with self._lock:
             number = 0 if obj is self._loans[0].object else self._lent.get(key)
             if number is None:
-                number = self._lent[key] = next(self._numbers)
-                self._loans[number] = _Loan(obj, key, *manager)
+                loan = _Loan(obj, key, *manager)  # a finalizer may run in there, and lend and release as well
+                number = self._lent.setdefault(key, next(self._numbers))
+                self._loans.setdefault(number, loan)
             loan = self._loans[number]
             loan.count += 1
             self.lends = True
@@ -3366,9 +3455,15 @@ class _References:
                 return
             del self._loans[number], self._lent[loan.key]
             self.lends = len(self._loans) > 1
-            if loan.manager is not None:
-                exiting = [thread for thread in self._exiting if thread.is_alive()]
+            if loan.manager is None:
+                return
+            exiting = [thread for thread in self._exiting if thread.is_alive()]
+            try:
                 self._exiting = [*exiting, _start_thread("miniplug-exit", _exit, loan.manager)]
+                return
+            except RuntimeError:
+                pass  # no thread to be had
+        _exit(loan.manager)
 
     def unlend(self, lent: Iterable[int]) -> None:
         """What was lent for a message that was not sent."""
@@ -3608,6 +3703,11 @@ def _borrow(session: _Session, tag: str, state: Any) -> Any:
         raise ValueError(f"{tag}: {state!r}")
     target = _Target(session, number)
     return _Method(target, "") if second == [] and rest[:1] == [True] else _Proxy(target, second)
+
+
+_INDISPENSABLE = (  # they hold what a thread needs that brings an answer; but not while `run` runs a method
+    _Session.run, _Session._call_alone, _Session._read_if_free, _Session._read_as_pool, _Session._leave, _Session._accept,
+    _Session._wake, _Session._sleep, _Session._take_slot, _Session._run_with_slot, _References.lend, _References.release)
 
 
 def _open_session(channel: _Channel, terms: _Terms, max_message: int, served: _Served, *others: Any) -> _Session:
@@ -4799,7 +4899,7 @@ class _Lines:
     def _end_line(self) -> None:
         line, self._line = self._line, bytearray()
         text = line[: -1 if line.endswith(b"\r") else None].decode("utf-8", "backslashreplace")
-        self.tail.append(text if len(text) <= 1000 else text[:1000] + "...")
+        self.tail.append(_cut(text))
         _guard(self._deliver, text)
 
     def flush(self) -> None:
@@ -5261,14 +5361,19 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
         function(*args)
 
 
-async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
-    """Call what blocks in a thread. It is waited for also when the task is cancelled, so that nothing is left half done."""
+async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] | None = None) -> Any:
+    """Call what blocks in a thread. It is waited for also when the task is cancelled, so that nothing is left half done;
+    `undo` is called then, before and after it has returned."""
     asyncio = _import("asyncio")
     call = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(None, function, *args))
     try:
         return await asyncio.shield(call)
     except asyncio.CancelledError:
+        if undo is not None:
+            undo()
         await asyncio.wait([call])
+        if undo is not None and not call.exception():
+            undo()
         raise
 
 
@@ -5350,16 +5455,17 @@ class Plugin:
             raise TypeError(f"logger={logger!r}: it is a logging.Logger (that of a LoggerAdapter is its .logger)")
         if limits is not None and not isinstance(limits, Limits):
             raise TypeError(f"limits={limits!r}: it is a miniplug.Limits")
-        self._command = command
+        single = isinstance(command, (str, bytes, os.PathLike))
+        self._command = os.fsdecode(command) if single else [os.fsdecode(part) for part in command]  # type: ignore
         self._limits = limits
-        self._sha256 = _checked_digests(sha256, command)
-        self.name: str = name or _default_name(command)
+        self._sha256 = _checked_digests(sha256, self._command)
+        self.name: str = name or _default_name(self._command)
         self._handshake = handshake
         self._versions = sorted(protocol_versions or [handshake.protocol_version])
-        self._python = None if python is None else os.fspath(python)
+        self._python = None if python is None else os.fsdecode(python)
         self._env = dict(env or {})
         self._inherit_env = inherit_env
-        self._cwd = None if cwd is None else os.fspath(cwd)
+        self._cwd = None if cwd is None else os.fsdecode(cwd)
         limit = _checked_timeout(start_timeout, "start_timeout")
         self._start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
         self._call_timeout = _checked_timeout(call_timeout, "call_timeout")
@@ -5487,8 +5593,8 @@ class Plugin:
         self.close()
 
     async def astart(self) -> Plugin:
-        """As `start`, without blocking the event loop."""
-        return await _in_thread(self.start)  # type: ignore[no-any-return]
+        """As `start`, without blocking the event loop. Cancelled, it leaves no plugin that was not there before."""
+        return await _in_thread(self.start, undo=None if self.running else self.kill)  # type: ignore[no-any-return]
 
     async def aclose(self, grace: float = _GRACE) -> None:
         """As `close`, without blocking the event loop."""
@@ -5924,12 +6030,11 @@ class Plugin:
 
     def _argv(self) -> list[str]:
         """What to run. Raises LaunchError if that can be told to fail."""
-        if not isinstance(self._command, (str, os.PathLike)):
-            argv = [os.fspath(part) for part in self._command]
-            if not argv:
-                raise self._not_started(argv, "the command is empty")
-            return argv
-        command = os.fspath(self._command)
+        command = self._command
+        if not command:
+            raise self._not_started([], "the command is empty")
+        if not isinstance(command, str):
+            return [*command]
         name, source, attribute = _split_spec(command)
         path = source if attribute and not source.endswith(".py") else self._existing(source)
         if not attribute and not path.endswith((".py", ".pyw")):
@@ -5965,8 +6070,8 @@ class Plugin:
 
     def _checked_program(self, argv: list[str]) -> str:
         """The file that a single digest is of. A program of an argument list is looked up here, and run by its path then."""
-        if isinstance(self._command, (str, os.PathLike)):
-            return self._existing(_split_spec(os.fspath(self._command))[1])
+        if isinstance(self._command, str):
+            return self._existing(_split_spec(self._command)[1])
         if _script_of(argv) is argv[0] and not os.path.dirname(argv[0]):
             argv[0] = _import("shutil").which(argv[0], path=self._environ().get("PATH")) or argv[0]
         return _script_of(argv)
@@ -5983,7 +6088,8 @@ class Plugin:
 _SYSTEM_VARIABLES = ("SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "COMSPEC", "PATHEXT", "TEMP", "TMP") if _WINDOWS else ()
 
 # Run by the plugin's interpreter: this very file is miniplug there, under the name that it has in the host as well.
-# Loaded like this, and not by its path, it comes from the bytecode cache. The first lines are for any Python at all.
+# Loaded like this, and not by its path, it comes from the bytecode cache; or from the zip file that the host is packed in.
+# The first lines are for any Python at all.
 _BOOTSTRAP = """
 import sys
 if sys.version_info < (3, 8):
@@ -5991,7 +6097,12 @@ if sys.version_info < (3, 8):
 from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("miniplug", sys.argv[1])
 module = sys.modules["miniplug"] = module_from_spec(spec)
-spec.loader.exec_module(module)
+if __import__("os").path.isfile(sys.argv[1]):
+    spec.loader.exec_module(module)
+else:
+    from zipimport import zipimporter
+    folder, name = __import__("os").path.split(sys.argv[1])
+    exec(zipimporter(folder).get_code(name[:-3]), vars(module))
 sys.meta_path.insert(0, module._Alias(sys.argv[2]))
 module._run_plugin(*sys.argv[3:])
 """
@@ -6029,12 +6140,12 @@ def _split_spec(command: str) -> tuple[str, str, str]:
     return name, source, attribute
 
 
-def _default_name(command: _Command) -> str:
+def _default_name(command: str | list[str]) -> str:
     """A plugin's name in logs and errors: that of a spec, or else of the program or script."""
-    if isinstance(command, (str, os.PathLike)):
-        name, script, _ = _split_spec(os.fspath(command))
+    if isinstance(command, str):
+        name, script, _ = _split_spec(command)
     else:
-        name, script = "", _script_of([os.fspath(part) for part in command] or [""])
+        name, script = "", _script_of(command or [""])
     return name or os.path.splitext(os.path.basename(script))[0] or "plugin"
 
 
@@ -6062,8 +6173,8 @@ def _sink(output: _Output, logger: logging.Logger, stream: str) -> Callable[[str
         return {"inherit": None, "log": _LogSink(logger, stream), "discard": lambda line: None}[output]
     if callable(output):
         return output
-    write = output.write
-    return lambda line: write(line + "\n")
+    write, encoding = output.write, getattr(output, "encoding", None) or "utf-8"
+    return lambda line: write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def _like(other: Callable[..., Any]) -> Callable[[_F], _F]:
@@ -6302,13 +6413,28 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
         sys.exit(f"miniplug: {error}")
 
 
+class _StandardLibrary:
+    """An import hook that finds the standard library first. Else a new file in a folder of plugins, called string.py or
+    calendar.py, would break what it imports itself, and its neighbours."""
+
+    def __init__(self) -> None:
+        library = os.path.dirname(getattr(os, "__file__", ""))
+        self._path = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return None if path is not None else _import("importlib.machinery").PathFinder.find_spec(name, self._path)
+
+
 def _load(source: str, attribute: str) -> Any:
     """Import a spec's module, by path or by name, and get the attribute."""
     if source.endswith(".py"):
         path = os.path.abspath(source)
-        sys.path.insert(0, os.path.dirname(path))
         name = os.path.splitext(os.path.basename(path))[0]
-        name = f"_plugin_{name}" if name in sys.modules else name  # it may be called json.py
+        standard = _StandardLibrary()
+        if name in sys.modules or standard.find_spec(name):
+            name = f"_plugin_{name}"
+        sys.meta_path.insert(sys.meta_path.index(_import("importlib.machinery").PathFinder), standard)
+        sys.path.insert(0, os.path.dirname(path))
         util = _import("importlib.util")
         spec = util.spec_from_file_location(name, path)
         found = sys.modules[name] = util.module_from_spec(spec)

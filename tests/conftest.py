@@ -35,17 +35,21 @@ def pytest_make_parametrize_id(val):
     return f"{type(val).__name__}-{len(val)}" if isinstance(val, (str, bytes)) and len(val) > 1000 else None
 
 
-@pytest.fixture
-def write(tmp_path):
-    """Write a source file, dedented, and return its path."""
+def writer(folder):
+    """What writes a source file, dedented, into that folder, and returns its path."""
 
     def write(name, source):
-        path = tmp_path / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(source), encoding="utf-8")
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def write(tmp_path):
+    return writer(tmp_path)
 
 
 @pytest.fixture
@@ -92,7 +96,7 @@ def until(condition, seconds=10.0):
     deadline = time.monotonic() + seconds * (4 if WINE else 1)  # which is slow, and tells nothing about Windows by that
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
+        time.sleep(0.003)
 
 
 def swallow(function, *args):
@@ -153,6 +157,13 @@ def descriptors():
 
 def _sockets():
     return set(glob.glob(os.path.join(TEMPORARY, "miniplug-*")))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_collections():
+    """What the imports have made is not looked through again after each test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -174,8 +174,12 @@ def test_a_callback_that_blocks_holds_up_nobody(proxy):
         entered.release()
         assert go.wait(20)
 
-    for number in range(10):
+    def submit(number):  # one that has its answer already calls back at once, here
         proxy.echo.submit(number).add_done_callback(block)
+
+    threads = [threading.Thread(target=submit, args=(number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
     calls = [proxy.wait.submit(number) for number in range(10)]
     for call in calls:
         call.add_done_callback(block)
@@ -183,6 +187,8 @@ def test_a_callback_that_blocks_holds_up_nobody(proxy):
     assert [call.result(10) for call in calls] == list(range(10))
     assert proxy.echo("others") == "others"
     go.set()
+    for thread in threads:
+        thread.join(20)
 
 
 def asyncio_like(module, go):

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import HERE, WINDOWS, WORKSHOP, alive, freeze, until
+from conftest import HERE, WINDOWS, WORKSHOP, alive, freeze, until, writer
 
 import miniplug
 
@@ -54,61 +54,73 @@ def test_returned_raised_exited(write, end, status, capfd):
     until(lambda: not any(map(alive, pids)), 5)
 
 
-@pytest.mark.parametrize("busy", ["", "enter_and_wait", "spin", "stick"])
-def test_killed(write, busy):
-    """Also while the plugin is busy in a method, in a loop, or stuck in C code with the GIL held."""
-    host, pids = run_host(write, "time.sleep(600)", busy)
-    host.kill()
-    host.wait()
-    host.stdout.close()
-    until(lambda: not any(map(alive, pids)), 5)
-
-
-def test_killed_while_the_plugin_is_stopped(write):
-    host, pids = run_host(write, "time.sleep(600)")
-    freeze(pids[0])
-    host.kill()
-    host.wait()
-    host.stdout.close()
-    until(lambda: not any(map(alive, pids)), 5)
-
-
-def test_killed_while_it_starts(write, tmp_path):
-    """The plugin has not connected yet, and never will; the door's folder goes as well."""
+def start_stuck(write, folder):
+    """A host whose plugin has not connected yet, and never will. Returns it, the plugin's pid and the door's folder."""
     plugin = write("plugin.py", f"""
         import os, time
-        with open({str(tmp_path / 'started')!r} + "x", "w") as file:
+        with open({str(folder / 'started')!r} + "x", "w") as file:
             file.write(f"{{os.getpid()}} {{os.environ.get('MINIPLUG_ADDRESS')}}")
-        os.rename({str(tmp_path / 'started')!r} + "x", {str(tmp_path / 'started')!r})
+        os.rename({str(folder / 'started')!r} + "x", {str(folder / 'started')!r})
         time.sleep(600)
     """)
     path = write("host.py", f"import miniplug, sys\nminiplug.launch([sys.executable, {plugin!r}])\n")
     host = subprocess.Popen([sys.executable, path], env=dict(os.environ, PYTHONPATH=os.path.dirname(HERE)))
-    until((tmp_path / "started").exists)
-    pid, address = (tmp_path / "started").read_text().split()
+    until((folder / "started").exists)
+    pid, address = (folder / "started").read_text().split()
     assert WINDOWS or os.path.exists(address)
-    host.kill()
-    host.wait()
-    until(lambda: not alive(int(pid)), 5)
-    until(lambda: WINDOWS or not os.path.exists(os.path.dirname(address)), 5)
+    return host, [int(pid)], "" if WINDOWS else os.path.dirname(address)
 
 
-@guarded
-def test_a_plugin_in_another_language_ends_too(write, tmp_path):
-    """One that knows nothing of the connection's end: here a shell script that has handed its connection to nobody."""
+def start_foreign(write, folder):
+    """A host of a plugin that knows nothing of the connection's end: a shell script that has handed it to nobody."""
     path = write("plugin.sh", f"""\
         #!/bin/sh
-        echo $$ > {tmp_path / 'x'} && mv {tmp_path / 'x'} {tmp_path / 'pid'}
+        echo $$ > {folder / 'x'} && mv {folder / 'x'} {folder / 'pid'}
         sleep 600
     """)
     os.chmod(path, 0o755)
     host_path = write("host.py", f"import miniplug\nminiplug.launch({path!r})\n")
     host = subprocess.Popen([sys.executable, host_path], env=dict(os.environ, PYTHONPATH=os.path.dirname(HERE)))
-    until((tmp_path / "pid").exists)
-    pid = int((tmp_path / "pid").read_text())
-    host.kill()
-    host.wait()
-    until(lambda: not alive(pid), 5)
+    until((folder / "pid").exists)
+    return host, [int((folder / "pid").read_text())], ""
+
+
+BUSY = ["", "enter_and_wait", "spin", "stick"]
+SITUATIONS = [*BUSY, "stopped", "starting"] + ["foreign"] * (not WINDOWS)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Hosts in all situations, killed at one moment, as their plugins may take seconds to end: {situation: (when, pids of the
+    plugin and of its child, the door's folder)}."""
+    hosts = {}
+    for situation in SITUATIONS:
+        folder = tmp_path_factory.mktemp("killed")
+        if situation == "starting":
+            hosts[situation] = start_stuck(writer(folder), folder)
+        elif situation == "foreign":
+            hosts[situation] = start_foreign(writer(folder), folder)
+        else:
+            hosts[situation] = (*run_host(writer(folder), "time.sleep(600)", situation if situation in BUSY else ""), "")
+        if situation == "stopped":
+            freeze(hosts[situation][1][0])
+    assert all(alive(pid) for _, pids, _ in hosts.values() for pid in pids)
+    for host, _, _ in hosts.values():
+        host.kill()
+    when = time.monotonic()
+    for host, _, _ in hosts.values():
+        host.wait()
+        if host.stdout is not None:
+            host.stdout.close()
+    return {situation: (when, pids, folder) for situation, (_, pids, folder) in hosts.items()}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_killed(killed, situation):
+    """Also while the plugin is busy in a method, in a loop, stuck in C code with the GIL held, stopped, or not connected."""
+    when, pids, folder = killed[situation]
+    until(lambda: not any(map(alive, pids)), max(0.1, when + 5 - time.monotonic()))
+    until(lambda: not os.path.exists(folder), max(0.1, when + 5 - time.monotonic()))
 
 
 @guarded

@@ -907,8 +907,9 @@ def test_an_exception_whose_arguments_cannot_travel(write):
         assert "text" in str(caught.value) and isinstance(caught.value, miniplug.RemoteError)
         with pytest.raises(miniplug.RemoteError):
             plugin.dispense().worse()
-        with pytest.raises(miniplug.RemoteError, match="cannot be told"):
+        with pytest.raises(ValueError, match=r"^x{1000}\.\.\.$") as caught:
             plugin.dispense().huge()
+        assert isinstance(caught.value, miniplug.RemoteError)
 
 
 def test_remote_errors_can_be_pickled(workshop):
@@ -954,7 +955,7 @@ def test_call_timeout(tmp_path):
     with miniplug.launch(WORKSHOP, call_timeout=0.2) as plugin:
         shop = plugin.dispense()
         with pytest.raises(miniplug.CallTimeout, match=r"sleep\(\) took longer than 0.2 s") as caught:
-            shop.sleep(30)
+            shop.sleep(1)
         assert (caught.value.method, caught.value.seconds) == ("sleep", 0.2)
         for kind in (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError):
             assert isinstance(caught.value, kind)
