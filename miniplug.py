@@ -2259,9 +2259,8 @@ class _Session:
             raise RuntimeError(f"{method}() would block the event loop of the async methods: await {method}.submit(...)")
         content = self.codec.dumps_call(target, method, args, kwargs)
         number = next(self._numbers)
-        alone = (number, method)
-        if type(content) is bytes and timeout is None and _current.get() is None and self._reader.setdefault(0, alone) is alone:
-            value = self._call_alone(number, method, content)
+        if type(content) is bytes and timeout is None and not self._reader and _current.get() is None:
+            value = self._call_alone((number, method), content)
             return self._ask(value, _CALL, content) if type(value) is _Call else value
         return self._ask(_Call(number, method, timeout), _CALL, content)
 
@@ -2333,34 +2332,45 @@ class _Session:
     def _lend(self, value: Any, lent: list[int]) -> tuple[str, Any] | None:
         return self.references.lend(self, value, lent)  # type: ignore[no-any-return]
 
-    def _call_alone(self, number: int, method: str, content: bytes) -> Any:
-        """The usual case, in a straight line: as the reader, send a call and receive its plain answer. Returns that, or, if
-        it takes another way, a _Call: one of _calls if it is sent."""
-        channel, reader = self.channel, self._reader
+    def _call_alone(self, call: tuple[int, str], content: bytes) -> Any:
+        """The usual case: as the reader, send a call and receive its plain answer. Returns that, or, if it takes another way,
+        a _Call: one of _calls if it is sent."""
+        reader = self._reader
         try:
-            if self.sealed or self._garbage or self._partial is not None or len(content) > self.send_limit:
-                return _Call(number, method, None)
-            if not channel.send_now(self._pack(len(content) + _BODY, _WIRE_VERSION, _CALL, 0, 0, number, 0) + content):
-                return _Call(number, method, None)
-            frame: Any = channel.recv(self._recv_limit)
-            if len(frame) > _BODY:
-                first, answered, _ = _FIRST.unpack_from(frame)
-                if first == _PLAIN_RESULT and answered == number:
-                    value = self.codec.loads_plain(frame[_BODY:])
-                    channel.state = channel.next
-                    return value
-            call = self._calls[number] = _Call(number, method, None)
-            return call
+            if reader.setdefault(0, call) is not call:
+                return _Call(*call, None)
+            value = self._exchange(call[0], call[1], content)
+            del reader[0]  # no call comes before this, in which Ctrl-C could strike
         except BaseException as error:
-            if isinstance(error, Exception) and not isinstance(error, RecursionError):
+            fatal = isinstance(error, Exception) and not isinstance(error, RecursionError)
+            if fatal:
                 self.end(error)
+            if reader.get(0) is call:
+                del reader[0]
+            self._stop_reading()
+            if fatal:
                 raise self.ended(self._lost_calls) from None  # type: ignore[misc]
-            self.post(_CANCEL, number)
+            self.post(_CANCEL, call[0])
             raise
-        finally:
-            del reader[0]
-            if self._waiting or self._unattended or self._serving or self.references.lends or self.ended is not None:
-                self._stop_reading()
+        if self._waiting or self._unattended or self._serving or self.references.lends or self.ended is not None:
+            self._stop_reading()
+        return value
+
+    def _exchange(self, number: int, method: str, content: bytes) -> Any:
+        channel = self.channel
+        if self.sealed or self._garbage or self._partial is not None or len(content) > self.send_limit:
+            return _Call(number, method, None)
+        if not channel.send_now(self._pack(len(content) + _BODY, _WIRE_VERSION, _CALL, 0, 0, number, 0) + content):
+            return _Call(number, method, None)
+        frame: Any = channel.recv(self._recv_limit)
+        if len(frame) > _BODY:
+            first, answered, _ = _FIRST.unpack_from(frame)
+            if first == _PLAIN_RESULT and answered == number:
+                value = self.codec.loads_plain(frame[_BODY:])
+                channel.state = channel.next
+                return value
+        call = self._calls[number] = _Call(number, method, None)
+        return call
 
     def _stop_reading(self) -> None:
         """Another thread may want to read, or to close."""
@@ -2555,15 +2565,16 @@ class _Session:
         """Read, unless another thread does, until something has come about the call or it has a nested one, or past the
         deadline. Returns whether none did."""
         reader = self._reader
-        if reader.setdefault(0, call) is not call:
-            return False
         try:
+            if reader.setdefault(0, call) is not call:
+                return False
             while not call.inbox and not call.nested:
                 message = self._receive(call.deadline)
                 if message is None:
                     break
                 self._handle_elsewhere(message)
                 self._half = message = None
+            del reader[0]  # no call comes before this, in which Ctrl-C could strike
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, RecursionError):
                 self.end(error)
@@ -2572,7 +2583,8 @@ class _Session:
                 self._handle_elsewhere(self._half)  # goes its way (each step may be repeated)
             raise
         finally:
-            del reader[0]
+            if reader.get(0) is call:
+                del reader[0]
             if self.ended is not None:
                 self._vacant.open()
         return True
