@@ -73,7 +73,7 @@ cat >"$folder/python" <<END
 #!/usr/bin/env bash
 set -o pipefail
 $(printf 'export %q\n' "${environment[@]}")
-export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="\${PYTHONPATH:+\$PYTHONPATH;}Z:$(echo "$folder/site" | tr / '\\\\')"
+export PYTHONPYCACHEPREFIX="Z:$(echo "$folder/cache" | tr / '\\')" PYTHONPATH="\${PYTHONPATH:+\$PYTHONPATH;}Z:$(echo "$folder/site" | tr / '\\\\')"
 unset DISPLAY PYTHONHOME PYTHONSTARTUP
 wine "$folder/windows/python.exe" "\$@" </dev/null 2>&1 | cat
 END
