@@ -74,7 +74,7 @@ cat >"$folder/python" <<END
 set -o pipefail
 $(printf 'export %q\n' "${environment[@]}")
 export PYTHONPYCACHEPREFIX="Z:$(echo "$folder/cache" | tr / '\\')" PYTHONPATH="\${PYTHONPATH:+\$PYTHONPATH;}Z:$(echo "$folder/site" | tr / '\\\\')"
-unset DISPLAY PYTHONHOME PYTHONSTARTUP
+unset DISPLAY PYTHONDONTWRITEBYTECODE PYTHONHOME PYTHONSTARTUP
 wine "$folder/windows/python.exe" "\$@" </dev/null 2>&1 | cat
 END
 chmod +x "$folder/python"
