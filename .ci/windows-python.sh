@@ -47,8 +47,8 @@ os.rename(os.path.join(folder, prefix), os.path.join(folder, "windows"))
 END
 rm -r "$folder/download"
 
-# What Wine lacks ends the process that calls it. Without these, Python goes other ways.
-cat >"$folder/site/sitecustomize.py" <<'END'
+# What Wine lacks ends the process that calls it. Without these, Python goes other ways. In Lib it holds for every interpreter.
+cat >"$folder/windows/Lib/sitecustomize.py" <<'END'
 import sys
 
 sys.modules["_wmi"] = None
