@@ -47,8 +47,8 @@ os.rename(os.path.join(folder, prefix), os.path.join(folder, "windows"))
 END
 rm -r "$folder/download"
 
-# What Wine lacks ends the process that calls it. Without these, Python goes other ways.
-cat >"$folder/site/sitecustomize.py" <<'END'
+# What Wine lacks ends the process that calls it. Without these, Python goes other ways. In Lib it holds for every interpreter.
+cat >"$folder/windows/Lib/sitecustomize.py" <<'END'
 import sys
 
 sys.modules["_wmi"] = None
@@ -73,8 +73,8 @@ cat >"$folder/python" <<END
 #!/usr/bin/env bash
 set -o pipefail
 $(printf 'export %q\n' "${environment[@]}")
-export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="\${PYTHONPATH:+\$PYTHONPATH;}Z:$(echo "$folder/site" | tr / '\\\\')"
-unset DISPLAY PYTHONHOME PYTHONSTARTUP
+export PYTHONPYCACHEPREFIX="Z:$(echo "$folder/cache" | tr / '\\')" PYTHONPATH="\${PYTHONPATH:+\$PYTHONPATH;}Z:$(echo "$folder/site" | tr / '\\\\')"
+unset DISPLAY PYTHONDONTWRITEBYTECODE PYTHONHOME PYTHONSTARTUP
 wine "$folder/windows/python.exe" "\$@" </dev/null 2>&1 | cat
 END
 chmod +x "$folder/python"

@@ -34,6 +34,10 @@ def test_readme_begins_with_the_two_commands():
 
 def test_ci_runs_the_command_that_the_readme_gives():
     assert the_test_command() in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert f"run: {the_test_command()}" in workflow
+    there = the_test_command().replace("python3", "python").replace("/bin/", "/Scripts/").replace("/", "\\").replace("'", "")
+    assert f"run: {there}" in workflow  # as it reads on Windows
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no such bit on Windows")

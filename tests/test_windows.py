@@ -150,6 +150,16 @@ def test_without_a_job_the_process_itself_is_ended(system):
     assert "CloseHandle" not in names(said)
 
 
+@pytest.mark.parametrize("refused", ["SetInformationJobObject", "AssignProcessToJobObject"])
+def test_with_limits_the_process_runs_in_the_job_or_not_at_all(system, refused):
+    said, results = system
+    results[refused] = 0
+    with pytest.raises(OSError, match="its limits cannot be set"):
+        miniplug._WindowsTree(["prog"], False, "", miniplug.Limits(memory=1 << 30))
+    assert "NtResumeProcess" not in names(said) and names(said)[-1] == "CloseHandle"
+    assert ("kill" in names(said)) == ("popen" in names(said))
+
+
 # -- what processes say of their end
 
 @pytest.mark.parametrize("code, words", [

@@ -1,13 +1,15 @@
 """A plugin that holds the key and does not keep to the protocol. argv[1]: an expression that gives the bytes with which
-it answers a call of `attack`. Afterwards it hears nothing more, and does not end by itself. (POSIX.)"""
+it answers a call of `attack`. Afterwards it hears nothing more, and does not end by itself."""
 
 import hmac
 import json
 import os
-import socket
 import struct
 import sys
 import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import by_hand
 
 CALL, NOTIFY, RESULT, ERROR, ITEM, END, CREDIT, CANCEL, RELEASE, PING, PONG, SHUTDOWN = range(1, 13)
 HEADER = struct.Struct("!BBHIQQ")
@@ -28,8 +30,7 @@ class Host:
 
     def __init__(self, greeting=()):
         self.address, self.key = os.environ["MINIPLUG_ADDRESS"], bytes.fromhex(os.environ["MINIPLUG_AUTHKEY"])
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.connect(self.address)
+        self.socket = by_hand.connect(self.address)
         self.said = [self.receive()]
         self.say({"miniplug": 1, "role": "plugin", "nonce": os.urandom(16).hex(), "protocol_versions": [1],
                   "max_message": 1 << 20, "features": [], "codecs": ["json"], **dict(greeting)})
