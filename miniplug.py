@@ -2569,6 +2569,12 @@ class _Session:
             if reader.setdefault(0, call) is not call:
                 return False
             while not call.inbox and not call.nested:
+                if self._partial is None:
+                    frame = self.channel.recv(self._recv_limit, call.deadline)
+                    if frame is None:
+                        break
+                    if self._is_answer(frame):
+                        continue
                 message = self._receive(call.deadline)
                 if message is None:
                     break
@@ -2587,6 +2593,20 @@ class _Session:
                 del reader[0]
             if self.ended is not None:
                 self._vacant.open()
+        return True
+
+    def _is_answer(self, frame: bytes) -> bool:
+        """Hand the usual answer on, if the frame is one. (Ctrl-C may strike anywhere: then the frame comes again.)"""
+        if len(frame) <= _BODY:
+            return False
+        first, number, _ = _FIRST.unpack_from(frame)
+        call = self._calls.get(number) if first == _PLAIN_RESULT else None
+        if call is None or call.streams:
+            return False
+        call.arrive((_RESULT, self.codec.loads_plain(frame[_BODY:])))
+        self.channel.state = self.channel.next
+        self._calls.pop(number, None)
+        self._unattended.discard(number)
         return True
 
     def _receive(self, deadline: float | None = None) -> _Message | None:
@@ -2971,6 +2991,8 @@ class _Session:
                                 channel.state = channel.next
                                 request = requests[number] = _Request(self, number, body)
                                 request.in_row = channel.more
+                        elif first == _PLAIN_RESULT and self._is_answer(frame):
+                            continue
                 if request is None:
                     request = self._take_up()
                 if request is None or not self._take_slot(request):
