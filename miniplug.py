@@ -2526,8 +2526,9 @@ class _Session:
                 elif call.deadline is not None and time.monotonic() >= call.deadline:
                     raise TimeoutError
                 elif self.ended is not None and call.number not in self._calls:
-                    part = (_ERROR, self.ended([call.method]))
-                    call.arrive(part, [part])
+                    if not call.inbox:  # it is not one of those that the end has failed just now
+                        part = (_ERROR, self.ended([call.method]))
+                        call.arrive(part, [part])
                 elif not self._read_if_free(call):
                     left = _left(call.deadline)
                     if not gate.wait(left if 0 <= left < _A_WHILE else _A_WHILE) and not call.inbox:
