@@ -62,6 +62,13 @@ def gone(config):
     return not alive(config["pid"]) and not os.path.exists(os.path.dirname(config["address"]))
 
 
+def stop(pid):
+    """Stop a child. It may run on for a moment after it has got the signal."""
+    os.kill(pid, signal.SIGSTOP)
+    if hasattr(os, "waitid"):
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+
 # -- attaching
 
 def test_a_host_attaches_to_what_another_has_launched(owner):
@@ -361,7 +368,7 @@ def test_an_attached_host_cannot_restart_what_another_has_launched(owner):
 def test_a_heartbeat_that_fails_gives_the_connection_up_and_not_the_process(owner):
     with miniplug.attach(owner.reattach_config(), heartbeat=0.2) as plugin:
         shop = plugin.dispense()
-        os.kill(owner.pid, signal.SIGSTOP)
+        stop(owner.pid)
         try:
             with pytest.raises(miniplug.PluginCrashed, match=r"answered no ping for 0.2 s and was given up"):
                 shop.greet("you")
@@ -414,7 +421,7 @@ def test_kill_ends_what_is_stopped(owner):
     config = owner.reattach_config()
     owner.detach()
     with miniplug.attach(config) as plugin:
-        os.kill(config["pid"], signal.SIGSTOP)
+        stop(config["pid"])
         start = time.monotonic()
         plugin.kill()
         assert time.monotonic() - start < 4
@@ -428,7 +435,7 @@ def test_kill_takes_what_the_plugin_has_started(owner, stopped):
     owner.detach()
     with miniplug.attach(config) as plugin:
         if stopped:
-            os.kill(config["pid"], signal.SIGSTOP)
+            stop(config["pid"])
         plugin.kill()
     until(lambda: gone(config))
     try:
@@ -447,7 +454,7 @@ def test_a_wrong_pid_harms_nobody(owner):
     try:
         config = {**owner.reattach_config(), "pid": innocent.pid}
         plugin = miniplug.attach(config)
-        os.kill(owner.pid, signal.SIGSTOP)
+        stop(owner.pid)
         plugin.kill()
         assert not plugin.running and alive(owner.pid) and innocent.poll() is None
         os.kill(owner.pid, signal.SIGCONT)
