@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import WINDOWS, WORKSHOP, alive, descriptors, freeze, run_python, swallow, until
+from conftest import TEMPORARY, WINDOWS, WORKSHOP, alive, descriptors, freeze, run_python, swallow, until
 
 import miniplug
 
@@ -1078,7 +1078,7 @@ def test_an_interpreter_and_a_temp_folder_with_spaces_and_other_letters(tmp_path
                                              ("nothing", "No such file or directory"), ("/proc", "")])
 def test_a_temp_folder_that_is_too_deep_or_missing_or_read_only(monkeypatch, tmp_path, caplog, folder, problem):
     """It takes another one, and says so."""
-    folder = str(tmp_path / ("x" * 90) / ("y" * 90) if folder == "deep" else tmp_path / folder)
+    folder = str(tmp_path / ("x" * 90) / ("y" * 90)) if folder == "deep" else os.path.join(TEMPORARY, folder)
     if problem.startswith("its"):
         os.makedirs(folder)
     monkeypatch.setenv("TMPDIR", folder)
