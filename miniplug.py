@@ -1899,6 +1899,7 @@ class _Call:
     gate: _Gate | None = None  # of the thread that waits, if it sleeps
     nested: deque[_Request] | None = None  # calls made on behalf of this one, for the thread that waits
     takes_nested = True  # from before it is sent, as they may come before that thread waits
+    sent = False  # whether it was, before it came to _ask
     streams = False
     deadline: float | None = None
     watcher: Callable[[_Call], None] | None = None  # called by the reader when something has come, where no thread waits
@@ -2334,7 +2335,7 @@ class _Session:
 
     def _call_alone(self, call: tuple[int, str], content: bytes) -> Any:
         """The usual case: as the reader, send a call and receive its plain answer. Returns that, or, if it takes another way,
-        a _Call: one of _calls if it is sent."""
+        a _Call, which may be `sent`."""
         reader = self._reader
         try:
             if reader.setdefault(0, call) is not call:
@@ -2370,6 +2371,7 @@ class _Session:
                 channel.state = channel.next
                 return value
         call = self._calls[number] = _Call(number, method, None)
+        call.sent = True
         return call
 
     def _stop_reading(self) -> None:
@@ -2392,7 +2394,7 @@ class _Session:
 
     def _ask(self, call: _Call, kind: int, content: Any) -> Any:
         try:
-            if call.number not in self._calls:
+            if not call.sent:
                 self._start(call, kind, content)
                 if self.channel._posted and self.channel.is_writing():
                     raise _waits_for_itself(call)

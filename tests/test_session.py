@@ -567,3 +567,29 @@ def test_gil_switching_finds_no_race(pair):
         test_at_random(pair)
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_call_is_sent_once_whoever_reads_its_answer(pair, monkeypatch):
+    """An answer that is not plain takes the long way, and another thread may be quicker there."""
+    class Counter:
+        def __init__(self):
+            self.calls = []
+
+        def up(self, number):
+            self.calls.append(number)
+            return (number,)
+
+    counter = Counter()
+    both = pair({"counter": counter})
+    proxy = both.dispense("counter")
+    alone = miniplug._Session._call_alone
+
+    def overtaken(session, call, content):
+        value = alone(session, call, content)
+        if threading.current_thread() is threading.main_thread() and type(value) is miniplug._Call:
+            assert in_threads(lambda: proxy.up(0)) == [(0,)]
+        return value
+
+    monkeypatch.setattr(miniplug._Session, "_call_alone", overtaken)
+    assert [proxy.up(number) for number in (1, 2, 3)] == [(1,), (2,), (3,)]
+    assert counter.calls == [1, 0, 2, 0, 3, 0]
