@@ -129,14 +129,15 @@ def alive(pid):
         return False
 
 
-def freeze(pid):
-    """Stop a process, for good."""
+def freeze(pid, on=True):
+    """Stop a process, or let it go on."""
     if not WINDOWS:
-        return os.kill(pid, signal.SIGSTOP)
+        return os.kill(pid, signal.SIGSTOP if on else signal.SIGCONT)
     import _winapi
 
     handle = _winapi.OpenProcess(0x800, False, pid)  # PROCESS_SUSPEND_RESUME
-    ctypes.WinDLL("ntdll").NtSuspendProcess(ctypes.c_void_p(handle))
+    native = ctypes.WinDLL("ntdll")
+    (native.NtSuspendProcess if on else native.NtResumeProcess)(ctypes.c_void_p(handle))
     return _winapi.CloseHandle(handle)
 
 
