@@ -1,6 +1,7 @@
 """What the tests share: plugins written on the fly, and the proof that nothing is left behind."""
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import glob
@@ -129,14 +130,19 @@ def alive(pid):
         return False
 
 
-def freeze(pid):
-    """Stop a process, for good."""
+def freeze(pid, on=True):
+    """Stop a process, or let it go on."""
     if not WINDOWS:
-        return os.kill(pid, signal.SIGSTOP)
+        os.kill(pid, signal.SIGSTOP if on else signal.SIGCONT)
+        if on and hasattr(os, "waitid"):  # it may run on for a moment after it has got the signal
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+        return None
     import _winapi
 
     handle = _winapi.OpenProcess(0x800, False, pid)  # PROCESS_SUSPEND_RESUME
-    ctypes.WinDLL("ntdll").NtSuspendProcess(ctypes.c_void_p(handle))
+    native = ctypes.WinDLL("ntdll")
+    (native.NtSuspendProcess if on else native.NtResumeProcess)(ctypes.c_void_p(handle))
     return _winapi.CloseHandle(handle)
 
 

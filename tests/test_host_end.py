@@ -231,6 +231,7 @@ def test_ctrl_c_with_a_plugin_that_shares_the_terminal(write):
     assert b"answer secret True" in said and b"interrupted True" in said and b"exit code 0" in said, said
 
 
+@terminal
 def test_a_plugin_asks_for_a_password_on_the_terminal(write):
     """getpass opens the terminal itself: the plugin's output goes to the host's log as ever, and nothing is echoed."""
     plugin = write("asker.py", """
@@ -247,6 +248,7 @@ def test_a_plugin_asks_for_a_password_on_the_terminal(write):
     assert status == 0 and b"backwards password" in said and b"drowssap" not in said, said
 
 
+@terminal
 @pytest.mark.parametrize("how", ["close", "kill", "close(grace=0.1)"])
 @pytest.mark.parametrize("source", ["/proc", "ps"])
 def test_a_tree_that_shares_the_terminal_ends(write, how, source):
@@ -280,6 +282,7 @@ def test_a_tree_that_shares_the_terminal_ends(write, how, source):
     assert status == 0 and b"gone, exit" in said, said
 
 
+@pytest.mark.skipif(WINDOWS, reason="nobody is signalled there")
 @pytest.mark.parametrize("pidfd", [True, False])
 def test_no_signal_goes_to_a_process_that_has_the_number_now(monkeypatch, pidfd):
     if not pidfd:
