@@ -2773,7 +2773,7 @@ class _Session:
     def _run_slow(self, request: _Request) -> None:
         """The same for a method that was slow the last time: another thread reads from the start."""
         start = time.monotonic()
-        self._wake_if_possible()
+        self._pass_on()
         self._run_with_slot(request)
         if time.monotonic() - start < _TICK:
             self._slow.discard(request.method)
@@ -2807,7 +2807,7 @@ class _Session:
             return False
         elif not self._reader and self._wants_reader():  # that call has taken a whole tick
             self._slow.update((inline.method,) if inline is not None else ())
-            self._wake_if_possible()
+            self._pass_on()
         else:
             self._quiet += 1
         if self._quiet >= _QUIET_TICKS:

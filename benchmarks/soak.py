@@ -30,6 +30,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import miniplug
 
 ROOM = 2 << 20  # bytes that memory may grow by from the first third after the warm-up to the last
+WARM = 3  # one in so many is for warming up: until then allocators and the interpreter's caches still fill
 SAMPLES = 30
 SECONDS = 5.0  # that what a killed host has left may live
 
@@ -119,7 +120,7 @@ def settle(watch):
 def launches(count):
     """Each plugin is used a little, and ended in one of the ways there are."""
     watch = Watch(f"{count:,} launches: host")
-    warm = max(4, count // 10)
+    warm = max(4, count // WARM)
     every = max(1, (count - warm) // SAMPLES)
     for number in range(count):
         one_life(number)
@@ -151,7 +152,7 @@ def calls(count):
     with miniplug.launch(SPEC, stdout=nothing, stderr=nothing) as plugin, ThreadPoolExecutor(4) as pool:
         proxy = plugin.dispense()
         watches = [Watch(f"{count:,} calls: host"), Watch("    and plugin", plugin.pid)]
-        done, warm, sampled = 0, count // 10, 0
+        done, warm, sampled = 0, count // WARM, 0
         every = (count - warm) // SAMPLES
         while done < count:
             for kind in KINDS:
