@@ -998,6 +998,7 @@ class _Channel:
         self.state: Any = None  # how far the reading is; and how far once the frame that recv returned is taken: who is done
         self.next: Any = None  # with a frame sets the one to the other
         self.more = False  # whether more has come, for sure, behind the frame that recv returned
+        self.gone: Callable[[OSError], Any] = lambda error: None  # told when somebody has closed the descriptor beneath us
 
     def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
         """The next frame, or the same again until it is taken; or None past the deadline.
@@ -1051,7 +1052,10 @@ class _Channel:
         while self._posted and not self._sending.locked():
             try:
                 self._write([], False, 0.0)
-            except OSError:  # a thread goes on with it; or the connection is broken, which the reader will see
+            except TimeoutError:  # a thread goes on with it
+                return
+            except OSError:
+                self.shutdown()
                 return
 
     def _write(self, chunks: list[_Bytes], wait: bool, deadline: float | None) -> None:
@@ -1091,7 +1095,7 @@ class _Channel:
         try:
             self._write([], True, None)
         except OSError:
-            pass
+            self.shutdown()
 
 
 class _SocketChannel(_Channel):
@@ -1258,8 +1262,9 @@ class _SocketChannel(_Channel):
     def shutdown(self) -> None:
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
+        except OSError as error:
+            if error.errno == 9:  # EBADF: it wakes nobody who reads
+                self.gone(error)
 
     def close(self) -> None:
         self.shutdown()
@@ -1885,6 +1890,9 @@ _forks = 0  # how many forks are between the process that began and this one
 def _after_fork() -> None:
     global _forks
     _forks += 1
+    for session in _clock._sessions:
+        if isinstance(session, _Session):
+            session.abandon()
     _clock.__init__()  # type: ignore[misc]  # its thread is gone
 
 
@@ -2185,6 +2193,13 @@ class _Slots:
         self.lock = threading.Lock()  # protects taking from the queue
 
 
+class _NoChannel(_Channel):
+    """What a session has in a forked child instead of its connection."""
+
+    def _write(self, chunks: list[_Bytes], wait: bool, deadline: float | None) -> None:
+        _leave_fork(None)  # it comes back from a generator or a coroutine, say
+
+
 class _Session:
     """Both directions of one connection, for any thread.
 
@@ -2193,9 +2208,9 @@ class _Session:
     of the methods whose calls are lost into the exception that they raise.
     """
 
-    __slots__ = ("_calls", "_drained", "_filled", "_forks", "_garbage", "_half", "_idle", "_inline", "_late", "_lock",
+    __slots__ = ("_called", "_calls", "_drained", "_filled", "_forks", "_garbage", "_half", "_idle", "_inline", "_late", "_lock",
                  "_lost", "_lost_calls", "_numbers", "_pack", "_partial", "_queue", "_quiet", "_reader", "_ready",
-                 "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_summoned", "_taking",
+                 "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_taking",
                  "_ticking", "_unattended", "_vacant", "_waiting", "borrowed", "call_timeout", "cause", "channel", "closing",
                  "codec", "ended", "finished", "look", "protocol_version", "references", "sealed", "send_limit", "stale")
 
@@ -2219,6 +2234,7 @@ class _Session:
         self._garbage: deque[tuple[int, int]] = deque()  # (kind, number) of messages that finalizers want sent
         self.codec = _CODECS[terms.codec](self._lend, references.unlend, lambda tag, state: borrow(self, tag, state))
         self.send_limit: int = terms.max_message
+        channel.gone = lambda error: None if self.ended is not None else self.end(error)
         self._pack: Callable[..., bytes] = _PREFIXED.pack if channel.prefixed else lambda size, *fields: _HEADER.pack(*fields)
         self._recv_limit = max_message + _BODY
         self._lost = lost
@@ -2229,13 +2245,13 @@ class _Session:
         self._unattended: set[int] = set()  # those whose answer must be read though no thread waits
         self._requests: dict[int, _Request] = {}  # theirs, open
         self._reader: dict[int, Any] = {}  # who reads: {0: their call, or their gate}, or nobody
+        self._called = False  # whether a thread was woken to read that has not looked around yet
         self._vacant = _Gate()  # opens when somebody has stopped reading after the end
         self._partial: Any = None  # a message whose buffers have not all come yet
         self._filled = 0  # how many have
         self._room = 0  # how many bytes the others may have
         self._half: _Message | None = None  # a message that is being handed on
         self._lock = threading.RLock()  # protects _idle, and that what waits is told of nested calls
-        self._summoned = False  # whether one of the pool has been woken to read, and has not looked yet
         self._idle: list[_Gate] = []  # threads of the pool that sleep, the latest last
         slots = slots or _Slots(64)
         self._slots, self._queue, self._taking = slots.free, slots.queue, slots.lock
@@ -2271,7 +2287,6 @@ class _Session:
         call = _Call(next(self._numbers), method, timeout, watcher)
         try:
             self._start(call, _CALL, self.codec.dumps_call(target, method, args, kwargs))
-            self._pass_on()
         except TimeoutError:
             self.give_up(call)
             call.arrive((_ERROR, _too_late(call)))
@@ -2390,6 +2405,7 @@ class _Session:
             raise _Sealed
         if call.watcher is not None:
             self._unattended.add(number)
+            self._pass_on(self._wake)  # first: without a thread to read the answer nothing is sent
         self.send(kind, number, content, 0 if request is None else request.number, call.deadline)
 
     def _ask(self, call: _Call, kind: int, content: Any) -> Any:
@@ -2549,16 +2565,16 @@ class _Session:
             self.defer(self.run, (call.nested.popleft(),))
         self._pass_on()
 
-    def _pass_on(self) -> None:
+    def _pass_on(self, wake: Callable[[], None] | None = None) -> None:
         """Where somebody should read and nobody does, wake one who will."""
         if not self._reader:
             for call in list(self._waiting.values()):
                 if call.gate is not None:
                     call.gate.open()
                     return
-            if not self._summoned and self._wants_reader():
-                self._summoned = True
-                self._wake_if_possible()
+            if self._wants_reader() and not self._called:
+                self._called = True
+                (wake or self._wake_if_possible)()
 
     def _wants_reader(self) -> bool:
         """Whether somebody must read though nobody waits."""
@@ -2893,28 +2909,36 @@ class _Session:
                 self._idle[-1].open()  # if there is no room for that on the stack, it stays there
                 del self._idle[-1]
                 return
-        _start_thread("miniplug-worker", self._work)
+        try:
+            _start_thread("miniplug-worker", self._work)
+        except RuntimeError:
+            self._called = False
+            raise
 
     def _wake_if_possible(self) -> None:
         try:
             self._wake()
         except RecursionError:
             raise
-        except RuntimeError:
-            self._summoned = False  # no thread to be had: the calls wait for each other, until there is
+        except RuntimeError:  # no thread to be had: the calls wait for each other, and the clock tries until there is one
+            if not self._ticking:
+                self._tick()
 
     def _work(self) -> None:
         """A thread of the pool: run what is ready, read while nobody does, or sleep."""
         gate = _Gate()
-        while True:
-            self._summoned = False  # before it looks: what comes after that wakes one anew
-            task = self._next()
-            if task is not None:
-                task[0](task[1])
-            elif self._wants_reader() and self._reader.setdefault(0, gate) is gate:
-                self._read_as_pool(gate)
-            elif not self._sleep(gate):
-                return
+        try:
+            while True:
+                self._called = False  # it looks what there is only after this
+                task = self._next()
+                if task is not None:
+                    task[0](task[1])
+                elif self._wants_reader() and self._reader.setdefault(0, gate) is gate:
+                    self._read_as_pool(gate)
+                elif not self._sleep(gate):
+                    return
+        except BaseException as error:  # what it was to do would be waited for in vain (no memory is left, say)
+            self.end(error)
 
     def _next(self) -> tuple[Callable[[Any], Any], Any] | None:
         try:
@@ -3010,7 +3034,7 @@ class _Session:
                     self._run_with_slot(request)
                 if reader.setdefault(0, gate) is not gate:
                     return channel.flush()  # it goes on with no other call after all
-        except BaseException as error:
+        except BaseException as error:  # also what a plugin raises in every thread it finds
             self.end(error)
         if reader.get(0) is gate:
             del reader[0]
@@ -3026,7 +3050,7 @@ class _Session:
     def _run_slow(self, request: _Request) -> None:
         """The same for a method that was slow the last time: another thread reads from the start."""
         start = time.monotonic()
-        self._wake_if_possible()
+        self._pass_on()
         self._run_with_slot(request)
         if time.monotonic() - start < _TICK:
             self._slow.discard(request.method)
@@ -3058,9 +3082,9 @@ class _Session:
             self._seen, self._quiet = inline, 0
         elif not self._ticking or self.ended is not None:
             return False
-        elif inline is not None and not self._reader and self._wants_reader():  # that call has taken a whole tick
-            self._slow.add(inline.method)
-            self._wake_if_possible()
+        elif not self._reader and self._wants_reader():  # that call has taken a whole tick
+            self._slow.update((inline.method,) if inline is not None else ())
+            self._pass_on()
         else:
             self._quiet += 1
         if self._quiet >= _QUIET_TICKS:
@@ -3122,12 +3146,21 @@ class _Session:
             gate.open()
         _clock.remove(self)
 
+    def abandon(self) -> None:
+        """In a forked child: leave the connection to its parent."""
+        self.ended = lambda calls: PluginError("the connection belongs to the process that this one was forked from")
+        self.stale = self.sealed = True
+        self.channel.sock.close()  # type: ignore[attr-defined]
+        self.channel, self._reader = _NoChannel(), {}
+
     def dispose(self) -> None:
         """Close the channel, once nobody uses it. Not for a thread that reads."""
         self.channel.shutdown()
-        while self._reader.setdefault(0, self) is not self:
-            self._vacant.wait(1.0)
-        self.channel.close()
+        for _ in range(5):
+            if self._reader.setdefault(0, self) is self:
+                self.channel.close()
+                break
+            self._vacant.wait(0.1)  # in vain, if somebody has closed the descriptor: that wakes nobody who reads
 
 
 # === 6. dispatcher ======================================================================================
@@ -3404,7 +3437,7 @@ class _Loan:
         self.key = key
         self.manager = manager
         self.methods = _method_names(obj)
-        self.known = frozenset(self.methods or ())
+        self.known = {name: name for name in self.methods or ()}
         self.count = 0  # how often it was sent, and not given back
 
 
@@ -3424,8 +3457,8 @@ class _References:
     def resolve(self, target: Any, method: str) -> Callable[..., Any]:
         """The function that a call runs. An empty name calls the object itself. Raises MethodNotFound, DeadReference."""
         loan = self._loans.get(target) if type(target) is int else None
-        if loan is not None and method in loan.known:
-            return getattr(loan.object, method)  # type: ignore[no-any-return]
+        if loan is not None and method in loan.known:  # not by the string that has come: classes cache those they are asked by
+            return getattr(loan.object, loan.known[method])  # type: ignore[no-any-return]
         loan = self.loan(target)
         obj = loan.object
         if not method and callable(obj):
@@ -4258,10 +4291,13 @@ class _Server:
         except (OSError, EOFError, ValueError, PluginError) as error:
             sys.exit(f"miniplug: no host at {address}: {type(error).__name__}: {error}")
         cause = self.attend(channel, terms, gone)
-        if isinstance(cause, ProtocolError) and not self.stays:
+        if self.stays or cause is None or isinstance(cause, (EOFError, ConnectionError)) and not isinstance(cause, ProtocolError):
+            return
+        if isinstance(cause, ProtocolError):
             sys.exit(f"miniplug: the host broke the protocol: {cause}")
-        if isinstance(cause, MemoryError) and not self.stays:
+        if isinstance(cause, MemoryError):
             sys.exit("miniplug: MemoryError: there is no memory for what the host sent")
+        sys.exit(f"miniplug: the connection to the host has failed: {cause!r}")
 
     def attend(self, channel: _Channel, terms: _Terms, gone: Callable[[], None] | None = None) -> BaseException | None:
         """Serve one host, until it says stop or is gone: then `gone` is called, at once. Returns why the session has ended."""
@@ -5301,8 +5337,6 @@ class _Run:
         self._close_files()
         if self.session is not None:
             self.session.ended = lambda calls: _not_owned(self.name)
-            self.session.stale = self.session.sealed = True
-            self.session.channel.sock.close()  # type: ignore[attr-defined]  # the plugin waits for its end
 
 
 class _AttachedRun(_Run):

@@ -29,6 +29,8 @@ TEMPORARY = tempfile.mkdtemp(prefix="mp-")  # of this run alone: what is left th
 atexit.register(shutil.rmtree, TEMPORARY, True)
 if not WINDOWS:
     os.environ["TMPDIR"] = TEMPORARY
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each plugin that starts compiles the library anew
+os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = os.path.join(TEMPORARY, "bytecode")
 
 
 def pytest_make_parametrize_id(val):

@@ -35,3 +35,14 @@ def test_a_quick_run_measures_everything(tmp_path):
     assert done.stdout.count("| small call, against ") == written.count("| small call, against ") == 7
     assert "miniplug" in written and "reached" in written
     assert (ROOT / "README.md").read_bytes() == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="it reads /proc")
+def test_the_soak_runs():
+    """So few launches and calls say nothing of leaks; that a killed host leaves nothing is always so."""
+    few = ["--launches", "5", "--calls", "3000", "--kills", "1", "--seed", "2"]
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "soak.py"), *few], capture_output=True, encoding="utf-8",
+                          stdin=subprocess.DEVNULL, check=False)
+    assert not done.stderr
+    for title in ("5 launches: host", "3,000 calls: host", "    and plugin", "1 hosts killed", "    0 processes and files left"):
+        assert f"\n{title}" in done.stdout
