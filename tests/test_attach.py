@@ -25,7 +25,10 @@ PROMPT = 3.0  # seconds; what takes longer has waited for somebody
 def owner():
     """A plugin that stays, by the host that has launched it."""
     with miniplug.launch(WORKSHOP, persist=True) as plugin:
+        process = plugin._run._tree.popen
         yield plugin
+    if process.returncode is None:  # a test that failed has detached from it
+        process.kill()
 
 
 @contextlib.contextmanager
