@@ -4291,7 +4291,7 @@ class _Server:
         except (OSError, EOFError, ValueError, PluginError) as error:
             sys.exit(f"miniplug: no host at {address}: {type(error).__name__}: {error}")
         cause = self.attend(channel, terms, gone)
-        if self.stays or cause is None or isinstance(cause, (EOFError, ConnectionError)) and not isinstance(cause, ProtocolError):
+        if self.stays or cause is None or (isinstance(cause, (EOFError, ConnectionError)) and not isinstance(cause, ProtocolError)):
             return
         if isinstance(cause, ProtocolError):
             sys.exit(f"miniplug: the host broke the protocol: {cause}")
