@@ -1817,6 +1817,18 @@ class _Gate:
             pass  # it is open
 
 
+class _Here(threading.local):
+    """What each thread waits at, and for how many calls: a finalizer or a signal handler may call in the midst of that."""
+
+    waits = 0
+
+    def __init__(self) -> None:
+        self.gate = _Gate()
+
+
+_here = _Here()
+
+
 class _Clock:
     """One thread for all sessions of this process, while there are any: it looks on while calls run, ends submitted
     calls at their deadlines, and gives back what the garbage collector has found."""
@@ -2530,7 +2542,8 @@ class _Session:
 
     def _wait(self, call: _Call) -> None:
         """Wait until something has come about the call, reading while nobody else does. Raises TimeoutError."""
-        call.gate = gate = call.gate or _Gate()
+        call.gate = gate = _here.gate
+        _here.waits += 1
         self._waiting[call.number] = call
         call.takes_nested = True
         try:
@@ -2554,6 +2567,9 @@ class _Session:
                             raise _waits_for_itself(call)
                         gate.wait(_left(call.deadline))
         finally:
+            _here.waits -= 1
+            if _here.waits:
+                gate.open()  # that may have been meant for the call below
             self._leave(call)
 
     def _leave(self, call: _Call) -> None:
@@ -2573,8 +2589,12 @@ class _Session:
                     call.gate.open()
                     return
             if self._wants_reader() and not self._called:
-                self._called = True
-                (wake or self._wake_if_possible)()
+                try:
+                    self._called = True
+                    (wake or self._wake_if_possible)()
+                except BaseException:  # Ctrl-C, or a full stack
+                    self._called = False
+                    raise
 
     def _wants_reader(self) -> bool:
         """Whether somebody must read though nobody waits."""

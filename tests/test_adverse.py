@@ -213,6 +213,18 @@ def test_a_signal_handler_may_submit_and_is_told_not_to_call(proxy):
 
 
 @posix
+def test_a_signal_handler_may_call_while_another_thread_reads(proxy):
+    """And when that one leaves, this thread is woken for the handler's call, too, and not only for the one below."""
+    said = []
+    other = threading.Thread(target=proxy.sleep, args=(0.4,))
+    other.start()
+    until(lambda: proxy._target.at[0]._reader)
+    interrupted(lambda: said.append(proxy.sleep(0.5)), lambda: said.append(proxy.sleep(0.2)))
+    other.join()
+    assert said == [None, None]
+
+
+@posix
 def test_a_signal_handler_may_close_the_plugin(path):
     plugin = miniplug.launch(path, stderr="discard")
     proxy = plugin.dispense()
