@@ -3733,6 +3733,13 @@ class _Method(_Remote):
         return f"<method {self._name} of {self._target.label}>" if self._name else f"<proxy of {self._target.label}>"
 
 
+def _checked_count(count: Any, name: str, least: int = 0) -> int:
+    """Raises ValueError for what is no whole number, or less than that."""
+    if type(count) is not int or count < least:
+        raise ValueError(f"{name}={count!r}: it is a whole number, at least {least}")
+    return count
+
+
 def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
     """Raises ValueError for what is no number of seconds, and no None."""
     if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
@@ -4157,7 +4164,7 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
     that is a context manager is entered before its first call and exited at the end.
 
     `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at most
-    `max_workers` at once (1: one after another). A message of more than `max_message` bytes is refused.
+    `max_workers` at once (1: one after another). A message of more than `max_message` bytes (at least 4096) is refused.
 
     `persist=True`: stay when the host goes, for it or another one to `attach` to, until one of them says stop. Any number
     of hosts may be there at once. `address` is where they attach: a path with a ``/`` in it, ``127.0.0.1:PORT`` or, on
@@ -4246,7 +4253,8 @@ class _Server:
         self.stays = False  # also when its hosts are gone
         self.config: dict[str, Any] = {}  # what another host needs to attach
         self._served = {version: _Served(plugins, info) for version, plugins in versions.items()}
-        self._max_message, self._slots = max_message, _Slots(max_workers)
+        self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
+        self._slots = _Slots(_checked_count(max_workers, "max_workers", 1))
         self._door: _Door | None = None
         self._lock = threading.Lock()  # protects the following five
         self._sessions: list[_Session] = []  # those that are not disposed of
@@ -4411,7 +4419,8 @@ def _drain(pipe: int) -> None:
 def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
     """{version: {name: object, ...}, ...}. Raises ValueError or TypeError for what cannot be served."""
     versions = plugins if plugins and all(type(key) is int for key in plugins) else {handshake.protocol_version: plugins}
-    for mapping in versions.values():
+    for version, mapping in versions.items():
+        _checked_count(version, "protocol_version")
         if not mapping or not all(isinstance(name, str) for name in mapping):
             raise TypeError("plugins is {name: object, ...}, or {version: {name: object, ...}, ...}, and not empty")
         if "system" in mapping:
@@ -5552,7 +5561,8 @@ class Plugin:
         self._sha256 = _checked_digests(sha256, self._command)
         self.name: str = name or _default_name(self._command)
         self._handshake = handshake
-        self._versions = sorted(protocol_versions or [handshake.protocol_version])
+        self._versions = sorted(_checked_count(version, "protocol_versions")
+                                for version in protocol_versions or [handshake.protocol_version])
         self._python = None if python is None else os.fsdecode(python)
         self._env = dict(env or {})
         self._inherit_env = inherit_env
@@ -5567,7 +5577,7 @@ class Plugin:
         self._persist = persist
         self._config: dict[str, Any] | None = None  # of a process that is attached to
         self._codec = codec
-        self._max_message = max_message
+        self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
         self._max_restarts = max_restarts
         self._restart_window = _checked_timeout(restart_window, "restart_window") or 0.0
         self._heartbeat = _checked_timeout(heartbeat, "heartbeat")
@@ -6317,7 +6327,7 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `codec`: ``"json"`` (default), which keeps Python's types and runs no code; or ``"pickle"``, faster for large
       structured data, and only for a plugin that is trusted as this program is: reading a pickle runs none of its code,
       but one that means harm can freeze or end the process that reads it.
-    - `max_message` (bytes, default 256 MiB): the longest message the host takes.
+    - `max_message` (bytes, default 256 MiB, at least 4096): the longest message the host takes.
 
     Raises LaunchError, HandshakeError, ChecksumError or PluginClosed, and what `on_start` raises; ValueError for an option
     that is none.

@@ -453,6 +453,11 @@ def test_plugins_that_cannot_be_served():
         miniplug.serve({1: {"x": object()}, "y": object()})
     with pytest.raises(ValueError, match="reserved"):
         miniplug.serve({"system": object()})
+    for option, value in (("max_workers", 0), ("max_message", 4095), ("max_message", 1e6)):
+        with pytest.raises(ValueError, match=f"{option}={value}: it is a whole number, at least"):
+            miniplug.serve({"x": object()}, **{option: value})
+    with pytest.raises(ValueError, match="protocol_version='1'"):
+        miniplug.serve({"x": object()}, handshake=miniplug.Handshake("1"))
 
 
 def test_bad_options():
@@ -464,6 +469,10 @@ def test_bad_options():
         for value in ("3", float("nan"), -1):
             with pytest.raises(ValueError, match=f"{option}={value!r}"):
                 miniplug.Plugin(WORKSHOP, **{option: value})
+    for option, value in (("max_message", 0), ("max_message", "1"), ("protocol_versions", "12"), ("protocol_versions", [1, -1]),
+                          ("handshake", miniplug.Handshake(1.0))):
+        with pytest.raises(ValueError, match="it is a whole number, at least"):
+            miniplug.Plugin(WORKSHOP, **{option: value})
     with pytest.raises(TypeError, match="LoggerAdapter"):
         miniplug.Plugin(WORKSHOP, logger=logging.LoggerAdapter(logging.getLogger("x"), {}))
     with pytest.raises(TypeError):
