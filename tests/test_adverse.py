@@ -1,9 +1,11 @@
 """What nobody plans for: exceptions that are traps, calls from where no call should be, full stacks, forks, odd commands."""
 
 import asyncio
+import copy
 import gc
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -171,6 +173,20 @@ def test_a_decode_that_exits_fails_that_call_only(proxy):
         with pytest.raises(miniplug.NotSerializable, match="cannot be made from what came: SystemExit"):
             call()
         assert proxy.hello() == "hello"
+
+
+@pytest.mark.parametrize("kind, carried", [
+    ("PluginError", {}), ("LaunchError", {"command": ["x"], "exit_code": 3, "output": ["a"]}), ("PluginClosed", {}),
+    ("HandshakeError", {"host": {"codec": "json"}, "plugin": {}}), ("AuthenticationError", {"exit_code": 1}),
+    ("PluginCrashed", {"exit_code": -9, "signal_name": "SIGKILL", "output": ["a"], "calls": ["m"]}), ("DeadReference", {}),
+    ("ProtocolError", {"calls": ["m"]}), ("PluginNotFound", {"names": ["a"]}), ("CallTimeout", {"method": "m", "seconds": 1.5}),
+    ("MethodNotFound", {"name": "x", "matches": ["y"]}), ("InterfaceMismatch", {"differences": ["d"]}),
+    ("NotSerializable", {"path": "p", "type_name": "t"}), ("MessageTooLarge", {"size": 3, "limit": 2})])
+def test_errors_can_be_pickled_and_copied_with_all_they_carry(kind, carried):
+    """As a pool of processes does."""
+    error = getattr(miniplug, kind)("text", **carried)
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):  # noqa: S301
+        assert type(twin) is type(error) and str(twin) == "text" and vars(twin) == {**vars(error), **carried}
 
 
 # -- calls from where no call should be

@@ -704,6 +704,27 @@ def test_a_grandchild_that_left_the_group_holds_up_nothing():
         os.kill(stray, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("managed", [True, False])
+def test_an_unmanaged_one_is_not_waited_for_at_exit(write, tmp_path, managed):
+    """It ends by itself, as its host is gone."""
+    plugin = write("plugin.py", f"""
+        import time
+        class Slow:
+            def __enter__(self): return self
+            def __exit__(self, *error):
+                time.sleep(0.7)
+                open({str(tmp_path / 'left')!r}, "w").close()
+            def hello(self): return "hello"
+    """)
+    host = write("host.py", f"""
+        import miniplug
+        print(miniplug.launch({plugin + ":Slow"!r}, managed={managed}).dispense().hello())
+    """)
+    assert run_python(host) == (0, "hello\n", "")
+    assert (tmp_path / "left").exists() is managed
+    until((tmp_path / "left").exists)
+
+
 def test_interpreter_exit_closes_what_is_open(write, tmp_path):
     host = write("host.py", f"""
         import miniplug, sys
