@@ -3595,11 +3595,11 @@ class _System:
 
     def methodHelp(self, name: str) -> str:
         """A method's docstring, or an empty string."""
-        return _import("inspect").getdoc(self._method(name)) or ""
+        return self._described(name)[1] or ""
 
     def methodSignature(self, name: str) -> str | None:
         """A method's signature as text, such as ``(name: str) -> str``; None if it is not known."""
-        return _describe(self._method(name))[0]  # type: ignore[no-any-return]
+        return self._described(name)[0]  # type: ignore[no-any-return]
 
     def describe(self, target: str | int | None = None) -> dict[str, Any]:
         """The methods of a plugin, or of the reference of that number: {method: [signature, doc, parameters]}, where a
@@ -3616,12 +3616,12 @@ class _System:
     def _object(self, plugin: str) -> Any:
         return self if plugin == "system" else self._references.served.shared(plugin)
 
-    def _method(self, name: str) -> Any:
+    def _described(self, name: str) -> list[Any]:
         plugin, _, method = name.rpartition(".")
-        obj = self._object(plugin)
-        if not _has_method(obj, method):
-            raise _no_method(method, _method_names(obj), f"the plugin {plugin!r}")
-        return getattr(obj, method)
+        methods = self.describe(plugin)
+        if method not in methods:
+            raise _no_method(method, methods, f"the plugin {plugin!r}")
+        return methods[method]  # type: ignore[no-any-return]
 
 
 def _describe(function: Any) -> list[Any]:
@@ -3814,14 +3814,10 @@ def _open_session(channel: _Channel, terms: _Terms, max_message: int, served: _S
 
 # -- what interfaces and descriptions are made of
 
-class _Text:
+class _Text(str):
     """Stands for a default or an annotation of which only the text is known."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
+    __repr__ = str.__str__
 
 
 def _ask_description(target: _Target) -> dict[str, Any]:
@@ -3846,7 +3842,7 @@ def _signature(parameters: Any) -> Any:
     inspect = _import("inspect")
 
     def value(text: Any) -> Any:
-        return inspect.Parameter.empty if text is None else _Text(str(text))
+        return inspect.Parameter.empty if text is None else _Text(text)
 
     try:
         *others, (_, _, _, result) = parameters
