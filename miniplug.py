@@ -1817,6 +1817,18 @@ class _Gate:
             pass  # it is open
 
 
+class _Here(threading.local):
+    """What each thread waits at, and for how many calls: a finalizer or a signal handler may call in the midst of that."""
+
+    waits = 0
+
+    def __init__(self) -> None:
+        self.gate = _Gate()
+
+
+_here = _Here()
+
+
 class _Clock:
     """One thread for all sessions of this process, while there are any: it looks on while calls run, ends submitted
     calls at their deadlines, and gives back what the garbage collector has found."""
@@ -2530,7 +2542,8 @@ class _Session:
 
     def _wait(self, call: _Call) -> None:
         """Wait until something has come about the call, reading while nobody else does. Raises TimeoutError."""
-        call.gate = gate = call.gate or _Gate()
+        call.gate = gate = _here.gate
+        _here.waits += 1
         self._waiting[call.number] = call
         call.takes_nested = True
         try:
@@ -2554,6 +2567,9 @@ class _Session:
                             raise _waits_for_itself(call)
                         gate.wait(_left(call.deadline))
         finally:
+            _here.waits -= 1
+            if _here.waits:
+                gate.open()  # that may have been meant for the call below
             self._leave(call)
 
     def _leave(self, call: _Call) -> None:
@@ -2573,8 +2589,12 @@ class _Session:
                     call.gate.open()
                     return
             if self._wants_reader() and not self._called:
-                self._called = True
-                (wake or self._wake_if_possible)()
+                try:
+                    self._called = True
+                    (wake or self._wake_if_possible)()
+                except BaseException:  # Ctrl-C, or a full stack
+                    self._called = False
+                    raise
 
     def _wants_reader(self) -> bool:
         """Whether somebody must read though nobody waits."""
@@ -3575,11 +3595,11 @@ class _System:
 
     def methodHelp(self, name: str) -> str:
         """A method's docstring, or an empty string."""
-        return _import("inspect").getdoc(self._method(name)) or ""
+        return self._described(name)[1] or ""
 
     def methodSignature(self, name: str) -> str | None:
         """A method's signature as text, such as ``(name: str) -> str``; None if it is not known."""
-        return _describe(self._method(name))[0]  # type: ignore[no-any-return]
+        return self._described(name)[0]  # type: ignore[no-any-return]
 
     def describe(self, target: str | int | None = None) -> dict[str, Any]:
         """The methods of a plugin, or of the reference of that number: {method: [signature, doc, parameters]}, where a
@@ -3596,12 +3616,12 @@ class _System:
     def _object(self, plugin: str) -> Any:
         return self if plugin == "system" else self._references.served.shared(plugin)
 
-    def _method(self, name: str) -> Any:
+    def _described(self, name: str) -> list[Any]:
         plugin, _, method = name.rpartition(".")
-        obj = self._object(plugin)
-        if not _has_method(obj, method):
-            raise _no_method(method, _method_names(obj), f"the plugin {plugin!r}")
-        return getattr(obj, method)
+        methods = self.describe(plugin)
+        if method not in methods:
+            raise _no_method(method, methods, f"the plugin {plugin!r}")
+        return methods[method]  # type: ignore[no-any-return]
 
 
 def _describe(function: Any) -> list[Any]:
@@ -3713,6 +3733,13 @@ class _Method(_Remote):
         return f"<method {self._name} of {self._target.label}>" if self._name else f"<proxy of {self._target.label}>"
 
 
+def _checked_count(count: Any, name: str, least: int = 0) -> int:
+    """Raises ValueError for what is no whole number, or less than that."""
+    if type(count) is not int or count < least:
+        raise ValueError(f"{name}={count!r}: it is a whole number, at least {least}")
+    return count
+
+
 def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
     """Raises ValueError for what is no number of seconds, and no None."""
     if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
@@ -3787,14 +3814,10 @@ def _open_session(channel: _Channel, terms: _Terms, max_message: int, served: _S
 
 # -- what interfaces and descriptions are made of
 
-class _Text:
+class _Text(str):
     """Stands for a default or an annotation of which only the text is known."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
+    __repr__ = str.__str__
 
 
 def _ask_description(target: _Target) -> dict[str, Any]:
@@ -3819,7 +3842,7 @@ def _signature(parameters: Any) -> Any:
     inspect = _import("inspect")
 
     def value(text: Any) -> Any:
-        return inspect.Parameter.empty if text is None else _Text(str(text))
+        return inspect.Parameter.empty if text is None else _Text(text)
 
     try:
         *others, (_, _, _, result) = parameters
@@ -4137,7 +4160,7 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
     that is a context manager is entered before its first call and exited at the end.
 
     `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at most
-    `max_workers` at once (1: one after another). A message of more than `max_message` bytes is refused.
+    `max_workers` at once (1: one after another). A message of more than `max_message` bytes (at least 4096) is refused.
 
     `persist=True`: stay when the host goes, for it or another one to `attach` to, until one of them says stop. Any number
     of hosts may be there at once. `address` is where they attach: a path with a ``/`` in it, ``127.0.0.1:PORT`` or, on
@@ -4226,7 +4249,8 @@ class _Server:
         self.stays = False  # also when its hosts are gone
         self.config: dict[str, Any] = {}  # what another host needs to attach
         self._served = {version: _Served(plugins, info) for version, plugins in versions.items()}
-        self._max_message, self._slots = max_message, _Slots(max_workers)
+        self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
+        self._slots = _Slots(_checked_count(max_workers, "max_workers", 1))
         self._door: _Door | None = None
         self._lock = threading.Lock()  # protects the following five
         self._sessions: list[_Session] = []  # those that are not disposed of
@@ -4391,7 +4415,8 @@ def _drain(pipe: int) -> None:
 def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
     """{version: {name: object, ...}, ...}. Raises ValueError or TypeError for what cannot be served."""
     versions = plugins if plugins and all(type(key) is int for key in plugins) else {handshake.protocol_version: plugins}
-    for mapping in versions.values():
+    for version, mapping in versions.items():
+        _checked_count(version, "protocol_version")
         if not mapping or not all(isinstance(name, str) for name in mapping):
             raise TypeError("plugins is {name: object, ...}, or {version: {name: object, ...}, ...}, and not empty")
         if "system" in mapping:
@@ -5532,7 +5557,8 @@ class Plugin:
         self._sha256 = _checked_digests(sha256, self._command)
         self.name: str = name or _default_name(self._command)
         self._handshake = handshake
-        self._versions = sorted(protocol_versions or [handshake.protocol_version])
+        self._versions = sorted(_checked_count(version, "protocol_versions")
+                                for version in protocol_versions or [handshake.protocol_version])
         self._python = None if python is None else os.fsdecode(python)
         self._env = dict(env or {})
         self._inherit_env = inherit_env
@@ -5547,7 +5573,7 @@ class Plugin:
         self._persist = persist
         self._config: dict[str, Any] | None = None  # of a process that is attached to
         self._codec = codec
-        self._max_message = max_message
+        self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
         self._max_restarts = max_restarts
         self._restart_window = _checked_timeout(restart_window, "restart_window") or 0.0
         self._heartbeat = _checked_timeout(heartbeat, "heartbeat")
@@ -6297,7 +6323,7 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `codec`: ``"json"`` (default), which keeps Python's types and runs no code; or ``"pickle"``, faster for large
       structured data, and only for a plugin that is trusted as this program is: reading a pickle runs none of its code,
       but one that means harm can freeze or end the process that reads it.
-    - `max_message` (bytes, default 256 MiB): the longest message the host takes.
+    - `max_message` (bytes, default 256 MiB, at least 4096): the longest message the host takes.
 
     Raises LaunchError, HandshakeError, ChecksumError or PluginClosed, and what `on_start` raises; ValueError for an option
     that is none.

@@ -1,9 +1,11 @@
 """What nobody plans for: exceptions that are traps, calls from where no call should be, full stacks, forks, odd commands."""
 
 import asyncio
+import copy
 import gc
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -173,6 +175,20 @@ def test_a_decode_that_exits_fails_that_call_only(proxy):
         assert proxy.hello() == "hello"
 
 
+@pytest.mark.parametrize("kind, carried", [
+    ("PluginError", {}), ("LaunchError", {"command": ["x"], "exit_code": 3, "output": ["a"]}), ("PluginClosed", {}),
+    ("HandshakeError", {"host": {"codec": "json"}, "plugin": {}}), ("AuthenticationError", {"exit_code": 1}),
+    ("PluginCrashed", {"exit_code": -9, "signal_name": "SIGKILL", "output": ["a"], "calls": ["m"]}), ("DeadReference", {}),
+    ("ProtocolError", {"calls": ["m"]}), ("PluginNotFound", {"names": ["a"]}), ("CallTimeout", {"method": "m", "seconds": 1.5}),
+    ("MethodNotFound", {"name": "x", "matches": ["y"]}), ("InterfaceMismatch", {"differences": ["d"]}),
+    ("NotSerializable", {"path": "p", "type_name": "t"}), ("MessageTooLarge", {"size": 3, "limit": 2})])
+def test_errors_can_be_pickled_and_copied_with_all_they_carry(kind, carried):
+    """As a pool of processes does."""
+    error = getattr(miniplug, kind)("text", **carried)
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):  # noqa: S301
+        assert type(twin) is type(error) and str(twin) == "text" and vars(twin) == {**vars(error), **carried}
+
+
 # -- calls from where no call should be
 
 
@@ -210,6 +226,18 @@ def test_a_signal_handler_may_submit_and_is_told_not_to_call(proxy):
 
     interrupted(handler, lambda: proxy.sleep(0.4))
     assert said[0].result(10) == "hello" and "use submit or notify" in said[1]
+
+
+@posix
+def test_a_signal_handler_may_call_while_another_thread_reads(proxy):
+    """And when that one leaves, this thread is woken for the handler's call, too, and not only for the one below."""
+    said = []
+    other = threading.Thread(target=proxy.sleep, args=(0.4,))
+    other.start()
+    until(lambda: proxy._target.at[0]._reader)
+    interrupted(lambda: said.append(proxy.sleep(0.5)), lambda: said.append(proxy.sleep(0.2)))
+    other.join()
+    assert said == [None, None]
 
 
 @posix

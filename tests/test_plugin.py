@@ -453,6 +453,11 @@ def test_plugins_that_cannot_be_served():
         miniplug.serve({1: {"x": object()}, "y": object()})
     with pytest.raises(ValueError, match="reserved"):
         miniplug.serve({"system": object()})
+    for option, value in (("max_workers", 0), ("max_message", 4095), ("max_message", 1e6)):
+        with pytest.raises(ValueError, match=f"{option}={value}: it is a whole number, at least"):
+            miniplug.serve({"x": object()}, **{option: value})
+    with pytest.raises(ValueError, match="protocol_version='1'"):
+        miniplug.serve({"x": object()}, handshake=miniplug.Handshake("1"))
 
 
 def test_bad_options():
@@ -464,6 +469,10 @@ def test_bad_options():
         for value in ("3", float("nan"), -1):
             with pytest.raises(ValueError, match=f"{option}={value!r}"):
                 miniplug.Plugin(WORKSHOP, **{option: value})
+    for option, value in (("max_message", 0), ("max_message", "1"), ("protocol_versions", "12"), ("protocol_versions", [1, -1]),
+                          ("handshake", miniplug.Handshake(1.0))):
+        with pytest.raises(ValueError, match="it is a whole number, at least"):
+            miniplug.Plugin(WORKSHOP, **{option: value})
     with pytest.raises(TypeError, match="LoggerAdapter"):
         miniplug.Plugin(WORKSHOP, logger=logging.LoggerAdapter(logging.getLogger("x"), {}))
     with pytest.raises(TypeError):
@@ -499,8 +508,8 @@ def test_no_thread_to_be_had(monkeypatch, allowed):
     start, started = threading.Thread.start, []
 
     def refuse(self):
-        started.append(self.name)
-        if len(started) > allowed and self.name.startswith("miniplug-"):
+        started.extend([self.name] * self.name.startswith(("miniplug-door", "miniplug-output", "miniplug-watch")))
+        if self.name.startswith("miniplug-") and (len(started) > allowed or self.name == "miniplug-hello"):
             raise RuntimeError("can't start new thread")
         start(self)
 
@@ -693,6 +702,27 @@ def test_a_grandchild_that_left_the_group_holds_up_nothing():
     else:
         assert alive(stray)
         os.kill(stray, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_an_unmanaged_one_is_not_waited_for_at_exit(write, tmp_path, managed):
+    """It ends by itself, as its host is gone."""
+    plugin = write("plugin.py", f"""
+        import time
+        class Slow:
+            def __enter__(self): return self
+            def __exit__(self, *error):
+                time.sleep(0.7)
+                open({str(tmp_path / 'left')!r}, "w").close()
+            def hello(self): return "hello"
+    """)
+    host = write("host.py", f"""
+        import miniplug
+        print(miniplug.launch({plugin + ":Slow"!r}, managed={managed}).dispense().hello())
+    """)
+    assert run_python(host) == (0, "hello\n", "")
+    assert (tmp_path / "left").exists() is managed
+    until((tmp_path / "left").exists)
 
 
 def test_interpreter_exit_closes_what_is_open(write, tmp_path):

@@ -165,6 +165,18 @@ def shown(value):
     return picture(value)
 
 
+@quick
+@given(st.lists(atoms | st.lists(atoms, max_size=2), max_size=6), st.dictionaries(st.text(max_size=3), atoms, max_size=2),
+       st.text(max_size=5), st.integers(0, 2**53 - 1))
+def test_the_quick_way_of_a_call_is_the_same(args, kwargs, method, target):
+    for content, whole in ((codec().dumps_call(target, method, args, kwargs), [target, method, args, kwargs]),
+                           *((codec().dumps_short(value, "result"), value) for value in args)):
+        data, buffers, tagged, _ = (content, (), False, ()) if type(content) is bytes else content
+        assert data == codec().dumps(whole, "call")[0]
+        back = codec().loads_plain(data) if type(content) is bytes else codec().loads(data, list(map(bytes, buffers)), tagged)
+        assert picture(back) == picture(whole)
+
+
 @both
 @quick
 @given(inner_values)
