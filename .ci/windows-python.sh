@@ -47,17 +47,27 @@ os.rename(os.path.join(folder, prefix), os.path.join(folder, "windows"))
 END
 rm -r "$folder/download"
 
-# What Wine lacks ends the process that calls it. Without these, Python goes other ways. In Lib it holds for every interpreter.
+# What Wine lacks ends the process that calls it; without it Python goes other ways. And it fails now and then to start a
+# process (error 1359), and does not fail again. Where this lies, it holds in every interpreter, isolated ones too.
 cat >"$folder/windows/Lib/sitecustomize.py" <<'END'
 import sys
+import _winapi
 
 sys.modules["_wmi"] = None
-try:
-    import _winapi
+vars(_winapi).pop("CopyFile2", None)
+create = _winapi.CreateProcess
 
-    del _winapi.CopyFile2
-except (ImportError, AttributeError):
-    pass  # an older Python, or a newer one
+
+def create_process(*args, attempts=5):
+    try:
+        return create(*args)
+    except OSError as error:
+        if error.winerror != 1359 or attempts == 1:
+            raise
+        return create_process(*args, attempts=attempts - 1)
+
+
+_winapi.CreateProcess = create_process
 END
 
 environment=(WINEDEBUG=-all "WINEPREFIX=$folder/prefix" WINEARCH=win64 "WINEDLLOVERRIDES=mscoree,mshtml=;winemenubuilder.exe=d")

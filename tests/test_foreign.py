@@ -233,4 +233,4 @@ def test_a_raw_plugin_can_persist():
         assert plugin.dispense().greet("one") == "Hello, one!" and other.dispense().greet("two") == "Hello, two!"
     with miniplug.attach(config) as plugin:
         plugin.kill()
-    until(lambda: not os.path.exists(os.path.dirname(config["address"])))
+    until(lambda: not (alive(config["pid"]) or os.path.isdir(os.path.dirname(config["address"]))))

@@ -370,6 +370,7 @@ def test_ctrl_c_at_any_moment_leaves_the_connection_whole(pair):
             signal.raise_signal(signal.SIGINT) if WINDOWS else os.kill(os.getpid(), signal.SIGUSR1)
 
     striker = threading.Thread(target=strike)
+    signal.set_wakeup_fd(-1)  # on Windows asyncio may have left one
     before = signal.signal(signal.SIGINT if WINDOWS else signal.SIGUSR1, handler)
     others.start()
     striker.start()

@@ -288,6 +288,7 @@ def test_a_signal_handler_that_returns_breaks_nothing(pair):
             signal.raise_signal(signal.SIGINT) if WINDOWS else os.kill(os.getpid(), signal.SIGUSR1)
         assert struck.wait(10)
 
+    signal.set_wakeup_fd(-1)  # on Windows asyncio may have left one
     before = signal.signal(signal.SIGINT if WINDOWS else signal.SIGUSR1, lambda *_: struck.set())
     try:
         striker = in_thread(strike)
