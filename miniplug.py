@@ -1719,6 +1719,8 @@ class _Door:
         with self._lock:
             enters = self._open and result is not None
             self._open = self._open and (self._stays or not enters)
+            if enters and not isinstance(result, Exception):
+                del self._callers[id(channel)]  # first: whoever hears of it may close the door, which ends those in it
         if not enters or isinstance(result, Exception):
             channel.close()
         if enters:
