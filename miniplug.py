@@ -1414,6 +1414,9 @@ def _connect(address: str, timeout: float) -> _Channel:
         raise
 
 
+_listeners: set[_Listener] = set()  # those that are open: a forked child closes its copies
+
+
 class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
@@ -1432,6 +1435,7 @@ class _Listener:
         else:
             self._listener = self._bind_to(address) if address else self._bind()
             self._listener.setblocking(False)
+        _listeners.add(self)
 
     def _bind_to(self, address: str) -> socket.socket:
         if _transport(address) == "unix":
@@ -1483,6 +1487,7 @@ class _Listener:
         return _SocketChannel(self._listener.accept()[0])
 
     def close(self) -> None:
+        _listeners.discard(self)
         self._listener.close()
         self._remove()
 
@@ -1495,12 +1500,17 @@ class _Listener:
                     pass
 
 
-def _remove_stale(path: str) -> None:
-    """Remove the socket that a process which was killed has left, and the folder if it had made one for it."""
+def _remove_stale(path: str, seconds: float = 0.0) -> None:
+    """Remove the socket that a process which was killed has left, and the folder if it had made one for it. Others that are
+    being killed may hold it open for that many seconds."""
+    deadline = time.monotonic() + seconds
     try:
-        if _transport(path) == "unix" and _import("stat").S_ISSOCK(os.lstat(path).st_mode):  # and nothing else
+        while _transport(path) == "unix" and _import("stat").S_ISSOCK(os.lstat(path).st_mode):  # and nothing else
             try:
                 _connect(path, 1.0).close()
+                if time.monotonic() >= deadline:
+                    return
+                time.sleep(0.01)
             except ConnectionRefusedError:
                 os.unlink(path)
                 folder = os.path.dirname(path)
@@ -1709,6 +1719,8 @@ class _Door:
         with self._lock:
             enters = self._open and result is not None
             self._open = self._open and (self._stays or not enters)
+            if enters and not isinstance(result, Exception):
+                del self._callers[id(channel)]  # first: whoever hears of it may close the door, which ends those in it
         if not enters or isinstance(result, Exception):
             channel.close()
         if enters:
@@ -1905,6 +1917,9 @@ def _after_fork() -> None:
     for session in _clock._sessions:
         if isinstance(session, _Session):
             session.abandon()
+    for listener in _listeners:
+        listener._listener.close()
+    _listeners.clear()
     _clock.__init__()  # type: ignore[misc]  # its thread is gone
 
 
@@ -5192,7 +5207,7 @@ class _Run:
             asked = self.closing
             self.signal(kill=True)  # what it has left behind
             if self.config is not None and self.owned:
-                _remove_stale(self.config["address"])
+                _remove_stale(self.config["address"], 0.5)
             self._stop_reading(1.0)
             self.exit_code = self._tree.reap()
             self.ended_at = time.monotonic()

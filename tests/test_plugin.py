@@ -556,6 +556,23 @@ def test_the_door_closes_without_a_descriptor_to_wake_it(monkeypatch):
     miniplug.launch(WORKSHOP).close()  # that no thread is left is looked at after every test
 
 
+def test_the_door_cuts_off_nobody_whom_it_has_let_in(monkeypatch):
+    """Also when it closes before the thread that met the plugin has gone on."""
+    closed = threading.Event()
+
+    class Door(miniplug._Door):
+        def __init__(self, greet, arrived, *others):
+            super().__init__(greet, lambda *result: (arrived(*result), closed.wait(5)), *others)
+
+        def close(self):
+            super().close()
+            closed.set()
+
+    monkeypatch.setattr(miniplug, "_Door", Door)
+    with miniplug.launch(WORKSHOP) as plugin:
+        assert plugin.dispense().greet("x") == "Hello, x!"
+
+
 def test_after_a_failed_start_it_can_start(write, tmp_path):
     path = write("plugin.py", """
         import os, sys
