@@ -330,7 +330,7 @@ def test_ctrl_c_in_a_callback_is_the_hosts(proxy):
 # -- full stacks
 
 
-@pytest.mark.skipif(sys.version_info < (3, 10), reason="an older interpreter ends itself when what handles the error goes deep again")
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="an older interpreter ends itself over what handles the error")
 def test_a_full_stack_of_the_hosts_is_not_the_plugins_end(proxy):
     pid = proxy.pid()
 
