@@ -1287,17 +1287,18 @@ class _PipeChannel(_Channel):
     """Frames as the messages of a named pipe of Windows, by overlapped reads and writes. `connection` owns its handle.
 
     A read or write that is under way stays so when its caller leaves at a deadline; the next one goes on with it. What is
-    waited for are events, and never the handle: it is used only to begin one, and so `shutdown` can close it at any time.
+    waited for are events, and never the handle: it is used only to begin one, and so `shutdown` can close it at any time,
+    or the last to use it does. No lock is held meanwhile: a finalizer may run in there, and wait for somebody else.
     """
 
     _FIRST = 8192  # bytes that are read at first; of a longer message Windows then tells how much is left
 
     def __init__(self, connection: Any) -> None:
         super().__init__()
-        self._connection = connection
-        self._handle: int | None = connection.fileno()  # until it is closed
-        self._down = _import("_overlapped").CreateEvent(None, True, False, None)  # set: the connection has been ended
-        self._ending = threading.RLock()  # protects that nothing begins on a closed handle, and that both are closed once
+        self._connection = [connection]  # taken out by whoever closes it
+        self._handle: int | None = connection.fileno()  # None when it is to be used no more
+        self._users: list[None] = []  # one for each use of it
+        self._down = _import("_overlapped").Overlapped()  # whose event is set when the connection has been ended
         # what has come of the message, how much more to read, and the read that is under way: None when all is here
         self.state = (b"", self._FIRST, [])
 
@@ -1332,15 +1333,12 @@ class _PipeChannel(_Channel):
         """Begin a read or write, unless one is under way, and wait until it is done. False past the deadline; raises
         BrokenPipeError if the connection is or has been ended here."""
         api = _import("_winapi")
-        with self._ending:
-            if self._handle is None:
-                raise BrokenPipeError
-            if not under_way:
-                under_way.extend(map(function, (self._handle,), (what,), (True,)))
+        if not under_way:
+            self._use(lambda handle: under_way.extend(map(function, (handle,), (what,), (True,))))
         while under_way[0][1] == api.ERROR_IO_PENDING:
             wait = api.INFINITE if deadline is None else int(_left(deadline) * 1000 + 0.999)
             try:
-                which = api.WaitForMultipleObjects([self._down, under_way[0][0].event], False, wait)
+                which = api.WaitForMultipleObjects([self._down.event, under_way[0][0].event], False, wait)
             except InterruptedError:  # a signal, whose handler has returned
                 continue
             if which == api.WAIT_OBJECT_0:
@@ -1348,33 +1346,48 @@ class _PipeChannel(_Channel):
             return bool(which != api.WAIT_TIMEOUT)
         return True
 
-    def _left_of_message(self) -> int:
-        with self._ending:
+    def _use(self, function: Callable[[int], Any]) -> Any:
+        """Call what takes the handle, which is not closed meanwhile. Raises BrokenPipeError if it is to be used no more."""
+        self._users.append(None)
+        try:
             if self._handle is None:
                 raise BrokenPipeError
-            return int(_import("_winapi").PeekNamedPipe(self._handle)[1])
+            return function(self._handle)
+        finally:
+            self._users.pop()
+            if self._handle is None:
+                self._let_go()
+
+    def _left_of_message(self) -> int:
+        return int(self._use(_import("_winapi").PeekNamedPipe)[1])
+
+    def _let_go(self) -> None:
+        """Close the handle, once nobody uses it. What is under way has to end before."""
+        if self._users:
+            return
+        try:
+            connection = self._connection.pop()
+        except IndexError:
+            return  # somebody else does, or has
+        under_way: list[Any] = self._batch[1]
+        for operation, _ in [*(self.state[2] or ()), *under_way]:
+            try:
+                operation.cancel()
+                operation.GetOverlappedResult(True)
+            except OSError:
+                pass  # it ended by itself
+        connection.close()
 
     def shutdown(self) -> None:
-        with self._ending:
-            if self._handle is None:
-                return
-            self._handle = None
-            _import("_overlapped").SetEvent(self._down)
-            pending: list[Any] = self._batch[1]
-            for operation, _ in [*(self.state[2] or ()), *pending]:
-                try:
-                    operation.cancel()
-                    operation.GetOverlappedResult(True)
-                except OSError:
-                    pass  # it ended by itself
-            self._connection.close()
+        self._handle = None
+        _import("_overlapped").SetEvent(self._down.event)
+        self._let_go()
 
     def close(self) -> None:
         self.shutdown()
-        with self._sending, self._ending:
-            down, self._down = self._down, None
-            if down is not None:
-                _import("_winapi").CloseHandle(down)
+        with self._sending:
+            del self._users[:]  # in case Ctrl-C has left one
+            self._let_go()
 
 
 def _transport(address: str) -> str:

@@ -37,7 +37,7 @@ def test_a_quick_run_measures_everything(tmp_path):
     assert (ROOT / "README.md").read_bytes() == before
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="it reads /proc")
+@pytest.mark.skipif(os.name == "nt" or not os.path.isdir("/proc/self/fd"), reason="it reads /proc")
 def test_the_soak_runs():
     """So few launches and calls say nothing of leaks; that a killed host leaves nothing is always so."""
     few = ["--launches", "5", "--calls", "3000", "--kills", "1", "--seed", "2"]
