@@ -1427,6 +1427,16 @@ def _connect(address: str, timeout: float) -> _Channel:
         raise
 
 
+def _temp_folders() -> list[str]:
+    """Where a socket may lie, the best place first."""
+    bases = os.environ.get("TMPDIR"), "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")
+    return [os.path.abspath(base) for base in bases if base]
+
+
+def _folder_name() -> str:
+    return f"miniplug-{os.urandom(8).hex()}"
+
+
 _listeners: set[_Listener] = set()  # those that are open: a forked child closes its copies
 
 
@@ -1437,7 +1447,8 @@ class _Listener:
     that is given is used instead, and the OSError or ValueError raised if it cannot be.
     """
 
-    def __init__(self, address: str = "") -> None:
+    def __init__(self, address: str = "", name: str = "") -> None:
+        """`name`: what its folder is to be called, where it makes one."""
         self.folder = ""
         self.passed_over: list[str] = []  # the temp folders that would not do, and why
         self.address = address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
@@ -1446,7 +1457,7 @@ class _Listener:
         if _WINDOWS:
             self._listener: Any = _import("multiprocessing.connection").Listener(self.address, "AF_PIPE")
         else:
-            self._listener = self._bind_to(address) if address else self._bind()
+            self._listener = self._bind_to(address) if address else self._bind(name or _folder_name())
             self._listener.setblocking(False)
         _listeners.add(self)
 
@@ -1468,12 +1479,12 @@ class _Listener:
         self.address = address[: address.rindex(":")] + f":{sock.getsockname()[1]}"
         return sock
 
-    def _bind(self) -> socket.socket:
-        for base in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")):
-            folder = os.path.join(os.path.abspath(base or "/"), f"miniplug-{os.urandom(8).hex()}")
-            if base and len(os.fsencode(folder)) > 101:  # BSD has 104 for "/s" and NUL too
+    def _bind(self, name: str) -> socket.socket:
+        for base in _temp_folders():
+            folder = os.path.join(base, name)
+            if len(os.fsencode(folder)) > 101:  # BSD has 104 for "/s" and NUL too
                 self.passed_over.append(f"{base} (its path is too long for a socket)")
-            elif base and hasattr(socket, "AF_UNIX"):
+            elif hasattr(socket, "AF_UNIX"):
                 sock = socket.socket(_network.AF_UNIX)
                 try:
                     os.mkdir(folder, 0o700)
@@ -1678,8 +1689,8 @@ class _Door:
     _CROWD = 64  # callers in the handshake at once; past that the one that has been there longest has to go
 
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
-                 address: str = "", stays: bool = False) -> None:
-        self.listener = _Listener(address)
+                 address: str = "", stays: bool = False, name: str = "") -> None:
+        self.listener = _Listener(address, name)
         self.strangers = 0
         self._greet = greet
         self._arrived = arrived
@@ -4568,10 +4579,14 @@ seen() {  # what tells the process from a later one of the same number: when it 
         found=$(ps -o lstart= -p "$pid") || return 1
     fi
 }
-folder=$1 group=$2 rounds=$3
-read -r pid && seen && start=$found
+name=$1 rounds=$2
+shift 2
+read -r pid group && seen && start=$found
 read -r end
-if [ -n "$folder" ]; then rm -f -- "$folder/s"; rmdir -- "$folder" 2>/dev/null; fi
+for base; do
+    rm -f -- "$base/$name/s" 2>/dev/null
+    rmdir -- "$base/$name" 2>/dev/null
+done
 [ -n "$pid" ] || exit 0
 while [ "$rounds" -gt 0 ] && seen && [ "$found" = "$start" ]; do
     sleep .1 2>/dev/null || sleep 1
@@ -4689,10 +4704,29 @@ class _Tree:
         """Note who is in the tree, where nothing tells that later."""
 
 
+def _start_guardian(name: str) -> Any:
+    """Have a guardian wait for the end of this host; first of all, as what comes into being later it cleans up as well: the
+    folder of that name, and the process that it is told of. None where there can be none."""
+    argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", name, str(_GUARDIAN_SECONDS * 10), *_temp_folders()]
+    try:
+        return None if _WINDOWS else _popen(argv, stdin=_PIPE, stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
+                                            env={"PATH": os.defpath}, start_new_session=True)
+    except OSError:
+        return None  # no shell: the plugin still ends by itself when its connection does
+
+
+def _dismiss(guardian: Any) -> None:
+    if guardian is not None:
+        guardian.kill()
+        guardian.wait()
+        guardian.stdin.close()
+
+
 class _PosixTree(_Tree):
     """A process and its group. No signal is sent once the process is reaped, when its number may be another's."""
 
-    def __init__(self, argv: Sequence[str], shares_terminal: bool, folder: str, limits: Limits | None, **popen: Any) -> None:
+    def __init__(self, argv: Sequence[str], shares_terminal: bool, guardian: Any, limits: Limits | None, **popen: Any) -> None:
+        self._guardian = guardian
         self._lock = threading.Lock()  # protects that nobody is signalled after the reaping
         self._reaped = False
         self._lost = False  # whether somebody else in this host has reaped it, so that nobody knows how it ended
@@ -4700,20 +4734,14 @@ class _PosixTree(_Tree):
         self._below: dict[int, str] = {}  # without a group: what it started, as far as known, and when each of that began
         self._limits = limits
         argv = limits._command(argv, popen["env"]) if limits else argv
-        guardian = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", folder, "-" * self._leads, str(_GUARDIAN_SECONDS * 10)]
-        try:
-            self._guardian = _popen(guardian, stdin=_PIPE, stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
-                                   env={"PATH": os.defpath}, start_new_session=True)
-        except OSError:
-            self._guardian = None  # no shell: the plugin still ends by itself when its connection does
         try:
             self.popen = _popen(argv, start_new_session=self._leads, **popen)
             if self._guardian is not None:
-                self._guardian.stdin.write(b"%d\n" % self.popen.pid)
+                self._guardian.stdin.write(b"%d %s\n" % (self.popen.pid, b"-" * self._leads))
         except BrokenPipeError:
             pass  # somebody killed the guardian
         except BaseException:
-            self._dismiss()
+            _dismiss(guardian)
             raise
 
     def signal(self, kill: bool) -> None:
@@ -4763,19 +4791,13 @@ class _PosixTree(_Tree):
                     self._lost = True
             code = self.popen.wait()
             self._reaped = True
-        self._dismiss()
+        _dismiss(self._guardian)
         self.excess = self._limits._broken(code, used) if self._limits and not self._lost else ""
         return None if self._lost else int(code)
 
-    def _dismiss(self) -> None:
-        if self._guardian is not None:
-            self._guardian.kill()
-            self._guardian.wait()
-            self._guardian.stdin.close()
-
     def keep(self) -> None:
         """It is to stay when this process goes."""
-        self._dismiss()
+        _dismiss(self._guardian)
 
     def disown(self) -> None:
         """In a forked child of the host: let go of what would keep the guardian waiting."""
@@ -4879,7 +4901,7 @@ class _Job:
 class _WindowsTree(_Tree):
     """A process in a job object, which ends with its last handle: with the host, however that ends."""
 
-    def __init__(self, argv: Sequence[str], shares_terminal: bool, folder: str, limits: Limits | None, **popen: Any) -> None:
+    def __init__(self, argv: Sequence[str], shares_terminal: bool, guardian: Any, limits: Limits | None, **popen: Any) -> None:
         suspended, new_group, no_window = 0x4, 0x200, 0x08000000
         self._limits = limits
         self._job = _Job()
@@ -6026,10 +6048,12 @@ class Plugin:
             came.append((channel, result))
             news.set()
 
-        door = run = None
+        door = run = guardian = None
+        name = _folder_name()
         try:
-            door = _Door(greet, arrived)
-            run = self._spawn(argv, door.listener, key, news)
+            guardian = _start_guardian(name) if self._tree is _PosixTree else None
+            door = _Door(greet, arrived, name=name)
+            run = self._spawn(argv, door.listener, key, news, guardian)
             in_time = self._closed or news.wait(self._start_timeout)
             if run.ended.is_set():
                 door.settle(0.2)  # it may have been refused just before
@@ -6040,6 +6064,8 @@ class Plugin:
         except BaseException as error:
             if run is not None:
                 run.kill()
+            else:
+                _dismiss(guardian)
             if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, PluginError):
                 raise self._not_started(argv, str(error)) from None  # no descriptor or thread to be had
             raise
@@ -6092,7 +6118,7 @@ class Plugin:
     def _not_attached(self, reason: str, kind: type[LaunchError] = LaunchError, **carried: Any) -> LaunchError:
         return kind(f"there is no attaching to the plugin {self.name!r}: {reason}", **carried)
 
-    def _spawn(self, argv: list[str], listener: _Listener, key: bytes, news: threading.Event) -> _Run:
+    def _spawn(self, argv: list[str], listener: _Listener, key: bytes, news: threading.Event, guardian: Any) -> _Run:
         logger = self._logger or _import("logging").getLogger(f"miniplug.{self.name}")
         env = self._environ()
         env.update({_ADDRESS: listener.address, _AUTHKEY: key.hex(), _LOG_LEVEL: str(logger.getEffectiveLevel())})
@@ -6107,7 +6133,7 @@ class Plugin:
         out, err = (None if sink is None else _PIPE for sink in sinks)
         env[_PIPES] = "".join(fd for fd, stream in (("1", out), ("2", err)) if stream)
         try:
-            tree = self._tree(argv, stdin=stdin, stdout=out, stderr=err, shares_terminal=terminal, folder=listener.folder,
+            tree = self._tree(argv, stdin=stdin, stdout=out, stderr=err, shares_terminal=terminal, guardian=guardian,
                               limits=self._limits, env=env, cwd=self._cwd)
             return _Run(self, tree, sinks, news)
         except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import HERE, WINDOWS, WORKSHOP, alive, freeze, until, writer
+from conftest import HERE, WINDOWS, WORKSHOP, alive, freeze, run_python, until, writer
 
 import miniplug
 
@@ -124,6 +124,26 @@ def test_killed(killed, situation):
 
 
 @guarded
+def test_killed_before_there_is_a_plugin(write):
+    """Nobody but the guardian can know of the door's folder then."""
+    path = write("host.py", f"""
+        import miniplug, os, signal
+
+        class Door(miniplug._Door):
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
+                print(self.listener.folder, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        miniplug._Door = Door
+        miniplug.launch({WORKSHOP!r})
+    """)
+    status, folder, _ = run_python(path)
+    assert status == -signal.SIGKILL and folder.strip()
+    until(lambda: not os.path.exists(folder.strip()), 5)
+
+
+@guarded
 def test_the_guardian_ends_with_its_plugin():
     plugin = miniplug.launch(WORKSHOP)
     guardian = plugin._run._tree._guardian.pid
@@ -142,9 +162,9 @@ def test_a_guardian_kills_nobody_who_has_the_number_now(tmp_path):
     script = miniplug._GUARDIAN.replace("/proc/$pid/stat", "$STAT").replace("read -r end", "read -r end; STAT=$STAT.later")
     for name, started in (("stat", 111), ("stat.later", 222)):
         (tmp_path / name).write_text(f"{bystander.pid} (a b) c) S " + "0 " * 18 + f"{started} 0\n")
-    guardian = subprocess.Popen(["/bin/sh", "-c", script, "guardian", "", "-", "5"], stdin=subprocess.PIPE,
+    guardian = subprocess.Popen(["/bin/sh", "-c", script, "guardian", "none", "5"], stdin=subprocess.PIPE,
                                 env=dict(os.environ, STAT=str(tmp_path / "stat")))
-    guardian.stdin.write(b"%d\n" % bystander.pid)
+    guardian.stdin.write(b"%d -\n" % bystander.pid)
     guardian.stdin.close()
     assert guardian.wait(10) == 0
     assert bystander.poll() is None

@@ -419,8 +419,8 @@ def doors(monkeypatch):
     visitors, made = [], []
 
     class Door(miniplug._Door):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             made.append(self)
             for visit in visitors:
                 visit(self.listener.address)

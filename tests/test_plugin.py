@@ -561,8 +561,8 @@ def test_the_door_cuts_off_nobody_whom_it_has_let_in(monkeypatch):
     closed = threading.Event()
 
     class Door(miniplug._Door):
-        def __init__(self, greet, arrived, *others):
-            super().__init__(greet, lambda *result: (arrived(*result), closed.wait(5)), *others)
+        def __init__(self, greet, arrived, **others):
+            super().__init__(greet, lambda *result: (arrived(*result), closed.wait(5)), **others)
 
         def close(self):
             super().close()
