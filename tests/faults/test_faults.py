@@ -1,6 +1,7 @@
 """What goes wrong in a plugin, against when it does. Whatever it is, the host sees the right thing within a bound and nothing is
 left behind (conftest.py looks at that after each cell); and the plugin, or its next run, answers as if nothing had been."""
 
+import contextlib
 import os
 import signal
 
@@ -331,7 +332,8 @@ def while_it_drains(scene, fault, kind, detail):
         if kind in (ANSWERS, RAISES):
             assert other.result(PROMPT) is True
         elif kind == SOME:
-            survive(plugin, other.result, PROMPT)
+            with contextlib.suppress(miniplug.RemoteError, miniplug.PluginCrashed):
+                other.result(PROMPT)
         else:
             with pytest.raises(miniplug.PluginClosed if kind == HANGS else miniplug.PluginCrashed):
                 other.result(PROMPT)
