@@ -723,7 +723,7 @@ def test_a_grandchild_that_left_the_group_holds_up_nothing():
 
 @pytest.mark.parametrize("managed", [True, False])
 def test_an_unmanaged_one_is_not_waited_for_at_exit(write, tmp_path, managed):
-    """It ends by itself, as its host is gone."""
+    """It ends by itself, as its host is gone; on Windows the job gives it no time for that."""
     plugin = write("plugin.py", f"""
         import time
         class Slow:
@@ -739,7 +739,7 @@ def test_an_unmanaged_one_is_not_waited_for_at_exit(write, tmp_path, managed):
     """)
     assert run_python(host) == (0, "hello\n", "")
     assert (tmp_path / "left").exists() is managed
-    until((tmp_path / "left").exists)
+    until(lambda: (tmp_path / "left").exists() or WINDOWS)
 
 
 def test_interpreter_exit_closes_what_is_open(write, tmp_path):
