@@ -29,6 +29,8 @@ TEMPORARY = tempfile.mkdtemp(prefix="mp-")  # of this run alone: what is left th
 atexit.register(shutil.rmtree, TEMPORARY, True)
 if not WINDOWS:
     os.environ["TMPDIR"] = TEMPORARY
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts what runs in the background like this
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each plugin that starts compiles the library anew
 os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = os.path.join(TEMPORARY, "bytecode")
 
