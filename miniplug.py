@@ -2849,7 +2849,11 @@ class _Session:
             else:
                 self._conclude(request, value)
         except BaseException as error:
-            self.fail(request, error, own and isinstance(error, PluginError))
+            fail = partial(self.fail, error=error, own=own and isinstance(error, PluginError))
+            if issubclass(type(error), RecursionError) and _is_deep():  # no room here to tell of it
+                self.defer(fail, (request,))
+            else:
+                fail(request)
             if _is_ctrl_c(error):
                 raise  # the answer is for the other side; the user of this one wants an end
         finally:

@@ -194,13 +194,15 @@ def test_errors_can_be_pickled_and_copied_with_all_they_carry(kind, carried):
 
 def interrupted(handler, function):
     """Call a function, and have a signal handler of the main thread's run in the midst of it."""
-    before = signal.signal(signal.SIGUSR1, lambda *_: handler())
-    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
+    ran = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: (ran.append(True), handler()))
+    timer = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
     timer.start()
     try:
         return function()
     finally:
         timer.join()
+        until(lambda: ran)  # it may come late, and without a handler it would end this process
         signal.signal(signal.SIGUSR1, before)
 
 

@@ -1,7 +1,6 @@
 """Two sessions over one connection: overlap, nesting, deadlines, interruption, the end; and all of it at random."""
 
 import gc
-import os
 import random
 import signal
 import socket
@@ -367,7 +366,7 @@ def test_ctrl_c_at_any_moment_leaves_the_connection_whole(pair):
 
     def strike():
         while not over.wait(rng.uniform(0.00001, 0.002)):
-            signal.raise_signal(signal.SIGINT) if WINDOWS else os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGINT) if WINDOWS else signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     striker = threading.Thread(target=strike)
     signal.set_wakeup_fd(-1)  # on Windows asyncio may have left one

@@ -285,7 +285,7 @@ def test_a_signal_handler_that_returns_breaks_nothing(pair):
     def strike():
         for _ in range(5):
             time.sleep(0.01)  # so that it strikes while the main thread waits: nothing tells when it does
-            signal.raise_signal(signal.SIGINT) if WINDOWS else os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGINT) if WINDOWS else signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
         assert struck.wait(10)
 
     signal.set_wakeup_fd(-1)  # on Windows asyncio may have left one
