@@ -1268,6 +1268,9 @@ class _SocketChannel(_Channel):
 
     def close(self) -> None:
         self.shutdown()
+        large, self.state = self.state[2], ([b""], 0, [])
+        if large:
+            large[1].release()  # the collector may take the file first, which must not be while there is a view of it
         with self._sending:
             try:
                 self.sock.close()
