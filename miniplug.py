@@ -1263,7 +1263,8 @@ class _SocketChannel(_Channel):
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
-            if error.errno == 9:  # EBADF: it wakes nobody who reads
+            errno = _import("errno")
+            if error.errno in (errno.EBADF, errno.ENOTSOCK):  # it wakes nobody who reads
                 self.gone(error)
 
     def close(self) -> None:
