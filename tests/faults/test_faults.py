@@ -94,6 +94,11 @@ POSIX_ONLY = {
     "block_all_signals",
 }
 
+WINDOWS_OWN = {  # where Windows has ways of its own; a start takes long there, so of the other rows there is one cell each
+    "kill", "segfault", "stop", "hold_the_gil", "close_the_connection", "shut_the_connection_down", "truncate_a_frame",
+    "corrupt_a_frame", "babble", "eat_memory_without_end",
+}
+
 EXCEPTIONS = {  # cells that come out differently
     ("become_another_program", "starting"): (HANGS, None),  # it never connects
     ("sys_exit", "starting"): (DIES, 5),
@@ -124,14 +129,16 @@ EXCEPTIONS = {  # cells that come out differently
 
 def cells():
     for fault, (kind, detail, moments) in ROWS.items():
-        for moment in moments if not (WINDOWS and fault in POSIX_ONLY) else ():
+        if WINDOWS and fault not in WINDOWS_OWN:
+            moments = () if fault in POSIX_ONLY else set(moments) & {"in a call"}
+        for moment in moments:
             as_if = "starting" if moment == "in restart" else moment
             marks = [not_under_wine("a job limits no memory")] if moment == "under a limit" else []
             yield pytest.param(fault, moment, *EXCEPTIONS.get((fault, as_if), (kind, detail)), id=f"{fault}-{moment}", marks=marks)
 
 
 def test_the_table_is_in_order():
-    assert all(moment in ROWS[fault][2] for fault, moment in EXCEPTIONS) and set(ROWS) >= POSIX_ONLY
+    assert all(moment in ROWS[fault][2] for fault, moment in EXCEPTIONS) and set(ROWS) >= POSIX_ONLY | WINDOWS_OWN
 
 
 def strike_idle(scene, fault):
