@@ -4595,11 +4595,19 @@ for base; do
     rm -f -- "$base/$name/s" 2>/dev/null
     rmdir -- "$base/$name" 2>/dev/null
 done
-[ -n "$pid" ] || exit 0
-while [ "$rounds" -gt 0 ] && seen && [ "$found" = "$start" ]; do
+pause() {
     sleep .1 2>/dev/null || sleep 1
     rounds=$((rounds - 1))
-done
+}
+if [ -z "$pid" ]; then  # the host had no time to tell: whom it has started, the environment tells, where there is /proc
+    while [ "$rounds" -gt 0 ]; do pause; done
+    for file in $(grep -ls -- "/$name/s" /proc/[0-9]*/environ); do
+        pid=${file#/proc/} pid=${pid%/*}
+        kill -s KILL -- "-$pid" "$pid" 2>/dev/null
+    done
+    exit 0
+fi
+while [ "$rounds" -gt 0 ] && seen && [ "$found" = "$start" ]; do pause; done
 if seen && [ "$found" != "$start" ]; then exit 0; fi  # a later process has the number: then nobody is left in the group
 kill -s KILL -- "$group$pid" 2>/dev/null
 """

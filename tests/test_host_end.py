@@ -144,6 +144,40 @@ def test_killed_before_there_is_a_plugin(write):
 
 
 @guarded
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only /proc tells of it")
+def test_killed_before_the_guardian_is_told(write, tmp_path):
+    """The plugin has been started, and knows nothing of the connection's end: its environment tells whose it is."""
+    plugin = write("plugin.sh", f"""\
+        #!/bin/sh
+        echo $$ > {tmp_path / 'x'} && mv {tmp_path / 'x'} {tmp_path / 'pid'}
+        sleep 600
+    """)
+    os.chmod(plugin, 0o755)
+    path = write("host.py", f"""
+        import os, signal, sys
+        import miniplug
+        sys.path.append({HERE!r})
+        from conftest import until
+
+        start = miniplug._popen
+
+        def popen(argv, **options):
+            process = start(argv, **options)
+            if argv[0] == {plugin!r}:
+                until(lambda: os.path.exists({str(tmp_path / 'pid')!r}))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return process
+
+        miniplug._popen = popen
+        miniplug.launch({plugin!r})
+    """)
+    status, _, _ = run_python(path)
+    assert status == -signal.SIGKILL
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: not alive(pid), 5)
+
+
+@guarded
 def test_the_guardian_ends_with_its_plugin():
     plugin = miniplug.launch(WORKSHOP)
     guardian = plugin._run._tree._guardian.pid
