@@ -2442,6 +2442,8 @@ class _Session:
                 return value
         call = self._calls[number] = _Call(number, method, None)
         call.sent = True
+        if self.ended is not None:  # just before this one was there to be failed with the others
+            self._calls.pop(number, None)
         return call
 
     def _stop_reading(self) -> None:

@@ -593,3 +593,31 @@ def test_a_call_is_sent_once_whoever_reads_its_answer(pair, monkeypatch):
     monkeypatch.setattr(miniplug._Session, "_call_alone", overtaken)
     assert [proxy.up(number) for number in (1, 2, 3)] == [(1,), (2,), (3,)]
     assert sorted(counter.calls) == [0, 0, 0, 1, 2, 3]
+
+
+def test_an_end_between_a_frame_that_is_no_answer_and_the_waiting_for_one(pair, monkeypatch):
+    """The call is counted among the open ones only after the session has ended, and failed all of those."""
+    class Caller:
+        def greet(self):
+            both.there.post(miniplug._PING, 0)  # comes before the answer
+            over.wait(20)
+
+    over = threading.Event()
+    both = pair({"caller": Caller()})
+    proxy = both.dispense("caller")
+
+    class Late(miniplug._Call):
+        def __init__(self, *args):
+            both.here.end(EOFError())
+            super().__init__(*args)
+
+    monkeypatch.setattr(miniplug, "_Call", Late)
+
+    def greet():
+        with pytest.raises(miniplug.PluginCrashed):
+            proxy.greet()
+
+    try:
+        in_threads(greet)
+    finally:
+        over.set()
