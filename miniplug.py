@@ -971,10 +971,9 @@ def _raised_error(body: Mapping[str, Any], state: Mapping[str, Any], message: st
 # frame stays the next one until the channel's `state` is set to its `next`.
 
 _LENGTH = struct.Struct("!i")
-_LONG_LENGTH = struct.Struct("!iQ")
+_LONG = b"\xff\xff\xff\xff"  # a length of -1: the 8 bytes behind it are the length
 _READ_SIZE = 1 << 16
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
-_SMALL = 1 << 12  # a frame up to this long is written in one piece, or not at all
 _A_WHILE = 0.1  # seconds of waiting after which a thread looks whether it waits for itself
 _FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
 _TOGETHER = 64  # so many frames at most leave with one system call
@@ -994,7 +993,7 @@ class _Channel:
     def __init__(self) -> None:
         self._sending = threading.Lock()  # held by whoever writes
         self._batch: tuple[list[_Bytes], list[int]] = ([], [])  # what is being written, and how many bytes of it have been
-        self._posted: deque[list[_Bytes]] = deque()  # frames for whoever writes next
+        self._posted: deque[_Bytes] = deque()  # for whoever writes next
         self.state: Any = None  # how far the reading is; and how far once the frame that recv returned is taken: who is done
         self.next: Any = None  # with a frame sets the one to the other
         self.more = False  # whether more has come, for sure, behind the frame that recv returned
@@ -1022,58 +1021,57 @@ class _Channel:
     def send(self, frames: Sequence[_Bytes], deadline: float | None = None) -> None:
         """Send frames, whole and together. Past the deadline raises TimeoutError, and what has begun is finished
         behind the caller. Raises OSError when the connection is broken."""
-        self._write(self._wire(frames), True, deadline)
-        if self._posted:
-            self.flush()  # what was posted just before the lock was free again
-
-    def send_small(self, frame: bytes) -> None:
-        """Send a frame of at most _SMALL bytes, with its length before it if it is to be `prefixed`. If the connection is
-        broken, it is ended: what had come before is still received."""
-        try:
-            self.send([frame])
-        except OSError:
-            self.shutdown()
+        self._write(self._wire(frames), deadline)
+        self.flush()  # what was posted just before the lock was free again
 
     def send_now(self, frame: bytes) -> bool:
-        """The same without waiting: a reader calls this. False if it cannot go at once, and has not."""
+        """Send a short frame, with its length before it if it is to be `prefixed`, without waiting. False if it cannot go at
+        once, and has not. If the connection is broken, it is ended: what had come before is still received."""
         return False
+
+    def send_small(self, *frames: bytes) -> None:
+        """The same with waiting, for what `send_now` has not sent. Without a frame: go on with what has begun."""
+        try:
+            self._write(list(frames), None)
+            self.flush()
+        except OSError:
+            self.shutdown()
 
     def post(self, frames: Sequence[_Bytes], later: bool = False) -> None:
         """Send frames without waiting: a reader calls this. What cannot go now goes with what is sent next. `later`: so does
         this, or with the next `flush`."""
-        self._posted.append(self._wire(frames))
+        self._posted.extend(self._wire(frames))
         if len(self._posted) > _POSTED_LIMIT:
             self.shutdown()
-        if not later or len(self._posted) % _TOGETHER == 0:
+        if not later or len(self._posted) >= _TOGETHER:
             self.flush()
 
     def flush(self) -> None:
         """Send what was posted, without waiting."""
-        while self._posted and not self._sending.locked():
+        while (self._posted or self._batch[0]) and not self._sending.locked():
             try:
-                self._write([], False, 0.0)
+                self._write([], 0.0)
             except TimeoutError:  # a thread goes on with it
                 return
             except OSError:
                 self.shutdown()
                 return
 
-    def _write(self, chunks: list[_Bytes], wait: bool, deadline: float | None) -> None:
-        """Write the chunks and what was posted, or raise TimeoutError. A batch once begun is never given up."""
+    def _write(self, chunks: list[_Bytes], deadline: float | None) -> None:
+        """Write the chunks and what was posted, or raise TimeoutError: a deadline of 0 is not to wait at all. A batch once
+        begun is never given up."""
         holds: list[bool] = []
         try:
             holds.extend(map(self._sending.acquire, (False,)))
-            if wait and not holds[0]:
+            if deadline != 0.0 and not holds[0]:
                 if self.is_writing():
-                    return self._posted.append(chunks)  # that one sends it as well
+                    return self._posted.extend(chunks)  # that one sends it as well
                 holds[:] = map(self._sending.acquire, (True,), (_left(deadline),))
             if not holds[0]:
                 raise TimeoutError
             self._batch[0].extend(chunks)
-            self._put(deadline)
-            while self._posted:
-                together = itertools.repeat((), min(len(self._posted), _TOGETHER))
-                self._batch[0].extend(itertools.chain.from_iterable(itertools.starmap(self._posted.popleft, together)))
+            while self._batch[0] or self._posted:
+                self._batch[0].extend(itertools.starmap(self._posted.popleft, itertools.repeat((), len(self._posted))))
                 self._put(deadline)
             return None
         except OSError as error:
@@ -1085,17 +1083,11 @@ class _Channel:
                 late = self._batch[0] != []  # or Ctrl-C, for which a call of bool() would be a moment to strike
                 self._sending.release()
                 if late:
-                    _start_thread("miniplug-send", self._finish)
+                    _start_thread("miniplug-send", self.send_small)
 
     def is_writing(self) -> bool:
         """Whether this thread is in the midst of writing, further down than the caller."""
-        return _innermost(sys._getframe(2), [_Channel._write, type(self).send_small, type(self).send_now], self) is not None
-
-    def _finish(self) -> None:
-        try:
-            self._write([], True, None)
-        except OSError:
-            self.shutdown()
+        return _innermost(sys._getframe(2), [_Channel._write, type(self).send_now], self) is not None
 
 
 class _SocketChannel(_Channel):
@@ -1135,34 +1127,23 @@ class _SocketChannel(_Channel):
                 come, at = [come[0][at:] + b"".join(come[1:])], 0
                 self.state = (come, at, [])
             data = come[0] if come else b""
-            prefix, size = self._next_size(data, at, limit)
-            end = at + prefix + size
-            if size >= 0 and end <= len(data):
-                self.more = end < len(data)
-                self.next = (come[:], end, []) if self.more else ([], 0, [])
-                return data[at + prefix : end]
-            if size > _READ_SIZE:
-                self._begin_large(data[at + prefix :], size)
-            elif not self._await(deadline):
+            start = at + (12 if data.startswith(_LONG, at) else 4)
+            if start <= len(data):
+                size = int.from_bytes(data[at:start][-8:], "big", signed=True)
+                if not 0 <= size <= limit:
+                    raise ProtocolError(f"a frame of {size} bytes, where at most {limit} are allowed")
+                end = start + size
+                if end <= len(data):
+                    self.more = end < len(data)
+                    self.next = (come[:], end, []) if self.more else ([], 0, [])
+                    return data[start:end]
+                if size > _READ_SIZE:
+                    self._begin_large(data[start:], size)
+                    continue
+            if not self._await(deadline):
                 return None
-            else:
-                come.extend(map(self.sock.recv, (_READ_SIZE,)))
+            come.extend(map(self.sock.recv, (_READ_SIZE,)))
         return self._recv_large(deadline)
-
-    @staticmethod
-    def _next_size(data: bytes, at: int, limit: int) -> tuple[int, int]:
-        """The lengths of the next frame's prefix and content; -1 while too little of it is here to know."""
-        here = len(data) - at
-        if here < 4:
-            return 4, -1
-        prefix, (size,) = 4, _LENGTH.unpack_from(data, at)
-        if size == -1:
-            if here < 12:
-                return 12, -1
-            prefix, (_, size) = 12, _LONG_LENGTH.unpack_from(data, at)
-        if not 0 <= size <= limit:
-            raise ProtocolError(f"a frame of {size} bytes, where at most {limit} are allowed")
-        return prefix, size
 
     def _begin_large(self, begun: bytes, size: int) -> None:
         """Have the rest of a frame read into place: a file in memory gives its bytes away without a copy."""
@@ -1190,20 +1171,6 @@ class _SocketChannel(_Channel):
             self.flush()
         return deadline is None or _wait_for(self.sock, False, deadline)
 
-    def send_small(self, frame: bytes) -> None:
-        if self._sending.locked() and self.is_writing():
-            return self._posted.append([frame])
-        try:
-            with self._sending:
-                chunks = self._batch[0]
-                sent = 0 if chunks else self.sock.send(frame)
-                if sent != len(frame):
-                    chunks.append(frame[sent:])
-            if chunks or self._posted:
-                self._write([], True, None)
-        except OSError:
-            self.shutdown()
-
     def send_now(self, frame: bytes) -> bool:
         if self._posted or self._sending.locked():
             return False
@@ -1215,6 +1182,8 @@ class _SocketChannel(_Channel):
                 sent = self.sock.send(frame, _DONT_WAIT)
                 if sent != len(frame):
                     chunks.append(frame[sent:])
+            if chunks or self._posted:
+                self.flush()
         except BlockingIOError:
             return False
         except OSError:
@@ -1228,21 +1197,13 @@ class _SocketChannel(_Channel):
         chunks: list[_Bytes] = []
         for frame in frames:
             size = len(frame)
-            head = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG_LENGTH.pack(-1, size)
+            head = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG + size.to_bytes(8, "big")
             chunks += (head + frame,) if size < _READ_SIZE else (head, frame)  # to copy little is cheaper than to gather
         return chunks
 
     def _put(self, deadline: float | None) -> None:
         chunks, sent = self._batch
         flags = 0 if deadline is None else _DONT_WAIT
-        if len(chunks) == 1 and not sent:  # the usual case
-            try:
-                sent.extend(map(self.sock.send, chunks, (flags,)))
-                if sent[0] == len(chunks[0]):
-                    chunks = []
-                    self._batch = (chunks, [])
-            except BlockingIOError:
-                pass
         while chunks:
             whole, part = 0, sum(sent)  # what has been sent already
             while whole < len(chunks) and part >= len(chunks[whole]):
@@ -2251,7 +2212,7 @@ class _Slots:
 class _NoChannel(_Channel):
     """What a session has in a forked child instead of its connection."""
 
-    def _write(self, chunks: list[_Bytes], wait: bool, deadline: float | None) -> None:
+    def _write(self, chunks: list[_Bytes], deadline: float | None) -> None:
         _leave_fork(None)  # it comes back from a generator or a coroutine, say
 
 
@@ -2544,7 +2505,9 @@ class _Session:
         the deadline."""
         if type(content) is bytes:
             if deadline is None and wait and not (later or self._garbage) and len(content) <= self.send_limit:
-                self.channel.send_small(self._pack(len(content) + _BODY, _WIRE_VERSION, kind, flags, 0, number, parent) + content)
+                frame = self._pack(len(content) + _BODY, _WIRE_VERSION, kind, flags, 0, number, parent) + content
+                if not self.channel.send_now(frame):
+                    self.channel.send_small(frame)
                 return
             content = (content, (), False, ())
         body, buffers, tagged, lent = content
@@ -2846,7 +2809,9 @@ class _Session:
                 return self._conclude(request, value)
             content = self.codec.dumps_short(value, "the result")
             if type(content) is bytes and len(content) <= self.send_limit:  # the usual case
-                self.channel.send_small(self._pack(len(content) + _BODY, _WIRE_VERSION, _RESULT, 0, 0, request.number, 0) + content)
+                frame = self._pack(len(content) + _BODY, _WIRE_VERSION, _RESULT, 0, 0, request.number, 0) + content
+                if not self.channel.send_now(frame):
+                    self.channel.send_small(frame)
                 self._requests.pop(request.number, None)
                 if self.closing is not None:
                     self.finish(request)
