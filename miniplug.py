@@ -1422,49 +1422,41 @@ class _Listener:
         if _WINDOWS:
             self._listener: Any = _import("multiprocessing.connection").Listener(self.address, "AF_PIPE")
         else:
-            self._listener = self._bind_to(address) if address else self._bind(name or _folder_name())
+            self._listener = self._bind(address) if address else self._bind_anywhere(name or _folder_name())
             self._listener.setblocking(False)
         _listeners.add(self)
 
-    def _bind_to(self, address: str) -> socket.socket:
-        if _transport(address) == "unix":
-            self.address = address = os.path.abspath(address)
-            sock = socket.socket(_network.AF_UNIX)
-            try:
-                _remove_stale(address)
-                sock.bind(address)
-                os.chmod(address, 0o600)
-                sock.listen(128)
-                return sock
-            except BaseException:
-                sock.close()
-                raise
+    def _bind(self, address: str) -> socket.socket:
         family, target = _endpoint(address)
-        sock = socket.create_server(target, family=family)
-        self.address = address[: address.rindex(":")] + f":{sock.getsockname()[1]}"
-        return sock
+        if _transport(address) == "tcp":
+            sock = socket.create_server(target, family=family)
+            self.address = address[: address.rindex(":")] + f":{sock.getsockname()[1]}"
+            return sock
+        self.address = os.path.abspath(address)
+        _remove_stale(self.address)
+        sock = socket.socket(family)
+        try:
+            sock.bind(self.address)
+            os.chmod(self.address, 0o600)
+            sock.listen(128)
+            return sock
+        except BaseException:
+            sock.close()
+            raise
 
-    def _bind(self, name: str) -> socket.socket:
+    def _bind_anywhere(self, name: str) -> socket.socket:
         for base in _temp_folders():
-            folder = os.path.join(base, name)
-            if len(os.fsencode(folder)) > 101:  # BSD has 104 for "/s" and NUL too
-                self.passed_over.append(f"{base} (its path is too long for a socket)")
-            elif hasattr(socket, "AF_UNIX"):
-                sock = socket.socket(_network.AF_UNIX)
-                try:
-                    os.mkdir(folder, 0o700)
-                    self.folder, self.address = folder, os.path.join(folder, "s")
-                    sock.bind(self.address)
-                    sock.listen(128)
-                    return sock
-                except OSError as error:
-                    sock.close()
-                    self._remove()
-                    self.folder = ""
-                    self.passed_over.append(f"{base} ({error.strerror or error})")
-        sock = socket.create_server(("127.0.0.1", 0))  # no folder to be had: the key alone keeps others out
-        self.address = f"127.0.0.1:{sock.getsockname()[1]}"
-        return sock
+            self.folder = os.path.join(base, name)
+            try:
+                if len(os.fsencode(self.folder)) > 101:  # BSD has 104 for "/s" and NUL too
+                    raise OSError("its path is too long for a socket")
+                os.mkdir(self.folder, 0o700)
+                return self._bind(os.path.join(self.folder, "s"))
+            except OSError as error:
+                self._remove()
+                self.passed_over.append(f"{base} ({error.strerror or error})")
+        self.folder = ""
+        return self._bind("127.0.0.1:0")  # no folder to be had: the key alone keeps others out
 
     def accept(self) -> _Channel | None:
         """The next connection; or None, if half a second brings none (on Windows it waits on). Raises OSError when
@@ -1663,7 +1655,6 @@ class _Door:
         self._lock = threading.Lock()  # protects the following two
         self._open = True
         self._callers: dict[int, _Channel] = {}
-        self._waits = True  # whether the thread waits for a caller; set before it looks at _open
         try:
             self._thread = _start_thread("miniplug-door", self._accept)
         except BaseException:
@@ -1677,11 +1668,8 @@ class _Door:
             except OSError:  # out of descriptors, or a caller that left at once
                 time.sleep(0.05)
                 continue
-            self._waits = False
             if channel is not None:
                 self._admit(channel)
-            self._waits = True
-        self._waits = False
         self.listener.close()
 
     def _admit(self, channel: _Channel) -> None:
@@ -1731,10 +1719,9 @@ class _Door:
         for channel in callers:
             channel.shutdown()
         try:
-            if self._waits:
-                _connect(self.listener.address, 1.0).close()  # wakes the thread
+            _connect(self.listener.address, 1.0).close()  # wakes the thread
         except OSError:
-            pass  # without a descriptor to do that with, it looks by itself
+            pass  # it has closed the listener; or without a descriptor for this it looks by itself
         self._thread.join(2.0)
 
 
