@@ -569,7 +569,7 @@ class _Packer:
     """Turns one value into what JSON keeps: itself where it `is_plain`, else a tagged copy.
 
     `buffers` collects the bytes that go beside the message, `lent` the numbers of what was lent; `tagged` says whether
-    there is any tag. What cannot travel raises NotSerializable, and `refusal` then knows where that was.
+    there is any tag. A place in the value is a label, or (the place of what holds it, how a part is called, its index or key).
     """
 
     def __init__(self, lend: Callable[[Any, list[int]], tuple[str, Any] | None], is_plain: Callable[[Any], bool]) -> None:
@@ -578,71 +578,66 @@ class _Packer:
         self.tagged = False
         self._lend = lend
         self._is_plain = is_plain
-        self._culprit: Any = None
-        self._trail: list[tuple[str, Any]] = []  # from the culprit out: how a part is called, and its index or key
 
-    def __call__(self, value: Any) -> Any:
+    def pack(self, value: Any, place: Any) -> Any:
+        """Raises NotSerializable for what cannot travel."""
         if self._is_plain(value):
             return value
         kind = type(value)
         if kind is list:
-            return self._all("{}[{}]", range(len(value)), value)
+            return [self.pack(part, (place, "{}[{}]", index)) for index, part in enumerate(value)]
         if kind is dict:
-            return self._mapping("{}[{!r}]", value)
-        self._culprit = value
-        tag, state = self._taken_apart(value, kind)
+            return self._mapping(value, place, "{}[{!r}]")
+        tag, state = self._taken_apart(value, place)
         self.tagged = True
         if tag == "$type" and type(state[1]) is dict:
-            return {tag: [state[0], self._mapping("{}.{}", state[1])]}
+            return {tag: [state[0], self._mapping(state[1], place, "{}.{}")]}
         if tag != "$bytes" and tag != "$bytearray":
-            return {tag: self(state)}
+            return {tag: self.pack(state, place)}
         if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
             return {tag: _base64(state)}
         self.buffers.append(state)
         return {tag: len(self.buffers) - 1}
 
-    def _taken_apart(self, value: Any, kind: type) -> tuple[str, Any]:
+    def _taken_apart(self, value: Any, place: Any) -> tuple[str, Any]:
         """The tag and state of what JSON does not have."""
-        way = _way_of(kind)
+        way = _way_of(type(value))
         try:
             reduced = (way[0], way[1](value)) if way else self._lend(value, self.lent)
-        except (NotSerializable, RecursionError):
+        except RecursionError:
             raise
+        except NotSerializable as error:
+            raise _refusal(value, place, str(error)) from error.__cause__
         except Exception as error:
-            raise NotSerializable(f"its state could not be told: {error!r}") from error
+            raise _refusal(value, place, f"its state could not be told: {error!r}") from error
         if reduced is None:
-            raise NotSerializable
+            raise _refusal(value, place)
         return reduced
 
-    def _all(self, place: str, keys: Iterable[Any], parts: Iterable[Any]) -> list[Any]:
-        packed: list[Any] = []
-        try:
-            for part in parts:
-                packed.append(self(part))  # noqa: PERF401 -- how many there are tells the place
-        except NotSerializable:
-            self._trail.append((place, [*keys][len(packed)]))
-            raise
-        return packed
-
-    def _mapping(self, place: str, value: dict[Any, Any]) -> Any:
+    def _mapping(self, value: dict[Any, Any], place: Any, form: str) -> Any:
         if _has_plain_keys(value) and (self._is_plain is _is_plain or all(map(_is_plain_atom, value))):
-            return dict(zip(value, self._all(place, value, value.values())))
+            return {key: self.pack(part, (place, form, key)) for key, part in value.items()}
         self.tagged = True
-        keys = self._all("a key of {}", value, value)
-        return {"$dict": [list(pair) for pair in zip(keys, self._all(place, value, value.values()))]}
+        return {"$dict": [[self.pack(key, (place, "a key of {}", key)), self.pack(part, (place, form, key))]
+                          for key, part in value.items()]}
 
-    def refusal(self, label: str, why: str) -> NotSerializable:
-        """The error that names the place."""
-        path = label
-        for place, key in reversed(self._trail):
-            try:
-                path = place.format(path, key)
-            except Exception:  # a __repr__ that fails
-                path = place.format(path, "?")
-        path = path.replace("call[2]", "args", 1).replace("call[3]", "kwargs", 1)
-        kind = type(self._culprit)
-        name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
-        return NotSerializable(f"{path} is of type {name}: {why or _advice(kind)}", path=path, type_name=name)
+
+def _refusal(value: Any, place: Any, why: str = "") -> NotSerializable:
+    """The error that names the place of what cannot travel."""
+    path = _path(place).replace("call[2]", "args", 1).replace("call[3]", "kwargs", 1)
+    kind = type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
+    return NotSerializable(f"{path} is of type {name}: {why or _advice(kind)}", path=path, type_name=name)
+
+
+def _path(place: Any) -> str:
+    if type(place) is str:
+        return place
+    holder, form, key = place
+    try:
+        return str(form.format(_path(holder), key))
+    except Exception:  # a __repr__ that fails
+        return str(form.format(_path(holder), "?"))
 
 
 def _advice(kind: type) -> str:
@@ -738,15 +733,13 @@ class _Codec:
         return self.dumps_short([target, method, list(args), kwargs], "call")
 
     def _pack(self, value: Any, label: str, is_plain: Callable[[Any], bool]) -> _Content:
-        pack = _Packer(self._lend, is_plain)
+        packer = _Packer(self._lend, is_plain)
         try:
-            return self._write(pack(value)), pack.buffers, pack.tagged, pack.lent
+            return self._write(packer.pack(value, label)), packer.buffers, packer.tagged, packer.lent
         except BaseException as error:
-            self._unlend(pack.lent)
+            self._unlend(packer.lent)
             if isinstance(error, RecursionError) and not _is_deep():
                 raise NotSerializable(f"{label} is nested too deeply, or contains itself", path=label) from None
-            if isinstance(error, NotSerializable):
-                raise pack.refusal(label, str(error)) from error.__cause__
             raise
 
     def join(self, values: Sequence[bytes]) -> bytes:
@@ -841,8 +834,7 @@ class _PickleCodec(_Codec):
     def loads_plain(self, data: bytes) -> Any:
         return self.loads(data, [], False) if data else None
 
-    def dumps_short(self, value: Any, label: str) -> bytes | _Content:
-        return self.dumps(value, label)
+    dumps_short = _Codec.dumps
 
     def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bytes | _Content:
         return self.dumps([target, method, list(args), kwargs], "call")
