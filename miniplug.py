@@ -266,6 +266,14 @@ def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threadin
     return thread
 
 
+def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
+    """Call a function in a thread of its own, or here if there is none to be had."""
+    try:
+        _start_thread(name, function, *args)
+    except RuntimeError:
+        function(*args)
+
+
 # === 2. codec ===========================================================================================
 #
 # JSON that keeps Python's types. What JSON has goes as it is, written by the json module's own encoder in C. What it has
@@ -1589,7 +1597,6 @@ class _Hello:
         self.greet(versions, max_message, codec=codec)
         theirs = self.hear_greeting("plugin")
         self.check("plugin")
-        mine = {"protocol_versions": list(versions), "codec": codec}
         common = set(versions) & set(theirs["protocol_versions"])
         cookie = theirs.get("cookie")
         refusal = ""
@@ -1601,15 +1608,12 @@ class _Hello:
                        f"{theirs['protocol_versions']}; the {older} is the older one, bring it up to date")
         elif codec not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
             refusal = f"the plugin does not know the codec {codec!r}, only {theirs.get('codecs')}"
-        if refusal:
-            self.say(refusal=refusal)
-            self.prove()
-            raise HandshakeError(refusal, host=mine, plugin=theirs)
-        features = theirs.get("features")
-        terms = _Terms(max(common), codec, theirs["max_message"], features if isinstance(features, list) else ())
-        self.say(protocol_version=terms.protocol_version, codec=codec)
+        self.say(**({"refusal": refusal} if refusal else {"protocol_version": max(common), "codec": codec}))
         self.prove()
-        return terms
+        if refusal:
+            raise HandshakeError(refusal, host={"protocol_versions": list(versions), "codec": codec}, plugin=theirs)
+        features = theirs.get("features")
+        return _Terms(max(common), codec, theirs["max_message"], features if isinstance(features, list) else ())
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
                   features: Sequence[str] = ()) -> _Terms:
@@ -1631,8 +1635,8 @@ class _Door:
     """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let in if it holds
     the key. A wrong, slow or silent caller holds up nobody.
 
-    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError. The door closes
-    before it is called, and lets in nobody else, unless it `stays` open.
+    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError, on that thread. The
+    door closes before it is called, and lets in nobody else, unless it `stays` open.
     """
 
     _CROWD = 64  # callers in the handshake at once; past that the one that has been there longest has to go
@@ -1654,31 +1658,27 @@ class _Door:
             raise
 
     def _accept(self) -> None:
+        channel = None
         while self._open:
+            if channel is not None:
+                _aside("miniplug-hello", self._meet, channel)
             try:
                 channel = self.listener.accept()
             except OSError:  # out of descriptors, or a caller that left at once
+                channel = None
                 time.sleep(0.05)
-                continue
-            if channel is not None:
-                self._admit(channel)
+        if channel is not None:
+            channel.close()
         self.listener.close()
-
-    def _admit(self, channel: _Channel) -> None:
-        with self._lock:
-            if not self._open:
-                channel.close()
-                return
-            if len(self._callers) >= self._CROWD:
-                next(iter(self._callers.values())).shutdown()
-            self._callers[id(channel)] = channel
-        try:
-            _start_thread("miniplug-hello", self._meet, channel)
-        except RuntimeError:  # no thread to be had: this one meets the caller, which has its deadline
-            self._meet(channel)
 
     def _meet(self, channel: _Channel) -> None:
         result: Any = None
+        with self._lock:
+            if len(self._callers) >= self._CROWD:
+                next(iter(self._callers.values())).shutdown()
+            self._callers[id(channel)] = channel
+            if not self._open:
+                channel.shutdown()
         try:
             result = self._greet(channel, self.listener.address)
         except HandshakeError as error:
@@ -4285,13 +4285,9 @@ class _Server:
 
     def _arrived(self, channel: _Channel, terms: Any) -> None:
         if isinstance(terms, _Terms):  # or the host has refused this plugin
-            try:
-                thread = _start_thread("miniplug-host", self.attend, channel, terms)
-                with self._lock:
-                    self._threads = [*(each for each in self._threads if each.is_alive()), thread]
-            except RuntimeError:  # no thread to be had
-                channel.close()
-                self._leave()
+            with self._lock:
+                self._threads = [*(each for each in self._threads if each.is_alive()), threading.current_thread()]
+            self.attend(channel, terms)
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
@@ -4306,13 +4302,9 @@ class _Server:
         except (OSError, EOFError, ValueError, PluginError) as error:
             sys.exit(f"miniplug: no host at {address}: {type(error).__name__}: {error}")
         cause = self.attend(channel, terms, gone)
-        if self.stays or cause is None or (isinstance(cause, (EOFError, ConnectionError)) and not isinstance(cause, ProtocolError)):
-            return
-        if isinstance(cause, ProtocolError):
-            sys.exit(f"miniplug: the host broke the protocol: {cause}")
-        if isinstance(cause, MemoryError):
-            sys.exit("miniplug: MemoryError: there is no memory for what the host sent")
-        sys.exit(f"miniplug: the connection to the host has failed: {cause!r}")
+        orderly = isinstance(cause, (EOFError, ConnectionError)) and not isinstance(cause, ProtocolError)
+        if not (self.stays or cause is None or orderly):
+            sys.exit(f"miniplug: the connection to the host has failed: {type(cause).__name__}: {cause}")
 
     def attend(self, channel: _Channel, terms: _Terms, gone: Callable[[], None] | None = None) -> BaseException | None:
         """Serve one host, until it says stop or is gone: then `gone` is called, at once. Returns why the session has ended."""
@@ -5457,14 +5449,6 @@ def _set_exit_hooks() -> None:
         _import("atexit").register(_close_all)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=_disown_all)
-
-
-def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
-    """Call a function in a thread of its own, or here if there is none to be had."""
-    try:
-        _start_thread(name, function, *args)
-    except RuntimeError:
-        function(*args)
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] | None = None) -> Any:
