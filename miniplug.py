@@ -1191,9 +1191,6 @@ class _SocketChannel(_Channel):
         return True
 
     def _wire(self, frames: Sequence[_Bytes]) -> list[_Bytes]:
-        size = len(frames[0])
-        if len(frames) == 1 and size < _READ_SIZE:
-            return [_LENGTH.pack(size) + frames[0]]
         chunks: list[_Bytes] = []
         for frame in frames:
             size = len(frame)
@@ -4221,14 +4218,10 @@ def _checked_config(config: Any) -> dict[str, Any]:
 def _heed_signals(launched: bool) -> None:
     """Of a plugin that listens: SIGTERM ends it orderly, as Ctrl-C does, and the end of its host's terminal does not."""
     signal = _import("signal")
-
-    def interrupt(*_: Any) -> NoReturn:
-        raise KeyboardInterrupt
-
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         if not _WINDOWS:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN if launched else interrupt)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if launched else signal.default_int_handler)
 
 
 class _Server:
@@ -4462,16 +4455,8 @@ def _set_up_logging(logging: Any, level: int) -> None:
     if root.handlers:
         return
 
-    class HostHandler(logging.Handler):  # type: ignore[misc]
-        def emit(self, record: Any) -> None:
-            try:
-                line = _log_line(record, logging.Formatter())
-                sys.stderr.flush()
-                os.write(2, line)
-            except Exception:
-                self.handleError(record)
-
-    handler, basic_config = HostHandler(), logging.basicConfig
+    handler, basic_config = logging.StreamHandler(sys.__stderr__), logging.basicConfig
+    handler.format = partial(_log_line, logging.Formatter())
     root.addHandler(handler)
     root.setLevel(level)
 
@@ -4482,7 +4467,7 @@ def _set_up_logging(logging: Any, level: int) -> None:
     logging.basicConfig = basicConfig
 
 
-def _log_line(record: Any, formatter: Any) -> bytes:
+def _log_line(formatter: Any, record: Any) -> str:
     datetime = _import("datetime")
     when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
     level = next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace")
@@ -4495,7 +4480,7 @@ def _log_line(record: Any, formatter: Any) -> bytes:
         fields["@traceback"] = "\n".join(filter(None, trace))
     known = _standard_fields()
     fields.update((key, value) for key, value in vars(record).items() if key not in known and not key.startswith("@"))
-    return json.dumps(fields, default=repr, skipkeys=True).encode() + b"\n"
+    return json.dumps(fields, default=repr, skipkeys=True)
 
 
 def _standard_fields() -> set[str]:
