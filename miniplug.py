@@ -4241,8 +4241,8 @@ class _Server:
         self._threads: list[threading.Thread] = []  # that attend to those who have come through the door
         self._hosts = 0  # how many are there
         self._attended = False  # whether one has been
-        self._grace: float | None = None  # in seconds, once it is to end
-        self._over = threading.Event()
+        self._grace = _GRACE  # in seconds, that the calls have and what is served
+        self._over = threading.Event()  # set once it is to end
 
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
         """Run the handshake. From now on this host counts as one that is there: it may know before this side that it is in."""
@@ -4266,10 +4266,8 @@ class _Server:
 
     def listen(self, address: str, key: bytes) -> None:
         """Let hosts attach. They need no cookie: it is not they who start this program."""
-        def greet(channel: _Channel, address: str) -> _Terms:
-            return self.greet(channel, address, key, {"matches": True})
-
-        self._door = _Door(greet, self._arrived, address, stays=True)
+        self._door = _Door(lambda channel, address: self.greet(channel, address, key, {"matches": True}),
+                           self._arrived, address, stays=True)
         address = self._door.listener.address
         self.config.update(network=_transport(address), address=address, authkey=key.hex(), pid=os.getpid(),
                            protocol_version=max((each for each in self._served if each is not None), default=1))
@@ -4287,9 +4285,7 @@ class _Server:
         gone = _outlet() if self.stays else None
         try:
             channel = _connect(address, _HELLO_SECONDS)
-            if len(key) != 64:
-                raise ValueError(f"{_AUTHKEY} is no key of 64 hexadecimal digits")
-            terms = self.greet(channel, address, bytes.fromhex(key), cookie)
+            terms = self.greet(channel, address, _checked_key(key), cookie)
         except HandshakeError as error:
             sys.exit(f"miniplug: the host refused this plugin: {error}")
         except (OSError, EOFError, ValueError, PluginError) as error:
@@ -4308,7 +4304,7 @@ class _Server:
 
         served = self._served.get(terms.protocol_version) or self._served[None]
         with self._lock:
-            if self._grace is not None:
+            if self._over.is_set():
                 channel.close()
                 return None
             session = _open_session(channel, terms, self._max_message, served, lost, True, self._slots)
@@ -4319,13 +4315,13 @@ class _Server:
         if session.closing >= 0:
             self.stop(session.closing)
         self._leave()
-        if self._grace is None:  # else `close` does that
+        if not self._over.is_set():  # else `close` does that
             self._part([session])
         return session.cause
 
     def _part(self, sessions: list[_Session], served: Iterable[_Served] = ()) -> None:
         """Give the calls that run the time they have, and let go of sessions, and then of what is served."""
-        deadline = time.monotonic() + (_GRACE if self._grace is None else self._grace) / 2
+        deadline = time.monotonic() + self._grace / 2
         for session in sessions:
             session.drain(_left(deadline))
             session.references.close()
@@ -4338,11 +4334,11 @@ class _Server:
     def stop(self, grace: float = _GRACE) -> None:
         """Tell the hosts' sessions, and whoever waits, that it is over; `close` does the rest."""
         with self._lock:
-            self._grace = grace if self._grace is None else self._grace
+            self._grace = self._grace if self._over.is_set() else grace
+            self._over.set()
             sessions = list(self._sessions)
         for session in sessions:
             session.stop(self._grace)
-        self._over.set()
 
     def wait(self) -> None:
         while not self._over.wait(0.5):
