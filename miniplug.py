@@ -1492,7 +1492,8 @@ def _remove_stale(path: str, seconds: float = 0.0) -> None:
             except ConnectionRefusedError:
                 os.unlink(path)
                 folder = os.path.dirname(path)
-                if os.path.basename(folder).startswith("miniplug-"):
+                name = os.path.basename(folder)
+                if name.startswith("miniplug-") and len(name) == len(_folder_name()):  # not one of the user's
                     os.rmdir(folder)
     except OSError:
         pass  # there is nothing, or somebody else was quicker
