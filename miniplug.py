@@ -1102,7 +1102,7 @@ class _SocketChannel(_Channel):
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # chunks that have come, where in the first of them the next frame begins, and, if that one is long and read into
-        # place, [its file, a view of it, its size, [how much has come, ...]]
+        # place, [its file, its size, [how much has come, ...]]
         self.state = ([], 0, [])
 
     def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
@@ -1148,27 +1148,25 @@ class _SocketChannel(_Channel):
     def _begin_large(self, begun: bytes, size: int) -> None:
         """Have the rest of a frame read into place: a file in memory gives its bytes away without a copy."""
         file = io.BytesIO(bytes(size))
-        view = file.getbuffer()
-        view[: len(begun)] = begun
-        self.state = ([begun], 0, [file, view, size, [len(begun)]])  # not empty: this is not the usual case
+        with file.getbuffer() as view:
+            view[: len(begun)] = begun
+        self.state = ([begun], 0, [file, size, [len(begun)]])  # not empty: this is not the usual case
 
     def _recv_large(self, deadline: float | None) -> bytes | None:
-        file, view, size, counts = self.state[2]
+        file, size, counts = self.state[2]
         while sum(counts) < size:
             if not self._await(deadline):
                 return None
-            with view[sum(counts) :] as rest:
+            with file.getbuffer() as view, view[sum(counts) :] as rest:
                 counts.extend(map(self.sock.recv_into, (rest,)))
             if not counts[-1]:
                 raise EOFError
-        view.release()
         self.next, self.more = ([], 0, []), False
         return file.getvalue()  # type: ignore[no-any-return]
 
     def _await(self, deadline: float | None) -> bool:
         """Wait until something has come, what was posted being sent meanwhile. False past the deadline."""
-        if self._posted:
-            self.flush()
+        self.flush()
         return deadline is None or _wait_for(self.sock, False, deadline)
 
     def send_now(self, frame: bytes) -> bool:
@@ -1227,9 +1225,7 @@ class _SocketChannel(_Channel):
 
     def close(self) -> None:
         self.shutdown()
-        large, self.state = self.state[2], ([b""], 0, [])
-        if large:
-            large[1].release()  # the collector may take the file first, which must not be while there is a view of it
+        self.state = ([b""], 0, [])
         with self._sending:
             try:
                 self.sock.close()
