@@ -1062,11 +1062,9 @@ class _Channel:
         begun is never given up."""
         holds: list[bool] = []
         try:
-            holds.extend(map(self._sending.acquire, (False,)))
-            if deadline != 0.0 and not holds[0]:
-                if self.is_writing():
-                    return self._posted.extend(chunks)  # that one sends it as well
-                holds[:] = map(self._sending.acquire, (True,), (_left(deadline),))
+            if self._sending.locked() and self.is_writing():
+                return self._posted.extend(chunks)  # that one sends it as well
+            holds.extend(map(self._sending.acquire, (True,), (_left(deadline),)))
             if not holds[0]:
                 raise TimeoutError
             self._batch[0].extend(chunks)
