@@ -977,7 +977,7 @@ _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _A_WHILE = 0.1  # seconds of waiting after which a thread looks whether it waits for itself
 _FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
 _TOGETHER = 64  # so many frames at most leave with one system call
-_POSTED_LIMIT = 10000  # small messages that a peer who never reads may leave here before it is given up
+_POSTED_LIMIT = 1 << 18  # chunks, twice those of the longest message, that a peer who never reads may leave here
 
 
 def _left(deadline: float | None) -> float:
@@ -992,8 +992,8 @@ class _Channel:
 
     def __init__(self) -> None:
         self._sending = threading.Lock()  # held by whoever writes
-        self._batch: tuple[list[_Bytes], list[int]] = ([], [])  # what is being written, and how many bytes of it have been
-        self._posted: deque[_Bytes] = deque()  # for whoever writes next
+        self._posted: deque[_Bytes] = deque()  # what is to be written, by whoever does next
+        self._sent: list[Any] = []  # how far the writing is, of the first of them
         self.state: Any = None  # how far the reading is; and how far once the frame that recv returned is taken: who is done
         self.next: Any = None  # with a frame sets the one to the other
         self.more = False  # whether more has come, for sure, behind the frame that recv returned
@@ -1048,7 +1048,7 @@ class _Channel:
 
     def flush(self) -> None:
         """Send what was posted, without waiting."""
-        while (self._posted or self._batch[0]) and not self._sending.locked():
+        while self._posted and not self._sending.locked():
             try:
                 self._write([], 0.0)
             except TimeoutError:  # a thread goes on with it
@@ -1058,27 +1058,27 @@ class _Channel:
                 return
 
     def _write(self, chunks: list[_Bytes], deadline: float | None) -> None:
-        """Write the chunks and what was posted, or raise TimeoutError: a deadline of 0 is not to wait at all. A batch once
-        begun is never given up."""
+        """Write what was posted and the chunks, or raise TimeoutError: a deadline of 0 is not to wait at all. What has
+        been taken up is never given up."""
         holds: list[bool] = []
+        late = False  # whether it ends before that, by the deadline or Ctrl-C
         try:
             if self._sending.locked() and self.is_writing():
                 return self._posted.extend(chunks)  # that one sends it as well
             holds.extend(map(self._sending.acquire, (True,), (_left(deadline),)))
             if not holds[0]:
                 raise TimeoutError
-            self._batch[0].extend(chunks)
-            while self._batch[0] or self._posted:
-                self._batch[0].extend(itertools.starmap(self._posted.popleft, itertools.repeat((), len(self._posted))))
-                self._put(deadline)
-            return None
+            late = True
+            self._posted.extend(chunks)
+            self._put(deadline)
+            late = False
         except OSError as error:
-            if not isinstance(error, TimeoutError):
-                self._batch = ([], [])  # the connection is broken
+            if not isinstance(error, TimeoutError):  # the connection is broken
+                late, self._sent = False, []
+                self._posted.clear()
             raise
         finally:
             if holds and holds[0]:
-                late = self._batch[0] != []  # or Ctrl-C, for which a call of bool() would be a moment to strike
                 self._sending.release()
                 if late:
                     _start_thread("miniplug-send", self.send_small)
@@ -1172,13 +1172,12 @@ class _SocketChannel(_Channel):
             return False
         try:
             with self._sending:
-                chunks = self._batch[0]
-                if chunks:
+                if self._posted:
                     return False
                 sent = self.sock.send(frame, _DONT_WAIT)
                 if sent != len(frame):
-                    chunks.append(frame[sent:])
-            if chunks or self._posted:
+                    self._posted.appendleft(frame[sent:])
+            if self._posted:
                 self.flush()
         except BlockingIOError:
             return False
@@ -1195,20 +1194,16 @@ class _SocketChannel(_Channel):
         return chunks
 
     def _put(self, deadline: float | None) -> None:
-        chunks, sent = self._batch
         flags = 0 if deadline is None else _DONT_WAIT
-        while chunks:
-            whole, part = 0, sum(sent)  # what has been sent already
-            while whole < len(chunks) and part >= len(chunks[whole]):
-                part -= len(chunks[whole])
-                whole += 1
-            chunks, sent = chunks[whole:], []
-            if part:
-                chunks[0] = memoryview(chunks[0])[part:]
-            self._batch = (chunks, sent)
+        while self._posted:
+            self._sent = [sum(self._sent)]
+            if self._sent[0] >= len(self._posted[0]):  # it is taken out and counted in one step
+                self._sent.extend(map(int.__neg__, map(len, itertools.starmap(self._posted.popleft, ((),)))))
+                continue
+            chunks = [self._posted[index] for index in range(min(len(self._posted), _TOGETHER))]
+            chunks[0] = memoryview(chunks[0])[self._sent[0] :]
             try:
-                if chunks:
-                    sent.extend(map(self.sock.sendmsg, (chunks[:_TOGETHER],), ((),), (flags,)))
+                self._sent.extend(map(self.sock.sendmsg, (chunks,), ((),), (flags,)))
             except BlockingIOError:
                 if not _wait_for(self.sock, True, deadline):
                     raise TimeoutError from None
@@ -1266,7 +1261,7 @@ class _PipeChannel(_Channel):
                 self.next = (b"", self._FIRST, [])
                 return bytes(come)
             try:
-                if not self._begun(reading, api.ReadFile, size, deadline):
+                if not self._begun(reading, api.ReadFile, (size,), deadline):
                     return None
                 _, error = reading[0][0].GetOverlappedResult(True)
                 rest = self._left_of_message() if error == api.ERROR_MORE_DATA else 0
@@ -1278,19 +1273,19 @@ class _PipeChannel(_Channel):
             self.state = (come, rest, [] if rest else None)
 
     def _put(self, deadline: float | None) -> None:
-        while self._batch[0]:
-            writing: list[Any] = self._batch[1]
-            if not self._begun(writing, _import("_winapi").WriteFile, self._batch[0][0], deadline):
+        while self._posted or self._sent:
+            first = itertools.starmap(self._posted.popleft, ((),))
+            if not self._begun(self._sent, _import("_winapi").WriteFile, first, deadline):
                 raise TimeoutError
-            writing[0][0].GetOverlappedResult(True)
-            self._batch = (self._batch[0][1:], [])
+            self._sent[0][0].GetOverlappedResult(True)
+            self._sent = []
 
-    def _begun(self, under_way: list[Any], function: Callable[..., Any], what: Any, deadline: float | None) -> bool:
-        """Begin a read or write, unless one is under way, and wait until it is done. False past the deadline; raises
-        BrokenPipeError if the connection is or has been ended here."""
+    def _begun(self, under_way: list[Any], function: Callable[..., Any], what: Iterable[Any], deadline: float | None) -> bool:
+        """Begin a read or write, of what is taken out of `what` in the same step, unless one is under way; and wait until it is
+        done. False past the deadline; raises BrokenPipeError if the connection is or has been ended here."""
         api = _import("_winapi")
         if not under_way:
-            self._use(lambda handle: under_way.extend(map(function, (handle,), (what,), (True,))))
+            self._use(lambda handle: under_way.extend(map(function, (handle,), what, (True,))))
         while under_way[0][1] == api.ERROR_IO_PENDING:
             wait = api.INFINITE if deadline is None else int(_left(deadline) * 1000 + 0.999)
             try:
@@ -1325,8 +1320,7 @@ class _PipeChannel(_Channel):
             connection = self._connection.pop()
         except IndexError:
             return  # somebody else does, or has
-        under_way: list[Any] = self._batch[1]
-        for operation, _ in [*(self.state[2] or ()), *under_way]:
+        for operation, _ in [*(self.state[2] or ()), *self._sent]:
             try:
                 operation.cancel()
                 operation.GetOverlappedResult(True)
