@@ -289,16 +289,9 @@ _HEAP = 1 << 9  # the flag of a class that a class statement made
 _ERROR_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "path")
 
 
-class _Undecodable(NotSerializable):
-    """What arrived is well-formed, and yet its value cannot be made here. That fails one call, not the session."""
-
-    def told(self) -> PluginError:
-        """What whoever made the call gets."""
-        if isinstance(self.__cause__, (DeadReference, MethodNotFound)):
-            return self.__cause__
-        error = NotSerializable(str(self))
-        error.__cause__ = self.__cause__
-        return error
+class _Undecodable(Exception):
+    """What arrived is well-formed, and yet its value cannot be made here, for the reason that is its argument. That fails one
+    call, not the session."""
 
 
 def _call(path: str, *arguments: Any) -> Any:
@@ -324,7 +317,7 @@ def _make_array(state: list[Any]) -> Any:
     if type(data) is not bytes or order not in ("little", "big"):
         raise ValueError("an array is a letter, the size of an item, the byte order, and bytes")
     if code not in _import("array").typecodes or _call("array.array", code).itemsize != size:
-        raise _Undecodable(f"an array of {code!r} with items of {size} bytes is not to be had here")
+        raise NotSerializable(f"an array of {code!r} with items of {size} bytes is not to be had here")
     array = _call("array.array", code, data)
     if order != sys.byteorder:
         array.byteswap()
@@ -345,7 +338,7 @@ def _make_zone(key: str) -> Any:
     try:
         return _call("zoneinfo.ZoneInfo", key)
     except (ImportError, LookupError, OSError) as error:  # Python 3.8, or no tzdata
-        raise _Undecodable(f"the time zone {key!r} is not to be had here: {error!r}") from None
+        raise NotSerializable(f"the time zone {key!r} is not to be had here: {error!r}") from None
 
 
 def _make_fraction(state: list[Any]) -> Any:
@@ -363,14 +356,14 @@ def _make_registered(state: list[Any]) -> Any:
     if type(name) is not str:
         raise ValueError("a registered type goes by its name")
     if name not in _registered:
-        raise _Undecodable(f"a value of the type {name!r} has come, which is not registered here: "
-                           "both sides have to call miniplug.register for it")
+        raise NotSerializable(f"a value of the type {name!r} has come, which is not registered here: "
+                              "both sides have to call miniplug.register for it")
     try:
         return _registered[name][1](held)
     except BaseException as error:
         if _is_ctrl_c(error):
             raise
-        raise _Undecodable(f"a value of the registered type {name!r} cannot be made from what came: {error!r}") from error
+        raise NotSerializable(f"a value of the registered type {name!r} cannot be made from what came: {error!r}") from error
 
 
 # A type, what its state is on the wire, what gives that (to be packed in turn), and the way back from it. A path of the
@@ -761,10 +754,8 @@ class _Codec:
         try:
             self._buffers = dict(enumerate(buffers)) if buffers else {}
             return self._read(data, tagged)
-        except _Undecodable:
-            raise
-        except (DeadReference, MethodNotFound) as error:  # what comes home is no longer there
-            raise _Undecodable(str(error)) from error
+        except (NotSerializable, DeadReference, MethodNotFound) as error:  # the latter two of what comes home
+            raise _Undecodable(error) from error
         except Exception as error:
             if isinstance(error, RecursionError) and _is_deep():
                 raise  # it is the caller's stack that is full
@@ -883,7 +874,7 @@ def _encode_error(error: BaseException, own: bool = False, bare: bool = False) -
     """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: no more than its type
     and as much of its text as goes into any message."""
     if type(error) is _Undecodable:
-        error = error.told()
+        error = error.args[0]
     kind = type(error)
     try:
         message = str(error)
@@ -2660,7 +2651,7 @@ class _Session:
             if kind == _ITEM:
                 self.post(_CANCEL, number)
             if kind not in (_CALL, _NOTIFY):
-                kind, error = _ERROR, error.told()  # type: ignore[assignment]
+                kind, error = _ERROR, error.args[0]
             value = error
         self._half = _Message(kind, flags, number, parent, value)
         self._partial = None
