@@ -266,6 +266,14 @@ def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threadin
     return thread
 
 
+def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
+    """Call a function in a thread of its own, or here if there is none to be had."""
+    try:
+        _start_thread(name, function, *args)
+    except RuntimeError:
+        function(*args)
+
+
 # === 2. codec ===========================================================================================
 #
 # JSON that keeps Python's types. What JSON has goes as it is, written by the json module's own encoder in C. What it has
@@ -281,16 +289,9 @@ _HEAP = 1 << 9  # the flag of a class that a class statement made
 _ERROR_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "path")
 
 
-class _Undecodable(NotSerializable):
-    """What arrived is well-formed, and yet its value cannot be made here. That fails one call, not the session."""
-
-    def told(self) -> PluginError:
-        """What whoever made the call gets."""
-        if isinstance(self.__cause__, (DeadReference, MethodNotFound)):
-            return self.__cause__
-        error = NotSerializable(str(self))
-        error.__cause__ = self.__cause__
-        return error
+class _Undecodable(Exception):
+    """What arrived is well-formed, and yet its value cannot be made here, for the reason that is its argument. That fails one
+    call, not the session."""
 
 
 def _call(path: str, *arguments: Any) -> Any:
@@ -316,7 +317,7 @@ def _make_array(state: list[Any]) -> Any:
     if type(data) is not bytes or order not in ("little", "big"):
         raise ValueError("an array is a letter, the size of an item, the byte order, and bytes")
     if code not in _import("array").typecodes or _call("array.array", code).itemsize != size:
-        raise _Undecodable(f"an array of {code!r} with items of {size} bytes is not to be had here")
+        raise NotSerializable(f"an array of {code!r} with items of {size} bytes is not to be had here")
     array = _call("array.array", code, data)
     if order != sys.byteorder:
         array.byteswap()
@@ -337,7 +338,7 @@ def _make_zone(key: str) -> Any:
     try:
         return _call("zoneinfo.ZoneInfo", key)
     except (ImportError, LookupError, OSError) as error:  # Python 3.8, or no tzdata
-        raise _Undecodable(f"the time zone {key!r} is not to be had here: {error!r}") from None
+        raise NotSerializable(f"the time zone {key!r} is not to be had here: {error!r}") from None
 
 
 def _make_fraction(state: list[Any]) -> Any:
@@ -355,14 +356,14 @@ def _make_registered(state: list[Any]) -> Any:
     if type(name) is not str:
         raise ValueError("a registered type goes by its name")
     if name not in _registered:
-        raise _Undecodable(f"a value of the type {name!r} has come, which is not registered here: "
-                           "both sides have to call miniplug.register for it")
+        raise NotSerializable(f"a value of the type {name!r} has come, which is not registered here: "
+                              "both sides have to call miniplug.register for it")
     try:
         return _registered[name][1](held)
     except BaseException as error:
         if _is_ctrl_c(error):
             raise
-        raise _Undecodable(f"a value of the registered type {name!r} cannot be made from what came: {error!r}") from error
+        raise NotSerializable(f"a value of the registered type {name!r} cannot be made from what came: {error!r}") from error
 
 
 # A type, what its state is on the wire, what gives that (to be packed in turn), and the way back from it. A path of the
@@ -569,7 +570,7 @@ class _Packer:
     """Turns one value into what JSON keeps: itself where it `is_plain`, else a tagged copy.
 
     `buffers` collects the bytes that go beside the message, `lent` the numbers of what was lent; `tagged` says whether
-    there is any tag. What cannot travel raises NotSerializable, and `refusal` then knows where that was.
+    there is any tag. A place in the value is a label, or (the place of what holds it, how a part is called, its index or key).
     """
 
     def __init__(self, lend: Callable[[Any, list[int]], tuple[str, Any] | None], is_plain: Callable[[Any], bool]) -> None:
@@ -578,71 +579,66 @@ class _Packer:
         self.tagged = False
         self._lend = lend
         self._is_plain = is_plain
-        self._culprit: Any = None
-        self._trail: list[tuple[str, Any]] = []  # from the culprit out: how a part is called, and its index or key
 
-    def __call__(self, value: Any) -> Any:
+    def pack(self, value: Any, place: Any) -> Any:
+        """Raises NotSerializable for what cannot travel."""
         if self._is_plain(value):
             return value
         kind = type(value)
         if kind is list:
-            return self._all("{}[{}]", range(len(value)), value)
+            return [self.pack(part, (place, "{}[{}]", index)) for index, part in enumerate(value)]
         if kind is dict:
-            return self._mapping("{}[{!r}]", value)
-        self._culprit = value
-        tag, state = self._taken_apart(value, kind)
+            return self._mapping(value, place, "{}[{!r}]")
+        tag, state = self._taken_apart(value, place)
         self.tagged = True
         if tag == "$type" and type(state[1]) is dict:
-            return {tag: [state[0], self._mapping("{}.{}", state[1])]}
+            return {tag: [state[0], self._mapping(state[1], place, "{}.{}")]}
         if tag != "$bytes" and tag != "$bytearray":
-            return {tag: self(state)}
+            return {tag: self.pack(state, place)}
         if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
             return {tag: _base64(state)}
         self.buffers.append(state)
         return {tag: len(self.buffers) - 1}
 
-    def _taken_apart(self, value: Any, kind: type) -> tuple[str, Any]:
+    def _taken_apart(self, value: Any, place: Any) -> tuple[str, Any]:
         """The tag and state of what JSON does not have."""
-        way = _way_of(kind)
+        way = _way_of(type(value))
         try:
             reduced = (way[0], way[1](value)) if way else self._lend(value, self.lent)
-        except (NotSerializable, RecursionError):
+        except RecursionError:
             raise
+        except NotSerializable as error:
+            raise _refusal(value, place, str(error)) from error.__cause__
         except Exception as error:
-            raise NotSerializable(f"its state could not be told: {error!r}") from error
+            raise _refusal(value, place, f"its state could not be told: {error!r}") from error
         if reduced is None:
-            raise NotSerializable
+            raise _refusal(value, place)
         return reduced
 
-    def _all(self, place: str, keys: Iterable[Any], parts: Iterable[Any]) -> list[Any]:
-        packed: list[Any] = []
-        try:
-            for part in parts:
-                packed.append(self(part))  # noqa: PERF401 -- how many there are tells the place
-        except NotSerializable:
-            self._trail.append((place, [*keys][len(packed)]))
-            raise
-        return packed
-
-    def _mapping(self, place: str, value: dict[Any, Any]) -> Any:
+    def _mapping(self, value: dict[Any, Any], place: Any, form: str) -> Any:
         if _has_plain_keys(value) and (self._is_plain is _is_plain or all(map(_is_plain_atom, value))):
-            return dict(zip(value, self._all(place, value, value.values())))
+            return {key: self.pack(part, (place, form, key)) for key, part in value.items()}
         self.tagged = True
-        keys = self._all("a key of {}", value, value)
-        return {"$dict": [list(pair) for pair in zip(keys, self._all(place, value, value.values()))]}
+        return {"$dict": [[self.pack(key, (place, "a key of {}", key)), self.pack(part, (place, form, key))]
+                          for key, part in value.items()]}
 
-    def refusal(self, label: str, why: str) -> NotSerializable:
-        """The error that names the place."""
-        path = label
-        for place, key in reversed(self._trail):
-            try:
-                path = place.format(path, key)
-            except Exception:  # a __repr__ that fails
-                path = place.format(path, "?")
-        path = path.replace("call[2]", "args", 1).replace("call[3]", "kwargs", 1)
-        kind = type(self._culprit)
-        name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
-        return NotSerializable(f"{path} is of type {name}: {why or _advice(kind)}", path=path, type_name=name)
+
+def _refusal(value: Any, place: Any, why: str = "") -> NotSerializable:
+    """The error that names the place of what cannot travel."""
+    path = _path(place).replace("call[2]", "args", 1).replace("call[3]", "kwargs", 1)
+    kind = type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
+    return NotSerializable(f"{path} is of type {name}: {why or _advice(kind)}", path=path, type_name=name)
+
+
+def _path(place: Any) -> str:
+    if type(place) is str:
+        return place
+    holder, form, key = place
+    try:
+        return str(form.format(_path(holder), key))
+    except Exception:  # a __repr__ that fails
+        return str(form.format(_path(holder), "?"))
 
 
 def _advice(kind: type) -> str:
@@ -738,15 +734,13 @@ class _Codec:
         return self.dumps_short([target, method, list(args), kwargs], "call")
 
     def _pack(self, value: Any, label: str, is_plain: Callable[[Any], bool]) -> _Content:
-        pack = _Packer(self._lend, is_plain)
+        packer = _Packer(self._lend, is_plain)
         try:
-            return self._write(pack(value)), pack.buffers, pack.tagged, pack.lent
+            return self._write(packer.pack(value, label)), packer.buffers, packer.tagged, packer.lent
         except BaseException as error:
-            self._unlend(pack.lent)
+            self._unlend(packer.lent)
             if isinstance(error, RecursionError) and not _is_deep():
                 raise NotSerializable(f"{label} is nested too deeply, or contains itself", path=label) from None
-            if isinstance(error, NotSerializable):
-                raise pack.refusal(label, str(error)) from error.__cause__
             raise
 
     def join(self, values: Sequence[bytes]) -> bytes:
@@ -760,10 +754,8 @@ class _Codec:
         try:
             self._buffers = dict(enumerate(buffers)) if buffers else {}
             return self._read(data, tagged)
-        except _Undecodable:
-            raise
-        except (DeadReference, MethodNotFound) as error:  # what comes home is no longer there
-            raise _Undecodable(str(error)) from error
+        except (NotSerializable, DeadReference, MethodNotFound) as error:  # the latter two of what comes home
+            raise _Undecodable(error) from error
         except Exception as error:
             if isinstance(error, RecursionError) and _is_deep():
                 raise  # it is the caller's stack that is full
@@ -841,8 +833,7 @@ class _PickleCodec(_Codec):
     def loads_plain(self, data: bytes) -> Any:
         return self.loads(data, [], False) if data else None
 
-    def dumps_short(self, value: Any, label: str) -> bytes | _Content:
-        return self.dumps(value, label)
+    dumps_short = _Codec.dumps
 
     def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bytes | _Content:
         return self.dumps([target, method, list(args), kwargs], "call")
@@ -883,7 +874,7 @@ def _encode_error(error: BaseException, own: bool = False, bare: bool = False) -
     """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: no more than its type
     and as much of its text as goes into any message."""
     if type(error) is _Undecodable:
-        error = error.told()
+        error = error.args[0]
     kind = type(error)
     try:
         message = str(error)
@@ -971,14 +962,13 @@ def _raised_error(body: Mapping[str, Any], state: Mapping[str, Any], message: st
 # frame stays the next one until the channel's `state` is set to its `next`.
 
 _LENGTH = struct.Struct("!i")
-_LONG_LENGTH = struct.Struct("!iQ")
+_LONG = b"\xff\xff\xff\xff"  # a length of -1: the 8 bytes behind it are the length
 _READ_SIZE = 1 << 16
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
-_SMALL = 1 << 12  # a frame up to this long is written in one piece, or not at all
 _A_WHILE = 0.1  # seconds of waiting after which a thread looks whether it waits for itself
 _FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
 _TOGETHER = 64  # so many frames at most leave with one system call
-_POSTED_LIMIT = 10000  # small messages that a peer who never reads may leave here before it is given up
+_POSTED_LIMIT = 1 << 18  # chunks, twice those of the longest message, that a peer who never reads may leave here
 
 
 def _left(deadline: float | None) -> float:
@@ -993,8 +983,8 @@ class _Channel:
 
     def __init__(self) -> None:
         self._sending = threading.Lock()  # held by whoever writes
-        self._batch: tuple[list[_Bytes], list[int]] = ([], [])  # what is being written, and how many bytes of it have been
-        self._posted: deque[list[_Bytes]] = deque()  # frames for whoever writes next
+        self._posted: deque[_Bytes] = deque()  # what is to be written, by whoever does next
+        self._sent: list[Any] = []  # how far the writing is, of the first of them
         self.state: Any = None  # how far the reading is; and how far once the frame that recv returned is taken: who is done
         self.next: Any = None  # with a frame sets the one to the other
         self.more = False  # whether more has come, for sure, behind the frame that recv returned
@@ -1022,80 +1012,71 @@ class _Channel:
     def send(self, frames: Sequence[_Bytes], deadline: float | None = None) -> None:
         """Send frames, whole and together. Past the deadline raises TimeoutError, and what has begun is finished
         behind the caller. Raises OSError when the connection is broken."""
-        self._write(self._wire(frames), True, deadline)
-        if self._posted:
-            self.flush()  # what was posted just before the lock was free again
-
-    def send_small(self, frame: bytes) -> None:
-        """Send a frame of at most _SMALL bytes, with its length before it if it is to be `prefixed`. If the connection is
-        broken, it is ended: what had come before is still received."""
-        try:
-            self.send([frame])
-        except OSError:
-            self.shutdown()
+        self._write(self._wire(frames), deadline)
+        self.flush()  # what was posted just before the lock was free again
 
     def send_now(self, frame: bytes) -> bool:
-        """The same without waiting: a reader calls this. False if it cannot go at once, and has not."""
+        """Send a short frame, with its length before it if it is to be `prefixed`, without waiting. False if it cannot go at
+        once, and has not. If the connection is broken, it is ended: what had come before is still received."""
         return False
+
+    def send_small(self, *frames: bytes) -> None:
+        """The same with waiting, for what `send_now` has not sent. Without a frame: go on with what has begun."""
+        try:
+            self._write(list(frames), None)
+            self.flush()
+        except OSError:
+            self.shutdown()
 
     def post(self, frames: Sequence[_Bytes], later: bool = False) -> None:
         """Send frames without waiting: a reader calls this. What cannot go now goes with what is sent next. `later`: so does
         this, or with the next `flush`."""
-        self._posted.append(self._wire(frames))
+        self._posted.extend(self._wire(frames))
         if len(self._posted) > _POSTED_LIMIT:
             self.shutdown()
-        if not later or len(self._posted) % _TOGETHER == 0:
+        if not later or len(self._posted) >= _TOGETHER:
             self.flush()
 
     def flush(self) -> None:
         """Send what was posted, without waiting."""
         while self._posted and not self._sending.locked():
             try:
-                self._write([], False, 0.0)
+                self._write([], 0.0)
             except TimeoutError:  # a thread goes on with it
                 return
             except OSError:
                 self.shutdown()
                 return
 
-    def _write(self, chunks: list[_Bytes], wait: bool, deadline: float | None) -> None:
-        """Write the chunks and what was posted, or raise TimeoutError. A batch once begun is never given up."""
+    def _write(self, chunks: list[_Bytes], deadline: float | None) -> None:
+        """Write what was posted and the chunks, or raise TimeoutError: a deadline of 0 is not to wait at all. What has
+        been taken up is never given up."""
         holds: list[bool] = []
+        late = False  # whether it ends before that, by the deadline or Ctrl-C
         try:
-            holds.extend(map(self._sending.acquire, (False,)))
-            if wait and not holds[0]:
-                if self.is_writing():
-                    return self._posted.append(chunks)  # that one sends it as well
-                holds[:] = map(self._sending.acquire, (True,), (_left(deadline),))
+            if self._sending.locked() and self.is_writing():
+                return self._posted.extend(chunks)  # that one sends it as well
+            holds.extend(map(self._sending.acquire, (True,), (_left(deadline),)))
             if not holds[0]:
                 raise TimeoutError
-            self._batch[0].extend(chunks)
+            late = True
+            self._posted.extend(chunks)
             self._put(deadline)
-            while self._posted:
-                together = itertools.repeat((), min(len(self._posted), _TOGETHER))
-                self._batch[0].extend(itertools.chain.from_iterable(itertools.starmap(self._posted.popleft, together)))
-                self._put(deadline)
-            return None
+            late = False
         except OSError as error:
-            if not isinstance(error, TimeoutError):
-                self._batch = ([], [])  # the connection is broken
+            if not isinstance(error, TimeoutError):  # the connection is broken
+                late, self._sent = False, []
+                self._posted.clear()
             raise
         finally:
             if holds and holds[0]:
-                late = self._batch[0] != []  # or Ctrl-C, for which a call of bool() would be a moment to strike
                 self._sending.release()
                 if late:
-                    _start_thread("miniplug-send", self._finish)
+                    _start_thread("miniplug-send", self.send_small)
 
     def is_writing(self) -> bool:
         """Whether this thread is in the midst of writing, further down than the caller."""
-        return _innermost(sys._getframe(2), [_Channel._write, type(self).send_small, type(self).send_now], self) is not None
-
-    def _finish(self) -> None:
-        try:
-            self._write([], True, None)
-        except OSError:
-            self.shutdown()
+        return _innermost(sys._getframe(2), [_Channel._write, type(self).send_now], self) is not None
 
 
 class _SocketChannel(_Channel):
@@ -1110,7 +1091,7 @@ class _SocketChannel(_Channel):
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # chunks that have come, where in the first of them the next frame begins, and, if that one is long and read into
-        # place, [its file, a view of it, its size, [how much has come, ...]]
+        # place, [its file, its size, [how much has come, ...]]
         self.state = ([], 0, [])
 
     def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
@@ -1135,86 +1116,60 @@ class _SocketChannel(_Channel):
                 come, at = [come[0][at:] + b"".join(come[1:])], 0
                 self.state = (come, at, [])
             data = come[0] if come else b""
-            prefix, size = self._next_size(data, at, limit)
-            end = at + prefix + size
-            if size >= 0 and end <= len(data):
-                self.more = end < len(data)
-                self.next = (come[:], end, []) if self.more else ([], 0, [])
-                return data[at + prefix : end]
-            if size > _READ_SIZE:
-                self._begin_large(data[at + prefix :], size)
-            elif not self._await(deadline):
+            start = at + (12 if data.startswith(_LONG, at) else 4)
+            if start <= len(data):
+                size = int.from_bytes(data[at:start][-8:], "big", signed=True)
+                if not 0 <= size <= limit:
+                    raise ProtocolError(f"a frame of {size} bytes, where at most {limit} are allowed")
+                end = start + size
+                if end <= len(data):
+                    self.more = end < len(data)
+                    self.next = (come[:], end, []) if self.more else ([], 0, [])
+                    return data[start:end]
+                if size > _READ_SIZE:
+                    self._begin_large(data[start:], size)
+                    continue
+            if not self._await(deadline):
                 return None
-            else:
-                come.extend(map(self.sock.recv, (_READ_SIZE,)))
+            come.extend(map(self.sock.recv, (_READ_SIZE,)))
         return self._recv_large(deadline)
-
-    @staticmethod
-    def _next_size(data: bytes, at: int, limit: int) -> tuple[int, int]:
-        """The lengths of the next frame's prefix and content; -1 while too little of it is here to know."""
-        here = len(data) - at
-        if here < 4:
-            return 4, -1
-        prefix, (size,) = 4, _LENGTH.unpack_from(data, at)
-        if size == -1:
-            if here < 12:
-                return 12, -1
-            prefix, (_, size) = 12, _LONG_LENGTH.unpack_from(data, at)
-        if not 0 <= size <= limit:
-            raise ProtocolError(f"a frame of {size} bytes, where at most {limit} are allowed")
-        return prefix, size
 
     def _begin_large(self, begun: bytes, size: int) -> None:
         """Have the rest of a frame read into place: a file in memory gives its bytes away without a copy."""
         file = io.BytesIO(bytes(size))
-        view = file.getbuffer()
-        view[: len(begun)] = begun
-        self.state = ([begun], 0, [file, view, size, [len(begun)]])  # not empty: this is not the usual case
+        with file.getbuffer() as view:
+            view[: len(begun)] = begun
+        self.state = ([begun], 0, [file, size, [len(begun)]])  # not empty: this is not the usual case
 
     def _recv_large(self, deadline: float | None) -> bytes | None:
-        file, view, size, counts = self.state[2]
+        file, size, counts = self.state[2]
         while sum(counts) < size:
             if not self._await(deadline):
                 return None
-            with view[sum(counts) :] as rest:
+            with file.getbuffer() as view, view[sum(counts) :] as rest:
                 counts.extend(map(self.sock.recv_into, (rest,)))
             if not counts[-1]:
                 raise EOFError
-        view.release()
         self.next, self.more = ([], 0, []), False
         return file.getvalue()  # type: ignore[no-any-return]
 
     def _await(self, deadline: float | None) -> bool:
         """Wait until something has come, what was posted being sent meanwhile. False past the deadline."""
-        if self._posted:
-            self.flush()
+        self.flush()
         return deadline is None or _wait_for(self.sock, False, deadline)
-
-    def send_small(self, frame: bytes) -> None:
-        if self._sending.locked() and self.is_writing():
-            return self._posted.append([frame])
-        try:
-            with self._sending:
-                chunks = self._batch[0]
-                sent = 0 if chunks else self.sock.send(frame)
-                if sent != len(frame):
-                    chunks.append(frame[sent:])
-            if chunks or self._posted:
-                self._write([], True, None)
-        except OSError:
-            self.shutdown()
 
     def send_now(self, frame: bytes) -> bool:
         if self._posted or self._sending.locked():
             return False
         try:
             with self._sending:
-                chunks = self._batch[0]
-                if chunks:
+                if self._posted:
                     return False
                 sent = self.sock.send(frame, _DONT_WAIT)
                 if sent != len(frame):
-                    chunks.append(frame[sent:])
+                    self._posted.appendleft(frame[sent:])
+            if self._posted:
+                self.flush()
         except BlockingIOError:
             return False
         except OSError:
@@ -1222,39 +1177,24 @@ class _SocketChannel(_Channel):
         return True
 
     def _wire(self, frames: Sequence[_Bytes]) -> list[_Bytes]:
-        size = len(frames[0])
-        if len(frames) == 1 and size < _READ_SIZE:
-            return [_LENGTH.pack(size) + frames[0]]
         chunks: list[_Bytes] = []
         for frame in frames:
             size = len(frame)
-            head = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG_LENGTH.pack(-1, size)
+            head = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG + size.to_bytes(8, "big")
             chunks += (head + frame,) if size < _READ_SIZE else (head, frame)  # to copy little is cheaper than to gather
         return chunks
 
     def _put(self, deadline: float | None) -> None:
-        chunks, sent = self._batch
         flags = 0 if deadline is None else _DONT_WAIT
-        if len(chunks) == 1 and not sent:  # the usual case
+        while self._posted:
+            self._sent = [sum(self._sent)]
+            if self._sent[0] >= len(self._posted[0]):  # it is taken out and counted in one step
+                self._sent.extend(map(int.__neg__, map(len, itertools.starmap(self._posted.popleft, ((),)))))
+                continue
+            chunks = [self._posted[index] for index in range(min(len(self._posted), _TOGETHER))]
+            chunks[0] = memoryview(chunks[0])[self._sent[0] :]
             try:
-                sent.extend(map(self.sock.send, chunks, (flags,)))
-                if sent[0] == len(chunks[0]):
-                    chunks = []
-                    self._batch = (chunks, [])
-            except BlockingIOError:
-                pass
-        while chunks:
-            whole, part = 0, sum(sent)  # what has been sent already
-            while whole < len(chunks) and part >= len(chunks[whole]):
-                part -= len(chunks[whole])
-                whole += 1
-            chunks, sent = chunks[whole:], []
-            if part:
-                chunks[0] = memoryview(chunks[0])[part:]
-            self._batch = (chunks, sent)
-            try:
-                if chunks:
-                    sent.extend(map(self.sock.sendmsg, (chunks[:_TOGETHER],), ((),), (flags,)))
+                self._sent.extend(map(self.sock.sendmsg, (chunks,), ((),), (flags,)))
             except BlockingIOError:
                 if not _wait_for(self.sock, True, deadline):
                     raise TimeoutError from None
@@ -1269,9 +1209,7 @@ class _SocketChannel(_Channel):
 
     def close(self) -> None:
         self.shutdown()
-        large, self.state = self.state[2], ([b""], 0, [])
-        if large:
-            large[1].release()  # the collector may take the file first, which must not be while there is a view of it
+        self.state = ([b""], 0, [])
         with self._sending:
             try:
                 self.sock.close()
@@ -1314,7 +1252,7 @@ class _PipeChannel(_Channel):
                 self.next = (b"", self._FIRST, [])
                 return bytes(come)
             try:
-                if not self._begun(reading, api.ReadFile, size, deadline):
+                if not self._begun(reading, api.ReadFile, (size,), deadline):
                     return None
                 _, error = reading[0][0].GetOverlappedResult(True)
                 rest = self._left_of_message() if error == api.ERROR_MORE_DATA else 0
@@ -1326,19 +1264,19 @@ class _PipeChannel(_Channel):
             self.state = (come, rest, [] if rest else None)
 
     def _put(self, deadline: float | None) -> None:
-        while self._batch[0]:
-            writing: list[Any] = self._batch[1]
-            if not self._begun(writing, _import("_winapi").WriteFile, self._batch[0][0], deadline):
+        while self._posted or self._sent:
+            first = itertools.starmap(self._posted.popleft, ((),))
+            if not self._begun(self._sent, _import("_winapi").WriteFile, first, deadline):
                 raise TimeoutError
-            writing[0][0].GetOverlappedResult(True)
-            self._batch = (self._batch[0][1:], [])
+            self._sent[0][0].GetOverlappedResult(True)
+            self._sent = []
 
-    def _begun(self, under_way: list[Any], function: Callable[..., Any], what: Any, deadline: float | None) -> bool:
-        """Begin a read or write, unless one is under way, and wait until it is done. False past the deadline; raises
-        BrokenPipeError if the connection is or has been ended here."""
+    def _begun(self, under_way: list[Any], function: Callable[..., Any], what: Iterable[Any], deadline: float | None) -> bool:
+        """Begin a read or write, of what is taken out of `what` in the same step, unless one is under way; and wait until it is
+        done. False past the deadline; raises BrokenPipeError if the connection is or has been ended here."""
         api = _import("_winapi")
         if not under_way:
-            self._use(lambda handle: under_way.extend(map(function, (handle,), (what,), (True,))))
+            self._use(lambda handle: under_way.extend(map(function, (handle,), what, (True,))))
         while under_way[0][1] == api.ERROR_IO_PENDING:
             wait = api.INFINITE if deadline is None else int(_left(deadline) * 1000 + 0.999)
             try:
@@ -1373,8 +1311,7 @@ class _PipeChannel(_Channel):
             connection = self._connection.pop()
         except IndexError:
             return  # somebody else does, or has
-        under_way: list[Any] = self._batch[1]
-        for operation, _ in [*(self.state[2] or ()), *under_way]:
+        for operation, _ in [*(self.state[2] or ()), *self._sent]:
             try:
                 operation.cancel()
                 operation.GetOverlappedResult(True)
@@ -1461,49 +1398,41 @@ class _Listener:
         if _WINDOWS:
             self._listener: Any = _import("multiprocessing.connection").Listener(self.address, "AF_PIPE")
         else:
-            self._listener = self._bind_to(address) if address else self._bind(name or _folder_name())
+            self._listener = self._bind(address) if address else self._bind_anywhere(name or _folder_name())
             self._listener.setblocking(False)
         _listeners.add(self)
 
-    def _bind_to(self, address: str) -> socket.socket:
-        if _transport(address) == "unix":
-            self.address = address = os.path.abspath(address)
-            sock = socket.socket(_network.AF_UNIX)
-            try:
-                _remove_stale(address)
-                sock.bind(address)
-                os.chmod(address, 0o600)
-                sock.listen(128)
-                return sock
-            except BaseException:
-                sock.close()
-                raise
+    def _bind(self, address: str) -> socket.socket:
         family, target = _endpoint(address)
-        sock = socket.create_server(target, family=family)
-        self.address = address[: address.rindex(":")] + f":{sock.getsockname()[1]}"
-        return sock
+        if _transport(address) == "tcp":
+            sock = socket.create_server(target, family=family)
+            self.address = address[: address.rindex(":")] + f":{sock.getsockname()[1]}"
+            return sock
+        self.address = os.path.abspath(address)
+        _remove_stale(self.address)
+        sock = socket.socket(family)
+        try:
+            sock.bind(self.address)
+            os.chmod(self.address, 0o600)
+            sock.listen(128)
+            return sock
+        except BaseException:
+            sock.close()
+            raise
 
-    def _bind(self, name: str) -> socket.socket:
+    def _bind_anywhere(self, name: str) -> socket.socket:
         for base in _temp_folders():
-            folder = os.path.join(base, name)
-            if len(os.fsencode(folder)) > 101:  # BSD has 104 for "/s" and NUL too
-                self.passed_over.append(f"{base} (its path is too long for a socket)")
-            elif hasattr(socket, "AF_UNIX"):
-                sock = socket.socket(_network.AF_UNIX)
-                try:
-                    os.mkdir(folder, 0o700)
-                    self.folder, self.address = folder, os.path.join(folder, "s")
-                    sock.bind(self.address)
-                    sock.listen(128)
-                    return sock
-                except OSError as error:
-                    sock.close()
-                    self._remove()
-                    self.folder = ""
-                    self.passed_over.append(f"{base} ({error.strerror or error})")
-        sock = socket.create_server(("127.0.0.1", 0))  # no folder to be had: the key alone keeps others out
-        self.address = f"127.0.0.1:{sock.getsockname()[1]}"
-        return sock
+            self.folder = os.path.join(base, name)
+            try:
+                if len(os.fsencode(self.folder)) > 101:  # BSD has 104 for "/s" and NUL too
+                    raise OSError("its path is too long for a socket")
+                os.mkdir(self.folder, 0o700)
+                return self._bind(os.path.join(self.folder, "s"))
+            except OSError as error:
+                self._remove()
+                self.passed_over.append(f"{base} ({error.strerror or error})")
+        self.folder = ""
+        return self._bind("127.0.0.1:0")  # no folder to be had: the key alone keeps others out
 
     def accept(self) -> _Channel | None:
         """The next connection; or None, if half a second brings none (on Windows it waits on). Raises OSError when
@@ -1542,7 +1471,8 @@ def _remove_stale(path: str, seconds: float = 0.0) -> None:
             except ConnectionRefusedError:
                 os.unlink(path)
                 folder = os.path.dirname(path)
-                if os.path.basename(folder).startswith("miniplug-"):
+                name = os.path.basename(folder)
+                if name.startswith("miniplug-") and len(name) == len(_folder_name()):  # not one of the user's
                     os.rmdir(folder)
     except OSError:
         pass  # there is nothing, or somebody else was quicker
@@ -1644,7 +1574,6 @@ class _Hello:
         self.greet(versions, max_message, codec=codec)
         theirs = self.hear_greeting("plugin")
         self.check("plugin")
-        mine = {"protocol_versions": list(versions), "codec": codec}
         common = set(versions) & set(theirs["protocol_versions"])
         cookie = theirs.get("cookie")
         refusal = ""
@@ -1656,15 +1585,12 @@ class _Hello:
                        f"{theirs['protocol_versions']}; the {older} is the older one, bring it up to date")
         elif codec not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
             refusal = f"the plugin does not know the codec {codec!r}, only {theirs.get('codecs')}"
-        if refusal:
-            self.say(refusal=refusal)
-            self.prove()
-            raise HandshakeError(refusal, host=mine, plugin=theirs)
-        features = theirs.get("features")
-        terms = _Terms(max(common), codec, theirs["max_message"], features if isinstance(features, list) else ())
-        self.say(protocol_version=terms.protocol_version, codec=codec)
+        self.say(**({"refusal": refusal} if refusal else {"protocol_version": max(common), "codec": codec}))
         self.prove()
-        return terms
+        if refusal:
+            raise HandshakeError(refusal, host={"protocol_versions": list(versions), "codec": codec}, plugin=theirs)
+        features = theirs.get("features")
+        return _Terms(max(common), codec, theirs["max_message"], features if isinstance(features, list) else ())
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
                   features: Sequence[str] = ()) -> _Terms:
@@ -1686,8 +1612,8 @@ class _Door:
     """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let in if it holds
     the key. A wrong, slow or silent caller holds up nobody.
 
-    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError. The door closes
-    before it is called, and lets in nobody else, unless it `stays` open.
+    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError, on that thread. The
+    door closes before it is called, and lets in nobody else, unless it `stays` open.
     """
 
     _CROWD = 64  # callers in the handshake at once; past that the one that has been there longest has to go
@@ -1702,7 +1628,6 @@ class _Door:
         self._lock = threading.Lock()  # protects the following two
         self._open = True
         self._callers: dict[int, _Channel] = {}
-        self._waits = True  # whether the thread waits for a caller; set before it looks at _open
         try:
             self._thread = _start_thread("miniplug-door", self._accept)
         except BaseException:
@@ -1710,34 +1635,27 @@ class _Door:
             raise
 
     def _accept(self) -> None:
+        channel = None
         while self._open:
+            if channel is not None:
+                _aside("miniplug-hello", self._meet, channel)
             try:
                 channel = self.listener.accept()
             except OSError:  # out of descriptors, or a caller that left at once
+                channel = None
                 time.sleep(0.05)
-                continue
-            self._waits = False
-            if channel is not None:
-                self._admit(channel)
-            self._waits = True
-        self._waits = False
+        if channel is not None:
+            channel.close()
         self.listener.close()
-
-    def _admit(self, channel: _Channel) -> None:
-        with self._lock:
-            if not self._open:
-                channel.close()
-                return
-            if len(self._callers) >= self._CROWD:
-                next(iter(self._callers.values())).shutdown()
-            self._callers[id(channel)] = channel
-        try:
-            _start_thread("miniplug-hello", self._meet, channel)
-        except RuntimeError:  # no thread to be had: this one meets the caller, which has its deadline
-            self._meet(channel)
 
     def _meet(self, channel: _Channel) -> None:
         result: Any = None
+        with self._lock:
+            if len(self._callers) >= self._CROWD:
+                next(iter(self._callers.values())).shutdown()
+            self._callers[id(channel)] = channel
+            if not self._open:
+                channel.shutdown()
         try:
             result = self._greet(channel, self.listener.address)
         except HandshakeError as error:
@@ -1770,10 +1688,9 @@ class _Door:
         for channel in callers:
             channel.shutdown()
         try:
-            if self._waits:
-                _connect(self.listener.address, 1.0).close()  # wakes the thread
+            _connect(self.listener.address, 1.0).close()  # wakes the thread
         except OSError:
-            pass  # without a descriptor to do that with, it looks by itself
+            pass  # it has closed the listener; or without a descriptor for this it looks by itself
         self._thread.join(2.0)
 
 
@@ -2251,7 +2168,7 @@ class _Slots:
 class _NoChannel(_Channel):
     """What a session has in a forked child instead of its connection."""
 
-    def _write(self, chunks: list[_Bytes], wait: bool, deadline: float | None) -> None:
+    def _write(self, chunks: list[_Bytes], deadline: float | None) -> None:
         _leave_fork(None)  # it comes back from a generator or a coroutine, say
 
 
@@ -2546,7 +2463,9 @@ class _Session:
         the deadline."""
         if type(content) is bytes:
             if deadline is None and wait and not (later or self._garbage) and len(content) <= self.send_limit:
-                self.channel.send_small(self._pack(len(content) + _BODY, _WIRE_VERSION, kind, flags, 0, number, parent) + content)
+                frame = self._pack(len(content) + _BODY, _WIRE_VERSION, kind, flags, 0, number, parent) + content
+                if not self.channel.send_now(frame):
+                    self.channel.send_small(frame)
                 return
             content = (content, (), False, ())
         body, buffers, tagged, lent = content
@@ -2734,7 +2653,7 @@ class _Session:
             if kind == _ITEM:
                 self.post(_CANCEL, number)
             if kind not in (_CALL, _NOTIFY):
-                kind, error = _ERROR, error.told()  # type: ignore[assignment]
+                kind, error = _ERROR, error.args[0]
             value = error
         self._half = _Message(kind, flags, number, parent, value)
         self._partial = None
@@ -2848,7 +2767,9 @@ class _Session:
                 return self._conclude(request, value)
             content = self.codec.dumps_short(value, "the result")
             if type(content) is bytes and len(content) <= self.send_limit:  # the usual case
-                self.channel.send_small(self._pack(len(content) + _BODY, _WIRE_VERSION, _RESULT, 0, 0, request.number, 0) + content)
+                frame = self._pack(len(content) + _BODY, _WIRE_VERSION, _RESULT, 0, 0, request.number, 0) + content
+                if not self.channel.send_now(frame):
+                    self.channel.send_small(frame)
                 self._requests.pop(request.number, None)
                 if self.closing is not None:
                     self.finish(request)
@@ -4279,14 +4200,10 @@ def _checked_config(config: Any) -> dict[str, Any]:
 def _heed_signals(launched: bool) -> None:
     """Of a plugin that listens: SIGTERM ends it orderly, as Ctrl-C does, and the end of its host's terminal does not."""
     signal = _import("signal")
-
-    def interrupt(*_: Any) -> NoReturn:
-        raise KeyboardInterrupt
-
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         if not _WINDOWS:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN if launched else interrupt)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if launched else signal.default_int_handler)
 
 
 class _Server:
@@ -4306,8 +4223,8 @@ class _Server:
         self._threads: list[threading.Thread] = []  # that attend to those who have come through the door
         self._hosts = 0  # how many are there
         self._attended = False  # whether one has been
-        self._grace: float | None = None  # in seconds, once it is to end
-        self._over = threading.Event()
+        self._grace = _GRACE  # in seconds, that the calls have and what is served
+        self._over = threading.Event()  # set once it is to end
 
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
         """Run the handshake. From now on this host counts as one that is there: it may know before this side that it is in."""
@@ -4331,10 +4248,8 @@ class _Server:
 
     def listen(self, address: str, key: bytes) -> None:
         """Let hosts attach. They need no cookie: it is not they who start this program."""
-        def greet(channel: _Channel, address: str) -> _Terms:
-            return self.greet(channel, address, key, {"matches": True})
-
-        self._door = _Door(greet, self._arrived, address, stays=True)
+        self._door = _Door(lambda channel, address: self.greet(channel, address, key, {"matches": True}),
+                           self._arrived, address, stays=True)
         address = self._door.listener.address
         self.config.update(network=_transport(address), address=address, authkey=key.hex(), pid=os.getpid(),
                            protocol_version=max((each for each in self._served if each is not None), default=1))
@@ -4343,34 +4258,24 @@ class _Server:
 
     def _arrived(self, channel: _Channel, terms: Any) -> None:
         if isinstance(terms, _Terms):  # or the host has refused this plugin
-            try:
-                thread = _start_thread("miniplug-host", self.attend, channel, terms)
-                with self._lock:
-                    self._threads = [*(each for each in self._threads if each.is_alive()), thread]
-            except RuntimeError:  # no thread to be had
-                channel.close()
-                self._leave()
+            with self._lock:
+                self._threads = [*(each for each in self._threads if each.is_alive()), threading.current_thread()]
+            self.attend(channel, terms)
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
         gone = _outlet() if self.stays else None
         try:
             channel = _connect(address, _HELLO_SECONDS)
-            if len(key) != 64:
-                raise ValueError(f"{_AUTHKEY} is no key of 64 hexadecimal digits")
-            terms = self.greet(channel, address, bytes.fromhex(key), cookie)
+            terms = self.greet(channel, address, _checked_key(key), cookie)
         except HandshakeError as error:
             sys.exit(f"miniplug: the host refused this plugin: {error}")
         except (OSError, EOFError, ValueError, PluginError) as error:
             sys.exit(f"miniplug: no host at {address}: {type(error).__name__}: {error}")
         cause = self.attend(channel, terms, gone)
-        if self.stays or cause is None or (isinstance(cause, (EOFError, ConnectionError)) and not isinstance(cause, ProtocolError)):
-            return
-        if isinstance(cause, ProtocolError):
-            sys.exit(f"miniplug: the host broke the protocol: {cause}")
-        if isinstance(cause, MemoryError):
-            sys.exit("miniplug: MemoryError: there is no memory for what the host sent")
-        sys.exit(f"miniplug: the connection to the host has failed: {cause!r}")
+        orderly = isinstance(cause, (EOFError, ConnectionError)) and not isinstance(cause, ProtocolError)
+        if not (self.stays or cause is None or orderly):
+            sys.exit(f"miniplug: the connection to the host has failed: {type(cause).__name__}: {cause}")
 
     def attend(self, channel: _Channel, terms: _Terms, gone: Callable[[], None] | None = None) -> BaseException | None:
         """Serve one host, until it says stop or is gone: then `gone` is called, at once. Returns why the session has ended."""
@@ -4381,7 +4286,7 @@ class _Server:
 
         served = self._served.get(terms.protocol_version) or self._served[None]
         with self._lock:
-            if self._grace is not None:
+            if self._over.is_set():
                 channel.close()
                 return None
             session = _open_session(channel, terms, self._max_message, served, lost, True, self._slots)
@@ -4392,13 +4297,13 @@ class _Server:
         if session.closing >= 0:
             self.stop(session.closing)
         self._leave()
-        if self._grace is None:  # else `close` does that
+        if not self._over.is_set():  # else `close` does that
             self._part([session])
         return session.cause
 
     def _part(self, sessions: list[_Session], served: Iterable[_Served] = ()) -> None:
         """Give the calls that run the time they have, and let go of sessions, and then of what is served."""
-        deadline = time.monotonic() + (_GRACE if self._grace is None else self._grace) / 2
+        deadline = time.monotonic() + self._grace / 2
         for session in sessions:
             session.drain(_left(deadline))
             session.references.close()
@@ -4411,11 +4316,11 @@ class _Server:
     def stop(self, grace: float = _GRACE) -> None:
         """Tell the hosts' sessions, and whoever waits, that it is over; `close` does the rest."""
         with self._lock:
-            self._grace = grace if self._grace is None else self._grace
+            self._grace = self._grace if self._over.is_set() else grace
+            self._over.set()
             sessions = list(self._sessions)
         for session in sessions:
             session.stop(self._grace)
-        self._over.set()
 
     def wait(self) -> None:
         while not self._over.wait(0.5):
@@ -4528,16 +4433,8 @@ def _set_up_logging(logging: Any, level: int) -> None:
     if root.handlers:
         return
 
-    class HostHandler(logging.Handler):  # type: ignore[misc]
-        def emit(self, record: Any) -> None:
-            try:
-                line = _log_line(record, logging.Formatter())
-                sys.stderr.flush()
-                os.write(2, line)
-            except Exception:
-                self.handleError(record)
-
-    handler, basic_config = HostHandler(), logging.basicConfig
+    handler, basic_config = logging.StreamHandler(sys.__stderr__), logging.basicConfig
+    handler.format = partial(_log_line, logging.Formatter())
     root.addHandler(handler)
     root.setLevel(level)
 
@@ -4548,7 +4445,7 @@ def _set_up_logging(logging: Any, level: int) -> None:
     logging.basicConfig = basicConfig
 
 
-def _log_line(record: Any, formatter: Any) -> bytes:
+def _log_line(formatter: Any, record: Any) -> str:
     datetime = _import("datetime")
     when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
     level = next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace")
@@ -4561,7 +4458,7 @@ def _log_line(record: Any, formatter: Any) -> bytes:
         fields["@traceback"] = "\n".join(filter(None, trace))
     known = _standard_fields()
     fields.update((key, value) for key, value in vars(record).items() if key not in known and not key.startswith("@"))
-    return json.dumps(fields, default=repr, skipkeys=True).encode() + b"\n"
+    return json.dumps(fields, default=repr, skipkeys=True)
 
 
 def _standard_fields() -> set[str]:
@@ -5515,14 +5412,6 @@ def _set_exit_hooks() -> None:
         _import("atexit").register(_close_all)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=_disown_all)
-
-
-def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
-    """Call a function in a thread of its own, or here if there is none to be had."""
-    try:
-        _start_thread(name, function, *args)
-    except RuntimeError:
-        function(*args)
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] | None = None) -> Any:

@@ -667,7 +667,8 @@ def test_a_script_by_hand_serves_those_who_attach(write, tmp_path):
 
 @posix
 def test_it_takes_the_place_of_one_that_was_killed(tmp_path):
-    address = str(tmp_path / "s")
+    (tmp_path / "miniplug-x").mkdir()  # the folder is not its own
+    address = str(tmp_path / "miniplug-x" / "s")
     with by_hand("--listen", address, "--persist") as (first, _):
         with pytest.raises(json.JSONDecodeError), by_hand("--listen", address) as (second, _):
             pass

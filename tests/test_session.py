@@ -260,6 +260,23 @@ def test_a_deadline_covers_waiting_to_send(pair):
     assert proxy.echo("after") == "after"
 
 
+@pytest.mark.skipif(WINDOWS, reason="a message of a pipe goes whole")
+def test_a_small_call_of_which_only_a_part_goes_at_once_is_finished_behind_its_caller(pair):
+    both = pair({"e": Echo()})
+    proxy, sock = both.dispense("e"), both.here.channel.sock
+
+    class Socket:
+        def send(self, data, *flags):
+            both.here.channel.sock = sock
+            return sock.send(data[:10], *flags)
+
+    both.here.channel.sock = Socket()
+    call = threading.Thread(target=proxy.echo, args=("hello",), daemon=True)
+    call.start()
+    call.join(20)
+    assert not call.is_alive()
+
+
 def test_large_values_both_ways_at_once(pair):
     """Neither side reads while it writes, unless somebody else does."""
     proxy = pair({"e": Echo()}).dispense("e")
