@@ -1521,11 +1521,15 @@ class _Listener:
 
     def _remove(self) -> None:
         if _transport(self.address) == "unix":
-            for remove, path in ((os.unlink, self.address), (os.rmdir, self.folder)):
-                try:
-                    remove(path)
-                except OSError:
-                    pass
+            _remove_socket(self.address, self.folder)
+
+
+def _remove_socket(path: str, folder: str) -> None:
+    for remove, name in ((os.unlink, path), (os.rmdir, folder)):
+        try:
+            remove(name)
+        except OSError:
+            pass
 
 
 def _remove_stale(path: str, seconds: float = 0.0) -> None:
@@ -4732,7 +4736,12 @@ def _start_guardian(name: str) -> Any:
 
 
 def _dismiss(guardian: Any) -> None:
+    """There is nothing left for it to do: the folder goes before it, as at interpreter exit the thread that would remove
+    that may not come to it any more."""
     if guardian is not None:
+        name, _, *bases = guardian.args[4:]
+        for folder in (os.path.join(base, name) for base in bases):
+            _remove_socket(os.path.join(folder, "s"), folder)
         guardian.kill()
         guardian.wait()
         guardian.stdin.close()

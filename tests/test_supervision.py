@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import glob
 import os
 import random
 import sys
@@ -9,7 +10,7 @@ import threading
 import time
 
 import pytest
-from conftest import WINDOWS, WORKSHOP, alive, freeze, run_python, until
+from conftest import TEMPORARY, WINDOWS, WORKSHOP, alive, freeze, run_python, until
 
 import miniplug
 
@@ -847,6 +848,23 @@ def test_the_host_may_exit_at_any_of_these_moments(write, shop):
     pids = [int(line) for line in out.split()]
     assert len(pids) == 4
     until(lambda: not any(map(alive, pids)))
+
+
+def test_no_folder_is_left_where_the_host_exits_while_a_thread_starts_a_plugin(write):
+    """That thread stops in its tracks: nothing may be left to it."""
+    script = write("host.py", """
+        import sys, threading
+        import miniplug
+
+        plugin = miniplug.Plugin([sys.executable, "-c", "import time; time.sleep(600)"])
+        threading.Thread(target=plugin.start, daemon=True).start()
+        while plugin.pid is None:
+            pass
+    """)
+    for _ in range(3):
+        status, _, err = run_python(script)
+        assert (status, err) == (0, "")
+        assert glob.glob(os.path.join(TEMPORARY, "miniplug-*")) == []
 
 
 @pytest.mark.parametrize("options", [{"heartbeat": 0}, {"idle_timeout": -1}, {"restart_window": "soon"},
