@@ -5225,6 +5225,7 @@ class _Run:
         self._ending = threading.Lock()  # held by the thread that ends it
         self.ended = threading.Event()
         self.ended_at = 0.0  # when, on the monotonic clock
+        self.verdict = ""  # what is said once it has crashed, and is not started again
         self._hung = ""  # what is said of one that had to be killed, as it did not answer
         self._looked = self._silent = self._unused = 0.0  # when `_look` looked last; seconds without an answer, without a call
         self._number = 0  # of the latest call by then
@@ -5408,7 +5409,7 @@ class _Run:
 
     def _crash(self, cause: BaseException, calls: list[str]) -> PluginCrashed:
         how, signal_name = self.end_words()
-        how = self._hung or how
+        how = (self._hung or how) + (self.verdict if not calls else "")
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else ""
         tail = self.tail()
         kind, text = PluginCrashed, f"the plugin {self.name!r} {how}{during}{_last_words(tail)}"
@@ -5649,12 +5650,15 @@ class Plugin:
         self._config: dict[str, Any] | None = None  # of a process that is attached to
         self._codec = codec
         self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
-        self._max_restarts = max_restarts
+        self._max_restarts = _checked_count(max_restarts, "max_restarts")
         self._restart_window = _checked_timeout(restart_window, "restart_window") or 0.0
         self._heartbeat = _checked_timeout(heartbeat, "heartbeat")
         self._idle_timeout = _checked_timeout(idle_timeout, "idle_timeout")
         if 0.0 in (self._restart_window, self._heartbeat, self._idle_timeout):
             raise ValueError("restart_window, heartbeat and idle_timeout are more than 0 seconds")
+        for option, function in (("on_start", on_start), ("on_exit", on_exit)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{option}={function!r}: it is called with the plugin, so it is a function")
         self._on_start = on_start
         self._on_exit = on_exit
         self._owner = os.getpid()
@@ -5686,16 +5690,17 @@ class Plugin:
                 self._begin()
         return self
 
-    def restart(self, drain: float = 30.0) -> Plugin:
+    def restart(self, drain: float | None = 30.0) -> Plugin:
         """Swap in a fresh process. Returns when that serves; calls go there from then on, and none is lost or refused.
 
-        Calls in flight, streams and references finish in the old process, for at most `drain` seconds, behind the
-        caller. What is cut off then raises PluginClosed, a reference DeadReference; a notification that still runs
-        sees `cancelled()`. If the new process does not come up, the old one stays, and this raises what `start` does.
+        Calls in flight, streams and references finish in the old process, for at most `drain` seconds (None: no limit),
+        behind the caller. What is cut off then raises PluginClosed, a reference DeadReference; a notification that still
+        runs sees `cancelled()`. If the new process does not come up, the old one stays, and this raises what `start` does.
         A plugin that does not run is started.
         """
         if self._owner != os.getpid():
             raise _not_owned(self.name)
+        seconds = _checked_timeout(drain, "drain")
         with self._starting:
             old, session = self._run, self._live()
             if session is None or old is None:
@@ -5710,18 +5715,19 @@ class Plugin:
             except BaseException:
                 session.stale = session.sealed
                 raise
-            _aside("miniplug-drain", old.drain, drain)
+            _aside("miniplug-drain", old.drain, _FOREVER if seconds is None else seconds)
         return self
 
-    def close(self, grace: float = _GRACE) -> None:
-        """End the plugin: ask it, after `grace` seconds terminate it, then kill it, and all that it started.
+    def close(self, grace: float | None = _GRACE) -> None:
+        """End the plugin: ask it, after `grace` seconds (None: never) terminate it, then kill it, and all that it started.
 
         Returns within `grace` + 2 seconds, after its last line of output. Calls in flight raise PluginClosed.
         Closing what is closed does nothing.
         """
+        seconds = _checked_timeout(grace, "grace")
         self._closed = True
         self._stir.set()
-        _close_runs(self._runs(), grace)
+        _close_runs(self._runs(), _FOREVER if seconds is None else seconds)
 
     def kill(self) -> None:
         """End the plugin and all that it started at once, without asking. (One that was attached to is asked: see `attach`.)"""
@@ -5752,11 +5758,13 @@ class Plugin:
         return PluginError(f"the plugin {self.name!r} does not stay without its host: launch it with persist=True")
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until the process has ended, at most `timeout` seconds. Returns `exit_code`, or None if it still runs."""
+        """Wait until the process that runs now has ended, at most `timeout` seconds. Returns its exit code, or None if it
+        still runs. (Another one may have taken its place by then.)"""
         run = self._own()
-        if run is not None:
-            run.wait(-1 if timeout is None else timeout)
-        return self.exit_code
+        if run is None:
+            return None
+        run.wait(-1 if timeout is None else max(0.0, timeout))
+        return run.exit_code
 
     def __enter__(self) -> Plugin:
         return self.start()
@@ -5961,6 +5969,9 @@ class Plugin:
         crash, _, tries = self._setback()
         if crash is not None and tries >= self._max_restarts:
             assert crash.session is not None and crash.session.ended is not None
+            used_up = f" in {self._restart_window:g} s are used up" if self._max_restarts else ""
+            if crash.owned:
+                crash.verdict = f", and is not started again (max_restarts={self._max_restarts}{used_up}): start() it"
             return crash.session.ended([])
         return None
 
@@ -6037,7 +6048,7 @@ class Plugin:
         """End a run that nobody uses. The next call starts another."""
         if self._starting.acquire(blocking=False):
             assert run.session is not None
-            idle = run is self._run and run.session.seal()
+            idle = run is self._run and run.session.ended is None and run.session.seal()
             if idle:
                 run.closing = True
             self._starting.release()

@@ -138,6 +138,35 @@ def test_past_the_limit_calls_raise_the_last_crash_until_start(shop):
         assert proxy.pid() == plugin.pid and plugin.restarts == 3  # start() has forgiven what was before
 
 
+def test_an_error_past_the_limit_says_what_to_do(shop):
+    with miniplug.launch(shop, max_restarts=1, restart_window=50, stderr="discard") as plugin:
+        proxy = plugin.dispense()
+        assert "start()" not in str(crash(proxy)) + str(crash(proxy))
+        with pytest.raises(miniplug.PluginCrashed, match=r"max_restarts=1 in 50 s are used up\): start\(\) it"):
+            proxy.pid()
+    with miniplug.launch(shop, stderr="discard") as plugin:
+        proxy = plugin.dispense()
+        crash(proxy)
+        with pytest.raises(miniplug.PluginCrashed, match=r"not started again \(max_restarts=0\): start\(\) it"):
+            proxy.pid()
+
+
+def test_wait_tells_of_the_process_that_it_waited_for(shop, monkeypatch):
+    with miniplug.launch(shop, stderr="discard") as plugin:
+        run = plugin._run
+
+        def wait(seconds=-1):
+            assert run.ended.wait(30)
+            monkeypatch.undo()
+            plugin.start()  # as another thread does just then
+            return True
+
+        plugin.dispense().die.notify(7)
+        monkeypatch.setattr(run, "wait", wait)
+        assert plugin.wait() == 7 and plugin.running
+        assert plugin.wait(-1) is None and plugin.wait(0) is None  # a deadline that has passed is no endless one
+
+
 def test_restarts_outside_the_window_do_not_count(shop):
     with miniplug.launch(shop, max_restarts=1, restart_window=600, stderr="discard") as plugin:
         proxy = plugin.dispense()
@@ -595,6 +624,15 @@ def test_no_call_is_lost_to_the_idle_timeout(shop):
         assert len(pids) > 1
 
 
+def test_what_has_crashed_is_not_closed_as_idle(shop):
+    with miniplug.launch(shop, idle_timeout=60, stderr="discard") as plugin:
+        proxy, run = plugin.dispense(), plugin._run
+        crash(proxy)
+        plugin._close_idle(run)  # as when the clock was quicker
+        with pytest.raises(miniplug.PluginCrashed):
+            proxy.pid()
+
+
 # -- restart
 
 def test_restart_under_load_loses_and_refuses_nothing(shop):
@@ -872,3 +910,37 @@ def test_no_folder_is_left_where_the_host_exits_while_a_thread_starts_a_plugin(w
 def test_what_is_no_number_of_seconds_is_refused(shop, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         miniplug.Plugin(shop, **options)
+
+
+@pytest.mark.parametrize("restarts", [None, -1, "3", 1.5, True])
+def test_what_is_no_number_of_restarts_is_refused(shop, restarts):
+    with pytest.raises(ValueError, match="max_restarts"):
+        miniplug.Plugin(shop, max_restarts=restarts)
+
+
+@pytest.mark.parametrize("option", ["on_start", "on_exit"])
+def test_what_is_no_function_is_refused(shop, option):
+    with pytest.raises(TypeError, match=option):
+        miniplug.Plugin(shop, **{option: "configure"})
+
+
+@pytest.mark.parametrize("seconds", ["2", float("nan"), -1])
+def test_what_is_no_time_to_end_in_is_refused_before_anything_ends(shop, seconds):
+    with miniplug.launch(shop) as plugin:
+        proxy, pid = plugin.dispense(), plugin.pid
+        with pytest.raises(ValueError, match="drain"):
+            plugin.restart(seconds)
+        with pytest.raises(ValueError, match="grace"):
+            plugin.close(seconds)
+        assert proxy.pid() == pid
+
+
+def test_no_limit_to_the_time_to_end_in(shop):
+    with miniplug.launch(shop) as plugin:
+        proxy, old = plugin.dispense(), plugin.pid
+        call = proxy.work.submit(0.3)
+        plugin.restart(drain=None)
+        assert proxy.pid() == plugin.pid and call.result(10) == old
+        until(lambda: not alive(old))
+        plugin.close(grace=None)
+        assert plugin.exit_code == 0
