@@ -56,6 +56,9 @@ SHOP = """
 
         def drop(self):
             del self.kept
+
+        def call(self, function):
+            return function()
 """
 
 
@@ -325,6 +328,20 @@ def test_asyncio_is_not_blocked_while_it_restarts(shop, monkeypatch):
     asyncio.run(main())
 
 
+def test_asyncio_can_close_what_all_threads_of_the_loop_wait_for(shop):
+    async def main():
+        loop = asyncio.get_running_loop()
+        async with miniplug.Plugin(shop) as plugin:
+            proxy = plugin.dispense()
+            calls = [loop.run_in_executor(None, proxy.work, 60) for _ in range(40)]  # more than it has threads
+            until(lambda: len(plugin._run.session._calls) > 4)
+            await asyncio.wait_for(plugin.aclose(0.1), 20)
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(end) for end in ends} == {miniplug.PluginClosed}
+
+    asyncio.run(main())
+
+
 # -- on_start
 
 def test_on_start_runs_after_every_start_before_other_calls_get_through(shop):
@@ -415,6 +432,65 @@ def test_on_start_may_close_it_but_not_restart_it(shop):
         miniplug.launch(shop, on_start=close)
     with pytest.raises(RuntimeError, match="on_start"):
         miniplug.launch(shop, on_start=lambda plugin: plugin.restart())
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_calls_that_wait_for_an_on_start_that_hangs_end_with_the_plugin(shop, end):
+    """Only then can one end that on_start waits for."""
+    held, waiting = threading.Event(), []
+
+    def on_start(plugin):
+        call = threading.Thread(target=lambda: waiting.extend(in_threads(1, plugin.dispense)))
+        call.start()
+        until(lambda: plugin._room is not None)
+        held.set()
+        call.join(30)
+
+    plugin = miniplug.Plugin(shop, on_start=on_start)
+    starting = threading.Thread(target=in_threads, args=(1, plugin.start))
+    starting.start()
+    assert held.wait(30) and not waiting
+    begun = time.monotonic()
+    getattr(plugin, end)()
+    starting.join(10)
+    assert time.monotonic() - begun < 5
+    assert [type(each) for each in waiting] == [miniplug.PluginClosed]
+    plugin._on_start = None
+    with plugin:
+        assert plugin.dispense().pid() == plugin.pid
+
+
+def test_what_on_starts_calls_call_back_gets_through(shop):
+    """In whatever thread it runs."""
+    seen = []
+
+    def on_start(plugin):
+        proxy = plugin.dispense()
+
+        def back():
+            with pytest.raises(RuntimeError, match="on_start"):
+                plugin.restart()
+            return [plugin.start().pid, proxy.pid(), plugin.dispense().pid(), proxy.pid.submit().result(10)]
+
+        seen.append([proxy.call(back), proxy.call.submit(back).result(10)])
+
+    with miniplug.launch(shop, on_start=on_start) as plugin:
+        assert seen == [[[plugin.pid] * 4] * 2]
+        plugin.restart()
+        assert seen[1:] == [[[plugin.pid] * 4] * 2]
+
+
+def test_on_start_that_raises_stop_iteration(shop):
+    """An asyncio future takes none: whoever awaited the start would wait for ever."""
+    plugin = miniplug.Plugin(shop, on_start=lambda plugin: next(iter(())))
+
+    async def main():
+        with pytest.raises(RuntimeError, match="on_start raised StopIteration"):
+            await asyncio.wait_for(plugin.astart(), 20)
+
+    asyncio.run(main())
+    with pytest.raises(RuntimeError, match="on_start raised StopIteration"):
+        plugin.dispense()
 
 
 # -- on_exit
