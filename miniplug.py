@@ -5352,7 +5352,7 @@ class _Run:
         if session is None or session.ended is not None or not periods:
             return
         now = time.monotonic()
-        passed = min(now - self._looked, 2 * min(periods))  # while this host itself stood still, that tells nothing
+        passed = min(now - self._looked, min(periods))  # while this host itself stood still, that tells nothing
         self._looked = now
         if heartbeat is not None:
             self._silent = 0.0 if session.probe() else self._silent + passed

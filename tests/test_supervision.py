@@ -598,6 +598,16 @@ def test_a_host_that_stood_still_does_not_blame_the_plugin(write, shop):
     assert run_python(script) == (0, "well\n", "")
 
 
+def test_a_host_that_stood_still_several_times_before_it_could_read_the_answer(shop, monkeypatch):
+    with miniplug.launch(shop, heartbeat=1000) as plugin:
+        run, proxy = plugin._run, plugin.dispense()
+        monkeypatch.setattr(type(run.session), "probe", lambda session: False)
+        for _ in range(3):
+            run._looked -= 3600
+            run._look()
+        assert not run._hung and proxy.pid() == plugin.pid
+
+
 def test_heartbeats_do_not_keep_what_is_closed(shop):
     with miniplug.launch(shop, heartbeat=5, idle_timeout=600) as plugin:
         assert plugin.dispense().pid() == plugin.pid
