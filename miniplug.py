@@ -1450,11 +1450,15 @@ class _Listener:
 
     def _remove(self) -> None:
         if _transport(self.address) == "unix":
-            for remove, path in ((os.unlink, self.address), (os.rmdir, self.folder)):
-                try:
-                    remove(path)
-                except OSError:
-                    pass
+            _remove_socket(self.address, self.folder)
+
+
+def _remove_socket(path: str, folder: str) -> None:
+    for remove, name in ((os.unlink, path), (os.rmdir, folder)):
+        try:
+            remove(name)
+        except OSError:
+            pass
 
 
 def _remove_stale(path: str, seconds: float = 0.0) -> None:
@@ -4631,7 +4635,12 @@ def _start_guardian(name: str) -> Any:
 
 
 def _dismiss(guardian: Any) -> None:
+    """There is nothing left for it to do: the folder goes before it, as at interpreter exit the thread that would remove
+    that may not come to it any more."""
     if guardian is not None:
+        name, _, *bases = guardian.args[4:]
+        for folder in (os.path.join(base, name) for base in bases):
+            _remove_socket(os.path.join(folder, "s"), folder)
         guardian.kill()
         guardian.wait()
         guardian.stdin.close()
@@ -5115,6 +5124,7 @@ class _Run:
         self._ending = threading.Lock()  # held by the thread that ends it
         self.ended = threading.Event()
         self.ended_at = 0.0  # when, on the monotonic clock
+        self.verdict = ""  # what is said once it has crashed, and is not started again
         self._hung = ""  # what is said of one that had to be killed, as it did not answer
         self._looked = self._silent = self._unused = 0.0  # when `_look` looked last; seconds without an answer, without a call
         self._number = 0  # of the latest call by then
@@ -5241,7 +5251,7 @@ class _Run:
         if session is None or session.ended is not None or not periods:
             return
         now = time.monotonic()
-        passed = min(now - self._looked, 2 * min(periods))  # while this host itself stood still, that tells nothing
+        passed = min(now - self._looked, min(periods))  # while this host itself stood still, that tells nothing
         self._looked = now
         if heartbeat is not None:
             self._silent = 0.0 if session.probe() else self._silent + passed
@@ -5298,7 +5308,7 @@ class _Run:
 
     def _crash(self, cause: BaseException, calls: list[str]) -> PluginCrashed:
         how, signal_name = self.end_words()
-        how = self._hung or how
+        how = (self._hung or how) + (self.verdict if not calls else "")
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else ""
         tail = self.tail()
         kind, text = PluginCrashed, f"the plugin {self.name!r} {how}{during}{_last_words(tail)}"
@@ -5324,6 +5334,8 @@ class _Run:
     def disown(self) -> None:
         """In a forked child of the host, where there are no Windows trees: nothing here is ours."""
         self._tree.disown()
+        self.ended = threading.Event()  # a thread that is not here may hold the lock of the other one
+        self.ended.set()
         self._close_files()
         if self.session is not None:
             self.session.ended = lambda calls: _not_owned(self.name)
@@ -5414,11 +5426,20 @@ def _set_exit_hooks() -> None:
             os.register_at_fork(after_in_child=_disown_all)
 
 
+def _settle_with(future: Any, function: Callable[..., Any], *args: Any) -> None:
+    future.set_running_or_notify_cancel()
+    try:
+        future.set_result(function(*args))
+    except BaseException as error:
+        future.set_exception(error)
+
+
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] | None = None) -> Any:
-    """Call what blocks in a thread. It is waited for also when the task is cancelled, so that nothing is left half done;
-    `undo` is called then, before and after it has returned."""
-    asyncio = _import("asyncio")
-    call = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(None, function, *args))
+    """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin. It is waited for also
+    when the task is cancelled, so that nothing is left half done; `undo` is called then, before and after it has returned."""
+    asyncio, future = _import("asyncio"), _import("concurrent.futures").Future()
+    call = asyncio.wrap_future(future)
+    _aside("miniplug-async", _settle_with, future, function, *args)
     try:
         return await asyncio.shield(call)
     except asyncio.CancelledError:
@@ -5453,9 +5474,10 @@ class _Room:
             self.leave(self.error)
 
     def leave(self, error: BaseException | None) -> None:
-        """It has started, or not: all who wait go on."""
-        self.error = error
-        self.done.set()
+        """It has started, or not: all who wait go on. (Only the first time counts.)"""
+        if not self.done.is_set():
+            self.error = error
+            self.done.set()
         for number in list(self._calls):
             self._settle(number)
         _clock.remove(self)  # type: ignore[arg-type]
@@ -5531,12 +5553,15 @@ class Plugin:
         self._config: dict[str, Any] | None = None  # of a process that is attached to
         self._codec = codec
         self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
-        self._max_restarts = max_restarts
+        self._max_restarts = _checked_count(max_restarts, "max_restarts")
         self._restart_window = _checked_timeout(restart_window, "restart_window") or 0.0
         self._heartbeat = _checked_timeout(heartbeat, "heartbeat")
         self._idle_timeout = _checked_timeout(idle_timeout, "idle_timeout")
         if 0.0 in (self._restart_window, self._heartbeat, self._idle_timeout):
             raise ValueError("restart_window, heartbeat and idle_timeout are more than 0 seconds")
+        for option, function in (("on_start", on_start), ("on_exit", on_exit)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{option}={function!r}: it is called with the plugin, so it is a function")
         self._on_start = on_start
         self._on_exit = on_exit
         self._owner = os.getpid()
@@ -5549,7 +5574,7 @@ class Plugin:
         self._down_at = 0.0  # when the last try to start another one ended
         self._tries: list[float] = []  # when there were such tries
         self._restarts = 0
-        self._lock = threading.Lock()  # protects that there is one room
+        self._lock = threading.RLock()  # protects that there is one room; a signal handler may close the plugin
         self._room: _Room | None = None  # with the calls that wait for a start
         self._stir = threading.Event()  # set by what cuts a pause short
 
@@ -5561,6 +5586,8 @@ class Plugin:
         """Start the plugin, unless it runs. Raises LaunchError (and its kinds) when it does not come up."""
         if self._owner != os.getpid():
             raise _not_owned(self.name)
+        if self._live() is not None:  # also while on_start runs, for what that calls
+            return self
         with self._starting:
             if self._live() is None:
                 self._closed = False
@@ -5568,49 +5595,60 @@ class Plugin:
                 self._begin()
         return self
 
-    def restart(self, drain: float = 30.0) -> Plugin:
+    def restart(self, drain: float | None = 30.0) -> Plugin:
         """Swap in a fresh process. Returns when that serves; calls go there from then on, and none is lost or refused.
 
-        Calls in flight, streams and references finish in the old process, for at most `drain` seconds, behind the
-        caller. What is cut off then raises PluginClosed, a reference DeadReference; a notification that still runs
-        sees `cancelled()`. If the new process does not come up, the old one stays, and this raises what `start` does.
+        Calls in flight, streams and references finish in the old process, for at most `drain` seconds (None: no limit),
+        behind the caller. What is cut off then raises PluginClosed, a reference DeadReference; a notification that still
+        runs sees `cancelled()`. If the new process does not come up, the old one stays, and this raises what `start` does.
         A plugin that does not run is started.
         """
         if self._owner != os.getpid():
             raise _not_owned(self.name)
+        if self._starts() is not None:
+            raise RuntimeError("on_start cannot restart the plugin")
+        seconds = _checked_timeout(drain, "drain")
         with self._starting:
             old, session = self._run, self._live()
             if session is None or old is None:
                 return self.start()
             if not old.owned:
                 raise PluginError(f"the plugin {self.name!r} belongs to another host: that can restart it")
-            if self._coming is not None:
-                raise RuntimeError("on_start cannot restart the plugin")
             session.stale = True  # so that a call of on_start's finds the new one
             try:
                 self._begin()
             except BaseException:
                 session.stale = session.sealed
                 raise
-            _aside("miniplug-drain", old.drain, drain)
+            _aside("miniplug-drain", old.drain, _FOREVER if seconds is None else seconds)
         return self
 
-    def close(self, grace: float = _GRACE) -> None:
-        """End the plugin: ask it, after `grace` seconds terminate it, then kill it, and all that it started.
+    def close(self, grace: float | None = _GRACE) -> None:
+        """End the plugin: ask it, after `grace` seconds (None: never) terminate it, then kill it, and all that it started.
 
         Returns within `grace` + 2 seconds, after its last line of output. Calls in flight raise PluginClosed.
         Closing what is closed does nothing.
         """
-        self._closed = True
-        self._stir.set()
-        _close_runs(self._runs(), grace)
+        seconds = _checked_timeout(grace, "grace")
+        self._turn_away()
+        _close_runs(self._runs(), _FOREVER if seconds is None else seconds)
 
     def kill(self) -> None:
         """End the plugin and all that it started at once, without asking. (One that was attached to is asked: see `attach`.)"""
-        self._closed = True
-        self._stir.set()
+        self._turn_away()
         for run in self._runs():
             run.kill_process()
+
+    def _turn_away(self) -> None:
+        """It is closed from now on, also for the calls that wait for a start, which may last as long as on_start likes."""
+        if self._owner != os.getpid():
+            return  # a thread that is not here may hold the locks
+        self._closed = True
+        self._stir.set()
+        with self._lock:
+            room, self._room = self._room, None
+        if room is not None:  # the callbacks of submitted calls may take long
+            _aside("miniplug-closed", room.leave, self._is_closed())
 
     def _runs(self) -> list[_Run]:
         """Those of this plugin that have not ended. (In a forked child there are none.)"""
@@ -5626,19 +5664,20 @@ class Plugin:
         if run in self._runs() and run is not None:
             if not run.stays:
                 raise self._cannot_stay()
-            self._closed = True
-            self._stir.set()
+            self._turn_away()
             run.detach()
 
     def _cannot_stay(self) -> PluginError:
         return PluginError(f"the plugin {self.name!r} does not stay without its host: launch it with persist=True")
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until the process has ended, at most `timeout` seconds. Returns `exit_code`, or None if it still runs."""
+        """Wait until the process that runs now has ended, at most `timeout` seconds. Returns its exit code, or None if it
+        still runs. (Another one may have taken its place by then.)"""
         run = self._own()
-        if run is not None:
-            run.wait(-1 if timeout is None else timeout)
-        return self.exit_code
+        if run is None:
+            return None
+        run.wait(-1 if timeout is None else max(0.0, timeout))
+        return run.exit_code
 
     def __enter__(self) -> Plugin:
         return self.start()
@@ -5650,7 +5689,7 @@ class Plugin:
         """As `start`, without blocking the event loop. Cancelled, it leaves no plugin that was not there before."""
         return await _in_thread(self.start, undo=None if self.running else self.kill)  # type: ignore[no-any-return]
 
-    async def aclose(self, grace: float = _GRACE) -> None:
+    async def aclose(self, grace: float | None = _GRACE) -> None:
         """As `close`, without blocking the event loop."""
         await _in_thread(self.close, grace)
 
@@ -5793,18 +5832,25 @@ class Plugin:
 
     # -- supervision
 
-    def _starts(self) -> bool:
-        """Whether this thread is the one that starts it now."""
-        return self._coming is not None and self._starter == threading.get_ident()
+    def _starts(self) -> _Run | None:
+        """What is being started, if this thread takes part in that: it runs on_start, or what on_start's calls call back."""
+        coming = self._coming
+        if coming is None or self._starter == threading.get_ident():
+            return coming
+        request = _current.get()
+        while request is not None and request.session is not coming.session:
+            request = request.outer
+        return coming if request is not None else None
 
     def _own(self) -> _Run | None:
         """The run that this thread has to do with."""
-        return self._coming if self._starts() else self._run
+        return self._starts() or self._run
 
     def _live(self) -> _Session | None:
         """The session that calls of this thread go to, if there is one now."""
-        run = self._own()
-        if run is None or run.session is None or run.session.sealed or run.closing or (run is self._coming and not self._starts()):
+        starts = self._starts()
+        run = starts or self._run
+        if run is None or run.session is None or run.session.sealed or run.closing or (run is self._coming and not starts):
             return None
         return run.session
 
@@ -5835,16 +5881,23 @@ class Plugin:
         """What a call raises instead of starting the plugin, if it does."""
         if self._owner != os.getpid():
             return _not_owned(self.name)
-        session = self._coming.session if self._coming is not None and self._starts() else None
+        starts = self._starts()
+        session = starts.session if starts is not None else None
         if session is not None and session.ended is not None:
             return session.ended([])
         if self._closed:
-            return PluginClosed(f"the plugin {self.name!r} is closed: start() it again")
+            return self._is_closed()
         crash, _, tries = self._setback()
         if crash is not None and tries >= self._max_restarts:
             assert crash.session is not None and crash.session.ended is not None
+            used_up = f" in {self._restart_window:g} s are used up" if self._max_restarts else ""
+            if crash.owned:
+                crash.verdict = f", and is not started again (max_restarts={self._max_restarts}{used_up}): start() it"
             return crash.session.ended([])
         return None
+
+    def _is_closed(self) -> PluginClosed:
+        return PluginClosed(f"the plugin {self.name!r} is closed: start() it again")
 
     def _setback(self) -> tuple[_Run | None, float, int]:
         """What the next start makes up for: a run that crashed, or None; when that was, or the last try to make up for it;
@@ -5871,12 +5924,12 @@ class Plugin:
             if crash is not None and self._live() is None and not self._closed:
                 self._stir.wait(max(0.0, when + min(_PAUSE * 2 ** min(tries, 10), _LONGEST_PAUSE) - time.monotonic()))
             with self._starting:
-                if self._live() is None:
+                if self._live() is None and not room.done.is_set():
                     self._make_up()
         except BaseException as problem:
             error = problem
         with self._lock:
-            self._room = None
+            self._room = None if self._room is room else self._room
         room.leave(error)
 
     def _make_up(self) -> None:
@@ -5898,8 +5951,7 @@ class Plugin:
         self._starter = threading.get_ident()
         try:
             self._open()
-            if self._on_start is not None:
-                self._on_start(self)
+            self._configure()
             refusal = None if self._live() else self._refusal()
             if refusal is not None:
                 raise refusal
@@ -5915,11 +5967,18 @@ class Plugin:
         self._crash = self._coming = None
         self._stir.set()
 
+    def _configure(self) -> None:
+        try:
+            if self._on_start is not None:
+                self._on_start(self)
+        except StopIteration as error:  # which would end a loop of the caller's, and no asyncio future takes
+            raise RuntimeError("on_start raised StopIteration") from error
+
     def _close_idle(self, run: _Run) -> None:
         """End a run that nobody uses. The next call starts another."""
         if self._starting.acquire(blocking=False):
             assert run.session is not None
-            idle = run is self._run and run.session.seal()
+            idle = run is self._run and run.session.ended is None and run.session.seal()
             if idle:
                 run.closing = True
             self._starting.release()
@@ -6271,7 +6330,8 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `idle_timeout` (seconds, default None): the plugin is closed when for so long no call, stream or reference (other than
       what is dispensed) has been open, and starts again on the next call. Of a notification only the sending counts.
     - `on_start` (callable): ``on_start(plugin)`` runs after every start; until it returns, only the calls of its own thread
-      get through. If it raises, the process is ended, and whoever started it gets that: `start`, or the calls that waited.
+      get through, and what those call back. If it raises, the process is ended, and whoever started it gets that: `start`,
+      or the calls that waited.
     - `on_exit` (callable): ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the process ends unasked.
     - `sha256`: the digest in hex of the program, or of the spec's or script's file (not of the interpreter); or
       ``{path: digest}``, relative to `cwd`. It is checked before anything runs. Somebody who can write to the file can

@@ -1240,11 +1240,15 @@ def test_in_a_forked_child_nothing_is_owned():
                 use()
             except miniplug.PluginError as error:
                 said.append("forked" in str(error))
+        waiting = threading.Thread(target=plugin.wait, daemon=True)
+        waiting.start()
+        waiting.join(5)
+        said += [waiting.is_alive(), plugin.running, plugin.pid, plugin.exit_code]
         plugin.close()
         os.write(write, repr(said).encode())
         os._exit(0)
     os.waitpid(pid, 0)
-    assert os.read(read, 100) == b"[True, True, True]"
+    assert os.read(read, 100) == b"[True, True, True, False, False, None, None]"
     os.close(read), os.close(write)
     assert shop.greet("still") == "Hello, still!"
     plugin.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import glob
 import os
 import random
 import sys
@@ -9,7 +10,7 @@ import threading
 import time
 
 import pytest
-from conftest import WINDOWS, WORKSHOP, alive, freeze, run_python, until
+from conftest import TEMPORARY, WINDOWS, WORKSHOP, alive, freeze, run_python, until
 
 import miniplug
 
@@ -55,6 +56,9 @@ SHOP = """
 
         def drop(self):
             del self.kept
+
+        def call(self, function):
+            return function()
 """
 
 
@@ -135,6 +139,35 @@ def test_past_the_limit_calls_raise_the_last_crash_until_start(shop):
         assert proxy.pid() == plugin.pid and plugin.restarts == 2
         crash(proxy)
         assert proxy.pid() == plugin.pid and plugin.restarts == 3  # start() has forgiven what was before
+
+
+def test_an_error_past_the_limit_says_what_to_do(shop):
+    with miniplug.launch(shop, max_restarts=1, restart_window=50, stderr="discard") as plugin:
+        proxy = plugin.dispense()
+        assert "start()" not in str(crash(proxy)) + str(crash(proxy))
+        with pytest.raises(miniplug.PluginCrashed, match=r"max_restarts=1 in 50 s are used up\): start\(\) it"):
+            proxy.pid()
+    with miniplug.launch(shop, stderr="discard") as plugin:
+        proxy = plugin.dispense()
+        crash(proxy)
+        with pytest.raises(miniplug.PluginCrashed, match=r"not started again \(max_restarts=0\): start\(\) it"):
+            proxy.pid()
+
+
+def test_wait_tells_of_the_process_that_it_waited_for(shop, monkeypatch):
+    with miniplug.launch(shop, stderr="discard") as plugin:
+        run = plugin._run
+
+        def wait(seconds=-1):
+            assert run.ended.wait(30)
+            monkeypatch.undo()
+            plugin.start()  # as another thread does just then
+            return True
+
+        plugin.dispense().die.notify(7)
+        monkeypatch.setattr(run, "wait", wait)
+        assert plugin.wait() == 7 and plugin.running
+        assert plugin.wait(-1) is None and plugin.wait(0) is None  # a deadline that has passed is no endless one
 
 
 def test_restarts_outside_the_window_do_not_count(shop):
@@ -295,6 +328,20 @@ def test_asyncio_is_not_blocked_while_it_restarts(shop, monkeypatch):
     asyncio.run(main())
 
 
+def test_asyncio_can_close_what_all_threads_of_the_loop_wait_for(shop):
+    async def main():
+        loop = asyncio.get_running_loop()
+        async with miniplug.Plugin(shop) as plugin:
+            proxy = plugin.dispense()
+            calls = [loop.run_in_executor(None, proxy.work, 60) for _ in range(40)]  # more than it has threads
+            until(lambda: len(plugin._run.session._calls) > 4)
+            await asyncio.wait_for(plugin.aclose(0.1), 20)
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(end) for end in ends} == {miniplug.PluginClosed}
+
+    asyncio.run(main())
+
+
 # -- on_start
 
 def test_on_start_runs_after_every_start_before_other_calls_get_through(shop):
@@ -385,6 +432,65 @@ def test_on_start_may_close_it_but_not_restart_it(shop):
         miniplug.launch(shop, on_start=close)
     with pytest.raises(RuntimeError, match="on_start"):
         miniplug.launch(shop, on_start=lambda plugin: plugin.restart())
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_calls_that_wait_for_an_on_start_that_hangs_end_with_the_plugin(shop, end):
+    """Only then can one end that on_start waits for."""
+    held, waiting = threading.Event(), []
+
+    def on_start(plugin):
+        call = threading.Thread(target=lambda: waiting.extend(in_threads(1, plugin.dispense)))
+        call.start()
+        until(lambda: plugin._room is not None)
+        held.set()
+        call.join(30)
+
+    plugin = miniplug.Plugin(shop, on_start=on_start)
+    starting = threading.Thread(target=in_threads, args=(1, plugin.start))
+    starting.start()
+    assert held.wait(30) and not waiting
+    begun = time.monotonic()
+    getattr(plugin, end)()
+    starting.join(10)
+    assert time.monotonic() - begun < 5
+    assert [type(each) for each in waiting] == [miniplug.PluginClosed]
+    plugin._on_start = None
+    with plugin:
+        assert plugin.dispense().pid() == plugin.pid
+
+
+def test_what_on_starts_calls_call_back_gets_through(shop):
+    """In whatever thread it runs."""
+    seen = []
+
+    def on_start(plugin):
+        proxy = plugin.dispense()
+
+        def back():
+            with pytest.raises(RuntimeError, match="on_start"):
+                plugin.restart()
+            return [plugin.start().pid, proxy.pid(), plugin.dispense().pid(), proxy.pid.submit().result(10)]
+
+        seen.append([proxy.call(back), proxy.call.submit(back).result(10)])
+
+    with miniplug.launch(shop, on_start=on_start) as plugin:
+        assert seen == [[[plugin.pid] * 4] * 2]
+        plugin.restart()
+        assert seen[1:] == [[[plugin.pid] * 4] * 2]
+
+
+def test_on_start_that_raises_stop_iteration(shop):
+    """An asyncio future takes none: whoever awaited the start would wait for ever."""
+    plugin = miniplug.Plugin(shop, on_start=lambda plugin: next(iter(())))
+
+    async def main():
+        with pytest.raises(RuntimeError, match="on_start raised StopIteration"):
+            await asyncio.wait_for(plugin.astart(), 20)
+
+    asyncio.run(main())
+    with pytest.raises(RuntimeError, match="on_start raised StopIteration"):
+        plugin.dispense()
 
 
 # -- on_exit
@@ -492,6 +598,16 @@ def test_a_host_that_stood_still_does_not_blame_the_plugin(write, shop):
     assert run_python(script) == (0, "well\n", "")
 
 
+def test_a_host_that_stood_still_several_times_before_it_could_read_the_answer(shop, monkeypatch):
+    with miniplug.launch(shop, heartbeat=1000) as plugin:
+        run, proxy = plugin._run, plugin.dispense()
+        monkeypatch.setattr(type(run.session), "probe", lambda session: False)
+        for _ in range(3):
+            run._looked -= 3600
+            run._look()
+        assert not run._hung and proxy.pid() == plugin.pid
+
+
 def test_heartbeats_do_not_keep_what_is_closed(shop):
     with miniplug.launch(shop, heartbeat=5, idle_timeout=600) as plugin:
         assert plugin.dispense().pid() == plugin.pid
@@ -592,6 +708,15 @@ def test_no_call_is_lost_to_the_idle_timeout(shop):
 
         assert in_threads(2, call) == ["done"] * 2
         assert len(pids) > 1
+
+
+def test_what_has_crashed_is_not_closed_as_idle(shop):
+    with miniplug.launch(shop, idle_timeout=60, stderr="discard") as plugin:
+        proxy, run = plugin.dispense(), plugin._run
+        crash(proxy)
+        plugin._close_idle(run)  # as when the clock was quicker
+        with pytest.raises(miniplug.PluginCrashed):
+            proxy.pid()
 
 
 # -- restart
@@ -849,8 +974,59 @@ def test_the_host_may_exit_at_any_of_these_moments(write, shop):
     until(lambda: not any(map(alive, pids)))
 
 
+def test_no_folder_is_left_where_the_host_exits_while_a_thread_starts_a_plugin(write):
+    """That thread stops in its tracks: nothing may be left to it."""
+    script = write("host.py", """
+        import sys, threading
+        import miniplug
+
+        plugin = miniplug.Plugin([sys.executable, "-c", "import time; time.sleep(600)"])
+        threading.Thread(target=plugin.start, daemon=True).start()
+        while plugin.pid is None:
+            pass
+    """)
+    for _ in range(3):
+        status, _, err = run_python(script)
+        assert (status, err) == (0, "")
+        assert glob.glob(os.path.join(TEMPORARY, "miniplug-*")) == []
+
+
 @pytest.mark.parametrize("options", [{"heartbeat": 0}, {"idle_timeout": -1}, {"restart_window": "soon"},
                                      {"heartbeat": float("nan")}])
 def test_what_is_no_number_of_seconds_is_refused(shop, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         miniplug.Plugin(shop, **options)
+
+
+@pytest.mark.parametrize("restarts", [None, -1, "3", 1.5, True])
+def test_what_is_no_number_of_restarts_is_refused(shop, restarts):
+    with pytest.raises(ValueError, match="max_restarts"):
+        miniplug.Plugin(shop, max_restarts=restarts)
+
+
+@pytest.mark.parametrize("option", ["on_start", "on_exit"])
+def test_what_is_no_function_is_refused(shop, option):
+    with pytest.raises(TypeError, match=option):
+        miniplug.Plugin(shop, **{option: "configure"})
+
+
+@pytest.mark.parametrize("seconds", ["2", float("nan"), -1])
+def test_what_is_no_time_to_end_in_is_refused_before_anything_ends(shop, seconds):
+    with miniplug.launch(shop) as plugin:
+        proxy, pid = plugin.dispense(), plugin.pid
+        with pytest.raises(ValueError, match="drain"):
+            plugin.restart(seconds)
+        with pytest.raises(ValueError, match="grace"):
+            plugin.close(seconds)
+        assert proxy.pid() == pid
+
+
+def test_no_limit_to_the_time_to_end_in(shop):
+    with miniplug.launch(shop) as plugin:
+        proxy, old = plugin.dispense(), plugin.pid
+        call = proxy.work.submit(0.3)
+        plugin.restart(drain=None)
+        assert proxy.pid() == plugin.pid and call.result(10) == old
+        until(lambda: not alive(old))
+        plugin.close(grace=None)
+        assert plugin.exit_code == 0
