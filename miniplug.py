@@ -6642,6 +6642,8 @@ def freeze_support() -> None:
 
 def _call_once(given: Any) -> int:
     name, _, method = given.method.rpartition(".")
+    if method.startswith("_"):  # which a proxy has of its own
+        raise _no_method(method, None, "a plugin")
     arguments = []
     for argument in given.arguments:
         try:
@@ -6710,7 +6712,8 @@ def _doctor(given: Any) -> int:
 def _examine(python: str | None) -> Iterable[tuple[str, bool | None, str]]:
     """What this machine allows: (what, whether it does, more about it). The last is whether a plugin runs."""
     yield "miniplug", True, f"{__version__}, {os.path.abspath(__file__)}"
-    yield "interpreter", True, f"{python or sys.executable}, under {sys.version.split()[0]} on {sys.platform}"
+    found = _import("shutil").which(python or sys.executable) is not None
+    yield "interpreter", found, f"{python or sys.executable}, under {sys.version.split()[0]} on {sys.platform}"
     try:
         listener = _Listener()
         listener.close()
@@ -6755,9 +6758,12 @@ def _parser(argparse: Any) -> Any:
             self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
 
     def cookie(text: str) -> list[str]:
-        if not text.partition("=")[2]:
+        if not all(text.partition("=")):
             raise ValueError
         return text.split("=", 1)
+
+    def version(text: str) -> int:
+        return _checked_count(int(text), "N")
 
     parser = Parser(prog="python -m miniplug", description="Plugins that run as subprocesses and are called like local objects.")
     parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
@@ -6779,7 +6785,7 @@ def _parser(argparse: Any) -> Any:
     for verb in (call, inspect):
         verb.add_argument("--verbose", "-v", action="store_const", const="DEBUG", help="what the plugin writes goes to stderr")
         verb.add_argument("--cookie", metavar="KEY=VALUE", type=cookie, default=(), help="the magic cookie, if it wants one")
-        verb.add_argument("--protocol-version", metavar="N", type=int, default=1)
+        verb.add_argument("--protocol-version", metavar="N", type=version, default=1)
         verb.add_argument("plugin", metavar="PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
     call.add_argument("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
     call.add_argument("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- it may begin with a dash")
@@ -6793,14 +6799,17 @@ def _main(arguments: Sequence[str]) -> None:
     given = _parser(_import("argparse")).parse_args(arguments)
     if given.verb == "serve":  # whose errors are the plugin's own
         sys.exit(given.run(given))
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- it was closed: nobody reads
     try:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        sys.exit(given.run(given))
+        status = given.run(given)
+        sys.stdout.flush()
+        sys.exit(status)
     except (PluginError, MemoryError, RecursionError) as error:
         sys.exit(f"miniplug: {_one_line(error)}")
-    except BrokenPipeError:  # nobody reads what is printed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
+    except OSError as error:  # what is printed cannot be written; or nobody reads it, as behind ``head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter flushes at its end
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"miniplug: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
