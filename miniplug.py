@@ -6506,7 +6506,7 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
         raise NotADirectoryError(f"{folder} is a file, not a folder")
     os.scandir(folder).close()  # raises, where glob() would find nothing
     programs = (".exe", ".com", ".bat", ".cmd")
-    return sorted(path for path in folder.glob(pattern) if path.is_file()
+    return sorted(path for path in folder.glob(pattern) if os.path.isfile(path)  # Path.is_file() raises where links go astray
                   and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
                   and (path.suffix in (".py", ".pyw")
                        or (path.suffix.lower() in programs if _WINDOWS else os.access(path, os.X_OK))))
@@ -6516,7 +6516,8 @@ def discover_entry_points(group: str) -> dict[str, str]:
     """The installed distributions' entry points of a group: name to spec, such as ``{"csv": "shop.export:Csv"}``.
 
     Nothing is imported. Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an
-    import. A distribution that is broken, and an entry that names no attribute, is left out with a warning in the log.
+    import; and of a distribution that is installed twice only the first. A distribution that is broken, and an entry that
+    names no attribute of a module, is left out with a warning in the log.
     """
     found: dict[str, str] = {}
     logger = _import("logging").getLogger("miniplug")
@@ -6524,13 +6525,27 @@ def discover_entry_points(group: str) -> dict[str, str]:
         try:
             for entry in distribution.entry_points:
                 spec = "".join(entry.value.partition("[")[0].split())  # without the extras that it may name
-                if entry.group == group and not _split_spec(spec)[2]:
-                    logger.warning("the entry point %r names no attribute of a module: %s", entry.name, entry.value)
-                elif entry.group == group:
+                if entry.group != group or _is_hidden(distribution):
+                    continue
+                _, source, attribute = _split_spec(spec)
+                if attribute and all(part.isidentifier() for part in source.split(".")):
                     found.setdefault(entry.name, spec)
+                else:
+                    logger.warning("the entry point %r names no attribute of a module: %s", entry.name, entry.value)
         except Exception as error:  # whatever is wrong with it
-            logger.warning("the entry points of a distribution cannot be read: %s: %s", type(error).__name__, error)
+            where = getattr(distribution, "_path", "a distribution")
+            logger.warning("the entry points of %s cannot be read: %s: %s", where, type(error).__name__, error)
     return found
+
+
+def _is_hidden(distribution: Any) -> bool:
+    """Whether another of its name comes before it on sys.path, so that what it names is not there to import."""
+    try:
+        name = distribution.metadata["Name"]
+        first = _import("importlib.metadata").distribution(name) if name else distribution
+        return str(first.locate_file("")) != str(distribution.locate_file(""))
+    except Exception:
+        return False  # it has no name by which it could be found
 
 
 # === 12. command line ===================================================================================
