@@ -6464,6 +6464,7 @@ class _Local(Plugin):
     def __init__(self, plugins: Mapping[Any, Any], info: Mapping[str, Any] | None, max_workers: int, **options: Any) -> None:
         super().__init__(["local"], **{"name": "local", **options})
         versions = _versions(plugins, self._handshake)
+        _Server(versions, info, max_workers, self._max_message)  # raises here what it raises
 
         def serve(channel: _Channel, address: str, key: bytes) -> None:
             server = _Server(versions, info, max_workers, self._max_message)
