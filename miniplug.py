@@ -6259,6 +6259,8 @@ _SYSTEM_VARIABLES = ("SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "COMSPEC", "PATHEXT"
 # The first lines are for any Python at all.
 _BOOTSTRAP = """
 import sys
+if sys.path[:1] == [""]:  # what lies in the current folder, a json.py say, is not what is imported here
+    del sys.path[0]
 if sys.version_info < (3, 8):
     sys.exit("miniplug needs Python 3.8 or newer, and this is " + sys.version.split()[0] + ": " + sys.executable)
 from importlib.util import module_from_spec, spec_from_file_location
@@ -6304,6 +6306,8 @@ def _split_spec(command: str) -> tuple[str, str, str]:
     name, equals, source = head.partition("=")
     if not equals or not name.isidentifier():
         name, source = attribute.rpartition(".")[2].lower(), head
+    if os.path.dirname(source) and not source.endswith(".py"):  # no module's name: a program whose own has a colon
+        return "", command, ""
     return name, source, attribute
 
 
@@ -6327,11 +6331,13 @@ def _checked_digests(sha256: str | Mapping[_Path, str] | None, command: _Command
         _, source, attribute = _split_spec(os.fspath(command))
         if attribute and not source.endswith(".py"):
             raise ValueError(f"sha256={sha256!r}: where the module {source!r} lies is not known beforehand; give {{path: digest}}")
-    given = {None: sha256} if isinstance(sha256, str) else sha256 or {}
+    given = {None: sha256} if isinstance(sha256, str) else {} if sha256 is None else sha256
+    if not isinstance(given, _import("collections.abc").Mapping):
+        raise TypeError(f"sha256={sha256!r}: it is 64 hexadecimal digits, or {{path: digest}}")
     for digest in given.values():
         if not isinstance(digest, str) or len(digest) != 64 or digest.strip("0123456789abcdefABCDEF"):
             raise ValueError(f"sha256={digest!r}: it is 64 hexadecimal digits")
-    return {None if path is None else os.fspath(path): digest.lower() for path, digest in given.items()}
+    return {None if path is None else os.fsdecode(path): digest.lower() for path, digest in given.items()}
 
 
 def _sink(output: _Output, logger: logging.Logger, stream: str) -> Callable[[str], Any] | None:
@@ -6382,10 +6388,11 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `on_start` (callable): ``on_start(plugin)`` runs after every start; until it returns, only the calls of its own thread
       get through. If it raises, the process is ended, and whoever started it gets that: `start`, or the calls that waited.
     - `on_exit` (callable): ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the process ends unasked.
-    - `sha256`: the digest in hex of the program, or of the spec's or script's file (not of the interpreter); or
-      ``{path: digest}``, relative to `cwd`. It is checked before anything runs. Somebody who can write to the file can
-      still swap it between the check and the start, and what it imports is not checked unless it is named. What is
-      checked is not run from a bytecode cache; where ``.py`` files are named, no cache is used at all.
+    - `sha256`: the digest in hex of the program, or of the spec's or script's file (not of the interpreter; of an
+      argument list that is the first ``.py`` file in it, or else its program); or ``{path: digest}``, relative to
+      `cwd`. It is checked before anything runs. Somebody who can write to the file can still swap it between the check
+      and the start, and what it imports is not checked unless it is named. What is checked is not run from a bytecode
+      cache; where ``.py`` files are named, no cache is used at all.
     - `limits` (Limits): what it may use at most.
     - `managed` (bool, default True): closed at interpreter exit at the latest.
     - `persist` (bool, default False): it stays when this host goes, also by interpreter exit, unless this one closes it,
@@ -6557,8 +6564,6 @@ def _run_plugin(verb: str, *arguments: str, **options: Any) -> None:
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
-    if sys.path[:1] == [""]:
-        del sys.path[0]
     _run_script(*arguments) if verb == "run" else _serve_specs(*arguments, **options)
 
 
