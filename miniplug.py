@@ -1404,7 +1404,8 @@ def _endpoint(address: str) -> tuple[int, Any]:
         return _network.AF_UNIX, address
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    if not port.isdigit() or (host != "::1" and not (host.startswith("127.") and host.replace(".", "").isdigit())):
+    here = host == "::1" or (host.startswith("127.") and host.replace(".", "").isdecimal())
+    if not (here and port.isdecimal() and int(port) < 1 << 16):
         raise ValueError(f"{address!r} is no address: that is a path with a / in it, 127.0.0.1:PORT or [::1]:PORT")
     return (socket.AF_INET6 if ":" in host else socket.AF_INET), (host, int(port))
 
@@ -1457,7 +1458,8 @@ class _Listener:
         self.passed_over: list[str] = []  # the temp folders that would not do, and why
         self.address = address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
         if address and (_transport(address) == "pipe") != _WINDOWS:
-            raise ValueError(f"{address!r} is no address: here {'that is' if _WINDOWS else 'there is no'} the name of a pipe")
+            problem = "here that is the name of a pipe" if _WINDOWS else "that is the name of a pipe of Windows"
+            raise ValueError(f"{address!r} is no address: {problem}")
         if _WINDOWS:
             self._listener: Any = _import("multiprocessing.connection").Listener(self.address, "AF_PIPE")
         else:
@@ -1475,6 +1477,11 @@ class _Listener:
                 os.chmod(address, 0o600)
                 sock.listen(128)
                 return sock
+            except OSError as error:
+                sock.close()
+                if error.errno is None:  # the path is too long
+                    raise OSError(f"{error}: {address!r}") from None
+                raise OSError(error.errno, error.strerror, address) from None  # it has named no file
             except BaseException:
                 sock.close()
                 raise
@@ -4239,9 +4246,11 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
     _prepare_output()
     try:
         if persist or address is not None:
-            server.listen(address or "", os.urandom(32) if authkey is None else _checked_key(authkey))
+            passed_over = server.listen(address or "", os.urandom(32) if authkey is None else _checked_key(authkey))
             _heed_signals(host is not None)
         if host is None:
+            for folder in passed_over:
+                print(f"miniplug: it listens at {server.config['address']}, not in {folder}", file=sys.stderr, flush=True)
             print(json.dumps(server.config), flush=True)
         else:
             server.serve_launcher(host, key, cookie)
@@ -4255,17 +4264,24 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
 
 def _checked_key(key: bytes | str) -> bytes:
     """A key that is given as bytes or in hexadecimal digits. Raises ValueError."""
-    data = bytes.fromhex(key) if isinstance(key, str) else bytes(key)
+    try:
+        data = bytes.fromhex(key) if isinstance(key, str) else bytes(key)
+    except ValueError as error:
+        raise ValueError(f"the authkey is not in hexadecimal digits: {error}") from None
     if len(data) < 16:
-        raise ValueError(f"a key of {len(data)} bytes, where at least 16 are needed")
+        raise ValueError(f"the authkey has {len(data)} bytes, where at least 16 are needed")
     return data
 
 
 def _checked_config(config: Any) -> dict[str, Any]:
-    """What another host needs to attach. Raises ValueError for what is not."""
+    """What another host needs to attach. Raises ValueError for what is not, without telling the key."""
     kinds = {"network": str, "address": str, "authkey": str, "pid": int, "protocol_version": int}
-    if not isinstance(config, dict) or any(type(config.get(key)) is not kind for key, kind in kinds.items()):
-        raise ValueError(f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it, and not {config!r:.60}")
+    takes = f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it"
+    if not isinstance(config, dict):
+        raise ValueError(f"{takes}, and not a {type(config).__name__}")
+    wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
+    if wrong:
+        raise ValueError(f"{takes}, and {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or of another type")
     if _transport(config["address"]) != config["network"] or (config["network"] == "pipe") != _WINDOWS:
         raise ValueError(f"{config['address']!r} is no address for the network {config['network']!r} here")
     if config["network"] != "pipe":
@@ -4327,8 +4343,9 @@ class _Server:
         if last:
             self.stop()
 
-    def listen(self, address: str, key: bytes) -> None:
-        """Let hosts attach. They need no cookie: it is not they who start this program."""
+    def listen(self, address: str, key: bytes) -> list[str]:
+        """Let hosts attach. They need no cookie: it is not they who start this program. Returns the temp folders that would
+        not do, and why."""
         def greet(channel: _Channel, address: str) -> _Terms:
             return self.greet(channel, address, key, {"matches": True})
 
@@ -4338,6 +4355,7 @@ class _Server:
                            protocol_version=max((each for each in self._served if each is not None), default=1))
         for served in self._served.values():
             served.config = self.config
+        return self._door.listener.passed_over
 
     def _arrived(self, channel: _Channel, terms: Any) -> None:
         if isinstance(terms, _Terms):  # or the host has refused this plugin
@@ -6111,8 +6129,10 @@ class Plugin:
         address = config["address"]
         try:
             channel = _connect(address, _HELLO_SECONDS)
-        except (OSError, ValueError, OverflowError) as error:
-            raise self._not_attached(f"nobody listens at {address}, so the plugin has ended ({error})") from None
+        except (OSError, ValueError) as error:
+            gone = isinstance(error, (FileNotFoundError, ConnectionRefusedError))
+            problem = f"nobody listens at {address}, so the plugin has ended" if gone else f"{address} cannot be reached"
+            raise self._not_attached(f"{problem} ({error})") from None
         try:
             tree = _PeerTree(channel, config["pid"])
             hello = _Hello(channel, address, bytes.fromhex(config["authkey"]), "host")
@@ -6587,7 +6607,10 @@ def _run_script(path: str) -> None:
 def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None, persist: bool = False) -> None:
     """Serve what the specs name, under whatever cookie and version the host asks for."""
     plugins: dict[str, Any] = {}
-    for spec in specs if _ADDRESS in _environment or persist or address is not None else ():
+    if _ADDRESS not in _environment and not persist and address is None:
+        sys.exit("This program is a plugin: the application that it belongs to starts it, not a person. "
+                 "(To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS.)")
+    for spec in specs:
         name, source, attribute = _split_spec(spec)
         if not attribute:
             sys.exit(f"miniplug: {spec!r} is no spec: write module:Attr or path/to/file.py:Attr")
@@ -6595,10 +6618,20 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
             sys.exit(f"miniplug: the name {name!r} is {'reserved' if name == 'system' else 'taken'}: write name={spec}")
         plugins[name] = _load(source, attribute)
     try:
-        authkey = _import("pathlib").Path(authkey_file).read_text().strip() if authkey_file else None
+        authkey = _read_key(authkey_file) if authkey_file else None
         _serve(_Server({None: plugins}, None, 64, _MAX_MESSAGE), {"matches": True}, address, authkey, persist)
     except (OSError, ValueError) as error:
         sys.exit(f"miniplug: {error}")
+
+
+def _read_key(path: str) -> bytes:
+    """The key in a file, in hexadecimal digits. Raises OSError or ValueError, which name the file and not what is in it."""
+    with open(path, "rb") as file:
+        text = file.read(1 << 16).decode("ascii", "replace").strip()
+    try:
+        return _checked_key(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 class _StandardLibrary:
