@@ -4244,6 +4244,7 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
     _prepare_output()
+    echoes = _terminal_echoes()
     try:
         if persist or address is not None:
             passed_over = server.listen(address or "", os.urandom(32) if authkey is None else _checked_key(authkey))
@@ -4259,7 +4260,9 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
         if host is not None and not persist:
             raise
     finally:
-        server.close()
+        cut_off = server.close()
+        if cut_off and echoes:
+            _turn_echo_on()
 
 
 def _checked_key(key: bytes | str) -> bytes:
@@ -4437,14 +4440,38 @@ class _Server:
         while not self._over.wait(0.5):
             pass  # a signal that another thread got, and on Windows any, does not interrupt a lock
 
-    def close(self) -> None:
-        """Let nobody in any more, and end the sessions and what is served."""
+    def close(self) -> bool:
+        """Let nobody in any more, and end the sessions and what is served. Returns whether calls of theirs still run."""
         self.stop()
         if self._door is not None:
             self._door.close()
         for thread in self._threads:
             thread.join()
-        self._part(list(self._sessions), self._served.values())
+        sessions = list(self._sessions)
+        self._part(sessions, self._served.values())
+        return any(session._requests for session in sessions)
+
+
+def _terminal_echoes() -> bool:
+    """Whether stdin is a terminal that shows what is typed."""
+    try:
+        termios = _import("termios")
+        return bool(termios.tcgetattr(0)[3] & termios.ECHO)
+    except Exception:  # termios.error is no OSError; and on Windows there is none of it
+        return False
+
+
+def _turn_echo_on() -> None:
+    """A call that asks for a password is cut off by the end of this process, and can do it no more. Only if it looks like
+    that: a terminal in the foreground that gives whole lines and shows none of them."""
+    try:
+        termios = _import("termios")
+        settings = termios.tcgetattr(0)
+        if settings[3] & termios.ICANON and _posix.tcgetpgrp(0) == _posix.getpgrp():
+            settings[3] |= termios.ECHO
+            termios.tcsetattr(0, termios.TCSANOW, settings)
+    except Exception:
+        pass  # the terminal is gone
 
 
 def _outlet() -> Callable[[], None]:
