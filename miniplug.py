@@ -6552,19 +6552,46 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     ``"*/plugin.py"`` one in each folder there. A file can be run that ends with ``.py`` or ``.pyw``, or is
     executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Folders are none, and what has a name that begins with
     ``.`` or ``_`` is left out, as is what lies in such a folder: ``__init__.py``, ``__pycache__``, ``.venv``.
-    Nothing is run or imported. For a spec add the attribute: ``f"{path}:Tool"``.
+    Nothing is run or imported. ``**`` stands for any folders below, links not followed. For a spec add the attribute:
+    ``f"{path}:Tool"``.
 
-    Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder.
+    Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder, and ValueError for a pattern that is
+    empty or absolute. What lies in the folder and cannot be looked at is left out.
     """
     folder = _import("pathlib").Path(directory).absolute()
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file, not a folder")
-    os.scandir(folder).close()  # raises, where glob() would find nothing
+    os.scandir(folder).close()  # raises, where looking for matches would find nothing
+    parts = [part for part in pattern.replace(os.sep, "/").split("/") if part not in ("", ".")]
+    if not parts or os.path.isabs(pattern):
+        raise ValueError(f"pattern={pattern!r}: it is a glob relative to the folder")
     programs = (".exe", ".com", ".bat", ".cmd")
-    return sorted(path for path in folder.glob(pattern) if os.path.isfile(path)  # Path.is_file() raises where links go astray
-                  and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-                  and (path.suffix in (".py", ".pyw")
-                       or (path.suffix.lower() in programs if _WINDOWS else os.access(path, os.X_OK))))
+    return sorted(path for path in map(type(folder), set(_matches(str(folder), parts))) if path.suffix in (".py", ".pyw")
+                  or (path.suffix.lower() in programs if _WINDOWS else os.access(path, os.X_OK)))
+
+
+def _matches(folder: str, parts: Sequence[str]) -> Iterable[str]:
+    """The files below a folder that match the parts of a pattern, without those that are hidden. (In Path.glob, one link that
+    leads astray, or to where this user may not look, hides others, or is an error, as the Python has it.)"""
+    (part, *rest), fnmatch = parts, _import("fnmatch").fnmatch
+    if part == "**":
+        yield from _matches(folder, rest or ["*"])
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return  # it is no folder, or may not be looked at
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.startswith((".", "_")):
+            continue
+        if part == "**":
+            if os.path.isdir(path) and not os.path.islink(path):
+                yield from _matches(path, parts)
+        elif fnmatch(name, part):
+            if rest:
+                yield from _matches(path, rest)
+            elif os.path.isfile(path):
+                yield path
 
 
 def discover_entry_points(group: str) -> dict[str, str]:

@@ -55,7 +55,17 @@ def test_patterns(write, tmp_path):
     assert names(miniplug.discover(tmp_path, "t*.py")) == ["two.py"]
     assert [path.parent.name for path in miniplug.discover(tmp_path, "*/plugin.py")] == ["a", "b"]
     assert miniplug.discover(tmp_path, "*.exe") == []
-    assert len(miniplug.discover(tmp_path, "**/*.py")) == 5
+    assert len(miniplug.discover(tmp_path, "**/*.py")) == len(miniplug.discover(tmp_path, "**/**/*.py")) == 5
+    assert len(miniplug.discover(tmp_path, "**")) == 6
+    assert names(miniplug.discover(tmp_path, "./b//plugin.py")) == names(miniplug.discover(tmp_path, os.path.join("a", "*")))
+    assert names(miniplug.discover(tmp_path, "[ot]*.py")) == ["one.py", "two.py"]
+    assert miniplug.discover(tmp_path / "a", "../*") == miniplug.discover(tmp_path, "one.py/*") == []
+
+
+@pytest.mark.parametrize("pattern", ["", ".", "/", os.path.abspath("*")])
+def test_a_pattern_that_is_none(tmp_path, pattern):
+    with pytest.raises(ValueError, match="a glob relative to the folder"):
+        miniplug.discover(tmp_path, pattern)
 
 
 @pytest.mark.skipif(WINDOWS, reason="links and modes are POSIX")
@@ -70,6 +80,10 @@ def test_links_are_followed_and_modes_count(write, tmp_path):
     (folder / "data").write_text("no program")
     (folder / "astray.py").symlink_to("x" * 300)  # no file has so long a name, which is an error of its own
     assert names(miniplug.discover(folder)) == ["link.py"]
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    write("plugins/deep/plugin.py", PLUGIN)
+    assert names(miniplug.discover(folder, "*/*.py")) == ["plugin.py", "real.py", "link.py"]  # the last one through the loop
+    assert names(miniplug.discover(folder, "**/*.py")) == ["plugin.py", "link.py"]
 
 
 def test_a_folder_that_is_none(write, tmp_path):
