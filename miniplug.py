@@ -1435,7 +1435,10 @@ def _connect(address: str, timeout: float) -> _Channel:
 def _temp_folders() -> list[str]:
     """Where a socket may lie, the best place first."""
     bases = os.environ.get("TMPDIR"), "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")
-    return [os.path.abspath(base) for base in bases if base]
+    try:
+        return [os.path.abspath(base) for base in bases if base]
+    except OSError:  # one is relative, and the current folder is gone
+        return [base for base in bases if base]
 
 
 def _folder_name() -> str:
@@ -6096,8 +6099,11 @@ class Plugin:
         if config is not None:
             self._attach(config)
             return
-        argv = self._argv()
-        self._check_files(argv)
+        try:
+            argv = self._argv()
+            self._check_files(argv)
+        except FileNotFoundError as error:  # what is relative to the current folder, where that is gone
+            raise self._not_started([], f"there is no current folder: {error}") from None
         key = os.urandom(32)
         news = threading.Event()  # set when the plugin has connected, was refused, or has ended
         came: list[tuple[_Channel, Any]] = []
@@ -6718,7 +6724,10 @@ def _load(source: str, attribute: str) -> Any:
         else:
             spec.loader.exec_module(found)
     else:
-        sys.path.insert(0, os.getcwd())
+        try:
+            sys.path.insert(0, os.getcwd())
+        except OSError:
+            pass  # it is gone
         found = _import(source)
     for part in attribute.split("."):
         if not hasattr(found, part):
