@@ -1341,7 +1341,8 @@ def _endpoint(address: str) -> tuple[int, Any]:
         return _network.AF_UNIX, address
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    if not port.isdigit() or (host != "::1" and not (host.startswith("127.") and host.replace(".", "").isdigit())):
+    here = host == "::1" or (host.startswith("127.") and host.replace(".", "").isdecimal())
+    if not (here and port.isdecimal() and int(port) < 1 << 16):
         raise ValueError(f"{address!r} is no address: that is a path with a / in it, 127.0.0.1:PORT or [::1]:PORT")
     return (socket.AF_INET6 if ":" in host else socket.AF_INET), (host, int(port))
 
@@ -1371,7 +1372,10 @@ def _connect(address: str, timeout: float) -> _Channel:
 def _temp_folders() -> list[str]:
     """Where a socket may lie, the best place first."""
     bases = os.environ.get("TMPDIR"), "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")
-    return [os.path.abspath(base) for base in bases if base]
+    try:
+        return [os.path.abspath(base) for base in bases if base]
+    except OSError:  # one is relative, and the current folder is gone
+        return [base for base in bases if base]
 
 
 def _folder_name() -> str:
@@ -1394,7 +1398,8 @@ class _Listener:
         self.passed_over: list[str] = []  # the temp folders that would not do, and why
         self.address = address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
         if address and (_transport(address) == "pipe") != _WINDOWS:
-            raise ValueError(f"{address!r} is no address: here {'that is' if _WINDOWS else 'there is no'} the name of a pipe")
+            problem = "here that is the name of a pipe" if _WINDOWS else "that is the name of a pipe of Windows"
+            raise ValueError(f"{address!r} is no address: {problem}")
         if _WINDOWS:
             self._listener: Any = _import("multiprocessing.connection").Listener(self.address, "AF_PIPE")
         else:
@@ -1416,6 +1421,11 @@ class _Listener:
             os.chmod(self.address, 0o600)
             sock.listen(128)
             return sock
+        except OSError as error:
+            sock.close()
+            if error.errno is None:  # the path is too long
+                raise OSError(f"{error}: {address!r}") from None
+            raise OSError(error.errno, error.strerror, address) from None  # it has named no file
         except BaseException:
             sock.close()
             raise
@@ -4164,11 +4174,14 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
     _prepare_output()
+    echoes = _terminal_echoes()
     try:
         if persist or address is not None:
-            server.listen(address or "", os.urandom(32) if authkey is None else _checked_key(authkey))
+            passed_over = server.listen(address or "", os.urandom(32) if authkey is None else _checked_key(authkey))
             _heed_signals(host is not None)
         if host is None:
+            for folder in passed_over:
+                print(f"miniplug: it listens at {server.config['address']}, not in {folder}", file=sys.stderr, flush=True)
             print(json.dumps(server.config), flush=True)
         else:
             server.serve_launcher(host, key, cookie)
@@ -4177,22 +4190,31 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
         if host is not None and not persist:
             raise
     finally:
-        server.close()
+        cut_off = server.close()
+        if cut_off and echoes:
+            _turn_echo_on()
 
 
 def _checked_key(key: bytes | str) -> bytes:
     """A key that is given as bytes or in hexadecimal digits. Raises ValueError."""
-    data = bytes.fromhex(key) if isinstance(key, str) else bytes(key)
+    try:
+        data = bytes.fromhex(key) if isinstance(key, str) else bytes(key)
+    except ValueError as error:
+        raise ValueError(f"the authkey is not in hexadecimal digits: {error}") from None
     if len(data) < 16:
-        raise ValueError(f"a key of {len(data)} bytes, where at least 16 are needed")
+        raise ValueError(f"the authkey has {len(data)} bytes, where at least 16 are needed")
     return data
 
 
 def _checked_config(config: Any) -> dict[str, Any]:
-    """What another host needs to attach. Raises ValueError for what is not."""
+    """What another host needs to attach. Raises ValueError for what is not, without telling the key."""
     kinds = {"network": str, "address": str, "authkey": str, "pid": int, "protocol_version": int}
-    if not isinstance(config, dict) or any(type(config.get(key)) is not kind for key, kind in kinds.items()):
-        raise ValueError(f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it, and not {config!r:.60}")
+    takes = f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it"
+    if not isinstance(config, dict):
+        raise ValueError(f"{takes}, and not a {type(config).__name__}")
+    wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
+    if wrong:
+        raise ValueError(f"{takes}, and {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or of another type")
     if _transport(config["address"]) != config["network"] or (config["network"] == "pipe") != _WINDOWS:
         raise ValueError(f"{config['address']!r} is no address for the network {config['network']!r} here")
     if config["network"] != "pipe":
@@ -4250,8 +4272,9 @@ class _Server:
         if last:
             self.stop()
 
-    def listen(self, address: str, key: bytes) -> None:
-        """Let hosts attach. They need no cookie: it is not they who start this program."""
+    def listen(self, address: str, key: bytes) -> list[str]:
+        """Let hosts attach. They need no cookie: it is not they who start this program. Returns the temp folders that would
+        not do, and why."""
         self._door = _Door(lambda channel, address: self.greet(channel, address, key, {"matches": True}),
                            self._arrived, address, stays=True)
         address = self._door.listener.address
@@ -4259,6 +4282,7 @@ class _Server:
                            protocol_version=max((each for each in self._served if each is not None), default=1))
         for served in self._served.values():
             served.config = self.config
+        return self._door.listener.passed_over
 
     def _arrived(self, channel: _Channel, terms: Any) -> None:
         if isinstance(terms, _Terms):  # or the host has refused this plugin
@@ -4330,14 +4354,38 @@ class _Server:
         while not self._over.wait(0.5):
             pass  # a signal that another thread got, and on Windows any, does not interrupt a lock
 
-    def close(self) -> None:
-        """Let nobody in any more, and end the sessions and what is served."""
+    def close(self) -> bool:
+        """Let nobody in any more, and end the sessions and what is served. Returns whether calls of theirs still run."""
         self.stop()
         if self._door is not None:
             self._door.close()
         for thread in self._threads:
             thread.join()
-        self._part(list(self._sessions), self._served.values())
+        sessions = list(self._sessions)
+        self._part(sessions, self._served.values())
+        return any(session._requests for session in sessions)
+
+
+def _terminal_echoes() -> bool:
+    """Whether stdin is a terminal that shows what is typed."""
+    try:
+        termios = _import("termios")
+        return bool(termios.tcgetattr(0)[3] & termios.ECHO)
+    except Exception:  # termios.error is no OSError; and on Windows there is none of it
+        return False
+
+
+def _turn_echo_on() -> None:
+    """A call that asks for a password is cut off by the end of this process, and can do it no more. Only if it looks like
+    that: a terminal in the foreground that gives whole lines and shows none of them."""
+    try:
+        termios = _import("termios")
+        settings = termios.tcgetattr(0)
+        if settings[3] & termios.ICANON and _posix.tcgetpgrp(0) == _posix.getpgrp():
+            settings[3] |= termios.ECHO
+            termios.tcsetattr(0, termios.TCSANOW, settings)
+    except Exception:
+        pass  # the terminal is gone
 
 
 def _outlet() -> Callable[[], None]:
@@ -6001,8 +6049,11 @@ class Plugin:
         if config is not None:
             self._attach(config)
             return
-        argv = self._argv()
-        self._check_files(argv)
+        try:
+            argv = self._argv()
+            self._check_files(argv)
+        except FileNotFoundError as error:  # what is relative to the current folder, where that is gone
+            raise self._not_started([], f"there is no current folder: {error}") from None
         key = os.urandom(32)
         news = threading.Event()  # set when the plugin has connected, was refused, or has ended
         came: list[tuple[_Channel, Any]] = []
@@ -6061,8 +6112,10 @@ class Plugin:
         address = config["address"]
         try:
             channel = _connect(address, _HELLO_SECONDS)
-        except (OSError, ValueError, OverflowError) as error:
-            raise self._not_attached(f"nobody listens at {address}, so the plugin has ended ({error})") from None
+        except (OSError, ValueError) as error:
+            gone = isinstance(error, (FileNotFoundError, ConnectionRefusedError))
+            problem = f"nobody listens at {address}, so the plugin has ended" if gone else f"{address} cannot be reached"
+            raise self._not_attached(f"{problem} ({error})") from None
         try:
             tree = _PeerTree(channel, config["pid"])
             hello = _Hello(channel, address, bytes.fromhex(config["authkey"]), "host")
@@ -6209,6 +6262,8 @@ _SYSTEM_VARIABLES = ("SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "COMSPEC", "PATHEXT"
 # The first lines are for any Python at all.
 _BOOTSTRAP = """
 import sys
+if sys.path[:1] == [""]:  # what lies in the current folder, a json.py say, is not what is imported here
+    del sys.path[0]
 if sys.version_info < (3, 8):
     sys.exit("miniplug needs Python 3.8 or newer, and this is " + sys.version.split()[0] + ": " + sys.executable)
 from importlib.util import module_from_spec, spec_from_file_location
@@ -6254,6 +6309,8 @@ def _split_spec(command: str) -> tuple[str, str, str]:
     name, equals, source = head.partition("=")
     if not equals or not name.isidentifier():
         name, source = attribute.rpartition(".")[2].lower(), head
+    if os.path.dirname(source) and not source.endswith(".py"):  # no module's name: a program whose own has a colon
+        return "", command, ""
     return name, source, attribute
 
 
@@ -6277,11 +6334,13 @@ def _checked_digests(sha256: str | Mapping[_Path, str] | None, command: _Command
         _, source, attribute = _split_spec(os.fspath(command))
         if attribute and not source.endswith(".py"):
             raise ValueError(f"sha256={sha256!r}: where the module {source!r} lies is not known beforehand; give {{path: digest}}")
-    given = {None: sha256} if isinstance(sha256, str) else sha256 or {}
+    given = {None: sha256} if isinstance(sha256, str) else {} if sha256 is None else sha256
+    if not isinstance(given, _import("collections.abc").Mapping):
+        raise TypeError(f"sha256={sha256!r}: it is 64 hexadecimal digits, or {{path: digest}}")
     for digest in given.values():
         if not isinstance(digest, str) or len(digest) != 64 or digest.strip("0123456789abcdefABCDEF"):
             raise ValueError(f"sha256={digest!r}: it is 64 hexadecimal digits")
-    return {None if path is None else os.fspath(path): digest.lower() for path, digest in given.items()}
+    return {None if path is None else os.fsdecode(path): digest.lower() for path, digest in given.items()}
 
 
 def _sink(output: _Output, logger: logging.Logger, stream: str) -> Callable[[str], Any] | None:
@@ -6333,10 +6392,11 @@ def launch(command: _Command, **options: Any) -> Plugin:
       get through, and what those call back. If it raises, the process is ended, and whoever started it gets that: `start`,
       or the calls that waited.
     - `on_exit` (callable): ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the process ends unasked.
-    - `sha256`: the digest in hex of the program, or of the spec's or script's file (not of the interpreter); or
-      ``{path: digest}``, relative to `cwd`. It is checked before anything runs. Somebody who can write to the file can
-      still swap it between the check and the start, and what it imports is not checked unless it is named. What is
-      checked is not run from a bytecode cache; where ``.py`` files are named, no cache is used at all.
+    - `sha256`: the digest in hex of the program, or of the spec's or script's file (not of the interpreter; of an
+      argument list that is the first ``.py`` file in it, or else its program); or ``{path: digest}``, relative to
+      `cwd`. It is checked before anything runs. Somebody who can write to the file can still swap it between the check
+      and the start, and what it imports is not checked unless it is named. What is checked is not run from a bytecode
+      cache; where ``.py`` files are named, no cache is used at all.
     - `limits` (Limits): what it may use at most.
     - `managed` (bool, default True): closed at interpreter exit at the latest.
     - `persist` (bool, default False): it stays when this host goes, also by interpreter exit, unless this one closes it,
@@ -6415,6 +6475,7 @@ class _Local(Plugin):
     def __init__(self, plugins: Mapping[Any, Any], info: Mapping[str, Any] | None, max_workers: int, **options: Any) -> None:
         super().__init__(["local"], **{"name": "local", **options})
         versions = _versions(plugins, self._handshake)
+        _Server(versions, info, max_workers, self._max_message)  # raises here what it raises
 
         def serve(channel: _Channel, address: str, key: bytes) -> None:
             server = _Server(versions, info, max_workers, self._max_message)
@@ -6448,26 +6509,54 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     ``"*/plugin.py"`` one in each folder there. A file can be run that ends with ``.py`` or ``.pyw``, or is
     executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Folders are none, and what has a name that begins with
     ``.`` or ``_`` is left out, as is what lies in such a folder: ``__init__.py``, ``__pycache__``, ``.venv``.
-    Nothing is run or imported. For a spec add the attribute: ``f"{path}:Tool"``.
+    Nothing is run or imported. ``**`` stands for any folders below, links not followed. For a spec add the attribute:
+    ``f"{path}:Tool"``.
 
-    Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder.
+    Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder, and ValueError for a pattern that is
+    empty or absolute. What lies in the folder and cannot be looked at is left out.
     """
     folder = _import("pathlib").Path(directory).absolute()
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file, not a folder")
-    os.scandir(folder).close()  # raises, where glob() would find nothing
+    os.scandir(folder).close()  # raises, where looking for matches would find nothing
+    parts = [part for part in pattern.replace(os.sep, "/").split("/") if part not in ("", ".")]
+    if not parts or os.path.isabs(pattern):
+        raise ValueError(f"pattern={pattern!r}: it is a glob relative to the folder")
     programs = (".exe", ".com", ".bat", ".cmd")
-    return sorted(path for path in folder.glob(pattern) if path.is_file()
-                  and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-                  and (path.suffix in (".py", ".pyw")
-                       or (path.suffix.lower() in programs if _WINDOWS else os.access(path, os.X_OK))))
+    return sorted(path for path in map(type(folder), set(_matches(str(folder), parts))) if path.suffix in (".py", ".pyw")
+                  or (path.suffix.lower() in programs if _WINDOWS else os.access(path, os.X_OK)))
+
+
+def _matches(folder: str, parts: Sequence[str]) -> Iterable[str]:
+    """The files below a folder that match the parts of a pattern, without those that are hidden. (In Path.glob, one link that
+    leads astray, or to where this user may not look, hides others, or is an error, as the Python has it.)"""
+    (part, *rest), fnmatch = parts, _import("fnmatch").fnmatch
+    if part == "**":
+        yield from _matches(folder, rest or ["*"])
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return  # it is no folder, or may not be looked at
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.startswith((".", "_")):
+            continue
+        if part == "**":
+            if os.path.isdir(path) and not os.path.islink(path):
+                yield from _matches(path, parts)
+        elif fnmatch(name, part):
+            if rest:
+                yield from _matches(path, rest)
+            elif os.path.isfile(path):
+                yield path
 
 
 def discover_entry_points(group: str) -> dict[str, str]:
     """The installed distributions' entry points of a group: name to spec, such as ``{"csv": "shop.export:Csv"}``.
 
     Nothing is imported. Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an
-    import. A distribution that is broken, and an entry that names no attribute, is left out with a warning in the log.
+    import; and of a distribution that is installed twice only the first. A distribution that is broken, and an entry that
+    names no attribute of a module, is left out with a warning in the log.
     """
     found: dict[str, str] = {}
     logger = _import("logging").getLogger("miniplug")
@@ -6475,13 +6564,27 @@ def discover_entry_points(group: str) -> dict[str, str]:
         try:
             for entry in distribution.entry_points:
                 spec = "".join(entry.value.partition("[")[0].split())  # without the extras that it may name
-                if entry.group == group and not _split_spec(spec)[2]:
-                    logger.warning("the entry point %r names no attribute of a module: %s", entry.name, entry.value)
-                elif entry.group == group:
+                if entry.group != group or _is_hidden(distribution):
+                    continue
+                _, source, attribute = _split_spec(spec)
+                if attribute and all(part.isidentifier() for part in source.split(".")):
                     found.setdefault(entry.name, spec)
+                else:
+                    logger.warning("the entry point %r names no attribute of a module: %s", entry.name, entry.value)
         except Exception as error:  # whatever is wrong with it
-            logger.warning("the entry points of a distribution cannot be read: %s: %s", type(error).__name__, error)
+            where = getattr(distribution, "_path", "a distribution")
+            logger.warning("the entry points of %s cannot be read: %s: %s", where, type(error).__name__, error)
     return found
+
+
+def _is_hidden(distribution: Any) -> bool:
+    """Whether another of its name comes before it on sys.path, so that what it names is not there to import."""
+    try:
+        name = distribution.metadata["Name"]
+        first = _import("importlib.metadata").distribution(name) if name else distribution
+        return str(first.locate_file("")) != str(distribution.locate_file(""))
+    except Exception:
+        return False  # it has no name by which it could be found
 
 
 # === 12. command line ===================================================================================
@@ -6492,8 +6595,6 @@ def _run_plugin(verb: str, *arguments: str, **options: Any) -> None:
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
-    if sys.path[:1] == [""]:
-        del sys.path[0]
     _run_script(*arguments) if verb == "run" else _serve_specs(*arguments, **options)
 
 
@@ -6517,7 +6618,10 @@ def _run_script(path: str) -> None:
 def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None, persist: bool = False) -> None:
     """Serve what the specs name, under whatever cookie and version the host asks for."""
     plugins: dict[str, Any] = {}
-    for spec in specs if _ADDRESS in _environment or persist or address is not None else ():
+    if _ADDRESS not in _environment and not persist and address is None:
+        sys.exit("This program is a plugin: the application that it belongs to starts it, not a person. "
+                 "(To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS.)")
+    for spec in specs:
         name, source, attribute = _split_spec(spec)
         if not attribute:
             sys.exit(f"miniplug: {spec!r} is no spec: write module:Attr or path/to/file.py:Attr")
@@ -6525,10 +6629,20 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
             sys.exit(f"miniplug: the name {name!r} is {'reserved' if name == 'system' else 'taken'}: write name={spec}")
         plugins[name] = _load(source, attribute)
     try:
-        authkey = _import("pathlib").Path(authkey_file).read_text().strip() if authkey_file else None
+        authkey = _read_key(authkey_file) if authkey_file else None
         _serve(_Server({None: plugins}, None, 64, _MAX_MESSAGE), {"matches": True}, address, authkey, persist)
     except (OSError, ValueError) as error:
         sys.exit(f"miniplug: {error}")
+
+
+def _read_key(path: str) -> bytes:
+    """The key in a file, in hexadecimal digits. Raises OSError or ValueError, which name the file and not what is in it."""
+    with open(path, "rb") as file:
+        text = file.read(1 << 16).decode("ascii", "replace").strip()
+    try:
+        return _checked_key(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 class _StandardLibrary:
@@ -6561,7 +6675,10 @@ def _load(source: str, attribute: str) -> Any:
         else:
             spec.loader.exec_module(found)
     else:
-        sys.path.insert(0, os.getcwd())
+        try:
+            sys.path.insert(0, os.getcwd())
+        except OSError:
+            pass  # it is gone
         found = _import(source)
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -6593,6 +6710,8 @@ def freeze_support() -> None:
 
 def _call_once(given: Any) -> int:
     name, _, method = given.method.rpartition(".")
+    if method.startswith("_"):  # which a proxy has of its own
+        raise _no_method(method, None, "a plugin")
     arguments = []
     for argument in given.arguments:
         try:
@@ -6661,7 +6780,8 @@ def _doctor(given: Any) -> int:
 def _examine(python: str | None) -> Iterable[tuple[str, bool | None, str]]:
     """What this machine allows: (what, whether it does, more about it). The last is whether a plugin runs."""
     yield "miniplug", True, f"{__version__}, {os.path.abspath(__file__)}"
-    yield "interpreter", True, f"{python or sys.executable}, under {sys.version.split()[0]} on {sys.platform}"
+    found = _import("shutil").which(python or sys.executable) is not None
+    yield "interpreter", found, f"{python or sys.executable}, under {sys.version.split()[0]} on {sys.platform}"
     try:
         listener = _Listener()
         listener.close()
@@ -6706,9 +6826,12 @@ def _parser(argparse: Any) -> Any:
             self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
 
     def cookie(text: str) -> list[str]:
-        if not text.partition("=")[2]:
+        if not all(text.partition("=")):
             raise ValueError
         return text.split("=", 1)
+
+    def version(text: str) -> int:
+        return _checked_count(int(text), "N")
 
     parser = Parser(prog="python -m miniplug", description="Plugins that run as subprocesses and are called like local objects.")
     parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
@@ -6730,7 +6853,7 @@ def _parser(argparse: Any) -> Any:
     for verb in (call, inspect):
         verb.add_argument("--verbose", "-v", action="store_const", const="DEBUG", help="what the plugin writes goes to stderr")
         verb.add_argument("--cookie", metavar="KEY=VALUE", type=cookie, default=(), help="the magic cookie, if it wants one")
-        verb.add_argument("--protocol-version", metavar="N", type=int, default=1)
+        verb.add_argument("--protocol-version", metavar="N", type=version, default=1)
         verb.add_argument("plugin", metavar="PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
     call.add_argument("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
     call.add_argument("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- it may begin with a dash")
@@ -6744,14 +6867,17 @@ def _main(arguments: Sequence[str]) -> None:
     given = _parser(_import("argparse")).parse_args(arguments)
     if given.verb == "serve":  # whose errors are the plugin's own
         sys.exit(given.run(given))
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- it was closed: nobody reads
     try:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        sys.exit(given.run(given))
+        status = given.run(given)
+        sys.stdout.flush()
+        sys.exit(status)
     except (PluginError, MemoryError, RecursionError) as error:
         sys.exit(f"miniplug: {_one_line(error)}")
-    except BrokenPipeError:  # nobody reads what is printed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
+    except OSError as error:  # what is printed cannot be written; or nobody reads it, as behind ``head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter flushes at its end
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"miniplug: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -493,6 +493,26 @@ def test_a_config_that_is_none_is_a_launch_error(wrong):
         miniplug.attach({**good, **wrong} if isinstance(wrong, dict) and wrong else wrong)
 
 
+@pytest.mark.parametrize("wrong", [{"pid": "7"}, {"address": None}, {"network": "x"}, {"authkey": ["5ec2e7"]}])
+def test_what_is_wrong_with_a_config_is_told_and_the_key_is_not(wrong):
+    good = {"authkey": "5ec2e7" * 8, "network": "unix", "address": "/no/such/folder", "pid": 1, "protocol_version": 1}
+    with pytest.raises(miniplug.LaunchError) as caught:
+        miniplug.attach({**good, **wrong})
+    ((name, _),) = wrong.items()
+    assert f"and {name} is missing or of another type" in str(caught.value) or name == "network"
+    assert "5ec2e7" not in str(caught.value)
+
+
+@posix
+def test_a_place_that_cannot_be_reached_is_not_called_empty(tmp_path):
+    """There may well be a plugin."""
+    config = {"network": "unix", "address": f"/tmp/{'x' * 200}/s", "authkey": "0" * 64, "pid": 1, "protocol_version": 1}
+    with pytest.raises(miniplug.LaunchError, match="cannot be reached"):
+        miniplug.attach(config)
+    with pytest.raises(miniplug.LaunchError, match=r"nobody listens at .*, so the plugin has ended"):
+        miniplug.attach({**config, "address": str(tmp_path / "s")})
+
+
 def test_another_key_is_an_authentication_error(owner):
     config = owner.reattach_config()
     with pytest.raises(miniplug.AuthenticationError, match="does not hold the key"):
@@ -682,14 +702,24 @@ def test_it_takes_the_place_of_one_that_was_killed(tmp_path):
 
 @pytest.mark.parametrize("options, said", [
     (["--listen", "0.0.0.0:0"], "is no address"), (["--listen", "plugin.sock"], "is no address"),
-    (["--listen", "/no/such/folder/s"], "No such file"), (["--persist", "--authkey-file", "/no/such/file"], "No such file"),
-    (["--persist", "--authkey-file", __file__], "non-hexadecimal")])
+    (["--listen", "/no/such/folder/s"], "No such file or directory: '/no/such/folder/s'"),
+    (["--listen", "/" + "x" * 200], "xxx"), (["--listen", "127.0.0.1:70000"], "is no address"),
+    (["--persist", "--authkey-file", "/no/such/file"], "No such file"),
+    (["--persist", "--authkey-file", __file__], f"{__file__}: the authkey is not in hexadecimal digits")])
 def test_bad_options_are_one_line(options, said):
     from conftest import run_python
 
     status, out, err = run_python(miniplug.__file__, "serve", WORKSHOP, *options)
     assert (status, out) == (1, "") and err.startswith("miniplug: ") and err.count("\n") == 1
     assert said in err or WINDOWS
+
+
+@posix
+def test_by_hand_it_says_where_it_does_not_listen(monkeypatch):
+    """Where the temporary folder will not do."""
+    monkeypatch.setenv("TMPDIR", "/proc")
+    with by_hand("--persist") as (plugin, config):
+        assert plugin.stderr.readline().startswith(f"miniplug: it listens at {config['address']}, not in /proc (")
 
 
 @posix

@@ -56,6 +56,9 @@ def fails(*arguments, status=1):
     (("call", WORKSHOP), "METHOD"),
     (("call", WORKSHOP, "greet", "--no-such-option"), "--no-such-option"),
     (("call", "--cookie", "no_value", WORKSHOP, "greet"), "--cookie"),
+    (("call", "--cookie", "=no_key", WORKSHOP, "greet"), "--cookie"),
+    (("call", "--protocol-version", "-1", WORKSHOP, "greet"), "--protocol-version"),
+    (("call", "--protocol-version", "one", WORKSHOP, "greet"), "--protocol-version"),
     (("inspect",), "PLUGIN"),
     (("doctor", "x"), "x"),
 ])
@@ -81,6 +84,7 @@ def test_the_module_runs_by_its_name(tmp_path):
 def test_serving_by_hand_says_that_this_is_a_plugin():
     status, out, err = run("serve", WORKSHOP)
     assert (status, out) == (1, "") and err.startswith("This program is a plugin") and err.count("\n") == 1
+    assert "add --persist or --listen ADDRESS" in err
 
 
 @pytest.mark.parametrize("specs, said", [
@@ -200,6 +204,10 @@ def test_another_interpreter(write, tmp_path):
     ([WORKSHOP + "2", "x"], "has no attribute 'Workshop2'; did you mean 'Workshop'?"),
     ([WORKSHOP, "gret", "x"], "did you mean 'greet'"),
     ([WORKSHOP, "_private"], "_private"),
+    ([WORKSHOP, "_target"], "has no method '_target': names that begin with an underscore are private"),
+    ([WORKSHOP, "__class__"], "__class__"),
+    ([WORKSHOP, "workshop.__repr__"], "__repr__"),
+    ([WORKSHOP, ""], "only its methods"),
     ([WORKSHOP, "greet"], "miniplug: TypeError: "),
     ([WORKSHOP, "fail", "ValueError", "first\nsecond"], "miniplug: ValueError: first"),
     ([WORKSHOP, "fail"], "miniplug: ValueError"),
@@ -243,6 +251,23 @@ def test_nobody_reads_on(write):
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(20) == 1
     process.stderr.close()
+
+
+@posix
+@pytest.mark.parametrize("arguments", [("call", WORKSHOP, "greet", "you"), ("inspect", WORKSHOP), ("doctor",)])
+def test_what_cannot_be_printed_is_one_line(arguments):
+    """A full disk is one line, on stderr; a reader that is gone is none; and a stdout that is closed is nobody's fault."""
+    argv = [sys.executable, miniplug.__file__, *arguments]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, env=ENV, timeout=50, check=False)
+    assert (done.returncode, done.stderr) == (1, b"miniplug: [Errno 28] No space left on device\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(argv, stdout=writing, stderr=subprocess.PIPE, env=ENV, timeout=50, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+    done = subprocess.run(["/bin/sh", "-c", 'exec "$@" >&-', "sh", *argv], stderr=subprocess.PIPE, env=ENV, timeout=50, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_terminal_that_has_not_every_letter():
@@ -311,6 +336,7 @@ def test_doctor_tells_of_a_temp_folder_that_will_not_do(monkeypatch):
 def test_doctor_where_no_plugin_runs(tmp_path):
     status, out, err = run("doctor", "--python", str(tmp_path / "no-python"))
     assert (status, err) == (1, "") and out.splitlines()[-1].startswith("no  a plugin        ") and "no such program" in out
+    assert "\nno  interpreter     " in out
     status, out, err = run("doctor", "--json", "--python", str(tmp_path / "no-python"))
     assert (status, err, json.loads(out)["ok"]) == (1, "", False)
 

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from conftest import HERE, WINDOWS
@@ -54,7 +55,17 @@ def test_patterns(write, tmp_path):
     assert names(miniplug.discover(tmp_path, "t*.py")) == ["two.py"]
     assert [path.parent.name for path in miniplug.discover(tmp_path, "*/plugin.py")] == ["a", "b"]
     assert miniplug.discover(tmp_path, "*.exe") == []
-    assert len(miniplug.discover(tmp_path, "**/*.py")) == 5
+    assert len(miniplug.discover(tmp_path, "**/*.py")) == len(miniplug.discover(tmp_path, "**/**/*.py")) == 5
+    assert len(miniplug.discover(tmp_path, "**")) == 6
+    assert names(miniplug.discover(tmp_path, "./b//plugin.py")) == names(miniplug.discover(tmp_path, os.path.join("a", "*")))
+    assert names(miniplug.discover(tmp_path, "[ot]*.py")) == ["one.py", "two.py"]
+    assert miniplug.discover(tmp_path / "a", "../*") == miniplug.discover(tmp_path, "one.py/*") == []
+
+
+@pytest.mark.parametrize("pattern", ["", ".", "/", os.path.abspath("*")])
+def test_a_pattern_that_is_none(tmp_path, pattern):
+    with pytest.raises(ValueError, match="a glob relative to the folder"):
+        miniplug.discover(tmp_path, pattern)
 
 
 @pytest.mark.skipif(WINDOWS, reason="links and modes are POSIX")
@@ -67,7 +78,12 @@ def test_links_are_followed_and_modes_count(write, tmp_path):
     (folder / "loop").symlink_to(folder)
     os.mkfifo(str(folder / "pipe.py"))
     (folder / "data").write_text("no program")
+    (folder / "astray.py").symlink_to("x" * 300)  # no file has so long a name, which is an error of its own
     assert names(miniplug.discover(folder)) == ["link.py"]
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    write("plugins/deep/plugin.py", PLUGIN)
+    assert names(miniplug.discover(folder, "*/*.py")) == ["plugin.py", "real.py", "link.py"]  # the last one through the loop
+    assert names(miniplug.discover(folder, "**/*.py")) == ["plugin.py", "link.py"]
 
 
 def test_a_folder_that_is_none(write, tmp_path):
@@ -129,17 +145,34 @@ def test_a_broken_distribution_hides_no_other(site, broken, caplog):
 
 def test_what_is_left_out_is_told(site, caplog):
     site("lib", "aaa", "[my.plugins]\nbad = module_alone\n")
+    site("lib", "abb", "[my.plugins]\nfile = folder/file.py:Attr\nabove = ..module:Attr\n")
     site("lib", "bbb", b"[my.plugins]\nworse = \xff:X\n")
     with caplog.at_level(logging.WARNING, "miniplug"):
         assert miniplug.discover_entry_points("my.plugins") == {}
     assert "'bad' names no attribute of a module: module_alone" in caplog.text
-    assert "cannot be read: UnicodeDecodeError" in caplog.text
+    assert "'file' names no attribute of a module: folder/file.py:Attr" in caplog.text and "..module:Attr" in caplog.text
+    assert "bbb-1.0.dist-info cannot be read: UnicodeDecodeError" in caplog.text
 
 
 def test_the_first_on_the_path_counts(site, tmp_path):
     site("early", "shop", "[my.plugins]\ncsv = new_xyz:Csv\n", "2.0")
-    site("late", "shop", "[my.plugins]\ncsv = old_xyz:Csv\n", "1.0")
+    site("late", "shop", "[my.plugins]\ncsv = old_xyz:Csv\ngone = old_xyz:Gone\n", "1.0")  # its module is not to be imported
     assert miniplug.discover_entry_points("my.plugins") == {"csv": "new_xyz:Csv"}
+
+
+def test_a_distribution_without_a_name_counts(site, tmp_path):
+    site("lib", "shop", "[my.plugins]\ncsv = shop_xyz:Csv\n")
+    site("lib", "nameless", "[my.plugins]\nother = other_xyz:Other\n")
+    (tmp_path / "lib" / "nameless-1.0.dist-info" / "METADATA").unlink()
+    assert miniplug.discover_entry_points("my.plugins") == {"csv": "shop_xyz:Csv", "other": "other_xyz:Other"}
+
+
+def test_one_in_a_zip_file_counts(tmp_path, monkeypatch):
+    with zipfile.ZipFile(str(tmp_path / "lib.zip"), "w") as file:
+        file.writestr("zipped-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: zipped\nVersion: 1.0\n")
+        file.writestr("zipped-1.0.dist-info/entry_points.txt", "[my.plugins]\nzipped = zipped_xyz:Zipped\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "lib.zip")])
+    assert miniplug.discover_entry_points("my.plugins") == {"zipped": "zipped_xyz:Zipped"}
 
 
 def test_what_was_found_runs_where_it_is_installed(site, write, tmp_path):

@@ -303,6 +303,32 @@ def test_a_plugin_asks_for_a_password_on_the_terminal(write):
 
 
 @terminal
+@pytest.mark.parametrize("raw", [False, True])
+def test_ctrl_c_at_a_password_prompt_leaves_a_terminal_that_echoes(write, raw):
+    """The call that has turned the echo off cannot turn it on again. What the host itself does with its terminal stays."""
+    plugin = write("asker.py", """
+        import getpass
+        class Asker:
+            def ask(self): return getpass.getpass("password? ")
+    """)
+    path = write("host.py", f"""
+        import miniplug, termios, tty
+        with miniplug.launch({plugin + ":Asker"!r}, stdin="inherit") as plugin:
+            before = termios.tcgetattr(0)
+            try:
+                plugin.dispense().ask()
+            except KeyboardInterrupt:
+                echoed = termios.tcgetattr(0)[3] & termios.ECHO
+                if {raw}:
+                    tty.setraw(0)
+                    before = termios.tcgetattr(0)
+        print("echoed", bool(echoed), "as before", termios.tcgetattr(0) == before, flush=True)
+    """)
+    status, said = on_a_terminal(path, (rb"password\? ", b"\x03"))
+    assert status == 0 and b"echoed False as before True" in said, said
+
+
+@terminal
 @pytest.mark.parametrize("how", ["close", "kill", "close(grace=0.1)"])
 @pytest.mark.parametrize("source", ["/proc", "ps"])
 def test_a_tree_that_shares_the_terminal_ends(write, how, source):

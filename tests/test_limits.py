@@ -350,7 +350,7 @@ def test_paths_are_relative_to_cwd(marking, tmp_path):
     right = {"marking.py": digest(path), "data.txt": hashlib.sha256(b"data").hexdigest()}
     wrong = refused("marking.py:Marking", cwd=tmp_path, sha256={**right, "data.txt": "f" * 64})
     assert wrong.path == str(tmp_path / "data.txt") and not ran()
-    absolute = {tmp_path / "data.txt": right["data.txt"], "marking.py": right["marking.py"]}
+    absolute = {tmp_path / "data.txt": right["data.txt"], b"marking.py": right["marking.py"]}
     with miniplug.launch("marking.py:Marking", cwd=tmp_path, sha256=absolute) as plugin:
         assert plugin.dispense().hello() == "hello"
     with miniplug.launch("marking.py:Marking", cwd=tmp_path, sha256=right["marking.py"]) as plugin:
@@ -428,6 +428,12 @@ def test_a_file_that_cannot_be_read(marking, tmp_path):
 @pytest.mark.parametrize("sha256", ["", "0" * 63, "0" * 65, "g" * 64, "0x" + "0" * 62, {"a": None}, {"a": "0"}, {"a": b"0" * 64}])
 def test_what_is_no_digest(sha256):
     with pytest.raises(ValueError, match="64 hexadecimal digits"):
+        miniplug.Plugin(WORKSHOP, sha256=sha256)
+
+
+@pytest.mark.parametrize("sha256", [b"0" * 64, ["0" * 64], 7, True, False, 0])
+def test_what_is_no_digest_of_any_kind(sha256):
+    with pytest.raises(TypeError, match=r"64 hexadecimal digits, or \{path: digest\}"):
         miniplug.Plugin(WORKSHOP, sha256=sha256)
 
 

@@ -116,6 +116,10 @@ def test_what_cannot_be_is_refused():
         miniplug.local({})
     with pytest.raises(ValueError, match="reserved"):
         miniplug.local({"system": Shop})
+    with pytest.raises(ValueError, match="max_workers=0"):
+        miniplug.local({"shop": Shop}, max_workers=0)
+    with pytest.raises(TypeError, match="'int' object"):
+        miniplug.local({"shop": Shop}, info=7)
 
 
 def test_in_asyncio():

@@ -1103,6 +1103,53 @@ def test_paths_with_spaces_and_other_letters(write, tmp_path):
             assert plugin.dispense().where() == ("scrïpt.py", sys.executable)
 
 
+@pytest.mark.skipif(WINDOWS or sys.version_info[:3] == (3, 13, 0), reason="no folder that somebody is in goes on Windows; 3.13.0 "
+                    "cannot import socket there")
+def test_where_the_current_folder_is_gone(write, tmp_path, monkeypatch):
+    """What is absolute starts; what is not says what is wrong."""
+    plugin = write("plugin.py", "class P:\n    def hello(self): return 'hello'\n")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setenv("TMPDIR", "relative")
+    for command, method in ((plugin + ":P", "hello"), ("os:path", "basename")):
+        with miniplug.launch(command) as started:
+            assert hasattr(started.dispense(), method)
+    for options in ({"command": "plugin.py:P"}, {"command": plugin + ":P", "sha256": {"plugin.py": "0" * 64}}):
+        with pytest.raises(miniplug.LaunchError, match="there is no current folder"):
+            miniplug.launch(**options)
+
+
+@pytest.mark.skipif(WINDOWS, reason="no file has a colon in its name")
+def test_a_program_with_a_colon_in_its_name(write):
+    """What has a folder is no module."""
+    path = write("tool:v2", f"""\
+        #!{sys.executable}
+        import sys
+        sys.path.append({os.path.dirname(miniplug.__file__)!r})
+        import miniplug
+        class Tool:
+            def hello(self): return "hello"
+        miniplug.serve({{"tool": Tool}})
+    """)
+    os.chmod(path, 0o755)
+    with miniplug.launch(path) as plugin:
+        assert plugin.name == "tool:v2" and plugin.dispense().hello() == "hello"
+    with pytest.raises(miniplug.LaunchError, match="no such file"):
+        miniplug.launch(os.path.dirname(path) + "/module:Attr")
+
+
+@pytest.mark.parametrize("name", ["json.py", "struct.py"])
+def test_what_lies_in_the_current_folder_is_not_what_miniplug_imports(write, tmp_path, name):
+    write(name, "raise SystemExit('imported')")
+    plugin = write("plugin.py", "class P:\n    def hello(self): return 'hello'\n")
+    with miniplug.launch(plugin + ":P", cwd=tmp_path) as started:
+        assert started.dispense().hello() == "hello"
+    script = write("script.py", "import miniplug\nclass P:\n    def hello(self): return 'hello'\nminiplug.serve({'p': P})\n")
+    with miniplug.launch(script, cwd=tmp_path) as started:
+        assert started.dispense().hello() == "hello"
+
+
 @posix
 def test_an_interpreter_and_a_temp_folder_with_spaces_and_other_letters(tmp_path, monkeypatch):
     folder = tmp_path / "ünïcödé ænd 'such'"
