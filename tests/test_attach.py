@@ -720,6 +720,9 @@ def test_by_hand_it_says_where_it_does_not_listen(monkeypatch):
     monkeypatch.setenv("TMPDIR", "/proc")
     with by_hand("--persist") as (plugin, config):
         assert plugin.stderr.readline().startswith(f"miniplug: it listens at {config['address']}, not in /proc (")
+        plugin.terminate()
+        plugin.wait(20)
+        assert not os.path.exists(os.path.dirname(config["address"]))
 
 
 @posix
