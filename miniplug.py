@@ -5033,6 +5033,7 @@ class _PeerTree(_Tree):
 
 _LINE_LIMIT = 16 << 20  # bytes; a longer line is delivered in pieces, as it must be kept until its end
 _TAIL_LINES = 30  # how many last lines an error carries
+_RECORD_LIMIT = 1 << 14  # how much of a log record is kept for that
 
 
 class _Lines:
@@ -5063,8 +5064,13 @@ class _Lines:
     def _end_line(self) -> None:
         line, self._line = self._line, bytearray()
         text = line[: -1 if line.endswith(b"\r") else None].decode("utf-8", "backslashreplace")
-        self.tail.append(_cut(text))
+        self.tail.append(text[:_RECORD_LIMIT] if text.startswith("{") else _cut(text))
         _guard(self._deliver, text)
+
+    def last(self) -> list[str]:
+        """The last lines, for people: a log record reads as one does in a log."""
+        lines = [line for text in self.tail for line in _readable(text).splitlines() or [""]]
+        return [_cut(line) for line in lines[-_TAIL_LINES:]]
 
     def flush(self) -> None:
         """Nothing more has come for a moment: a traceback that the log holds back goes on."""
@@ -5089,6 +5095,17 @@ class _Lines:
         except OSError:
             pass  # its end
         return True  # without a limit reading itself is what waits
+
+
+def _readable(line: str) -> str:
+    """A log record as text, with its traceback on lines of its own. Any other line is itself."""
+    try:
+        fields = json.loads(line) if line.startswith("{") else {}
+        message, level, trace = fields["@message"], fields.get("@level", "info"), fields.get("@traceback")
+    except (ValueError, KeyError, RecursionError):
+        return line
+    more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
+    return f"[{str(level).upper()}] {fields.get('@module', '')}: {message}{more}" + (f"\n{trace}" if trace else "")
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
@@ -5386,7 +5403,7 @@ class _Run:
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
-        return next((list(stream.tail) for stream in reversed(self._streams) if stream.tail), [])
+        return next((stream.last() for stream in reversed(self._streams) if stream.tail), [])
 
     def lost(self, cause: BaseException) -> Callable[[list[str]], BaseException]:
         """The connection has ended: find out why, and give what makes the error to raise."""
@@ -6693,7 +6710,8 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, RemoteError):
         return f"{error.type_name}: {error.message}".partition("\n")[0].rstrip(": ")
     output = [line for line in getattr(error, "output", ()) if line.strip()]
-    return " ".join([str(error).partition("\n")[0], *output[-1:]])
+    fatal = [line for line in output if line.startswith("Fatal Python error: ")]  # of what comes after it, no line says much
+    return " ".join([str(error).partition("\n")[0], *(fatal or output)[-1:]])
 
 
 def _doctor(given: Any) -> int:
