@@ -3337,7 +3337,7 @@ class _Served:
         if name is None or name not in self.plugins:
             names = sorted(self.plugins)
             problem = "several plugins are served, name one" if name is None else f"no plugin {name!r} is served"
-            raise PluginNotFound(f"{problem}: there are {', '.join(names)}", names=names)
+            raise PluginNotFound(f"{problem}: there {'is' if len(names) == 1 else 'are'} {', '.join(names)}", names=names)
         return name, self.plugins[name]
 
     def shared(self, name: str) -> Any:
@@ -3696,7 +3696,7 @@ MethodInfo.__doc__ = "What `Plugin.describe` tells of a method: `name`, `signatu
 
 
 class _Method(_Remote):
-    """A method of the other side's: call it."""
+    """A method of the other side's, or with an empty name what can only be called itself, a function: call it."""
 
     __slots__ = ("_about", "_name", "_target", "_timeout")
 
@@ -3797,6 +3797,15 @@ def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
 class _Proxy(_Remote):
     """An object of the other side's: it has the object's public methods."""
 
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        """What help() shows: the methods, with their signatures and docs, if they can be asked for."""
+        try:
+            about = _ask_description(self._target)
+        except (PluginError, RuntimeError):  # gone, or asked on the thread of an event loop
+            about = {}
+        return "\n\n".join(_outline(name, *(about.get(name) or (None, None))[:2]) for name in self._names or about)
+
     def __init__(self, target: _Target, names: Sequence[str] | None) -> None:
         vars(self).update(_target=target, _names=names, _interface=_Proxy)
 
@@ -3876,6 +3885,15 @@ def _ask_description(target: _Target) -> dict[str, Any]:
         return _checked_description(_reach(target.live, ask, "describe", (), {}, target.at[0].call_timeout)[1])
     except MethodNotFound:  # it is not written with miniplug
         return {}
+
+
+def _outline(name: str, signature: str | None, doc: str | None) -> str:
+    """A method, and what it says about itself below it."""
+    return "\n".join([name + (signature or "(...)"), *(_indented(doc).splitlines() if doc else ())])
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
 
 
 def _checked_description(found: Any) -> dict[str, Any]:
@@ -5841,13 +5859,19 @@ class Plugin:
 
         Raises PluginNotFound, InterfaceMismatch, and whatever the plugin's factory raised.
         """
-        proxy = self._ask_system("dispense", (name,), _Proxy)
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name={name!r}: it is a str; an interface is given as dispense(interface=...)")
+        interface = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
+        if interface is not None and not isinstance(interface, type):
+            raise TypeError(f"interface={interface!r}: it is an ABC, a Protocol or another class")
+        proxy = self._ask_system("dispense", (name,), _Remote)
         target: _Target = proxy._target
         target.label = f"the plugin {name or self.name!r}"
         target.timeout = _checked_timeout(timeout)
         target.name, target.plugin = name, self
         target.at[0].borrowed.discard(id(target))  # it finds its object anew in every run
         if interface is not None:
+            proxy = proxy if type(proxy) is _Proxy else _Proxy(target, [])  # what is served is a function
             proxy._adopt(interface)
         return proxy
 
@@ -5860,7 +5884,7 @@ class Plugin:
             if target.before[0] is session:
                 target.at, target.before = target.before, target.at
             elif target.at[0] is not session:  # nothing here waits for a start: on_start may want this lock
-                fresh = self._ask(_Proxy, session, 0, "dispense", (target.name,), {}, asked.left())._target
+                fresh = self._ask(_Remote, session, 0, "dispense", (target.name,), {}, asked.left())._target
                 target.at, target.before = fresh.at, target.at
                 fresh.at = (session, None)  # the caller gives it back, not this one
             return target.at  # type: ignore[no-any-return]
@@ -5876,7 +5900,7 @@ class Plugin:
 
     def _ask(self, kind: type, session: _Session, *what: Any) -> Any:
         result = session.call(*what)
-        if type(result) is not kind:
+        if not issubclass(type(result), kind) or (kind is _Remote and result._target.at[0] is not session):
             session.end(ProtocolError(f"system.{what[1]}() returned a {type(result).__name__}"))
             assert session.ended is not None
             raise session.ended([what[1]])
@@ -6689,9 +6713,7 @@ def _inspect(given: Any) -> int:
         for name, methods in sorted(plugin.describe().items()):
             print(name)
             for method in methods.values():
-                print(f"    {method.name}{method.signature or '(...)'}")
-                for line in (method.doc or "").splitlines():
-                    print(f"        {line}".rstrip())
+                print(_indented(_outline(*method)))
     return 0
 
 
