@@ -932,6 +932,8 @@ def _decode_error(body: Any) -> Any:
         return own(message, **_carried(own, state))
     error = _raised_error(body, state, message)
     traceback = str(body.get("traceback", ""))
+    if error.args == ("",) and type(error) is RemoteError:
+        error.args = (str(body.get("type", "")),)  # such as SystemExit: no text would say nothing
     told = {"type_name": str(body.get("type", "unknown")), "message": message, "remote_traceback": traceback, "_body": body}
     vars(error).update({**told, **vars(error), "_body": body})  # its own attributes win
     BaseException.__setattr__(error, "__cause__", _RemoteTraceback(traceback) if traceback else None)  # it may be frozen
@@ -1649,7 +1651,8 @@ class _Hello:
         cookie = theirs.get("cookie")
         refusal = ""
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
-            refusal = f"it is a plugin for another host: it expects another magic cookie in {cookie.get('key')!r}"
+            refusal = (f"it is a plugin for another host: it expects another magic cookie in {cookie.get('key')!r}; "
+                       "is the handshake given to launch() the one that it serves with?")
         elif not common:
             older = "plugin" if max(theirs["protocol_versions"], default=0) < max(versions) else "host"
             refusal = (f"no common protocol version: the host has {list(versions)}, the plugin has "
@@ -2879,7 +2882,8 @@ class _Session:
             if request.wants_answer and not request.cancelled:
                 self.send(_RESULT, request.number, self.codec.dumps_short(value, "the result"), later=request.in_row)
         except PluginError as error:  # it cannot travel
-            return self.fail(request, _renamed(error, "the result", f"the result of {request.method}()"), own=True)
+            name = f"{request.method}()" if request.method else "the function"
+            return self.fail(request, _renamed(error, "the result", f"the result of {name}"), own=True)
         return self.finish(request)
 
     def _stream(self, request: _Request, iterator: Any) -> None:
@@ -5652,8 +5656,17 @@ class Plugin:
             raise TypeError(f"logger={logger!r}: it is a logging.Logger (that of a LoggerAdapter is its .logger)")
         if limits is not None and not isinstance(limits, Limits):
             raise TypeError(f"limits={limits!r}: it is a miniplug.Limits")
+        if not hasattr(handshake, "magic_cookie_value"):  # that of another copy of this file will do
+            raise TypeError(f"handshake={handshake!r}: it is a miniplug.Handshake")
+        for variable, value in (env or {}).items():
+            if not (isinstance(variable, str) and isinstance(value, str)):
+                raise TypeError(f"env={{{variable!r}: {value!r}}}: names and values are str")
         single = isinstance(command, (str, bytes, os.PathLike))
-        self._command = os.fsdecode(command) if single else [os.fsdecode(part) for part in command]  # type: ignore
+        try:
+            self._command = os.fsdecode(command) if single else [os.fsdecode(part) for part in command]  # type: ignore
+        except TypeError:
+            wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
+            raise TypeError(f"command={command!r}: it is {wanted}") from None
         self._limits = limits
         self._sha256 = _checked_digests(sha256, self._command)
         self.name: str = name or _default_name(self._command)
@@ -6288,7 +6301,9 @@ class Plugin:
         whole = os.path.abspath(os.path.join(self._cwd or "", path))
         found = whole if os.path.isfile(whole) else _import("shutil").which(path) if not os.path.dirname(path) else None
         if found is None:
-            raise self._not_started([path], f"{whole}: {'it is a folder' if os.path.isdir(whole) else 'there is no such file'}")
+            why = "it is a folder" if os.path.isdir(whole) else "there is no such file"
+            hint = f"; a program with arguments is a list: {path.split()}" if " " in path and os.path.dirname(path) == "" else ""
+            raise self._not_started([path], f"{whole}: {why}{hint}")
         return str(found)
 
 
@@ -6388,6 +6403,9 @@ def _sink(output: _Output, logger: logging.Logger, stream: str) -> Callable[[str
 def _like(other: Callable[..., Any]) -> Callable[[_F], _F]:
     """For help() and editors: the decorated function takes what `other` takes."""
     return lambda function: vars(function).update(__wrapped__=other) or function
+
+
+del Plugin.__init__.__annotations__["return"]  # or help() would say that launch returns None
 
 
 @_like(Plugin)
