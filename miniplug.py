@@ -5123,11 +5123,11 @@ def _readable(line: str) -> str:
     """A log record as text, with its traceback on lines of its own. Any other line is itself."""
     try:
         fields = json.loads(line) if line.startswith("{") else {}
-        message, level, trace = fields["@message"], fields.get("@level", "info"), fields.get("@traceback")
+        message, level, trace = fields["@message"], str(fields.get("@level", "info")), fields.get("@traceback")
+        more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
+        return f"[{level.upper()}] {fields.get('@module', '')}: {message}{more}" + (f"\n{trace}" if trace else "")
     except (ValueError, KeyError, RecursionError):
         return line
-    more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
-    return f"[{str(level).upper()}] {fields.get('@module', '')}: {message}{more}" + (f"\n{trace}" if trace else "")
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
@@ -6302,7 +6302,9 @@ class Plugin:
         found = whole if os.path.isfile(whole) else _import("shutil").which(path) if not os.path.dirname(path) else None
         if found is None:
             why = "it is a folder" if os.path.isdir(whole) else "there is no such file"
-            hint = f"; a program with arguments is a list: {path.split()}" if " " in path and os.path.dirname(path) == "" else ""
+            words = path.split()
+            is_line = len(words) > 1 and _import("shutil").which(words[0])
+            hint = f"; a program with arguments is a list: {words}" if is_line else ""
             raise self._not_started([path], f"{whole}: {why}{hint}")
         return str(found)
 

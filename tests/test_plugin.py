@@ -322,11 +322,16 @@ def fails(command, kind=miniplug.LaunchError, **options):
     return caught.value
 
 
+def test_a_command_line_is_told_to_be_a_list(monkeypatch):
+    folder, python = os.path.split(sys.executable)
+    monkeypatch.setenv("PATH", folder)
+    assert f"there is no such file; a program with arguments is a list: [{python!r}, 'x.py']" in str(fails(f"{python} x.py"))
+
+
 def test_no_such_program(tmp_path):
     assert "there is no such program" in str(fails([str(tmp_path / "nothing")]))
     assert "there is no such file" in str(fails(str(tmp_path / "nothing")))
     assert "there is no such file" in str(fails(str(tmp_path / "nothing.py:Attr")))
-    assert "there is no such file; a program with arguments is a list: ['python3', 'x.py']" in str(fails("python3 x.py"))
     assert "it is a folder" in str(fails(str(tmp_path)))
     assert "the command is empty" in str(fails([]))
     assert "no such folder" in str(fails(WORKSHOP, cwd=str(tmp_path / "nothing")))
