@@ -4224,9 +4224,9 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
           max_workers: int = 64, max_message: int = _MAX_MESSAGE) -> None:
     """Serve plugins to the host that started this process, until it says stop or is gone; then return.
 
-    `plugins` maps a name to an object, which all callers share, or to a class or zero-argument factory, which makes
-    an instance for each `dispense`. Mapped by int instead, it is one such mapping for each protocol version. An object
-    that is a context manager is entered before its first call and exited at the end.
+    `plugins` maps a name to an object or a function with arguments, which all callers share; or to a class or
+    zero-argument factory, which makes an instance for each `dispense`. Mapped by int instead, it is one such mapping for
+    each protocol version. An object that is a context manager is entered before its first call and exited at the end.
 
     `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at most
     `max_workers` at once (1: one after another). A message of more than `max_message` bytes (at least 4096) is refused.
@@ -5865,6 +5865,7 @@ class Plugin:
 
     def dispense(self, name: str | None = None, interface: Any = None, *, timeout: float | None = None) -> Any:
         """A proxy for the plugin of that name, or for the only one there is. The name "system" gives the introspection.
+        It has the plugin's public methods, not its attributes and properties. A function that is served can be called.
 
         `interface`: an ABC, Protocol or class; the plugin must have its public methods, and take every call that they
         allow. The proxy is an instance of it, for type checkers and (not a Protocol) for isinstance(). `timeout`: the
@@ -5920,7 +5921,10 @@ class Plugin:
         return result
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
-        """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``."""
+        """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``.
+
+        Raises MethodNotFound for a plugin in another language that does not say.
+        """
         try:
             found = self._ask_system("describe", (), dict)
             return {plugin: {name: MethodInfo(name, *each[:2]) for name, each in _checked_description(methods).items()}
@@ -5930,8 +5934,12 @@ class Plugin:
 
     def _describe_one_by_one(self) -> dict[str, dict[str, MethodInfo]]:
         found: dict[str, dict[str, MethodInfo]] = {}
-        system = self.dispense("system")
-        for full in system.listMethods():
+        try:
+            system = self.dispense("system")
+            names = system.listMethods()
+        except (MethodNotFound, PluginNotFound):
+            raise MethodNotFound(f"the plugin {self.name!r} does not say what it can do", name="describe") from None
+        for full in names:
             plugin, _, name = full.rpartition(".")
             if plugin != "system":
                 info = MethodInfo(name, system.methodSignature(full), system.methodHelp(full))
@@ -6421,7 +6429,8 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `name` (str): what logs and errors call it; by default made from the command.
     - `handshake` (Handshake), `protocol_versions` (ints; default: the handshake's): what the host can speak. The
       highest version that both have is used.
-    - `python` (path): the interpreter; by default this one.
+    - `python` (path): the interpreter; by default this one. A spec or a ``.py`` file imports what lies beside the file, or
+      for ``"module:Attr"`` in `cwd`, and what is installed there. For what lies elsewhere give a ``PYTHONPATH`` in `env`.
     - `env` (dict of str): added to the environment, and wins over it. `inherit_env` (bool, default True): False starts
       from nothing but what the system needs. `cwd` (path): where it runs; a relative path in `command` starts there.
     - `start_timeout` (seconds, default 60): how long it may take to connect.
