@@ -923,6 +923,8 @@ def _decode_error(body: Any) -> Any:
         return own(message, **_carried(own, state))
     error = _raised_error(body, state, message)
     traceback = str(body.get("traceback", ""))
+    if error.args == ("",) and type(error) is RemoteError:
+        error.args = (str(body.get("type", "")),)  # such as SystemExit: no text would say nothing
     told = {"type_name": str(body.get("type", "unknown")), "message": message, "remote_traceback": traceback, "_body": body}
     vars(error).update({**told, **vars(error), "_body": body})  # its own attributes win
     BaseException.__setattr__(error, "__cause__", _RemoteTraceback(traceback) if traceback else None)  # it may be frozen
@@ -1592,7 +1594,8 @@ class _Hello:
         cookie = theirs.get("cookie")
         refusal = ""
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
-            refusal = f"it is a plugin for another host: it expects another magic cookie in {cookie.get('key')!r}"
+            refusal = (f"it is a plugin for another host: it expects another magic cookie in {cookie.get('key')!r}; "
+                       "is the handshake given to launch() the one that it serves with?")
         elif not common:
             older = "plugin" if max(theirs["protocol_versions"], default=0) < max(versions) else "host"
             refusal = (f"no common protocol version: the host has {list(versions)}, the plugin has "
@@ -2816,7 +2819,8 @@ class _Session:
             if request.wants_answer and not request.cancelled:
                 self.send(_RESULT, request.number, self.codec.dumps_short(value, "the result"), later=request.in_row)
         except PluginError as error:  # it cannot travel
-            return self.fail(request, _renamed(error, "the result", f"the result of {request.method}()"), own=True)
+            name = f"{request.method}()" if request.method else "the function"
+            return self.fail(request, _renamed(error, "the result", f"the result of {name}"), own=True)
         return self.finish(request)
 
     def _stream(self, request: _Request, iterator: Any) -> None:
@@ -3274,7 +3278,7 @@ class _Served:
         if name is None or name not in self.plugins:
             names = sorted(self.plugins)
             problem = "several plugins are served, name one" if name is None else f"no plugin {name!r} is served"
-            raise PluginNotFound(f"{problem}: there are {', '.join(names)}", names=names)
+            raise PluginNotFound(f"{problem}: there {'is' if len(names) == 1 else 'are'} {', '.join(names)}", names=names)
         return name, self.plugins[name]
 
     def shared(self, name: str) -> Any:
@@ -3633,7 +3637,7 @@ MethodInfo.__doc__ = "What `Plugin.describe` tells of a method: `name`, `signatu
 
 
 class _Method(_Remote):
-    """A method of the other side's: call it."""
+    """A method of the other side's, or with an empty name what can only be called itself, a function: call it."""
 
     __slots__ = ("_about", "_name", "_target", "_timeout")
 
@@ -3734,6 +3738,15 @@ def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
 class _Proxy(_Remote):
     """An object of the other side's: it has the object's public methods."""
 
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        """What help() shows: the methods, with their signatures and docs, if they can be asked for."""
+        try:
+            about = _ask_description(self._target)
+        except (PluginError, RuntimeError):  # gone, or asked on the thread of an event loop
+            about = {}
+        return "\n\n".join(_outline(name, *(about.get(name) or (None, None))[:2]) for name in self._names or about)
+
     def __init__(self, target: _Target, names: Sequence[str] | None) -> None:
         vars(self).update(_target=target, _names=names, _interface=_Proxy)
 
@@ -3813,6 +3826,15 @@ def _ask_description(target: _Target) -> dict[str, Any]:
         return _checked_description(_reach(target.live, ask, "describe", (), {}, target.at[0].call_timeout)[1])
     except MethodNotFound:  # it is not written with miniplug
         return {}
+
+
+def _outline(name: str, signature: str | None, doc: str | None) -> str:
+    """A method, and what it says about itself below it."""
+    return "\n".join([name + (signature or "(...)"), *(_indented(doc).splitlines() if doc else ())])
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
 
 
 def _checked_description(found: Any) -> dict[str, Any]:
@@ -4139,9 +4161,9 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
           max_workers: int = 64, max_message: int = _MAX_MESSAGE) -> None:
     """Serve plugins to the host that started this process, until it says stop or is gone; then return.
 
-    `plugins` maps a name to an object, which all callers share, or to a class or zero-argument factory, which makes
-    an instance for each `dispense`. Mapped by int instead, it is one such mapping for each protocol version. An object
-    that is a context manager is entered before its first call and exited at the end.
+    `plugins` maps a name to an object or a function with arguments, which all callers share; or to a class or
+    zero-argument factory, which makes an instance for each `dispense`. Mapped by int instead, it is one such mapping for
+    each protocol version. An object that is a context manager is entered before its first call and exited at the end.
 
     `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at most
     `max_workers` at once (1: one after another). A message of more than `max_message` bytes (at least 4096) is refused.
@@ -4989,6 +5011,7 @@ class _PeerTree(_Tree):
 
 _LINE_LIMIT = 16 << 20  # bytes; a longer line is delivered in pieces, as it must be kept until its end
 _TAIL_LINES = 30  # how many last lines an error carries
+_RECORD_LIMIT = 1 << 14  # how much of a log record is kept for that
 
 
 class _Lines:
@@ -5019,8 +5042,13 @@ class _Lines:
     def _end_line(self) -> None:
         line, self._line = self._line, bytearray()
         text = line[: -1 if line.endswith(b"\r") else None].decode("utf-8", "backslashreplace")
-        self.tail.append(_cut(text))
+        self.tail.append(text[:_RECORD_LIMIT] if text.startswith("{") else _cut(text))
         _guard(self._deliver, text)
+
+    def last(self) -> list[str]:
+        """The last lines, for people: a log record reads as one does in a log."""
+        lines = [line for text in self.tail for line in _readable(text).splitlines() or [""]]
+        return [_cut(line) for line in lines[-_TAIL_LINES:]]
 
     def flush(self) -> None:
         """Nothing more has come for a moment: a traceback that the log holds back goes on."""
@@ -5045,6 +5073,17 @@ class _Lines:
         except OSError:
             pass  # its end
         return True  # without a limit reading itself is what waits
+
+
+def _readable(line: str) -> str:
+    """A log record as text, with its traceback on lines of its own. Any other line is itself."""
+    try:
+        fields = json.loads(line) if line.startswith("{") else {}
+        message, level, trace = fields["@message"], str(fields.get("@level", "info")), fields.get("@traceback")
+        more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
+        return f"[{level.upper()}] {fields.get('@module', '')}: {message}{more}" + (f"\n{trace}" if trace else "")
+    except (ValueError, KeyError, RecursionError):
+        return line
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
@@ -5343,7 +5382,7 @@ class _Run:
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
-        return next((list(stream.tail) for stream in reversed(self._streams) if stream.tail), [])
+        return next((stream.last() for stream in reversed(self._streams) if stream.tail), [])
 
     def lost(self, cause: BaseException) -> Callable[[list[str]], BaseException]:
         """The connection has ended: find out why, and give what makes the error to raise."""
@@ -5578,8 +5617,17 @@ class Plugin:
             raise TypeError(f"logger={logger!r}: it is a logging.Logger (that of a LoggerAdapter is its .logger)")
         if limits is not None and not isinstance(limits, Limits):
             raise TypeError(f"limits={limits!r}: it is a miniplug.Limits")
+        if not hasattr(handshake, "magic_cookie_value"):  # that of another copy of this file will do
+            raise TypeError(f"handshake={handshake!r}: it is a miniplug.Handshake")
+        for variable, value in (env or {}).items():
+            if not (isinstance(variable, str) and isinstance(value, str)):
+                raise TypeError(f"env={{{variable!r}: {value!r}}}: names and values are str")
         single = isinstance(command, (str, bytes, os.PathLike))
-        self._command = os.fsdecode(command) if single else [os.fsdecode(part) for part in command]  # type: ignore
+        try:
+            self._command = os.fsdecode(command) if single else [os.fsdecode(part) for part in command]  # type: ignore
+        except TypeError:
+            wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
+            raise TypeError(f"command={command!r}: it is {wanted}") from None
         self._limits = limits
         self._sha256 = _checked_digests(sha256, self._command)
         self.name: str = name or _default_name(self._command)
@@ -5795,6 +5843,7 @@ class Plugin:
 
     def dispense(self, name: str | None = None, interface: Any = None, *, timeout: float | None = None) -> Any:
         """A proxy for the plugin of that name, or for the only one there is. The name "system" gives the introspection.
+        It has the plugin's public methods, not its attributes and properties. A function that is served can be called.
 
         `interface`: an ABC, Protocol or class; the plugin must have its public methods, and take every call that they
         allow. The proxy is an instance of it, for type checkers and (not a Protocol) for isinstance(). `timeout`: the
@@ -5802,13 +5851,19 @@ class Plugin:
 
         Raises PluginNotFound, InterfaceMismatch, and whatever the plugin's factory raised.
         """
-        proxy = self._ask_system("dispense", (name,), _Proxy)
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name={name!r}: it is a str; an interface is given as dispense(interface=...)")
+        interface = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
+        if interface is not None and not isinstance(interface, type):
+            raise TypeError(f"interface={interface!r}: it is an ABC, a Protocol or another class")
+        proxy = self._ask_system("dispense", (name,), _Remote)
         target: _Target = proxy._target
         target.label = f"the plugin {name or self.name!r}"
         target.timeout = _checked_timeout(timeout)
         target.name, target.plugin = name, self
         target.at[0].borrowed.discard(id(target))  # it finds its object anew in every run
         if interface is not None:
+            proxy = proxy if type(proxy) is _Proxy else _Proxy(target, [])  # what is served is a function
             proxy._adopt(interface)
         return proxy
 
@@ -5821,7 +5876,7 @@ class Plugin:
             if target.before[0] is session:
                 target.at, target.before = target.before, target.at
             elif target.at[0] is not session:  # nothing here waits for a start: on_start may want this lock
-                fresh = self._ask(_Proxy, session, 0, "dispense", (target.name,), {}, asked.left())._target
+                fresh = self._ask(_Remote, session, 0, "dispense", (target.name,), {}, asked.left())._target
                 target.at, target.before = fresh.at, target.at
                 fresh.at = (session, None)  # the caller gives it back, not this one
             return target.at  # type: ignore[no-any-return]
@@ -5837,14 +5892,17 @@ class Plugin:
 
     def _ask(self, kind: type, session: _Session, *what: Any) -> Any:
         result = session.call(*what)
-        if type(result) is not kind:
+        if not issubclass(type(result), kind) or (kind is _Remote and result._target.at[0] is not session):
             session.end(ProtocolError(f"system.{what[1]}() returned a {type(result).__name__}"))
             assert session.ended is not None
             raise session.ended([what[1]])
         return result
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
-        """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``."""
+        """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``.
+
+        Raises MethodNotFound for a plugin in another language that does not say.
+        """
         try:
             found = self._ask_system("describe", (), dict)
             return {plugin: {name: MethodInfo(name, *each[:2]) for name, each in _checked_description(methods).items()}
@@ -5854,8 +5912,12 @@ class Plugin:
 
     def _describe_one_by_one(self) -> dict[str, dict[str, MethodInfo]]:
         found: dict[str, dict[str, MethodInfo]] = {}
-        system = self.dispense("system")
-        for full in system.listMethods():
+        try:
+            system = self.dispense("system")
+            names = system.listMethods()
+        except (MethodNotFound, PluginNotFound):
+            raise MethodNotFound(f"the plugin {self.name!r} does not say what it can do", name="describe") from None
+        for full in names:
             plugin, _, name = full.rpartition(".")
             if plugin != "system":
                 info = MethodInfo(name, system.methodSignature(full), system.methodHelp(full))
@@ -6250,7 +6312,11 @@ class Plugin:
         whole = os.path.abspath(os.path.join(self._cwd or "", path))
         found = whole if os.path.isfile(whole) else _import("shutil").which(path) if not os.path.dirname(path) else None
         if found is None:
-            raise self._not_started([path], f"{whole}: {'it is a folder' if os.path.isdir(whole) else 'there is no such file'}")
+            why = "it is a folder" if os.path.isdir(whole) else "there is no such file"
+            words = path.split()
+            is_line = len(words) > 1 and _import("shutil").which(words[0])
+            hint = f"; a program with arguments is a list: {words}" if is_line else ""
+            raise self._not_started([path], f"{whole}: {why}{hint}")
         return str(found)
 
 
@@ -6358,6 +6424,9 @@ def _like(other: Callable[..., Any]) -> Callable[[_F], _F]:
     return lambda function: vars(function).update(__wrapped__=other) or function
 
 
+del Plugin.__init__.__annotations__["return"]  # or help() would say that launch returns None
+
+
 @_like(Plugin)
 def launch(command: _Command, **options: Any) -> Plugin:
     """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin:`` closes it at the end.
@@ -6369,7 +6438,8 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `name` (str): what logs and errors call it; by default made from the command.
     - `handshake` (Handshake), `protocol_versions` (ints; default: the handshake's): what the host can speak. The
       highest version that both have is used.
-    - `python` (path): the interpreter; by default this one.
+    - `python` (path): the interpreter; by default this one. A spec or a ``.py`` file imports what lies beside the file, or
+      for ``"module:Attr"`` in `cwd`, and what is installed there. For what lies elsewhere give a ``PYTHONPATH`` in `env`.
     - `env` (dict of str): added to the environment, and wins over it. `inherit_env` (bool, default True): False starts
       from nothing but what the system needs. `cwd` (path): where it runs; a relative path in `command` starts there.
     - `start_timeout` (seconds, default 60): how long it may take to connect.
@@ -6742,9 +6812,7 @@ def _inspect(given: Any) -> int:
         for name, methods in sorted(plugin.describe().items()):
             print(name)
             for method in methods.values():
-                print(f"    {method.name}{method.signature or '(...)'}")
-                for line in (method.doc or "").splitlines():
-                    print(f"        {line}".rstrip())
+                print(_indented(_outline(*method)))
     return 0
 
 
@@ -6763,7 +6831,8 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, RemoteError):
         return f"{error.type_name}: {error.message}".partition("\n")[0].rstrip(": ")
     output = [line for line in getattr(error, "output", ()) if line.strip()]
-    return " ".join([str(error).partition("\n")[0], *output[-1:]])
+    fatal = [line for line in output if line.startswith("Fatal Python error: ")]  # of what comes after it, no line says much
+    return " ".join([str(error).partition("\n")[0], *(fatal or output)[-1:]])
 
 
 def _doctor(given: Any) -> int:

@@ -200,6 +200,12 @@ def test_a_raw_plugin_is_called_like_any(raw):
     assert raw.info == {"raw": True} and raw.ping() < 5
 
 
+def test_a_raw_plugin_that_does_not_say_what_it_can_do(raw):
+    with pytest.raises(miniplug.MethodNotFound, match="the plugin 'raw_plugin' does not say what it can do"):
+        raw.describe()
+    assert raw.running
+
+
 def test_a_raw_plugins_exception_is_builtin_and_remote(raw):
     with pytest.raises(ValueError, match="no name") as caught:
         raw.dispense().greet("")

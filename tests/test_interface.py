@@ -15,6 +15,8 @@ from test_session import frame, pair, raw  # noqa: F401
 
 import miniplug
 
+T = typing.TypeVar("T")
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -288,3 +290,80 @@ def test_rubbish_about_itself_does_no_harm(body):
     session.end(EOFError())
     session.dispose()
     theirs.close()
+
+
+# -- what is dispensed
+
+def double(number, by=2):
+    """Twice as much, or more."""
+    return number * by
+
+
+class Callback(typing.Generic[T]):
+    def get(self, key: T) -> T: ...
+
+
+def test_a_function_is_dispensed_and_called():
+    with miniplug.local({"double": double}) as plugin:
+        proxy = plugin.dispense()
+        assert proxy(4) == 8 and proxy(4, by=3) == 12 and proxy.submit(5).result(5) == 10
+        out = io.StringIO()
+        pydoc.Helper(output=out).help(proxy)
+        assert "(number, by=2)" in out.getvalue() and "Twice as much" in out.getvalue()
+        with pytest.raises(miniplug.InterfaceMismatch, match="is no Shop: it has no method 'defaults'"):
+            plugin.dispense("double", Shop)
+        plugin.close()
+        plugin.start()
+        assert proxy(1) == 2
+
+
+def test_a_function_of_a_spec_is_dispensed_and_called(write):
+    with miniplug.launch(write("tools.py", "def double(x):\n    return 2 * x\n") + ":double") as plugin:
+        proxy = plugin.dispense()
+        assert proxy(3) == 6
+        plugin.restart()
+        assert proxy(4) == 8
+
+
+def test_an_interface_that_is_generic_may_be_given_its_types():
+    class Served:
+        def get(self, key):
+            return key
+
+    with miniplug.local({"s": Served}) as plugin:
+        assert plugin.dispense("s", Callback[int]).get(3) == 3
+
+
+def test_what_is_no_name_and_no_interface_is_refused_with_a_word_on_how_it_goes():
+    with miniplug.local({"s": Shop()}) as plugin:
+        with pytest.raises(TypeError, match=r"it is a str; an interface is given as dispense\(interface=\.\.\.\)"):
+            plugin.dispense(Shop)
+        with pytest.raises(TypeError, match="interface='Shop': it is an ABC, a Protocol or another class"):
+            plugin.dispense("s", "Shop")
+        with pytest.raises(miniplug.PluginNotFound, match=r"no plugin 'x' is served: there is s$"):
+            plugin.dispense("x")
+
+
+def test_what_is_dispensed_is_the_plugins():
+    kept = []
+
+    class Keeper:
+        def keep(self, obj):
+            kept.append(obj)
+
+    with miniplug.local({"s": Shop()}, name="first") as one, miniplug.local({"k": Keeper(), "s": lambda: kept[0]}) as two:
+        proxy = one.dispense("s")
+        two.dispense("k").keep(proxy)
+        with pytest.raises(miniplug.ProtocolError):
+            two.dispense("s")
+        assert repr(proxy) == "<proxy of the plugin 's'>" and proxy._target.plugin is one
+
+
+@pytest.mark.skipif(sys.version_info < (3, 9), reason="there pydoc looks at the type alone")
+def test_help_on_a_proxy_tells_of_its_methods():
+    with miniplug.local({"s": Shop()}) as plugin:
+        proxy, out = plugin.dispense(), io.StringIO()
+        pydoc.Helper(output=out).help(proxy)
+        assert "plain(a, b)\n        Two by position or by name." in out.getvalue()
+        assert "_private" not in out.getvalue()
+    assert "plain(...)" in proxy.__doc__  # closed, it cannot be asked

@@ -130,3 +130,8 @@ def test_in_asyncio():
             assert [n async for n in shop.count(100)] == list(range(100))
 
     asyncio.run(main())
+
+
+def test_a_callback_whose_result_cannot_travel_is_told_as_that():
+    with miniplug.local({"shop": Shop()}) as plugin, pytest.raises(miniplug.RemoteError, match=r"^the result of the function is"):
+        plugin.dispense().apply(lambda: object())

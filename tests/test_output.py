@@ -350,3 +350,28 @@ def test_an_exception_group_is_one_record(write, log):
         plugin.dispense().group()
     errors = [record.getMessage() for record in log.records if record.name.endswith("stderr")]
     assert len(errors) == 1 and "ValueError: 1" in errors[0] and "TypeError: 2" in errors[0]
+
+
+def test_the_last_words_of_a_crash_are_log_records_as_text(write):
+    path = write("plugin.py", """
+        import logging, os, sys
+        class Plugin:
+            def die(self):
+                print('{"a": 1}', file=sys.stderr)
+                print('{"@message": ' + '[' * 900 + ']' * 900 + '}', file=sys.stderr)
+                logging.getLogger("shop.disk").warning("%s is full", "x", extra={"free": 12})
+                try:
+                    {}["key" * 1000]
+                except KeyError:
+                    logging.exception("no key")
+                os._exit(3)
+    """)
+    with miniplug.launch(path + ":Plugin", stderr="discard") as plugin:
+        with pytest.raises(miniplug.PluginCrashed) as caught:
+            plugin.dispense().die()
+        output = caught.value.output
+    del output[1]  # too deep for some
+    assert output[:4] == ['{"a": 1}', "[WARN] shop.disk: x is full free=12", "[ERROR] root: no key",
+                          "Traceback (most recent call last):"]
+    assert output[-1].startswith("KeyError: 'keykey") and len(output[-1]) < 1100
+    assert "    [WARN] shop.disk: x is full free=12\n" in str(caught.value)

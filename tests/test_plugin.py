@@ -322,6 +322,12 @@ def fails(command, kind=miniplug.LaunchError, **options):
     return caught.value
 
 
+def test_a_command_line_is_told_to_be_a_list(monkeypatch):
+    folder, python = os.path.split(sys.executable)
+    monkeypatch.setenv("PATH", folder)
+    assert f"there is no such file; a program with arguments is a list: [{python!r}, 'x.py']" in str(fails(f"{python} x.py"))
+
+
 def test_no_such_program(tmp_path):
     assert "there is no such program" in str(fails([str(tmp_path / "nothing")]))
     assert "there is no such file" in str(fails(str(tmp_path / "nothing")))
@@ -378,7 +384,7 @@ def test_another_cookie(write):
         miniplug.serve({"x": object()}, handshake=miniplug.Handshake(1, "MY_COOKIE", "secret"))
     """)
     error = fails(path, miniplug.HandshakeError)
-    assert "expects another magic cookie in 'MY_COOKIE'" in str(error)
+    assert "expects another magic cookie in 'MY_COOKIE'; is the handshake given to launch()" in str(error)
     assert "secret" not in str(error)
     with miniplug.launch(path, handshake=miniplug.Handshake(1, "MY_COOKIE", "secret")) as plugin:
         assert plugin.protocol_version == 1
@@ -473,6 +479,13 @@ def test_bad_options():
                           ("handshake", miniplug.Handshake(1.0))):
         with pytest.raises(ValueError, match="it is a whole number, at least"):
             miniplug.Plugin(WORKSHOP, **{option: value})
+    with pytest.raises(TypeError, match=r"handshake=3: it is a miniplug\.Handshake"):
+        miniplug.Plugin("x", handshake=3)
+    with pytest.raises(TypeError, match=r"env=\{'A': 1\}: names and values are str"):
+        miniplug.Plugin("x", env={"A": 1})
+    for command in (None, dict, ["python", 3]):
+        with pytest.raises(TypeError, match=r"it is a path, a spec such as 'path/to/file\.py:Attr', or a list"):
+            miniplug.Plugin(command)
     with pytest.raises(TypeError, match="LoggerAdapter"):
         miniplug.Plugin(WORKSHOP, logger=logging.LoggerAdapter(logging.getLogger("x"), {}))
     with pytest.raises(TypeError):
@@ -899,7 +912,7 @@ def test_an_unregistered_subclass_arrives_as_its_nearest_base(workshop):
 def test_what_would_end_the_host_arrives_as_plain_remote_error(workshop, kind):
     with pytest.raises(miniplug.RemoteError) as caught:
         workshop.fail(kind)
-    assert caught.value.type_name == kind and not isinstance(caught.value, (StopIteration, StopAsyncIteration))
+    assert caught.value.type_name == str(caught.value) == kind and not isinstance(caught.value, (StopIteration, StopAsyncIteration))
     assert workshop.greet("on") == "Hello, on!"
 
 
