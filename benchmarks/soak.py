@@ -1,6 +1,6 @@
 """Looks for what leaks, and for what outlives a host: too long for the quick suite. (Linux: it reads /proc.)
 
-    python3 benchmarks/soak.py                                    1,000 launches, 1,000,000 calls, 200 hosts killed: some ten minutes
+    python3 benchmarks/soak.py                                    1,000 launches, 1,000,000 calls, 200 hosts killed: ten minutes
     python3 benchmarks/soak.py --launches 50 --calls 20000 --kills 10      a minute
 
 Launches and calls are of every kind. After a warm-up descriptors may not grow at all, threads and memory no more than noise does
