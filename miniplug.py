@@ -1423,14 +1423,13 @@ class _Listener:
             os.chmod(self.address, 0o600)
             sock.listen(128)
             return sock
-        except OSError as error:
+        except BaseException as error:
             sock.close()
+            if not isinstance(error, OSError):
+                raise
             if error.errno is None:  # the path is too long
                 raise OSError(f"{error}: {address!r}") from None
             raise OSError(error.errno, error.strerror, address) from None  # it has named no file
-        except BaseException:
-            sock.close()
-            raise
 
     def _bind_anywhere(self, name: str) -> socket.socket:
         for base in _temp_folders():
@@ -3830,7 +3829,7 @@ def _ask_description(target: _Target) -> dict[str, Any]:
 
 def _outline(name: str, signature: str | None, doc: str | None) -> str:
     """A method, and what it says about itself below it."""
-    return "\n".join([name + (signature or "(...)"), *(_indented(doc).splitlines() if doc else ())])
+    return name + (signature or "(...)") + (f"\n{_indented(doc)}" if doc else "")
 
 
 def _indented(text: str) -> str:
@@ -4189,9 +4188,7 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
     """The plugin's main loop."""
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
-    if host is None and not persist and address is None:
-        sys.exit("This program is a plugin: the application that it belongs to starts it, not a person. "
-                 "(In Python, miniplug.launch() with its path and handshake does.)")
+    _refuse_by_hand(address, persist, "In Python, miniplug.launch() with its path and handshake does.")
     if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
@@ -4215,6 +4212,12 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
         cut_off = server.close()
         if cut_off and echoes:
             _turn_echo_on()
+
+
+def _refuse_by_hand(address: str | None, persist: bool, hint: str) -> None:
+    """Exit with a word if there is neither a host that has started this process nor a place for one to attach to."""
+    if _ADDRESS not in _environment and not persist and address is None:
+        sys.exit(f"This program is a plugin: the application that it belongs to starts it, not a person. ({hint})")
 
 
 def _checked_key(key: bytes | str) -> bytes:
@@ -6632,10 +6635,9 @@ def discover_entry_points(group: str) -> dict[str, str]:
     logger = _import("logging").getLogger("miniplug")
     for distribution in _import("importlib.metadata").distributions():
         try:
-            for entry in distribution.entry_points:
+            entries = [entry for entry in distribution.entry_points if entry.group == group]
+            for entry in entries if entries and not _is_hidden(distribution) else ():
                 spec = "".join(entry.value.partition("[")[0].split())  # without the extras that it may name
-                if entry.group != group or _is_hidden(distribution):
-                    continue
                 _, source, attribute = _split_spec(spec)
                 if attribute and all(part.isidentifier() for part in source.split(".")):
                     found.setdefault(entry.name, spec)
@@ -6688,9 +6690,7 @@ def _run_script(path: str) -> None:
 def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None, persist: bool = False) -> None:
     """Serve what the specs name, under whatever cookie and version the host asks for."""
     plugins: dict[str, Any] = {}
-    if _ADDRESS not in _environment and not persist and address is None:
-        sys.exit("This program is a plugin: the application that it belongs to starts it, not a person. "
-                 "(To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS.)")
+    _refuse_by_hand(address, persist, "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS.")
     for spec in specs:
         name, source, attribute = _split_spec(spec)
         if not attribute:
