@@ -703,7 +703,13 @@ class _Codec:
         self._scan = decoder(parse_constant=_refuse).scan_once
         self._scan_tagged = decoder(parse_constant=_refuse, object_hook=self._unmark).scan_once
 
-    def dumps(self, value: Any, label: str) -> _Content:
+    def dumps(self, value: Any, label: str, lent: Any = None) -> _Content:
+        body, buffers, tagged, numbers = self.dumps_old(value, label)
+        if lent is not None:
+            lent.extend(numbers)
+        return body, buffers, int(tagged), numbers if lent is None else lent
+
+    def dumps_old(self, value: Any, label: str) -> _Content:
         """The bytes, the buffers beside them, whether there are tags, and the numbers of what was lent.
         Raises NotSerializable, naming the place."""
         try:
@@ -724,16 +730,8 @@ class _Codec:
         content = self.dumps(value, label)
         return content[0] if len(content[0]) <= _SHORT and not (content[1] or content[2] or content[3]) else content
 
-    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bytes | _Content:
-        """The same of a call. The usual ones, of a few short texts and numbers, are put together here."""
-        if not kwargs and len(args) < 5:
-            try:
-                texts = ",".join([_WRITERS[type(value)](value) for value in args])
-                if len(texts) < _SHORT:
-                    return f'[{target},{_quote(method)},[{texts}],{{}}]'.encode()
-            except (KeyError, UnicodeEncodeError):
-                pass  # it is none of them; or a lone surrogate
-        return self.dumps_short([target, method, list(args), kwargs], "call")
+    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], lent: Any = None) -> bytes | _Content:
+        return self.dumps([target, method, list(args), kwargs], "call", lent)
 
     def _pack(self, value: Any, label: str, is_plain: Callable[[Any], bool]) -> _Content:
         packer = _Packer(self._lend, is_plain)
@@ -907,7 +905,7 @@ def _carried(kind: type, attributes: dict[str, Any]) -> dict[str, Any]:
 
 def _format_traceback(error: BaseException) -> str:
     frames = error.__traceback__
-    if frames is not None and frames.tb_frame.f_code is _Session.run.__code__:
+    if frames is not None and frames.tb_frame.f_code is _Runner.run.__code__:
         frames = frames.tb_next  # miniplug's own
     try:
         return "".join(_import("traceback").format_exception(type(error), error, frames))
@@ -956,23 +954,51 @@ def _raised_error(body: Mapping[str, Any], state: Mapping[str, Any], message: st
 
 # === 3. channel =========================================================================================
 #
-# Whole frames, in the framing of multiprocessing.connection: a 4-byte big-endian length, or -1 and 8 bytes, and then
-# that much. On POSIX the socket is read directly: one system call takes as many frames as have come, where the
-# standard Connection needs two for each. On Windows the frames are the messages of a named pipe.
+# Whole messages, a head and the buffers that it announces, over a connection that multiprocessing.connection has
+# made, in its framing: a 4-byte big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is
+# read directly: one system call takes as many frames as have come, where Connection needs two for each. On Windows
+# a frame is a message of a named pipe.
 #
-# One thread at a time may receive; any may send. A signal handler that raises (Ctrl-C in the main thread) strikes when
-# a call returns, before its result is kept. So that no byte and no lock is lost then, results that matter are put into
-# a list by map(), which is one step for the interpreter; what belongs together changes with no call in between; and a
-# frame stays the next one until the channel's `state` is set to its `next`.
+# What a signal handler raises strikes between any two steps. So what is read or written is kept track of by the very
+# step that does it (`list.extend(map(recv, ...))` is one step for the interpreter), what belongs together is one
+# tuple that is replaced by one store, and each other step may be repeated.
+#
+# A frame that begins a message has a header:
+#
+#     offset  size  field
+#          0     1  wire version
+#          1     1  kind
+#          2     2  flags: 1 the body has tags, 2 whoever does not know the kind may ignore it, 4 a stream follows
+#          4     4  how many buffers follow, each a frame of its own
+#          8     8  the number of the call it is about, counted by the side that made the call
+#         16     8  in a call: the number of the receiver's call on whose behalf it is made, or 0
 
-_LENGTH = struct.Struct("!i")
-_LONG = b"\xff\xff\xff\xff"  # a length of -1: the 8 bytes behind it are the length
+_WIRE_VERSION = 1
+_FRAME = struct.Struct("!iBBHIQQ")  # a frame's length, and the header
+_HEADER = struct.Struct("!BBHIQQ")
+_HEAD = _HEADER.size
+_LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
 _READ_SIZE = 1 << 16
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
-_A_WHILE = 0.1  # seconds of waiting after which a thread looks whether it waits for itself
 _FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
-_TOGETHER = 64  # so many frames at most leave with one system call
-_POSTED_LIMIT = 1 << 18  # chunks, twice those of the longest message, that a peer who never reads may leave here
+_LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again: a wake-up may be lost when a handler raises
+_TOGETHER = 32  # so many messages at most leave with one system call
+_BACKLOG = 256  # so many messages may be left to the thread that writes, before others wait for it
+_BACKLOG_LIMIT = 1 << 17  # so many that the other side does not take end the connection
+_ONCE = ((),)  # for starmap: call it once, without arguments
+
+_Message = tuple  # (kind, flags, number, parent, body, buffers)
+_get_ident = threading.get_ident
+_consume = deque(maxlen=0).extend  # run an iterator to its end, in one step
+_ref_to: Any = _import("_weakref").ref
+
+
+class _Broken(Exception):
+    """The connection has ended, for the OSError or EOFError that is the argument."""
+
+
+class _Late(Exception):
+    """The deadline has passed."""
 
 
 def _left(deadline: float | None) -> float:
@@ -980,113 +1006,252 @@ def _left(deadline: float | None) -> float:
     return -1 if deadline is None else min(_FOREVER, max(0.0, deadline - time.monotonic()))
 
 
-class _Channel:
-    """What socket and pipe have in common: sending."""
+def _of_system(error: OSError) -> bool:
+    """Whether a system call has failed. A signal handler may raise an OSError, too, in the midst of it: that one comes
+    from elsewhere, or was made without an errno."""
+    trace: Any = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return error.errno is not None and trace.tb_frame.f_globals is globals()
 
-    prefixed = False  # whether a frame on its way has its length before it
+
+class _Seat(dict):  # type: ignore[type-arg]
+    """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
+
+    It is taken by one step, `setdefault(0, mine)`, so that nothing strikes between having it and knowing it; `mine`
+    is a weak reference to a set with the thread's ident, which only a local variable of the holder's holds. So
+    however the holder's frame is left, also when handlers raise twice in its `finally`, the seat is known to be lost
+    once the frame is gone; and a finalizer or a handler that comes here in the midst of it is known as well.
+    """
+
+    __slots__ = ()
+
+    def holder(self) -> Any:
+        """The holder's thread, in a set; an empty one if the seat is free, or lost: then it is free soon."""
+        mine = self.get(0)
+        thread = () if mine is None else mine()
+        if thread is None:
+            _pool.put(self._mend, mine)
+            return ()
+        return thread
+
+    def _mend(self, lost: Any) -> None:
+        with _mending:
+            if self.get(0) is lost:
+                del self[0]
+
+
+_mending = threading.Lock()  # held while a lost seat is freed: nobody else frees one that is not his
+
+
+class _Channel:
+    """Whole messages over one connection: what sockets and pipes have in common, which is writing.
+
+    Any thread may write; at most one at a time receives. `writer` is the seat of who writes, and protects `batch`;
+    `posted` and `waiters` are for any thread. `stuck` is called before a writer waits for the other side to read, so
+    that somebody reads here; `later` when another thread has to go on with what is left.
+    """
+
+    skips = 0  # of a frame's length, how many bytes are not to be written
 
     def __init__(self) -> None:
-        self._sending = threading.Lock()  # held by whoever writes
-        self._posted: deque[_Bytes] = deque()  # what is to be written, by whoever does next
-        self._sent: list[Any] = []  # how far the writing is, of the first of them
-        self.state: Any = None  # how far the reading is; and how far once the frame that recv returned is taken: who is done
-        self.next: Any = None  # with a frame sets the one to the other
-        self.more = False  # whether more has come, for sure, behind the frame that recv returned
-        self.gone: Callable[[OSError], Any] = lambda error: None  # told when somebody has closed the descriptor beneath us
+        self.limit = _HELLO_LIMIT  # bytes of a message
+        self.stuck: Callable[[], Any] = lambda: None
+        self.later: Callable[[], Any] = lambda: None
+        self.gone: Callable[[OSError], Any] = lambda error: None  # told when the descriptor was closed beneath us
+        self.posted: deque[list[_Bytes]] = deque()  # messages to be written, in chunks
+        self.batch: Any = None  # chunks of those that are being written, and how many bytes each step took of them
+        self.writer = _Seat()
+        self.waiters: deque[Any] = deque()  # gates of those who wait until less is posted
 
-    def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
-        """The next frame, or the same again until it is taken; or None past the deadline.
+    def begin(self, limit: int) -> None:
+        """From now on receive messages, of at most `limit` bytes. Until then frames are received."""
+        self.limit = limit
 
-        Raises EOFError at the end, OSError for a broken connection, and ProtocolError for a frame over `limit` bytes.
-        """
+    def receive(self, deadline: float | None = None) -> deque[_Message] | None:
+        """The messages that have come, at least one; who takes one removes it. None past the deadline. Raises _Broken
+        at the end of the connection, and ProtocolError."""
         raise NotImplementedError
 
-    def _wire(self, frames: Sequence[_Bytes]) -> list[_Bytes]:
-        return list(frames)
+    def receive_frame(self, deadline: float) -> bytes | None:
+        """The next frame, before messages begin. Raises as `receive` does."""
+        raise NotImplementedError
 
-    def _put(self, deadline: float | None) -> None:
-        """Write the batch, or go on with it. Raises TimeoutError past the deadline, OSError for a broken connection."""
+    def send_frame(self, data: bytes, deadline: float) -> None:
+        """Send a short frame, before messages begin. Raises _Late and _Broken."""
+        self.write([_LENGTH.pack(len(data)) + data], (), True, deadline)
+
+    def shutdown(self) -> None:
+        """End the connection both ways, and wake whoever reads or writes. For any thread."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Give the descriptor back. Not while another thread receives."""
+        raise NotImplementedError
 
-    def shutdown(self) -> None:
-        """End the connection both ways and wake whoever reads or writes."""
+    def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
+             wait: bool, deadline: float | None) -> None:
+        """Write a message: (kind, flags, number, parent), body, buffers. See `write`."""
+        kind, flags, number, parent = head
+        size = len(body) + _HEAD
+        if size < _READ_SIZE:  # to copy little is cheaper than to gather
+            chunks: list[_Bytes] = [
+                _FRAME.pack(size, _WIRE_VERSION, kind, flags, len(buffers), number, parent) + body]
+        else:
+            header = _HEADER.pack(_WIRE_VERSION, kind, flags, len(buffers), number, parent)
+            chunks = [_length(size) + header, body]
+        for buffer in buffers:
+            chunks += (_length(len(buffer)), buffer)
+        self.write(chunks, lent, wait, deadline)
 
-    def send(self, frames: Sequence[_Bytes], deadline: float | None = None) -> None:
-        """Send frames, whole and together. Past the deadline raises TimeoutError, and what has begun is finished
-        behind the caller. Raises OSError when the connection is broken."""
-        self._write(self._wire(frames), deadline)
-        self.flush()  # what was posted just before the lock was free again
+    def write(self, message: list[_Bytes], lent: Sequence[int] = (), wait: bool = True,
+              deadline: float | None = None) -> None:
+        """Write a message, whole; or leave it to the thread that is writing. An empty one: go on with what is left.
+        From the very step on that has it written for sure, `lent` is empty.
 
-    def send_now(self, frame: bytes) -> bool:
-        """Send a short frame, with its length before it if it is to be `prefixed`, without waiting. False if it cannot go at
-        once, and has not. If the connection is broken, it is ended: what had come before is still received."""
-        return False
-
-    def send_small(self, *frames: bytes) -> None:
-        """The same with waiting, for what `send_now` has not sent. Without a frame: go on with what has begun."""
+        Without `wait` never wait for the other side. Raises _Late past the deadline: then a message that has begun is
+        finished by others, and any other is not sent. Raises _Broken.
+        """
+        writer, posted, token = self.writer, self.posted, {_get_ident()}
+        mine = _ref_to(token)
         try:
-            self._write(list(frames), None)
-            self.flush()
-        except OSError:
-            self.shutdown()
-
-    def post(self, frames: Sequence[_Bytes], later: bool = False) -> None:
-        """Send frames without waiting: a reader calls this. What cannot go now goes with what is sent next. `later`: so does
-        this, or with the next `flush`."""
-        self._posted.extend(self._wire(frames))
-        if len(self._posted) > _POSTED_LIMIT:
-            self.shutdown()
-        if not later or len(self._posted) >= _TOGETHER:
-            self.flush()
-
-    def flush(self) -> None:
-        """Send what was posted, without waiting."""
-        while self._posted and not self._sending.locked():
-            try:
-                self._write([], 0.0)
-            except TimeoutError:  # a thread goes on with it
-                return
-            except OSError:
-                self.shutdown()
-                return
-
-    def _write(self, chunks: list[_Bytes], deadline: float | None) -> None:
-        """Write what was posted and the chunks, or raise TimeoutError: a deadline of 0 is not to wait at all. What has
-        been taken up is never given up."""
-        holds: list[bool] = []
-        late = False  # whether it ends before that, by the deadline or Ctrl-C
-        try:
-            if self._sending.locked() and self.is_writing():
-                return self._posted.extend(chunks)  # that one sends it as well
-            holds.extend(map(self._sending.acquire, (True,), (_left(deadline),)))
-            if not holds[0]:
-                raise TimeoutError
-            late = True
-            self._posted.extend(chunks)
-            self._put(deadline)
-            late = False
-        except OSError as error:
-            if not isinstance(error, TimeoutError):  # the connection is broken
-                late, self._sent = False, []
-                self._posted.clear()
+            if writer.setdefault(0, mine) is not mine:
+                self._post(message, lent)
+                if writer.setdefault(0, mine) is not mine:  # that one may have looked before
+                    return self._leave_to_other(message, wait, deadline)
+            elif self.batch is None and not (posted or lent) and message:
+                self.batch = (message, [])
+            else:
+                self._post(message, lent)
+            self._write_all(wait, deadline)
+        except _Late:
+            self._withdraw(message)
+            raise
+        except _Broken:
+            posted.clear()
+            self.batch = None
             raise
         finally:
-            if holds and holds[0]:
-                self._sending.release()
-                if late:
-                    _start_thread("miniplug-send", self.send_small)
+            if writer.get(0) is mine:
+                del writer[0]
+            while self.waiters:
+                _open(self.waiters.popleft())
+            if (posted or self.batch is not None) and not writer:
+                self.later()  # this thread does not go on; or it was left here just now
+        return None
 
-    def is_writing(self) -> bool:
+    def _post(self, message: list[_Bytes], lent: Any) -> None:
+        if message:
+            # one step: it is to be written, and what it lends is lent
+            clear = itertools.compress(map(list.clear, (lent,)), (0,)) if lent else ()
+            self.posted.extend(itertools.chain((message,), clear))
+
+    def _withdraw(self, message: list[_Bytes]) -> None:
+        """Do not send this message, unless that has begun."""
+        try:
+            self.posted.remove(message)
+        except (ValueError, IndexError):  # it has begun; or the queue has changed meanwhile, and so it will be sent
+            pass
+
+    def _write_all(self, wait: bool, deadline: float | None) -> None:
+        """As the writer: write the batch, and all that is posted."""
+        posted, blocking = self.posted, False
+        while True:
+            if self.batch is None:
+                if not posted:
+                    return
+                self.batch = ([], [])
+                count = min(len(posted), _TOGETHER)
+                messages = itertools.starmap(posted.popleft, itertools.repeat((), count))
+                self.batch[0].extend(itertools.chain.from_iterable(messages))
+            try:
+                if self._transmit(*self.batch, blocking):
+                    self.batch = None
+            except BlockingIOError as error:
+                if not _of_system(error):
+                    raise
+                if not wait:
+                    return
+                self.stuck()
+                blocking = deadline is None
+                if not blocking and not self._await_room(_left(deadline)):
+                    raise _Late from None
+            except OSError as error:
+                if not _of_system(error):
+                    raise
+                raise _Broken(error) from None
+
+    def _transmit(self, chunks: list[_Bytes], counts: list[int], blocking: bool) -> bool:
+        """Write some more of the batch. Returns whether all is written. Raises OSError."""
+        raise NotImplementedError
+
+    def _await_room(self, seconds: float) -> bool:
+        """Wait until the other side takes more. False: it does not."""
+        raise NotImplementedError
+
+    def _leave_to_other(self, message: list[_Bytes], wait: bool, deadline: float | None) -> None:
+        """Another thread writes, and the message too. Wait while it has too much to do."""
+        if len(self.posted) > _BACKLOG_LIMIT:
+            self.shutdown()
+        while wait and len(self.posted) > _BACKLOG:
+            holder = self.writer.holder()
+            if not self.writer or _get_ident() in holder:
+                return  # nobody, now; or this thread, which a finalizer or a handler has interrupted
+            left = _left(deadline)
+            if left == 0:
+                raise _Late
+            self.stuck()
+            gate = _gate()
+            self.waiters.append(gate)
+            if self.writer:
+                gate.acquire(True, min(left, _LOOK_AGAIN) if left > 0 else _LOOK_AGAIN)
+
+    def post_release(self, number: int) -> None:
+        """Leave a message behind that gives a reference back, for who writes next: finalizers call this."""
+        frame = _FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)
+        self.posted.append([frame[self.skips :]])
+
+    def is_mine(self) -> bool:
         """Whether this thread is in the midst of writing, further down than the caller."""
-        return _innermost(sys._getframe(2), [_Channel._write, type(self).send_now], self) is not None
+        return bool(self.writer) and _get_ident() in self.writer.holder()
+
+    def _take(self, come: deque[_Message], frame: bytes, partial: Any) -> Any:
+        """A frame has come. A message that it completes goes to `come`; of one that has buffers to come, it returns
+        what there is: (message, how many buffers there will be, how many there are, bytes that the rest may have)."""
+        if partial is None:
+            if len(frame) < _HEAD:
+                raise ProtocolError(f"a frame of {len(frame)} bytes, which is shorter than a header")
+            version, kind, flags, count, number, parent = _HEADER.unpack_from(frame)
+            if version != _WIRE_VERSION or count > _MAX_BUFFERS:
+                raise ProtocolError(f"a header with wire version {version} and {count} buffers")
+            message: Any = kind, flags, number, parent, frame[_HEAD:], []
+            if count:
+                return message, count, 0, self.limit + _HEAD - len(frame)
+        else:
+            message, count, have, room = partial
+            message[5][have:] = (frame,)  # this may be a repetition
+            if have + 1 < count:
+                return message, count, have + 1, room - len(frame)
+        come.append(message)
+        return None
+
+    def _check_size(self, size: int, partial: Any) -> None:
+        if not 0 <= size <= (self.limit + _HEAD if partial is None else partial[3]):
+            raise ProtocolError(f"a frame of {size} bytes, where at most {self.limit} are allowed")
+
+
+def _length(size: int) -> bytes:
+    """What goes before a frame of that many bytes."""
+    return _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size)
 
 
 class _SocketChannel(_Channel):
-    """Frames over a connected stream socket."""
+    """Messages over a connected stream socket.
 
-    prefixed = True
+    `state`, for who receives: the messages that have come; the bytes behind them; the chunks to be read behind those;
+    the message whose buffers have not all come (see `_take`); a long frame that is read into place, as (file, size,
+    how much each step has read).
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
@@ -1094,218 +1259,261 @@ class _SocketChannel(_Channel):
         sock.setblocking(True)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # chunks that have come, where in the first of them the next frame begins, and, if that one is long and read into
-        # place, [its file, its size, [how much has come, ...]]
-        self.state = ([], 0, [])
+        self.state: Any = (deque(), b"", [], None, None)
+        select = _import("select")
+        self._readable = select.poll()  # not select(), which knows only descriptors below 1024
+        self._readable.register(sock, select.POLLIN)
 
-    def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
-        come = self.state[0]
-        if not come and deadline is None and not self._posted:  # the usual case
-            come.extend(map(self.sock.recv, (_READ_SIZE,)))
-            data = come[0]
-            if len(data) > 4:
+    def begin(self, limit: int) -> None:
+        super().begin(limit)
+        self.state = self._parse(self.state[1], None)
+
+    def receive_frame(self, deadline: float) -> bytes | None:
+        while True:
+            come, rest, chunks, _, _ = self.state
+            data = rest + b"".join(chunks)
+            if len(data) >= 4:
                 (size,) = _LENGTH.unpack_from(data)
-                if size == len(data) - 4 and size <= limit:
-                    self.next = ([], 0, [])
-                    self.more = False
-                    return data[4:]  # type: ignore[no-any-return]
-        return self._recv_in_parts(limit, deadline)
+                self._check_size(size, None)
+                if len(data) >= 4 + size:
+                    self.state = (come, data[4 + size :], [], None, None)
+                    return data[4 : 4 + size]
+            if not self._readable.poll(_left(deadline) * 1000):
+                return None
+            self._fill(chunks, self.sock.recv, _READ_SIZE)
+            if not chunks[-1]:
+                raise _Broken(EOFError())
 
-    def _recv_in_parts(self, limit: int, deadline: float | None) -> bytes | None:
-        while not self.state[2]:
-            come, at, _ = self.state
-            if come and not come[-1]:
-                raise EOFError
-            if len(come) > 1:
-                come, at = [come[0][at:] + b"".join(come[1:])], 0
-                self.state = (come, at, [])
-            data = come[0] if come else b""
-            start = at + (12 if data.startswith(_LONG, at) else 4)
-            if start <= len(data):
-                size = int.from_bytes(data[at:start][-8:], "big", signed=True)
-                if not 0 <= size <= limit:
-                    raise ProtocolError(f"a frame of {size} bytes, where at most {limit} are allowed")
-                end = start + size
-                if end <= len(data):
-                    self.more = end < len(data)
-                    self.next = (come[:], end, []) if self.more else ([], 0, [])
-                    return data[start:end]
-                if size > _READ_SIZE:
-                    self._begin_large(data[start:], size)
+    def receive(self, deadline: float | None = None) -> deque[_Message] | None:
+        while True:
+            come, rest, chunks, partial, large = self.state
+            if come:
+                return come  # type: ignore[no-any-return]
+            if not chunks:
+                if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
+                    return None
+                if large is not None:
+                    self._receive_large(*large, partial)
                     continue
-            if not self._await(deadline):
-                return None
-            come.extend(map(self.sock.recv, (_READ_SIZE,)))
-        return self._recv_large(deadline)
+                self._fill(chunks, self.sock.recv, _READ_SIZE)
+            data = chunks[0]
+            if not data:
+                raise _Broken(EOFError())
+            self.state = self._parse(rest + data if rest else data, partial)
 
-    def _begin_large(self, begun: bytes, size: int) -> None:
-        """Have the rest of a frame read into place: a file in memory gives its bytes away without a copy."""
-        file = io.BytesIO(bytes(size))
-        with file.getbuffer() as view:
-            view[: len(begun)] = begun
-        self.state = ([begun], 0, [file, size, [len(begun)]])  # not empty: this is not the usual case
-
-    def _recv_large(self, deadline: float | None) -> bytes | None:
-        file, size, counts = self.state[2]
-        while sum(counts) < size:
-            if not self._await(deadline):
-                return None
-            with file.getbuffer() as view, view[sum(counts) :] as rest:
-                counts.extend(map(self.sock.recv_into, (rest,)))
-            if not counts[-1]:
-                raise EOFError
-        self.next, self.more = ([], 0, []), False
-        return file.getvalue()  # type: ignore[no-any-return]
-
-    def _await(self, deadline: float | None) -> bool:
-        """Wait until something has come, what was posted being sent meanwhile. False past the deadline."""
-        self.flush()
-        return deadline is None or _wait_for(self.sock, False, deadline)
-
-    def send_now(self, frame: bytes) -> bool:
-        if self._posted or self._sending.locked():
-            return False
+    @staticmethod
+    def _fill(counts: list[Any], function: Callable[[Any], Any], what: Any) -> None:
+        """Append what a system call gives, in one step with the call."""
         try:
-            with self._sending:
-                if self._posted:
-                    return False
-                sent = self.sock.send(frame, _DONT_WAIT)
-                if sent != len(frame):
-                    self._posted.appendleft(frame[sent:])
-            if self._posted:
-                self.flush()
-        except BlockingIOError:
-            return False
-        except OSError:
-            self.shutdown()
-        return True
+            counts.extend(map(function, (what,)))
+        except OSError as error:
+            if not _of_system(error):
+                raise
+            raise _Broken(error) from None
 
-    def _wire(self, frames: Sequence[_Bytes]) -> list[_Bytes]:
-        chunks: list[_Bytes] = []
-        for frame in frames:
-            size = len(frame)
-            head = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG + size.to_bytes(8, "big")
-            chunks += (head + frame,) if size < _READ_SIZE else (head, frame)  # to copy little is cheaper than to gather
-        return chunks
+    def _parse(self, data: bytes, partial: Any) -> Any:
+        """What `state` is with these bytes."""
+        come: deque[_Message] = deque()
+        at, size = 0, len(data)
+        while at + 4 <= size:
+            if partial is None and size - at >= 28:  # the usual case: a short message without buffers
+                length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
+                end = at + 4 + length
+                if _HEAD <= length <= self.limit + _HEAD and end <= size and version == _WIRE_VERSION and not count:
+                    come.append((kind, flags, number, parent, data[at + 28 : end], ()))
+                    at = end
+                    continue
+            start, (length,) = at + 4, _LENGTH.unpack_from(data, at)
+            if length == -1:
+                start = at + 12
+                if start > size:
+                    break
+                (_, length) = _LONG.unpack_from(data, at)
+            self._check_size(length, partial)
+            end = start + length
+            if end > size:
+                if length <= _READ_SIZE:
+                    break
+                file = io.BytesIO(bytes(length))  # it gives its bytes away without a copy
+                with file.getbuffer() as view:
+                    view[: size - start] = data[start:]
+                return come, b"", [], partial, (file, length, [size - start])
+            partial = self._take(come, data[start:end], partial)
+            at = end
+        return come, data[at:], [], partial, None
 
-    def _put(self, deadline: float | None) -> None:
-        flags = 0 if deadline is None else _DONT_WAIT
-        while self._posted:
-            self._sent = [sum(self._sent)]
-            if self._sent[0] >= len(self._posted[0]):  # it is taken out and counted in one step
-                self._sent.extend(map(int.__neg__, map(len, itertools.starmap(self._posted.popleft, ((),)))))
-                continue
-            chunks = [self._posted[index] for index in range(min(len(self._posted), _TOGETHER))]
-            chunks[0] = memoryview(chunks[0])[self._sent[0] :]
-            try:
-                self._sent.extend(map(self.sock.sendmsg, (chunks,), ((),), (flags,)))
-            except BlockingIOError:
-                if not _wait_for(self.sock, True, deadline):
-                    raise TimeoutError from None
+    def _receive_large(self, file: Any, size: int, counts: list[int], partial: Any) -> None:
+        have = sum(counts)
+        if have < size:
+            with file.getbuffer() as view, view[have:] as rest:
+                self._fill(counts, self.sock.recv_into, rest)
+            if not counts[-1]:
+                raise _Broken(EOFError())
+        else:
+            come: deque[_Message] = deque()
+            self.state = come, b"", [], self._take(come, file.getvalue(), partial), None
+
+    def _transmit(self, chunks: list[_Bytes], counts: list[int], blocking: bool) -> bool:
+        flags = 0 if blocking else _DONT_WAIT
+        if len(chunks) == 1 and not counts:  # the usual case
+            counts.extend(map(self.sock.send, chunks, (flags,)))
+            return counts[0] == len(chunks[0])
+        have, rest = sum(counts), []
+        for chunk in chunks:
+            if have < len(chunk):
+                rest.append(memoryview(chunk)[have:] if have else chunk)
+            have = max(0, have - len(chunk))
+        if rest:
+            counts.extend(map(self.sock.sendmsg, (rest[:1000],), ((),), (flags,)))  # IOV_MAX is 1024
+        return not rest
+
+    def _await_room(self, seconds: float) -> bool:
+        return _wait_for(self.sock, True, seconds)
 
     def shutdown(self) -> None:
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
             errno = _import("errno")
-            if error.errno in (errno.EBADF, errno.ENOTSOCK):  # it wakes nobody who reads
+            if error.errno in (errno.EBADF, errno.ENOTSOCK):  # somebody has closed it beneath us: that wakes nobody
                 self.gone(error)
+
+    def abandon(self) -> None:
+        """In a forked child: close the descriptor, and let who would still write here end the child."""
+        self.write = self.send = lambda *what: _leave_fork(None)  # type: ignore[assignment, method-assign]
+        self.sock.close()
 
     def close(self) -> None:
         self.shutdown()
-        self.state = ([b""], 0, [])
-        with self._sending:
-            try:
-                self.sock.close()
-            except OSError:
-                pass  # somebody else has closed the descriptor
+        try:
+            self.sock.close()
+        except OSError:
+            pass  # somebody else has closed the descriptor
 
 
-def _wait_for(sock: socket.socket | int, writing: bool, deadline: float | None) -> bool:
-    """Wait until the socket can be read or written. False past the deadline."""
+def _wait_for(sock: socket.socket, writing: bool, seconds: float) -> bool:
+    """Wait until a socket can be read or written. False past that time."""
     select = _import("select")
     poll = select.poll()  # not select(), which knows only descriptors below 1024
     poll.register(sock, select.POLLOUT if writing else select.POLLIN)
-    return bool(poll.poll(None if deadline is None else _left(deadline) * 1000))
+    return bool(poll.poll(seconds * 1000))
 
 
 class _PipeChannel(_Channel):
-    """Frames as the messages of a named pipe of Windows, by overlapped reads and writes. `connection` owns its handle.
+    """Messages over a named pipe of Windows, by overlapped reads and writes. `connection` owns its handle.
 
-    A read or write that is under way stays so when its caller leaves at a deadline; the next one goes on with it. What is
-    waited for are events, and never the handle: it is used only to begin one, and so `shutdown` can close it at any time,
-    or the last to use it does. No lock is held meanwhile: a finalizer may run in there, and wait for somebody else.
+    A read or write that is under way stays so when its caller leaves; the next one goes on with it. What is waited for
+    are events, and never the handle: it is used only to begin one, and so `shutdown` can close it at any time, or the
+    last to use it does. No lock is held meanwhile: a finalizer may run in there, and wait for somebody else.
+
+    `state`, for who receives: the messages that have come; the message whose buffers have not all come (see `_take`);
+    what has come of a frame; how much more of it to read; the read that is under way, in a list.
     """
 
-    _FIRST = 8192  # bytes that are read at first; of a longer message Windows then tells how much is left
+    skips = 4
+    _FIRST = 8192  # bytes that are read at first; of a longer frame Windows then tells how much is left
 
     def __init__(self, connection: Any) -> None:
         super().__init__()
+        self._api = _import("_winapi")
         self._connection = [connection]  # taken out by whoever closes it
         self._handle: int | None = connection.fileno()  # None when it is to be used no more
         self._users: list[None] = []  # one for each use of it
         self._down = _import("_overlapped").Overlapped()  # whose event is set when the connection has been ended
-        # what has come of the message, how much more to read, and the read that is under way: None when all is here
-        self.state = (b"", self._FIRST, [])
+        self.state: Any = (deque(), None, b"", self._FIRST, [])
 
-    def recv(self, limit: int, deadline: float | None = None) -> bytes | None:
-        api = _import("_winapi")
+    def send_frame(self, data: bytes, deadline: float) -> None:
+        self.write([data], (), True, deadline)
+
+    def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
+             wait: bool, deadline: float | None) -> None:
+        kind, flags, number, parent = head
+        header = _HEADER.pack(_WIRE_VERSION, kind, flags, len(buffers), number, parent)
+        self.write([header + body, *buffers], lent, wait, deadline)
+
+    def receive_frame(self, deadline: float) -> bytes | None:
+        frame = self._frame(deadline, None)
+        if frame is not None:
+            self.state = (deque(), None, b"", self._FIRST, [])
+        return frame
+
+    def receive(self, deadline: float | None = None) -> deque[_Message] | None:
+        while not self.state[0]:
+            come, partial = deque(self.state[0]), self.state[1]
+            frame = self._frame(deadline, partial)
+            if frame is None:
+                return None
+            partial = self._take(come, frame, partial)
+            self.state = (come, partial, b"", self._FIRST, [])
+        return self.state[0]  # type: ignore[no-any-return]
+
+    def _frame(self, deadline: float | None, partial: Any) -> bytes | None:
+        """The next frame, or the same again until `state` is set; None past the deadline."""
         while True:
-            come, size, reading = self.state
-            if reading is None:
-                self.next = (b"", self._FIRST, [])
-                return bytes(come)
+            messages, begun, have, size, reading = self.state
+            if not size:
+                return bytes(have)
+            wait = self._api.INFINITE if deadline is None else int(_left(deadline) * 1000 + 0.999)
             try:
-                if not self._begun(reading, api.ReadFile, (size,), deadline):
+                if not reading:
+                    self._use(lambda handle: reading.extend(map(self._api.ReadFile, (handle,), (size,), (True,))))
+                if not self._is_done(reading[0], wait):
                     return None
                 _, error = reading[0][0].GetOverlappedResult(True)
-                rest = self._left_of_message() if error == api.ERROR_MORE_DATA else 0
-            except BrokenPipeError:
-                raise EOFError from None
-            come += reading[0][0].getbuffer()
-            if len(come) + rest > limit:
-                raise ProtocolError(f"a frame of {len(come) + rest} bytes, where at most {limit} are allowed")
-            self.state = (come, rest, [] if rest else None)
+                rest = self._left_of_frame() if error == self._api.ERROR_MORE_DATA else 0
+            except OSError as error:
+                if not _of_system(error):
+                    raise
+                raise _Broken(EOFError() if isinstance(error, BrokenPipeError) else error) from None
+            have = have + bytes(reading[0][0].getbuffer())
+            self._check_size(len(have) + rest, partial)
+            self.state = (messages, begun, have, rest, [])
 
-    def _put(self, deadline: float | None) -> None:
-        while self._posted or self._sent:
-            first = itertools.starmap(self._posted.popleft, ((),))
-            if not self._begun(self._sent, _import("_winapi").WriteFile, first, deadline):
-                raise TimeoutError
-            self._sent[0][0].GetOverlappedResult(True)
-            self._sent = []
+    def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
+        """`counts` are the writes that have begun, one for each chunk: a chunk is a frame."""
+        if counts and not self._is_done(counts[-1], self._api.INFINITE if blocking else 0):
+            raise BlockingIOError(_import("errno").EAGAIN, "the pipe is full")
+        if len(counts) == len(chunks):
+            return True
+        what = itertools.islice(chunks, len(counts), len(counts) + 1)
+        self._use(lambda handle: counts.extend(map(self._api.WriteFile, (handle,), what, (True,))))
+        return False
 
-    def _begun(self, under_way: list[Any], function: Callable[..., Any], what: Iterable[Any], deadline: float | None) -> bool:
-        """Begin a read or write, of what is taken out of `what` in the same step, unless one is under way; and wait until it is
-        done. False past the deadline; raises BrokenPipeError if the connection is or has been ended here."""
-        api = _import("_winapi")
-        if not under_way:
-            self._use(lambda handle: under_way.extend(map(function, (handle,), what, (True,))))
-        while under_way[0][1] == api.ERROR_IO_PENDING:
-            wait = api.INFINITE if deadline is None else int(_left(deadline) * 1000 + 0.999)
+    def _await_room(self, seconds: float) -> bool:
+        return self._is_done(self.batch[1][-1], int(seconds * 1000 + 0.999))
+
+    def _is_done(self, begun: Any, wait: int) -> bool:
+        """Whether a read or write has ended, after so many milliseconds at the most. Raises BrokenPipeError if the
+        connection has been ended here, and what has failed."""
+        operation, status = begun
+        while status == self._api.ERROR_IO_PENDING:
             try:
-                which = api.WaitForMultipleObjects([self._down.event, under_way[0][0].event], False, wait)
+                which = self._api.WaitForMultipleObjects([self._down.event, operation.event], False, wait)
             except InterruptedError:  # a signal, whose handler has returned
                 continue
-            if which == api.WAIT_OBJECT_0:
-                raise BrokenPipeError
-            return bool(which != api.WAIT_TIMEOUT)
+            if which == self._api.WAIT_OBJECT_0:
+                raise BrokenPipeError(_import("errno").EPIPE, "the connection was ended here")
+            if which == self._api.WAIT_TIMEOUT:
+                return False
+            break
+        operation.GetOverlappedResult(True)
         return True
 
     def _use(self, function: Callable[[int], Any]) -> Any:
-        """Call what takes the handle, which is not closed meanwhile. Raises BrokenPipeError if it is to be used no more."""
+        """Call what takes the handle, which is not closed meanwhile. Raises BrokenPipeError if it is to be used no
+        more."""
         self._users.append(None)
         try:
             if self._handle is None:
-                raise BrokenPipeError
+                raise BrokenPipeError(_import("errno").EPIPE, "the connection was ended here")
             return function(self._handle)
         finally:
             self._users.pop()
             if self._handle is None:
                 self._let_go()
 
-    def _left_of_message(self) -> int:
-        return int(self._use(_import("_winapi").PeekNamedPipe)[1])
+    def _left_of_frame(self) -> int:
+        return int(self._use(self._api.PeekNamedPipe)[1])
 
     def _let_go(self) -> None:
         """Close the handle, once nobody uses it. What is under way has to end before."""
@@ -1315,7 +1523,8 @@ class _PipeChannel(_Channel):
             connection = self._connection.pop()
         except IndexError:
             return  # somebody else does, or has
-        for operation, _ in [*(self.state[2] or ()), *self._sent]:
+        batch = self.batch
+        for operation, _ in [*self.state[4], *(batch[1][-1:] if batch is not None else ())]:
             try:
                 operation.cancel()
                 operation.GetOverlappedResult(True)
@@ -1330,9 +1539,8 @@ class _PipeChannel(_Channel):
 
     def close(self) -> None:
         self.shutdown()
-        with self._sending:
-            del self._users[:]  # in case Ctrl-C has left one
-            self._let_go()
+        del self._users[:]  # in case a handler that raised has left one
+        self._let_go()
 
 
 def _transport(address: str) -> str:
@@ -1452,7 +1660,7 @@ class _Listener:
         accepting fails."""
         if _WINDOWS:
             return _PipeChannel(self._listener.accept())
-        if not _wait_for(self._listener, False, time.monotonic() + 0.5):
+        if not _wait_for(self._listener, False, 0.5):
             return None
         return _SocketChannel(self._listener.accept()[0])
 
@@ -1510,7 +1718,6 @@ def _remove_stale(path: str, seconds: float = 0.0) -> None:
 
 _HELLO_LIMIT = 4096  # bytes; until the key is proven nothing else is decoded
 _HELLO_SECONDS = 5.0
-_WIRE_VERSION = 1
 
 
 class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic_cookie_value",
@@ -1541,14 +1748,13 @@ class _Hello:
 
     def say(self, **message: Any) -> None:
         self._said.append(_encode(message).encode())
-        self._channel.send([self._said[-1]], self._deadline)
+        self._channel.send_frame(self._said[-1], self._deadline)
 
     def hear(self) -> dict[str, Any]:
-        frame = self._channel.recv(_HELLO_LIMIT, self._deadline)
+        frame = self._channel.receive_frame(self._deadline)
         if frame is None:
             raise TimeoutError(f"no answer within {_HELLO_SECONDS:g} s")
-        self._said.append(bytes(frame))
-        self._channel.state = self._channel.next
+        self._said.append(frame)
         try:
             message = json.loads(self._said[-1])
         except (ValueError, RecursionError):
@@ -1715,48 +1921,47 @@ class _Door:
 # === 5. session =========================================================================================
 #
 # Calls, answers and streams, both ways, over one channel. The two sides are one class: each numbers its own calls, and
-# answers those of the other. A frame is a header and a body in the codec, then the buffers that go beside it:
+# answers those of the other. The rooms, each with a job of its own:
 #
-#     offset  size  field
-#          0     1  wire version
-#          1     1  kind
-#          2     2  flags: 1 the body has tags, 2 whoever does not know the kind may ignore it, 4 a stream follows
-#          4     4  how many buffers follow, each a frame of its own
-#          8     8  the number of the call it is about, counted by the side that made the call
-#         16     8  in a call: the number of the receiver's call on whose behalf it is made, or 0
+#     _Pool       threads, for all sessions: what is to be done, and nobody waits for
+#     _Watch      one thread that sleeps: alarms, and a look now and then whether a call holds others up
+#     _Reader     the seat: who reads what has come, and where it goes
+#     _Caller     our calls: send, wait, give up
+#     _Runner     their calls: decode, run, answer
+#     _Producer   one of their calls that is answered by a stream
+#     _Session    what these share, and the end
 #
-# Reading. At most one thread reads at a time: `_reader` holds who does, put there by setdefault(), which is one step, so
-# that Ctrl-C cannot come between having it and knowing it. It hands on at once what is not its own. Which thread that is:
+# Reading. Whoever holds the seat reads, and only routes: what is about a call of ours goes to that call's inbox, and
+# whoever waits for it decodes it; a call made on behalf of one of ours goes to the thread that waits for that one, or
+# to the loop that does; any other call goes to the pool. A thread that waits takes the seat if it is free, else it
+# sleeps until there is something for it, or nobody reads. Where calls come in at any time (in a plugin always, in a
+# host while it has lent something), or an answer is due that no thread waits for, a thread of the pool, the attendant,
+# sits there while no caller does. A method that has been quick it runs at once, and reads on; for any other it first
+# has another thread read. The watch looks, twice a second while such calls are run, whether one takes long after all.
 #
-#   - A thread that waits for an answer reads, if nobody does; otherwise it sleeps until its answer has come or
-#     it is woken to read. Whoever stops reading wakes the next (`_pass_on`).
-#   - Where calls come in (in a plugin always, in a host while it has lent something), or an answer is due that no
-#     thread waits for, a thread of the pool reads while no caller does. It runs the call it has read itself, the
-#     quickest way by far, and `_reader` is empty meanwhile. The clock looks on every few milliseconds while there
-#     is traffic: when one call has outlasted a whole tick, it has another thread read. A method that was that slow
-#     gets another reader at once the next time.
-#   - A call made on behalf of one that a thread waits for is run by that thread; where none waits, by a thread of the
-#     pool, outside `max_workers`. So calls may nest to any depth.
+# Sleeping and waking. Who sleeps first says so, then looks once more, then sleeps; who has something does that first,
+# then looks who sleeps. So no wake-up is lost. When a handler raises in between, one may be: so who sleeps looks again
+# after a second. A wake-up for nothing is harmless.
 #
-# Sleeping and waking. A thread first says that it will sleep (`_waiting`, `_idle`), then looks once more, then sleeps;
-# whoever has something for it does that first, then looks who sleeps. So no wake-up is lost. A spurious one is harmless.
+# Streams. The answer to a call may be a stream: items, several to a message, until an end or an error. The caller may
+# leave _WINDOW of them unread; for those that it has read it gives credit for as many. A producer without credit is set
+# aside, and holds no thread.
 #
-# Streams. The answer to a call may be a stream: items, several to a message, until an end or an error. The caller
-# may leave _WINDOW of them unread; for each one that it reads it gives credit for another, some together. Without
-# credit the producer is set aside, and holds no thread.
+# There is one lock below: `_Producer.lock`, under which nothing is called that takes another.
 
-_HEADER = struct.Struct("!BBHIQQ")
-_BODY = _HEADER.size
-_FIRST = struct.Struct("!QQQ")  # the same with its first four fields as one number, to tell the usual messages by
-_PREFIXED = struct.Struct("!iBBHIQQ")  # the same with the frame's length before it
 _CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END, _CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = range(1, 13)
 _TAGGED, _IGNORABLE, _STREAM = 1, 2, 4
-_PLAIN_CALL, _PLAIN_RESULT = (_FIRST.unpack(_HEADER.pack(_WIRE_VERSION, kind, 0, 0, 0, 0))[0] for kind in (_CALL, _RESULT))
+_ANSWERS = frozenset((_RESULT, _ERROR, _ITEM, _END, _PONG))
+_NOTHING: Any = (b"", (), 0, [])  # a content without a value
+_ENDED: Any = (0, 0, 0, 0, b"", ())  # the message that the connection's end puts into every inbox
 _WINDOW = 64  # items of a stream that may be on their way or unread
 _GATHER = 0.001  # seconds after a message of items in which the next ones wait for each other
-_TICK = 0.005  # seconds that a call may hold up the others, before another thread reads
-_QUIET_TICKS = 2  # after so many without traffic the clock sleeps
+_QUICK = 0.001  # seconds; a method whose last three runs took less is run by the thread that reads
+_LOOK = 0.5  # seconds between two looks whether such a run takes long after all
+_LAZY = 0.01  # seconds after a call until a thread of the pool reads, where only what is lent asks for it
 _IDLE_SECONDS = 10.0  # after which a thread of the pool that has nothing to do ends
+_NESTED = 256  # calls on behalf of ours for which no thread waits that run at once; the others wait
+_RAISED = 16  # exceptions of ours that a call remembers, should they come home
 
 _current: ContextVar[_Request | None] = ContextVar("miniplug", default=None)  # the call that runs here
 _loop_threads: set[int] = set()  # those that run event loops of ours
@@ -1771,119 +1976,144 @@ def cancelled() -> bool:
     return request is not None and request.cancelled
 
 
-class _Gate:
-    """A lock used as a wake-up: `wait` returns True once `open` was called since it last did."""
+def _gate() -> Any:
+    """A lock used as a wake-up: to wait is to acquire it. It is shut."""
+    gate = threading.Lock()
+    gate.acquire()
+    return gate
 
-    __slots__ = ("_lock",)
+
+def _open(gate: Any) -> None:
+    try:
+        gate.release()
+    except RecursionError:  # a RuntimeError too, and another matter
+        raise
+    except RuntimeError:
+        pass  # it is open
+
+
+def _in_main_thread() -> bool:
+    """Whether signal handlers run in this thread."""
+    return _get_ident() == threading.main_thread().ident
+
+
+class _Pool:
+    """Daemon threads for all sessions, as many as there is to do at once. Any thread may put, a finalizer too.
+
+    `idle` is as long as how many threads wait, or are about to; who puts a task takes one away, or starts a thread.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
+        self._tasks: Any = _import("_queue").SimpleQueue()
+        self._idle: list[None] = []
 
-    def wait(self, seconds: float = -1) -> bool:
-        return self._lock.acquire(True, min(seconds, threading.TIMEOUT_MAX))
+    def put(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Have a thread call the function. Raises RuntimeError if none can be started."""
+        self.move(((function, arguments),))
 
-    def open(self) -> None:
+    def move(self, tasks: Iterable[tuple[Callable[..., Any], Any]]) -> None:
+        """Take the one (function, arguments) out of an iterable, in one step. Raises RuntimeError as `put` does."""
         try:
-            self._lock.release()
-        except RecursionError:  # a RuntimeError too, and another matter
-            raise
-        except RuntimeError:
-            pass  # it is open
+            self._idle.pop()
+        except IndexError:
+            _start_thread("miniplug-worker", self._work)
+        _consume(map(self._tasks.put, tasks))
+
+    def _work(self) -> None:
+        while True:
+            try:
+                function, arguments = self._tasks.get(True, _IDLE_SECONDS)
+            except _import("_queue").Empty:
+                try:
+                    self._idle.pop()
+                    return
+                except IndexError:  # somebody counts on this one
+                    continue
+            try:
+                function(*arguments)
+            except BaseException:
+                _import("traceback").print_exc()
+            function = arguments = None
+            self._idle.append(None)
 
 
-class _Here(threading.local):
-    """What each thread waits at, and for how many calls: a finalizer or a signal handler may call in the midst of that."""
-
-    waits = 0
+class _Watch:
+    """One thread for all sessions of this process, which sleeps when there is nothing: it calls functions at a time, and
+    looks after sessions that ask for it. Any thread may ask, a finalizer too: `_new` and `_asked` are taken from in one
+    step each, and all else is the thread's own."""
 
     def __init__(self) -> None:
-        self.gate = _Gate()
-
-
-_here = _Here()
-
-
-class _Clock:
-    """One thread for all sessions of this process, while there are any: it looks on while calls run, ends submitted
-    calls at their deadlines, and gives back what the garbage collector has found."""
-
-    def __init__(self) -> None:
-        self._gate = _Gate()
-        self._lock = threading.RLock()  # protects the following three; a signal handler may take it again
-        self._sessions: set[_Session] = set()
-        self._alarms: list[tuple[float, int, int, _Session]] = []  # a heap of (deadline, number of the call, id, session)
-        self._open = 0  # how many of them counted the last time
+        self._gate = _gate()
+        self._new: deque[tuple[float, int, Callable[[], Any]]] = deque()
+        self._asked: deque[_Reader] = deque()
+        self._numbers = itertools.count()
         self._runs = False
 
-    def add(self, session: _Session) -> None:
-        with self._lock:
-            self._sessions.add(session)
-            try:
-                self._start()
-            except RuntimeError:
-                pass  # no thread to be had now; a deadline asks again
+    def alarm(self, when: float, function: Callable[[], Any]) -> None:
+        """Have a thread of the pool call a function at a time. Raises RuntimeError if no thread can be started."""
+        self._new.append((when, next(self._numbers), function))
+        self._wake()
 
-    def _start(self) -> None:
+    def look_after(self, reader: _Reader) -> None:
+        """Call its `look` now and then, until that says no."""
+        self._asked.append(reader)
+        self._wake()
+
+    def _wake(self) -> None:
         if not self._runs:
-            _start_thread("miniplug-clock", self._run)
             self._runs = True
-
-    def remove(self, session: _Session) -> None:
-        with self._lock:
-            self._sessions.discard(session)
-            self._alarms = sorted(alarm for alarm in self._alarms if alarm[3] is not session)
-        self.wake()
-
-    def alarm(self, deadline: float, number: int, session: _Session) -> None:
-        """Have `session.expire(number)` called at a time. Raises RuntimeError if no thread can be started."""
-        with self._lock:
-            if session not in self._sessions:
-                return  # it has ended meanwhile
-            self._start()
-            if len(self._alarms) > 2 * self._open + 1000:  # most of them are answered by now
-                self._alarms = sorted(alarm for alarm in self._alarms if alarm[1] in alarm[3]._calls)
-                self._open = len(self._alarms)
-            _import("heapq").heappush(self._alarms, (deadline, number, id(session), session))
-            first = self._alarms[0][3] is session
-        if first:
-            self.wake()
-
-    def wake(self) -> None:
-        """Have it look. (Finalizers call this: it takes no lock.)"""
-        self._gate.open()
+            try:
+                _start_thread("miniplug-watch", self._run)
+            except BaseException:
+                self._runs = False
+                raise
+        _open(self._gate)
 
     def _run(self) -> None:
+        alarms: list[tuple[float, int, Callable[[], Any]]] = []  # a heap
+        readers: list[_Reader] = []
+        next_look = 0.0
+        heapq = _import("heapq")
         while True:
-            with self._lock:
-                sessions = list(self._sessions)
-                self._runs = bool(sessions)
-                if not sessions:
-                    return
-                due = []
-                while self._alarms and self._alarms[0][0] <= time.monotonic():
-                    due.append(_import("heapq").heappop(self._alarms))
-                next_alarm = self._alarms[0][0] if self._alarms else None
-            for _, number, _, session in due:
-                session.expire(number)
-            busy = [session for session in sessions if session.look_on()]
-            self._gate.wait(_TICK if busy else _left(next_alarm))
+            while self._new:
+                heapq.heappush(alarms, self._new.popleft())
+            now = time.monotonic()
+            while alarms and alarms[0][0] <= now:
+                _aside_in_pool(heapq.heappop(alarms)[2])
+            if self._asked and not readers:
+                next_look = now + _LOOK
+            while self._asked:
+                readers.append(self._asked.popleft())
+            if readers and now >= next_look:
+                next_look = now + _LOOK
+                readers = [reader for reader in readers if reader.look()]
+            times = [alarm[0] for alarm in alarms[:1]] + ([next_look] if readers else [])
+            self._gate.acquire(True, max(0.0, min(min(times) - now, _FOREVER)) if times else -1)
 
 
-_clock = _Clock()
-_forks = 0  # how many forks are between the process that began and this one
+def _aside_in_pool(function: Callable[..., Any], *arguments: Any) -> None:
+    """Have a thread of the pool call a function, or call it here if there is none to be had."""
+    try:
+        _pool.put(function, *arguments)
+    except RecursionError:
+        raise
+    except RuntimeError:
+        function(*arguments)
+
+
+_pool, _watch = _Pool(), _Watch()
+_sessions: Any = _import("_weakrefset").WeakSet()  # those that a forked child has to leave
 
 
 def _after_fork() -> None:
-    global _forks
-    _forks += 1
-    for session in _clock._sessions:
-        if isinstance(session, _Session):
-            session.abandon()
+    """In a forked child: the connections are its parent's, and the threads are not here."""
+    global _pool, _watch
+    _pool, _watch = _Pool(), _Watch()
+    for session in list(_sessions):
+        session.abandon()
     for listener in _listeners:
         listener._listener.close()
     _listeners.clear()
-    _clock.__init__()  # type: ignore[misc]  # its thread is gone
 
 
 if hasattr(os, "register_at_fork"):
@@ -1891,43 +2121,35 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Call:
-    """A call of ours. `inbox` is what has come about it, as (kind, value): an answer, or a stream's parts."""
+    """A call of ours. `inbox` is what has come about it: messages, which whoever waits decodes."""
 
-    inbox: Any = ()
-    gate: _Gate | None = None  # of the thread that waits, if it sleeps
-    nested: deque[_Request] | None = None  # calls made on behalf of this one, for the thread that waits
-    takes_nested = True  # from before it is sent, as they may come before that thread waits
-    sent = False  # whether it was, before it came to _ask
-    streams = False
+    gate: Any = None  # of the thread that waits, while it sleeps
+    home = True  # whether the thread that waits runs what is nested in it
+    loop: Any = None  # the event loop that does, if it was submitted where one runs
+    context: Any = None  # contextvars.Context, of the submit
+    nested: deque[_Message] | None = None  # calls made on behalf of this one, for the thread that waits
+    running: Any = ()  # the one of them that it runs
+    raised: dict[int, BaseException] | None = None  # what these have raised, by their numbers
+    streams: _Message | None = None  # the result that said so
+    received = 0  # items that have come and were decoded
+    granted = _WINDOW  # for how many there was credit
     deadline: float | None = None
-    watcher: Callable[[_Call], None] | None = None  # called by the reader when something has come, where no thread waits
-    received = 0  # items that have come, counted by the reader
-    granted = _WINDOW  # items for which there was credit, counted by who reads the stream
+    session: Any = None  # of a submitted one
+    future: Any = None  # the Call that the user has
+    watcher: Callable[[], Any] | None = None  # called by who reads when an item has come, where no thread waits
+    lent: Any = ()  # references in it, until it is sent
 
-    def __init__(self, number: int, method: str, seconds: float | None, watcher: Callable[[_Call], None] | None = None) -> None:
+    def __init__(self, number: int, method: str, seconds: float | None) -> None:
         self.number = number
         self.method = method
         self.seconds = seconds
+        self.inbox: deque[_Message] = deque()
         if seconds is not None:
             self.deadline = time.monotonic() + seconds
-        if watcher is not None:
-            self.watcher = watcher
-            self.takes_nested = False
 
     def left(self) -> float | None:
         """Seconds until the deadline, or None without one."""
         return None if self.deadline is None else _left(self.deadline)
-
-    def arrive(self, part: tuple[int, Any], once: Iterable[tuple[int, Any]] = ()) -> None:
-        """Take what has come. That may be repeated, with the same `once`, which gives `part` the first time."""
-        if self.streams:
-            self.inbox.extend(once)
-        else:
-            self.inbox = (part,)
-        if self.gate is not None:
-            self.gate.open()
-        if self.watcher is not None:
-            self.watcher(self)
 
 
 def _waits_for_itself(call: _Call) -> Exception:
@@ -1947,27 +2169,42 @@ class _Sealed(Exception):
 class _Request:
     """A call of the other side's, to be answered."""
 
+    begun = False
     cancelled = False
-    nested = False  # whether one of our calls waits for it: then it runs outside max_workers
     outer: _Request | None = None  # the call in which this one is run
-    in_row = False  # whether the thread that runs it goes on with another call at once: then their answers leave together
+    body: Any = None  # [target, method, args, kwargs], from when it is decoded until it has run
+    method = ""
     producer: _Producer | None = None  # of the stream that is its answer
+    slots: _Slots | None = None  # where it has a slot, or waits for one
+    loop: Any = None  # the host's event loop, where it runs on that
     task: Any = None  # asyncio's, where it runs as one
+    lent: Any = ()  # references in the answer, until that is sent
 
-    def __init__(self, session: _Session, number: int, body: Any, wants_answer: bool = True) -> None:
+    def __init__(self, session: _Session, message: _Message) -> None:
         self.session = session
-        self.number = number
-        self.method: str = body[1]
-        self.body = body  # [target, method, args, kwargs]; None once it has run
-        self.wants_answer = wants_answer
+        self.message: _Message | None = message  # until it is decoded
+        self.kind: int = message[0]
+        self.number: int = message[2]
+        self.parent: int = message[3]
 
     def cancel(self) -> None:
         self.cancelled = True
         task = self.task
         if task is not None:
-            self.session.references.on_loop(task.cancel)
+            self.on_loop(task.cancel)
         if self.producer is not None:
-            self.producer.grant(0)  # it is closed, if it waits for credit
+            self.producer.resume()  # it is closed, if it waits for credit
+
+    def on_loop(self, function: Callable[[], Any]) -> bool:
+        """Have the event loop that this runs on call a function: the host's, or the one that the async methods share.
+        False if it is closed."""
+        if self.loop is None:
+            return self.session.references.on_loop(function)  # type: ignore[no-any-return]
+        try:
+            self.loop.call_soon_threadsafe(function)
+            return True
+        except RuntimeError:
+            return False
 
 
 def _renamed(error: PluginError, old: str, new: str) -> PluginError:
@@ -1976,189 +2213,6 @@ def _renamed(error: PluginError, old: str, new: str) -> PluginError:
     if isinstance(error, NotSerializable):
         error.path = error.path.replace(old, new, 1)
     return error
-
-
-def _is_call(body: Any) -> bool:
-    """Whether it is one; what a later version of the protocol may add behind is cut off."""
-    if type(body) is not list or len(body) < 4:
-        return False
-    if len(body) > 4:
-        del body[4:]
-    return type(body[1]) is str and type(body[2]) is list and type(body[3]) is dict
-
-
-class _Message:
-    """A message that has come. What it carries is put into a queue by `once`: that may be repeated, and is one step, so that
-    nothing is lost or doubled when Ctrl-C strikes in between."""
-
-    checked = False  # whether it is counted, as an answer, or is among those to be answered, as a call
-    request: _Request | None = None  # what was made of it, as a call
-
-    def __init__(self, kind: int, flags: int, number: int, parent: int, value: Any) -> None:
-        self.kind = kind
-        self.flags = flags
-        self.number = number
-        self.parent = parent
-        self.value = value
-        self.once: Any = iter(((kind, value),))
-
-
-class _Producer:
-    """The sending end of a stream: it takes from an iterator what the other side has given credit for.
-
-    Items that come quickly gather, and leave together; a slow producer's leave one by one, when they are made.
-    """
-
-    def __init__(self, request: _Request, iterator: Any) -> None:
-        self._request = request
-        self._session = request.session
-        self.iterator = iterator
-        self._granted = _WINDOW  # for how many items there was credit, in all
-        self._parked = False  # whether it waits for credit; then `resume` goes on with it
-        self._lock = threading.Lock()  # protects the former two, from those that grant
-        self._used = 0  # how many items were made
-        self._items: deque[Any] = deque()
-        self._flushing = threading.Lock()  # held while items leave, so that they leave in order
-        self._last = 0.0  # when some left
-        self._count = 0  # how many have
-        self._size = 0  # of those in _items, in bytes
-        self._failure: BaseException | None = None  # an item that could not travel
-        self._cut = False  # whether that one was found when it was to leave
-
-    def grant(self, credit: int) -> None:
-        with self._lock:
-            self._granted += credit
-            parked, self._parked = self._parked, False
-        if parked:
-            self._session.resume(self._request)
-
-    def may_go_on(self) -> bool:
-        """Use one credit. False: it is parked, until there is some or the stream is given up."""
-        if self._used >= self._granted:
-            self.flush()
-            with self._lock:
-                self._parked = self._used >= self._granted and not self._request.cancelled
-                if self._parked:
-                    return False
-        self._used += 1
-        return True
-
-    def put(self, item: Any) -> None:
-        """Encode an item, now, as its maker may change it; and send it, or let it wait for others."""
-        if self._session._forks != _forks:
-            _leave_fork(None)
-        joins = self._session.codec.joins
-        try:
-            content = self._session.codec.dumps_short(item if joins else [item], "an item")
-        except PluginError as error:
-            self._fail(error)
-            return
-        if type(content) is bytes:
-            content = (content, (), False, ())
-        self._items.append(content)
-        self._size += len(content[0])
-        late = time.monotonic() - self._last > _GATHER
-        if late or content[1] or not joins or len(self._items) >= _WINDOW // 2 or self._size >= _READ_SIZE:
-            self.flush()
-        elif len(self._items) == 1:
-            self._session.flush_later(self)
-
-    def _fail(self, error: PluginError) -> None:
-        """An item cannot travel: that ends the stream, once all before it have left."""
-        place = "an item" if self._session.codec.joins else "an item[0]"
-        self._failure = _renamed(error, place, f"item {self._count + len(self._items)} of {self._request.method}()")
-
-    def flush(self) -> None:
-        """Send what has gathered."""
-        with self._flushing:
-            self._size = 0
-            group: list[Any] = []  # what goes in one message: items without buffers
-            size = 0
-            while self._items:
-                content = self._items.popleft()
-                alone = content[1] or not self._session.codec.joins
-                if group and (alone or size + len(content[0]) >= self._session.send_limit - 2):
-                    self._send(group)
-                    group, size = [], 0
-                group.append(content)
-                size += len(content[0]) + 1
-                if alone:
-                    self._send(group)
-                    group, size = [], 0
-            if group:
-                self._send(group)
-            self._last = time.monotonic()
-
-    def _send(self, group: list[Any]) -> None:
-        if self._cut or self._request.cancelled:
-            for content in group:
-                self._session.references.unlend(content[3])
-            return
-        codec = self._session.codec
-        data = codec.join([content[0] for content in group]) if codec.joins else group[0][0]
-        lent = [number for content in group for number in content[3]]
-        try:
-            self._session.send(_ITEM, self._request.number, (data, group[0][1], any(content[2] for content in group), lent))
-            self._count += len(group)
-        except PluginError as error:  # too large: nothing comes after it
-            self._cut = True
-            self._fail(error)
-
-    def run(self) -> None:
-        """Produce, until the end or until there is no credit."""
-        try:
-            while self.may_go_on():
-                if self.over:
-                    return self.end(None)
-                self.put(next(self.iterator))
-        except StopIteration:
-            self.end(None)
-        except BaseException as error:
-            self.end(error)
-        return None
-
-    async def run_async(self) -> None:
-        """The same for an async iterator."""
-        try:
-            while self.may_go_on():
-                if self.over:
-                    await self._close()
-                    break
-                self.put(await self.iterator.__anext__())
-            else:
-                self._request.task = None  # parked
-                return
-            self.end(None)
-        except StopAsyncIteration:
-            self.end(None)
-        except BaseException as error:
-            self.end(error)
-
-    @property
-    def over(self) -> bool:
-        """Whether nobody wants more."""
-        return self._request.cancelled or self._failure is not None
-
-    async def _close(self) -> None:
-        if hasattr(self.iterator, "aclose"):
-            await self.iterator.aclose()
-
-    def end(self, error: BaseException | None) -> None:
-        """Send the rest and the end, and be done with the call."""
-        if self._session._forks != _forks:
-            _leave_fork(error)
-        self.flush()
-        try:
-            if hasattr(self.iterator, "close"):
-                self.iterator.close()
-        except BaseException as problem:
-            error = error or problem
-        own, error = (False, error) if self._failure is None else (True, self._failure)
-        if error is None:
-            self._session.answer(self._request, _END)
-            self._session.finish(self._request)
-        else:
-            self._session.fail(self._request, error, own)
 
 
 def _leave_fork(error: BaseException | None) -> None:
@@ -2175,34 +2229,992 @@ def _leave_fork(error: BaseException | None) -> None:
 
 
 class _Slots:
-    """How many calls may run at once. All sessions of a plugin share them."""
+    """How many calls may run at once. All sessions of a plugin share them. Any thread: to take from a list or a deque,
+    and to add to it, are one step each. Who queues looks for a slot after that, and who gives one back looks at the
+    queue after that."""
 
     def __init__(self, count: int) -> None:
-        self.free = [True] * count  # as long as how many more calls may run
+        self.free = [None] * count  # as long as how many more calls may run
         self.queue: deque[_Request] = deque()  # calls that wait for a slot
-        self.lock = threading.Lock()  # protects taking from the queue
+
+    def take(self, request: _Request) -> bool:
+        """Whether a call may run now; else it runs when there is a slot."""
+        request.slots = self
+        try:
+            self.free.pop()
+            return True
+        except IndexError:
+            self.queue.append(request)
+            if self.free:
+                self._start_queued()
+            return False
+
+    def give_back(self) -> None:
+        self.free.append(None)
+        if self.queue:
+            self._start_queued()
+
+    def _start_queued(self) -> None:
+        while self.queue:
+            try:
+                self.free.pop()
+            except IndexError:
+                return  # whoever has one looks at the queue
+            try:
+                request = self.queue.popleft()
+            except IndexError:
+                self.free.append(None)
+                continue
+            runner = request.session.runner
+            try:
+                _pool.put(runner.run_with_slot, request)
+            except RecursionError:
+                raise
+            except RuntimeError as error:
+                self.free.append(None)
+                runner.fail(request, error)
 
 
-class _NoChannel(_Channel):
-    """What a session has in a forked child instead of its connection."""
+class _Reader:
+    """Who reads what has come, and where it goes.
 
-    def _write(self, chunks: list[_Bytes], deadline: float | None) -> None:
-        _leave_fork(None)  # it comes back from a generator or a coroutine, say
+    Any thread may call `read_for`, `wait` and `pass_on`; `look` is the watch's. What `_read` and `_route_...` do, the
+    holder of the seat does: each of their steps may be repeated, as a handler that raises leaves the message first in
+    the channel's queue.
+
+        nobody --a caller: read_for, leaves when it has its answer--> nobody
+        nobody --pass_on: a sleeper is woken, takes the seat------> nobody
+        nobody --pass_on: else the attendant, from the pool-------> nobody, while it runs a quick call itself
+    """
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+        self._channel = session.channel
+        self._calls = session.calls
+        self._requests = session.requests
+        self.seat = _Seat()
+        self.sleepers: dict[int, _Call] = {}  # our calls whose threads sleep
+        self.unattended: set[int] = set()  # the numbers of those whose answer must be read though no thread waits
+        self.attendant: Any = None  # the task of the pool that reads, or runs a call and then reads on
+        self._quick: dict[str, int] = {}  # by the method: how many times in a row it was, up to 3
+        self._inline = 0  # the number of the call that the attendant runs; negative when it has
+        self._seen = 0  # that, at the last look
+        self._watched = False
+        self._retry = False  # whether there was no thread for an attendant
+        self._last = 0.0  # when a call came that was not watched
+        self._lazy = False  # whether somebody will look soon if a thread should read
+        self.vacant = _gate()  # opens when somebody has stopped reading after the end
+
+    def read_for(self, call: _Call) -> None:
+        """Read, unless another thread does, until there is something for the call. Raises _Late past its deadline."""
+        seat, token = self.seat, {_get_ident()}
+        mine = _ref_to(token)
+        try:
+            if seat.setdefault(0, mine) is mine:
+                self._read(call)
+        except (_Broken, ProtocolError) as error:
+            self._session.end(error)
+        finally:
+            if seat.get(0) is mine:
+                del seat[0]
+            session = self._session
+            if self.sleepers or self.unattended or self._requests or session.references.lends or session.sealed \
+                    or session.serving:
+                self.pass_on()
+
+    def wait(self, call: _Call) -> None:
+        """Wait until something has come about the call, reading while nobody else does, and running what is nested in
+        it. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
+        while not call.inbox:
+            if call.nested:
+                self._session.runner.run_nested(call)
+            elif not self.seat:
+                self.read_for(call)
+            else:
+                self._sleep(call)
+
+    def _sleep(self, call: _Call) -> None:
+        """Sleep until there may be something to do."""
+        seat, left = self.seat, _left(call.deadline)
+        if left == 0:
+            raise _Late
+        try:
+            call.gate = gate = _gate()
+            self.sleepers[call.number] = call
+            if not call.inbox and not call.nested and seat:
+                if _get_ident() in seat.holder():
+                    raise _waits_for_itself(call)
+                gate.acquire(True, min(left, _LOOK_AGAIN) if left > 0 else _LOOK_AGAIN)
+        finally:
+            call.gate = None
+            self.sleepers.pop(call.number, None)
+            if not seat:
+                self.pass_on()  # this thread may have been woken to read
+
+    def pass_on(self) -> None:
+        """Where somebody should read and nobody does, wake one who will."""
+        if self.seat:
+            return
+        for call in list(self.sleepers.values()):
+            gate = call.gate
+            if gate is not None:
+                return _open(gate)
+        if self._session.ended is not None:
+            _open(self.vacant)
+        elif self.attendant is None:
+            if self._session.serving or self.unattended:
+                self._attend_if_possible()
+            elif self._session.is_open and not self._lazy:
+                self._lazy = True
+                _watch.alarm(time.monotonic() + _LAZY, self._attend_if_quiet)
+        return None
+
+    def _is_wanted(self) -> bool:
+        """Whether somebody must read though nobody waits."""
+        return self._session.ended is None and bool(self.unattended or self._session.is_open)
+
+    def attend(self) -> None:
+        """See to it that somebody reads, though nobody waits. Raises RuntimeError if no thread can be started."""
+        if self.attendant is None and not self.seat:
+            self.attendant = task = [None]
+            try:
+                _pool.put(self._attend, task)
+            except BaseException:
+                self.attendant = None
+                raise
+
+    def _attend_if_possible(self) -> None:
+        try:
+            self.attend()
+        except RecursionError:
+            raise
+        except RuntimeError:  # no thread to be had: the calls wait for each other, until the watch can start one
+            self._retry = True
+            self.be_watched()
+
+    def _attend_if_quiet(self) -> None:
+        """It is a while ago that a caller has stopped reading. If none reads now, a thread of the pool does."""
+        self._lazy = False
+        if self._is_wanted():
+            self._attend_if_possible()
+
+    # -- as the holder of the seat
+
+    def _read(self, waiting: _Call | None = None) -> _Request | None:
+        """Hand on what comes, until there is something about the call for which this thread is `waiting`. Without one,
+        as the attendant, until there is a call to be run, which is returned, or a caller reads better."""
+        calls, receive = self._calls, self._channel.receive
+        number = 0 if waiting is None else waiting.number
+        while True:
+            come = receive(None if waiting is None else waiting.deadline)
+            if come is None:
+                raise _Late
+            while come:
+                message = come[0]
+                if message[2] == number and message[0] == _RESULT and not message[1] & _STREAM:  # the usual case
+                    if waiting.streams is None and number in calls:  # type: ignore[union-attr]
+                        waiting.inbox.append(message)  # type: ignore[union-attr]
+                        calls.pop(number, None)
+                        come.popleft()
+                        continue
+                kind = message[0]
+                if kind in _ANSWERS:
+                    if self._route_answer(come, message, waiting):
+                        return None
+                elif kind == _CALL or kind == _NOTIFY:
+                    request = self._route_call(come, message, waiting)
+                    if request is not None:
+                        return request
+                else:
+                    self._session.steer(come, message)
+            message = None  # what has come is not kept alive by who waits for more
+            if waiting is not None and (waiting.inbox or waiting.nested):
+                return None
+
+    def _route_answer(self, come: deque[_Message], message: _Message, waiting: _Call | None) -> bool:
+        """Put a message into its call's inbox. Returns whether the attendant may go, as a caller reads better."""
+        kind, flags, number = message[:3]
+        call = self._calls.get(number)
+        if call is None:  # it was given up
+            if not number:
+                self.unattended.discard(0)  # what `probe` waits for
+            come.popleft()
+            return False
+        if flags & _STREAM and kind == _RESULT and call.streams is None:
+            call.streams = message
+        if kind == _ITEM:
+            if len(call.inbox) > _WINDOW:  # each has an item at least
+                raise ProtocolError("more items of a stream than there is credit for")
+            call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
+        else:  # to repeat this does no harm
+            if call.future is not None and (call.streams is None or call.streams is message):
+                call.future._arrive(call, message, waiting is None)
+            else:
+                call.inbox.append(message)
+            if call.streams is not message:
+                self._calls.pop(number, None)
+            come.popleft()
+        self.unattended.discard(number)
+        if call.watcher is not None:
+            call.watcher()
+        if call.gate is not None:
+            _open(call.gate)
+            if waiting is None and not (self._session.serving or self.unattended):
+                self.attendant = None
+                return True
+        return False
+
+    def _route_call(self, come: deque[_Message], message: _Message, waiting: _Call | None) -> _Request | None:
+        """Give a call to who runs it: the thread or the loop that waits for the one on whose behalf it is made, or the
+        pool. As the attendant returns any other."""
+        _, _, number, parent, _, _ = message
+        request = self._requests.get(number)
+        if request is None:
+            request = self._requests[number] = _Request(self._session, message)
+        elif request.message is not message:
+            raise ProtocolError("the number of a call is that of another one")
+        runner = self._session.runner
+        call = self._calls.get(parent) if parent else None
+        if call is not None and call.home:
+            if call.nested is None:
+                call.nested = deque()
+            call.nested.extend(itertools.starmap(come.popleft, _ONCE))
+            if not call.home:
+                runner.disown(call)
+            elif call.gate is not None:
+                _open(call.gate)
+        elif call is not None and call.loop is not None and runner.run_on_loop(call, request):
+            come.popleft()
+        elif parent or waiting is not None:
+            function = runner.run_nested_in_slot if parent else runner.run_in_slot
+            requests = map(self._requests.get, map(_number_of, itertools.starmap(come.popleft, _ONCE)))
+            try:
+                _pool.move(zip((function,), zip(requests)))
+            except RecursionError:
+                raise
+            except RuntimeError as error:  # no thread to be had: that fails the call
+                runner.fail(request, error, wait=False)
+                come.popleft()
+        else:
+            come.popleft()
+            return request
+        return None
+
+    # -- the attendant
+
+    def _attend(self, task: Any) -> None:
+        """As a thread of the pool: read while no caller does, and run calls that are quick at once."""
+        seat, runner, token = self.seat, self._session.runner, {_get_ident()}
+        mine = _ref_to(token)
+        try:
+            while self.attendant is task:
+                if not self._is_wanted() or seat.setdefault(0, mine) is not mine:
+                    self.attendant = None  # who stops reading looks for one after that
+                    if seat or not self._is_wanted() or self.attendant is not None:
+                        return
+                    self.attendant = task
+                    continue
+                request = self._read()
+                if request is None or not runner.slots.take(request):
+                    pass
+                elif not runner.decode(request):
+                    runner.slots.give_back()
+                elif self._quick.get(request.method, 0) < 3 or not self._watched and self._is_rare():
+                    self.attendant = None
+                    del seat[0]
+                    self.pass_on()  # another thread reads
+                    return runner.run_with_slot(request)
+                else:
+                    self._inline = request.number
+                    self.be_watched()
+                    del seat[0]
+                    runner.run_with_slot(request)
+                    if self.attendant is not task:
+                        return
+                    self._inline = -request.number
+                request = None
+                if seat.get(0) is mine:
+                    del seat[0]
+        except (_Broken, ProtocolError) as error:
+            self._session.end(error)
+        finally:
+            if seat.get(0) is mine:
+                del seat[0]
+            if self.attendant is task:
+                self.attendant = None
+            self.pass_on()
+
+    def took(self, method: str, seconds: float) -> None:
+        """A method has run that long."""
+        runs = self._quick.get(method, 0)
+        if seconds > _QUICK or runs < 3:
+            if len(self._quick) > 1000:
+                self._quick.clear()  # an object that answers every name
+            self._quick[method] = 0 if seconds > _QUICK else runs + 1
+
+    def _is_rare(self) -> bool:
+        """Whether no call came for a while: then another thread reads, which costs less than to be watched."""
+        last, self._last = self._last, time.monotonic()
+        return self._last - last > _LOOK
+
+    def be_watched(self) -> None:
+        if not self._watched:
+            self._watched = True
+            try:
+                _watch.look_after(self)
+            except RuntimeError:  # no thread to be had, or the interpreter ends
+                self._watched = False
+
+    def look(self) -> bool:
+        """Called by the watch now and then. Returns whether it shall look again."""
+        if self._session.ended is not None:
+            return False
+        if self._channel.posted:
+            self._session.flush()  # what finalizers have left
+        if self._retry:
+            self._retry = False
+            self.pass_on()
+        inline = self._inline
+        if inline != self._seen:
+            self._seen = inline
+            return True
+        if not self.seat and self._is_wanted():  # a call has outlasted a whole look: another thread reads
+            self.attendant = None
+            self._attend_if_possible()
+            return True
+        if inline > 0:
+            return True
+        self._watched = False
+        if self._inline != inline or self._channel.posted:
+            self._watched = True
+        return self._watched
+
+
+def _number_of(message: _Message) -> int:
+    return message[2]  # type: ignore[no-any-return]
+
+
+def _first_of(what: Any, _: Any) -> Any:
+    return what
+
+
+class _Caller:
+    """Our calls, from the proxy to the answer. Any thread, from any number of them at once. What may be left when a
+    handler raises (`_leave`) is cleared up by a thread of the pool, where none strikes again."""
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+        self._reader = session.reader
+        self._codec = session.codec
+        self._numbers = session.numbers
+        self._calls = session.calls
+
+    def call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], seconds: float | None) -> Any:
+        """Call and wait for the answer, which may be a Stream. Raises what the method raised, CallTimeout, _Sealed, and
+        what the session's `lost` said when the connection ends."""
+        if _loop_threads and _get_ident() in _loop_threads:
+            raise RuntimeError(f"{method}() would block the event loop of the async methods: await {method}.submit(...)")
+        call = _Call(next(self._numbers), method, seconds)
+        try:
+            call.lent = []
+            self._start(call, _CALL, self._codec.dumps_call(target, method, args, kwargs, call.lent))
+            reader = self._reader
+            if not reader.seat:
+                reader.read_for(call)
+            if not call.inbox:
+                reader.wait(call)
+            call.home = False
+            if call.nested:
+                self._session.runner.disown(call)
+            return self.value(call, call.inbox.popleft())
+        except BaseException as error:
+            self._leave(call, error)
+            raise
+
+    def submit(self, future: Any, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
+               seconds: float | None) -> _Call:
+        """Call; the future, a Call, has the answer when it has come. Raises what sending raises."""
+        call = _Call(next(self._numbers), method, seconds)
+        call.session, call.future, call.home, call.lent = self._session, future, False, []
+        asyncio = sys.modules.get("asyncio")
+        call.loop = asyncio._get_running_loop() if asyncio is not None else None
+        if call.loop is not None:
+            call.context = _import("contextvars").copy_context()
+        try:
+            self._reader.unattended.add(call.number)
+            self._reader.attend()  # first: without a thread to read the answer nothing is sent
+            self._start(call, _CALL, self._codec.dumps_call(target, method, args, kwargs, call.lent))
+            if call.deadline is not None:
+                self._session.alarm(call.deadline)
+        except _Late:
+            self.give_up(call)
+            future._fail(_too_late(call))
+        except BaseException as error:
+            self._leave(call, error)
+            raise
+        return call
+
+    def notify(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
+               seconds: float | None) -> None:
+        """Call, and want no answer. Raises what sending raises."""
+        call = _Call(next(self._numbers), method, seconds)
+        try:
+            call.lent = []
+            self._start(call, _NOTIFY, self._codec.dumps_call(target, method, args, kwargs, call.lent))
+            self._calls.pop(call.number, None)
+            self._reader.pass_on()  # it may lend something
+        except BaseException as error:
+            self._leave(call, error)
+            raise
+
+    def ping(self, seconds: float) -> float:
+        """Seconds that a message takes there and back. Raises as `call` does."""
+        call = _Call(next(self._numbers), "ping", seconds)
+        start = time.perf_counter()
+        try:
+            self._start(call, _PING, _NOTHING)
+            self._reader.wait(call)
+            self.value(call, call.inbox.popleft(), _PONG)
+        except BaseException as error:
+            self._leave(call, error)
+            raise
+        return time.perf_counter() - start
+
+    def next(self, call: _Call) -> _Message:
+        """The next message of a stream, which stays in the inbox. Raises as `call` does."""
+        if not call.inbox:
+            if _loop_threads and _get_ident() in _loop_threads:
+                raise RuntimeError(f"{call.method}() would block the event loop of the async methods: use async for")
+            call.deadline = None if call.seconds is None else time.monotonic() + call.seconds
+            try:
+                call.home = True
+                self._reader.wait(call)
+            except BaseException as error:
+                self._leave(call, error)
+                raise
+            finally:
+                call.home = False
+                if call.nested:
+                    self._session.runner.disown(call)
+        return call.inbox[0]
+
+    def _parent(self) -> int:
+        """The number of the other side's call on whose behalf this thread calls, or 0."""
+        request = _current.get()
+        while request is not None and request.session is not self._session:
+            request = request.outer  # this side is called through another session
+        return 0 if request is None else request.number
+
+    def _start(self, call: _Call, kind: int, content: Any) -> None:
+        session = self._session
+        self._calls[call.number] = call
+        if session.sealed:  # only now, as the end fails those that are there
+            raise _Sealed
+        session.send(kind, 0, call.number, content, self._parent() if _current.get() is not None else 0, True,
+                     call.deadline)
+        if session.channel.posted and session.channel.is_mine() and kind != _NOTIFY and call.future is None:
+            raise _waits_for_itself(call)
+
+    def value(self, call: _Call, message: _Message, expected: int = _RESULT) -> Any:
+        """What a message that ends a call, or begins its stream, stands for. Raises what it says."""
+        kind, flags, _, _, body, buffers = message
+        try:
+            value = self._codec.loads(body, buffers, flags & _TAGGED) if body else None
+        except _Undecodable as error:
+            raise error.args[0] from None
+        except ProtocolError as error:
+            raise self._session.failed(error, call) from None
+        if kind == expected:
+            return Stream(self._session, call) if flags & _STREAM else value
+        if kind == _ERROR:
+            raise self._raised(call, value)
+        if kind == 0:
+            raise self._session.ended(self._session.lost_calls)  # type: ignore[misc]
+        raise self._session.failed(ProtocolError(f"a message of kind {kind} answers {call.method}()"), call)
+
+    def _raised(self, call: _Call, body: Any) -> BaseException:
+        """The exception that a call has raised: what began here comes home as itself."""
+        home = body.get("home") if type(body) is dict else None
+        if call.raised is not None and type(home) is int and home in call.raised:
+            return call.raised[home]
+        error = _decode_error(body)
+        if isinstance(error, RemoteError):
+            vars(error)["_origin"] = (_ref_to(self._session), call.number)
+        return error  # type: ignore[no-any-return]
+
+    def _leave(self, call: _Call, error: BaseException) -> None:
+        """The thread that waited for a call goes, because of an error: its answer, or anything else."""
+        if call.number in self._calls or call.lent or call.nested or call.running or call.home:
+            _aside_in_pool(self.give_up, call)
+        if type(error) is _Late:
+            raise _too_late(call) from None
+
+    def give_up(self, call: _Call) -> None:
+        """Want nothing more of a call. The other side is told, unless it is over."""
+        session = self._session
+        is_open = self._calls.pop(call.number, None) is not None
+        call.home = False
+        self._reader.unattended.discard(call.number)
+        session.references.unlend(call.lent)
+        session.runner.disown(call)
+        for message in call.running:  # a handler has raised in the midst of that, or before it could begin
+            session.runner.run_after_all(message)
+        if is_open and session.ended is None:
+            session.post(_CANCEL, call.number)
+            if call.streams is not None and not session.serving:
+                self.probe(next(self._numbers))  # its producer may wait to send: read until a ping is answered
+        self._reader.pass_on()
+
+    def probe(self, number: int = 0) -> bool:
+        """Ping without waiting, unless the last such ping is still out. Returns whether it was not."""
+        if number in self._reader.unattended:
+            return False
+        self._reader.unattended.add(number)
+        if number:
+            self._calls[number] = ping = _Call(number, "ping", None)
+            ping.home = False
+        self._session.post(_PING, number)
+        self._reader.pass_on()
+        return True
+
+    def expire(self) -> None:
+        """Fail submitted calls whose deadline has come. Called by the session's alarm."""
+        now, soonest = time.monotonic(), None
+        for call in list(self._calls.values()):
+            if call.future is None or call.deadline is None or call.streams is not None:
+                continue
+            if call.deadline <= now:
+                self.give_up(call)
+                call.future._fail(_too_late(call))
+            elif soonest is None or call.deadline < soonest:
+                soonest = call.deadline
+        if soonest is not None:
+            self._session.alarm(soonest)
+
+
+class _Runner:
+    """Their calls: decode, run, answer. `run_nested` and `run` are for the thread that waits for the call on whose behalf
+    one is made; `run_on_loop` and `disown` for who routes; all others for threads of the pool."""
+
+    def __init__(self, session: _Session, slots: _Slots) -> None:
+        self._session = session
+        self._requests = session.requests
+        self._calls = session.calls
+        self._codec = session.codec
+        self.slots = slots
+        self._nested_slots = _Slots(_NESTED)
+
+    # -- which thread
+
+    def run_in_slot(self, request: _Request | None) -> None:
+        if request is not None and self.slots.take(request):
+            self.run_with_slot(request)
+
+    def run_nested_in_slot(self, request: _Request | None) -> None:
+        if request is not None and self._nested_slots.take(request):
+            self.run_with_slot(request)
+
+    def run_with_slot(self, request: _Request) -> None:
+        try:
+            self.run(request)
+        finally:
+            request.slots.give_back()  # type: ignore[union-attr]
+
+    def run_nested(self, call: _Call) -> None:
+        """As the thread that waits for a call: run one that is made on its behalf."""
+        call.home = False  # this thread is busy: what comes now others run
+        call.running = running = deque()
+        running.extend(itertools.starmap(call.nested.popleft, _ONCE))  # type: ignore[union-attr]
+        self.disown(call)
+        request = self._requests.get(running[0][2])
+        if request is not None:
+            self.run(request)
+        running.clear()
+        call.home = True
+
+    def disown(self, call: _Call) -> None:
+        """The thread that waited for a call does not run what is nested in it: the pool does."""
+        while call.nested:
+            try:
+                messages = itertools.starmap(call.nested.popleft, _ONCE)
+                requests = map(self._requests.get, map(_number_of, messages))
+                _pool.move(zip((self.run_nested_in_slot,), zip(requests)))
+            except IndexError:
+                pass  # another thread was quicker
+
+    def run_after_all(self, message: _Message) -> None:
+        """Its thread has gone before it began to run this, or in the midst of it."""
+        request = self._requests.get(message[2])
+        if request is not None and request.begun:
+            self.fail(request, KeyboardInterrupt())
+        elif request is not None:
+            self.run_nested_in_slot(request)
+
+    def run_on_loop(self, call: _Call, request: _Request) -> bool:
+        """Have the loop that waits for a call run one made on its behalf. False if that is closed."""
+        request.loop = call.loop
+        try:
+            call.loop.call_soon_threadsafe(self.run, request, context=call.context)
+            return True
+        except RuntimeError:
+            request.loop = None
+            return False
+
+    # -- running
+
+    def decode(self, request: _Request) -> bool:
+        """Make the call of what has come. False: it is answered already. Raises ProtocolError."""
+        _, flags, _, _, body, buffers = request.message  # type: ignore[misc]
+        request.message = None
+        try:
+            call = self._codec.loads(body, buffers, flags & _TAGGED)
+        except _Undecodable as error:
+            return self.fail(request, error.args[0], own=True)
+        if (type(call) is not list or len(call) < 4 or type(call[1]) is not str or type(call[2]) is not list
+                or type(call[3]) is not dict):
+            raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
+        request.body, request.method = call, call[1]
+        if self._session.closing is not None:
+            return self.fail(request, PluginClosed("the plugin is shutting down"), own=True)
+        return True
+
+    def run(self, request: _Request) -> None:
+        """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises is an
+        answer too."""
+        if request.producer is not None:
+            return self._go_on(request)
+        if request.begun:
+            return None
+        own = True  # whether a PluginError would be about this call itself
+        request.outer = outer = _current.get()
+        try:
+            request.begun = True
+            _current.set(request)
+            if request.body is None and not self.decode(request):
+                return None
+            start = time.monotonic()
+            target, method, args, kwargs = request.body[:4]
+            function = self._session.references.resolve(target, method)
+            own = target == 0
+            value = function(*args, **kwargs)
+            self._session.reader.took(method, time.monotonic() - start)
+            if type(value) not in _ATOMS and self._is_more(request, value):
+                return None
+            own = True
+            self.answer(request, value)
+        except BaseException as error:
+            self._failed(request, error, own)
+        finally:
+            _current.set(outer)
+            request.body = args = kwargs = None  # not kept alive by a frame that lingers
+        return None
+
+    def _failed(self, request: _Request, error: BaseException, own: bool) -> None:
+        """A call has ended with an exception. If it had been answered before, or is Ctrl-C, that goes on to who waits."""
+        if isinstance(error, ProtocolError) and request.body is None:
+            return self._session.end(error)
+        unanswered = self._requests.get(request.number) is request
+        if unanswered:
+            own = own and isinstance(error, PluginError)
+            if _in_main_thread() or isinstance(error, RecursionError):  # no handler strikes there, and there is room
+                _aside_in_pool(self.fail, request, error, own)
+            else:
+                self.fail(request, error, own)
+        if not unanswered or _is_ctrl_c(error):
+            raise error
+        return None
+
+    def _is_more(self, request: _Request, value: Any) -> bool:
+        """Whether what a method has returned is not its answer yet: a coroutine, or a stream."""
+        kind = type(value)
+        if hasattr(kind, "__await__"):
+            self._run_as_task(request, self._await(request, value))
+        elif hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
+            self._stream(request, value)
+        else:
+            return False
+        return True
+
+    def answer(self, request: _Request, value: Any) -> None:
+        """Answer with what a method has returned."""
+        if request.kind == _CALL and not request.cancelled:
+            try:
+                request.lent = []
+                content = self._codec.dumps(value, "the result", request.lent)
+                self._session.send(_RESULT, 0, request.number, content)
+            except PluginError as error:  # it cannot travel
+                name = f"{request.method}()" if request.method else "the function"
+                self.fail(request, _renamed(error, "the result", f"the result of {name}"), own=True)
+                return
+        self.finish(request)
+
+    def finish(self, request: _Request) -> None:
+        """The call has been answered."""
+        self._requests.pop(request.number, None)
+        if self._session.closing is not None and not self._requests:
+            _open(self._session.drained)
+
+    def fail(self, request: _Request, error: BaseException, own: bool = False, wait: bool = True) -> bool:
+        """Answer with an exception, unless it has been answered. Returns False."""
+        session = self._session
+        if session.is_abandoned:
+            _leave_fork(error)
+        if self._requests.get(request.number) is not request:
+            return False
+        session.references.unlend(request.lent)
+        if request.kind == _NOTIFY:
+            _import("traceback").print_exception(type(error), error, error.__traceback__)
+        elif not request.cancelled:
+            self._remember(request, error)
+            for tell in (partial(_encode_error, error, own), partial(_encode_error, error, own, bare=True),
+                         partial(dict, message="an exception that cannot be told")):
+                try:
+                    body = self._with_home(tell(), error)
+                    session.send(_ERROR, 0, request.number, self._codec.dumps(body, "the exception"), wait=wait)
+                    break
+                except BaseException as problem:  # its arguments cannot travel, or are too long, or it is a trap
+                    if _is_ctrl_c(problem):
+                        raise
+        self.finish(request)
+        return False
+
+    def _remember(self, request: _Request, error: BaseException) -> None:
+        """What has been raised here, on behalf of a call of ours, may come home as that one's."""
+        call = self._calls.get(request.parent) if request.parent else None
+        if call is not None:
+            call.raised = dict([*(call.raised or {}).items()][1 - _RAISED :])
+            call.raised[request.number] = error
+
+    def _with_home(self, body: dict[str, Any], error: BaseException) -> dict[str, Any]:
+        """The same, if it has come from the other side, with the number of the call that had raised it here."""
+        origin, number = vars(error).get("_origin") or (lambda: None, None)
+        return {**body, "home": number} if origin() is self._session else body
+
+    # -- coroutines and streams
+
+    def _run_as_task(self, request: _Request, coroutine: Any) -> None:
+        """Run a coroutine on the loop of who waits for it, or on the one that the async methods share."""
+        def begin() -> None:
+            _current.set(request)
+            request.task = task = _import("asyncio").ensure_future(coroutine)
+            if request.cancelled and request.producer is None:  # once it has begun, or nothing would finish the request
+                _import("asyncio").get_running_loop().call_soon(task.cancel)
+
+        if request.loop is not None:
+            return begin()
+        if not request.on_loop(begin):
+            coroutine.close()
+            self.fail(request, PluginClosed("the plugin is shutting down"), own=True)
+        return None
+
+    async def _await(self, request: _Request, awaitable: Any) -> None:
+        try:
+            value = await awaitable
+            request.task = None
+            if type(value) in _ATOMS or not self._is_more(request, value):
+                self.answer(request, value)
+        except BaseException as error:
+            self.fail(request, error)
+
+    def _stream(self, request: _Request, iterator: Any) -> None:
+        """Answer with a stream."""
+        request.producer = _Producer(request, iterator)
+        if request.kind == _NOTIFY:
+            request.cancelled = True  # nobody will read it
+        else:
+            self._session.send(_RESULT, _STREAM, request.number, _NOTHING)
+        if hasattr(type(iterator), "__anext__") or _get_ident() in _loop_threads or request.loop is not None:
+            self.resume(request)
+        else:
+            request.producer.run()
+
+    def resume(self, request: _Request) -> None:
+        """Have somebody go on with a stream."""
+        if hasattr(type(request.producer.iterator), "__anext__"):  # type: ignore[union-attr]
+            request.on_loop(partial(self._go_on, request))
+        elif request.parent:
+            _aside_in_pool(self.run_nested_in_slot, request)
+        elif self.slots.take(request):  # first: a thread for each that finds no slot would be one too many
+            _aside_in_pool(self.run_with_slot, request)
+
+    def _go_on(self, request: _Request) -> None:
+        producer: Any = request.producer
+        if hasattr(type(producer.iterator), "__anext__"):
+            _current.set(request)
+            request.task = _import("asyncio").ensure_future(producer.run_async())
+        else:
+            outer = _current.get()
+            try:
+                _current.set(request)
+                producer.run()
+            finally:
+                _current.set(outer)
+
+
+class _Producer:
+    """The sending end of a stream: it takes from an iterator what the other side has given credit for. Items that come
+    quickly gather, and leave together; a slow producer's leave one by one, when they are made.
+
+    `credit` are the messages that have come about it: who routes adds to it, and calls `resume`. One thread, or one
+    task, produces: the one that is `_running`. `_lock` protects `_group`, `_size` and `_last`, and is held while items
+    leave, so that they leave in order.
+    """
+
+    def __init__(self, request: _Request, iterator: Any) -> None:
+        self._request = request
+        self._session = request.session
+        self.iterator = iterator
+        self.credit: deque[_Message] = deque()
+        self._granted, self._used = _WINDOW, 0  # items for which there was credit; that were made
+        self._running: dict[int, Any] = {}
+        self._over = False  # whether the end has been told
+        self._lock = threading.Lock()
+        self._group: list[Any] = []  # items that wait for others
+        self._size = 0  # of those, in bytes
+        self._last = 0.0  # when some left
+        self._alarmed = False  # whether those that wait are seen to
+
+    def grant(self, message: _Message) -> None:
+        """There is more credit."""
+        self.credit.append(message)
+        self.resume()
+
+    def resume(self) -> None:
+        """There is credit, or the stream is given up: have it go on, if it waits for that."""
+        if not self._running:
+            self._session.runner.resume(self._request)
+
+    def _has_credit(self) -> bool:
+        while self.credit:
+            body = self.credit.popleft()[4]
+            count = self._session.codec.loads(body, (), 0) if body else None
+            if type(count) is not int or not 0 < count <= _WINDOW:
+                raise ProtocolError(f"a credit of {count!r} items")
+            self._granted += count
+        return self._used < self._granted
+
+    def _begin(self) -> Any:
+        """What to hold while this produces; None if there is nothing to be done, or somebody else does it."""
+        token = [None]
+        waits = self._over or not (self._request.cancelled or self.credit or self._used < self._granted)
+        return None if waits or self._running.setdefault(0, token) is not token else token
+
+    def run(self) -> None:
+        """Produce, until the end or until there is no credit."""
+        while self._begin() is not None:
+            ended, error = True, None
+            try:
+                while self._has_credit() and not self._request.cancelled:
+                    self._put(next(self.iterator))
+                ended = self._request.cancelled
+                self.flush()
+            except StopIteration:
+                pass
+            except BaseException as problem:
+                ended, error = True, problem
+            if ended:
+                self._end(error)
+            self._running.clear()
+
+    async def run_async(self) -> None:
+        """The same for an async iterator."""
+        while self._begin() is not None:
+            ended, error = True, None
+            try:
+                while self._has_credit() and not self._request.cancelled:
+                    self._put(await self.iterator.__anext__())
+                ended = self._request.cancelled
+                if ended and hasattr(self.iterator, "aclose"):
+                    await self.iterator.aclose()
+                self.flush()
+            except StopAsyncIteration:
+                pass
+            except BaseException as problem:
+                ended, error = True, problem
+            if ended:
+                self._request.task = None
+                self._end(error)
+            self._running.clear()
+
+    def _put(self, item: Any) -> None:
+        """Encode an item, now, as its maker may change it; and send it, or let it wait for others."""
+        lent: list[int] = []
+        try:
+            content = self._session.codec.dumps(item, "an item", lent)
+            self._session.check_size(content)
+        except PluginError as error:
+            self._session.references.unlend(lent)
+            raise _renamed(error, "an item", f"item {self._used} of {self._request.method}()") from None
+        self._used += 1
+        with self._lock:
+            self._group.append(content)
+            self._size += len(content[0])
+            now = time.monotonic()
+            full = len(self._group) >= _WINDOW // 2 or self._size >= _READ_SIZE or content[1]
+        if full or now - self._last > _GATHER:
+            self.flush()
+        elif not self._alarmed:
+            self._alarmed = True
+            _watch.alarm(now + 3 * _GATHER, self._flush_late)
+
+    def _flush_late(self) -> None:
+        self._alarmed = False
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what has gathered: in one message what fits, and one that has buffers alone."""
+        with self._lock:
+            group, self._group, self._size = self._group, [], 0
+            while group:
+                count, size = 1, len(group[0][0])
+                while count < len(group) and not (group[count - 1][1] or group[count][1]):
+                    size += len(group[count][0]) + 1
+                    if size + 2 > self._session.send_limit:
+                        break
+                    count += 1
+                self._send(group[:count])
+                del group[:count]
+            self._last = time.monotonic()
+
+    def _send(self, group: list[Any]) -> None:
+        lent = [number for content in group for number in content[3]]
+        if self._request.cancelled:
+            return self._session.references.unlend(lent)  # type: ignore[no-any-return]
+        body = b"[" + b",".join([content[0] for content in group]) + b"]"
+        tagged = max(content[2] for content in group)
+        return self._session.send(_ITEM, 0, self._request.number, (body, group[0][1], tagged, lent))
+
+    def _end(self, error: BaseException | None) -> None:
+        """Send the rest and the end, and be done with the call."""
+        self._over = True
+        request, runner = self._request, self._session.runner
+        if isinstance(error, ProtocolError):
+            self._session.end(error)
+        self.flush()
+        try:
+            if hasattr(self.iterator, "close"):
+                self.iterator.close()
+        except BaseException as problem:
+            error = error or problem
+        if error is not None:
+            runner.fail(request, error, own=isinstance(error, (NotSerializable, MessageTooLarge)))
+        else:
+            if not request.cancelled:
+                self._session.send(_END, 0, request.number, _NOTHING)
+            runner.finish(request)
 
 
 class _Session:
-    """Both directions of one connection, for any thread.
+    """Both directions of one connection, for any thread: what its rooms share, and its end.
 
     `references` is what this side serves and lends (_References); `borrow(session, tag, state)` makes the proxy for what
     the other side lends. `lost` is called when the connection has ended, with the cause; it returns what turns the names
     of the methods whose calls are lost into the exception that they raise.
-    """
 
-    __slots__ = ("_called", "_calls", "_drained", "_filled", "_forks", "_garbage", "_half", "_idle", "_inline", "_late", "_lock",
-                 "_lost", "_lost_calls", "_numbers", "_pack", "_partial", "_queue", "_quiet", "_reader", "_ready",
-                 "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_taking",
-                 "_ticking", "_unattended", "_vacant", "_waiting", "borrowed", "call_timeout", "cause", "channel", "closing",
-                 "codec", "ended", "finished", "protocol_version", "references", "sealed", "send_limit")
+        open --seal--> sealed --end--> ended       any --end--> ended
+
+    `sealed`: it takes no more calls. `ended` is None until it has ended; then `sealed` is true as well.
+    """
 
     def __init__(self, channel: _Channel, terms: _Terms, max_message: int, references: Any, borrow: Callable[..., Any],
                  lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
@@ -2210,961 +3222,199 @@ class _Session:
         self.channel = channel
         self.protocol_version: int = terms.protocol_version
         self.references = references
+        self.codec = _Codec(partial(references.lend, self), references.unlend, partial(borrow, self))
+        self.codec.arrays = "arrays" in terms.features
+        self.send_limit: int = terms.max_message
         self.call_timeout: float | None = None  # the deadline of calls that have no other
+        self.serving = serving
+        self.numbers = itertools.count(1)
+        self.calls: dict[int, _Call] = {}  # ours, open
+        self.requests: dict[int, _Request] = {}  # theirs, open
+        self.borrowed: set[int] = set()  # the ids of what stands here for objects of the other side's
+        self.sealed = False
         self.ended: Callable[[list[str]], BaseException] | None = None  # makes the error, once it has
         self.cause: BaseException | None = None  # why it has
-        self._lost_calls: list[str] = []  # the methods that were being called then
-        self.sealed = False  # whether it takes no more calls
-        self.borrowed: set[int] = set()  # the ids of what stands here for objects of the other side's
-        self.closing: float | None = None  # the grace in seconds, once the host has said stop; -1 if it is gone without a word
-        self.finished = _Gate()  # opens when the other side says stop or is gone
-        self._forks = _forks
-        self._garbage: deque[tuple[int, int]] = deque()  # (kind, number) of messages that finalizers want sent
-        self.codec = _CODECS[terms.codec](self._lend, references.unlend, lambda tag, state: borrow(self, tag, state))
-        self.send_limit: int = terms.max_message
-        channel.gone = lambda error: None if self.ended is not None else self.end(error)
-        self._pack: Callable[..., bytes] = _PREFIXED.pack if channel.prefixed else lambda size, *fields: _HEADER.pack(*fields)
-        self._recv_limit = max_message + _BODY
+        self.lost_calls: list[str] = []  # the methods that were being called then
+        self.is_abandoned = False  # in a forked child
+        self.closing: float | None = None  # the grace in seconds, once the host has said stop; -1: gone without a word
+        self.finished = _gate()  # opens when the other side says stop or is gone
+        self.drained = _gate()  # opens when the last of their calls has ended after that
         self._lost = lost
-        self._serving = serving
-        self._numbers = itertools.count(1)
-        self._calls: dict[int, _Call] = {}  # ours, open
-        self._waiting: dict[int, _Call] = {}  # those of them for which a thread waits
-        self._unattended: set[int] = set()  # those whose answer must be read though no thread waits
-        self._requests: dict[int, _Request] = {}  # theirs, open
-        self._reader: dict[int, Any] = {}  # who reads: {0: their call, or their gate}, or nobody
-        self._called = False  # whether a thread was woken to read that has not looked around yet
-        self._vacant = _Gate()  # opens when somebody has stopped reading after the end
-        self._partial: Any = None  # a message whose buffers have not all come yet
-        self._filled = 0  # how many have
-        self._room = 0  # how many bytes the others may have
-        self._half: _Message | None = None  # a message that is being handed on
-        self._lock = threading.RLock()  # protects _idle, and that what waits is told of nested calls
-        self._idle: list[_Gate] = []  # threads of the pool that sleep, the latest last
-        slots = slots or _Slots(64)
-        self._slots, self._queue, self._taking = slots.free, slots.queue, slots.lock
-        self._ready: deque[tuple[Callable[[Any], Any], Any]] = deque()  # what waits for a thread: (function, argument)
-        self._late: deque[_Producer] = deque()  # with items that wait for others
-        self._drained = _Gate()  # opens when the last call has ended after the host said stop
-        self._ticking = False  # whether the clock looks on
-        self._quiet = 0  # ticks without traffic
-        self._inline: _Request | None = None  # the call that a reader ran last
-        self._seen: _Request | None = None  # by the clock
-        self._slow: set[str] = set()  # methods that outlasted a tick the last time
-        _clock.add(self)
+        self._next_alarm: float | None = None
+        self.reader = _Reader(self)
+        self.runner = _Runner(self, slots or _Slots(64))
+        self.caller = _Caller(self)
+        self.call, self.submit, self.notify = self.caller.call, self.caller.submit, self.caller.notify
+        self.ping, self.probe = self.caller.ping, self.caller.probe
+        channel.stuck, channel.later = self.reader.pass_on, self._flush_later
+        channel.gone = lambda error: None if self.ended is not None else self.end(error)
+        channel.begin(max_message)
+        _sessions.add(self)
         if serving:
-            self._wake()
+            self.reader.pass_on()
 
-    # -- calling
+    @property
+    def is_open(self) -> bool:
+        """Whether calls may come in."""
+        return bool(self.serving or self.requests or self.references.lends)
 
-    def call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], timeout: float | None = None) -> Any:
-        """Call and wait for the answer, which may be a _Call that streams. Raises what the method raised, CallTimeout
-        after `timeout` seconds, and what `lost` said when the connection ends."""
-        if _loop_threads and threading.get_ident() in _loop_threads:
-            raise RuntimeError(f"{method}() would block the event loop of the async methods: await {method}.submit(...)")
-        content = self.codec.dumps_call(target, method, args, kwargs)
-        number = next(self._numbers)
-        if type(content) is bytes and timeout is None and not self._reader and _current.get() is None:
-            value = self._call_alone((number, method), content)
-            return self._ask(value, _CALL, content) if type(value) is _Call else value
-        return self._ask(_Call(number, method, timeout), _CALL, content)
+    # -- sending
 
-    def submit(self, watcher: Callable[[_Call], None], target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
-               timeout: float | None) -> _Call:
-        """Call, and have `watcher` called, by whoever reads, when the answer has come. Raises what sending raises."""
-        call = _Call(next(self._numbers), method, timeout, watcher)
+    def send(self, kind: int, flags: int, number: int, content: Any, parent: int = 0, wait: bool = True,
+             deadline: float | None = None) -> None:
+        """Send what the codec made. Raises MessageTooLarge, and _Late past the deadline."""
+        body, buffers, tagged, lent = content
+        if len(body) > self.send_limit or buffers:
+            self.check_size(content)
         try:
-            self._start(call, _CALL, self.codec.dumps_call(target, method, args, kwargs))
-        except TimeoutError:
-            self.give_up(call)
-            call.arrive((_ERROR, _too_late(call)))
-        except BaseException:
-            self.give_up(call)
-            raise
-        if call.deadline is not None and call.deadline < float("inf"):
-            _clock.alarm(call.deadline, call.number, self)
-        return call
+            self.channel.send((kind, flags | tagged, number, parent), body, buffers, lent, wait, deadline)
+        except _Broken:
+            self.channel.shutdown()  # what had come before is still read, up to the end of the connection
 
-    def notify(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], timeout: float | None) -> None:
-        """Call, and want no answer. Raises what sending raises."""
-        call = _Call(next(self._numbers), method, timeout)
-        content = self.codec.dumps_call(target, method, args, kwargs)
-        self._calls[call.number] = call  # until it is sent
-        try:
-            if self.sealed:
-                raise _Sealed
-            self.send(_NOTIFY, call.number, content, 0, call.deadline)
-            self._pass_on()  # it may lend something
-        except TimeoutError:
-            raise _too_late(call) from None
-        finally:
-            self._calls.pop(call.number, None)
-
-    def ping(self, timeout: float) -> float:
-        """Seconds that a message takes there and back. Raises as `call` does."""
-        start = time.perf_counter()
-        self._ask(_Call(next(self._numbers), "ping", timeout), _PING, (b"", (), False, ()))
-        return time.perf_counter() - start
-
-    def next(self, call: _Call) -> tuple[int, Any]:
-        """The next part of a stream: (_ITEM, items), (_END, None) or (_ERROR, exception). Raises as `call` does."""
-        if _loop_threads and threading.get_ident() in _loop_threads and not call.inbox:
-            raise RuntimeError(f"{call.method}() would block the event loop of the async methods: use async for")
-        call.deadline = None if call.seconds is None else time.monotonic() + call.seconds
-        try:
-            self._wait(call)
-        except BaseException as error:
-            self.give_up(call)
-            if type(error) is TimeoutError:
-                raise _too_late(call) from None
-            raise
-        part: tuple[int, Any] = call.inbox.popleft()
-        return part
-
-    def watch(self, call: _Call, watcher: Callable[[_Call], None]) -> None:
-        """Have `watcher` called, by whoever reads, when something comes about the call, though no thread waits."""
-        call.watcher = watcher
-        self._unattended.add(call.number)
-        if call.inbox or call.number not in self._calls:
-            watcher(call)
-        self._pass_on()
-
-    def unwatch(self, call: _Call) -> None:
-        call.watcher = None
-        self._unattended.discard(call.number)
-
-    def _lend(self, value: Any, lent: list[int]) -> tuple[str, Any] | None:
-        return self.references.lend(self, value, lent)  # type: ignore[no-any-return]
-
-    def _call_alone(self, call: tuple[int, str], content: bytes) -> Any:
-        """The usual case: as the reader, send a call and receive its plain answer. Returns that, or, if it takes another way,
-        a _Call, which may be `sent`."""
-        reader = self._reader
-        try:
-            if reader.setdefault(0, call) is not call:
-                return _Call(*call, None)
-            value = self._exchange(call[0], call[1], content)
-            del reader[0]  # no call comes before this, in which Ctrl-C could strike
-        except BaseException as error:
-            fatal = isinstance(error, Exception) and not isinstance(error, RecursionError)
-            if fatal:
-                self.end(error)
-            if reader.get(0) is call:
-                del reader[0]
-            self._stop_reading()
-            if fatal:
-                raise self.ended(self._lost_calls) from None  # type: ignore[misc]
-            self.post(_CANCEL, call[0])
-            raise
-        if self._waiting or self._unattended or self._serving or self.references.lends or self.ended is not None:
-            self._stop_reading()
-        return value
-
-    def _exchange(self, number: int, method: str, content: bytes) -> Any:
-        channel = self.channel
-        if self.sealed or self._garbage or self._partial is not None or len(content) > self.send_limit:
-            return _Call(number, method, None)
-        if not channel.send_now(self._pack(len(content) + _BODY, _WIRE_VERSION, _CALL, 0, 0, number, 0) + content):
-            return _Call(number, method, None)
-        frame: Any = channel.recv(self._recv_limit)
-        if len(frame) > _BODY:
-            first, answered, _ = _FIRST.unpack_from(frame)
-            if first == _PLAIN_RESULT and answered == number:
-                value = self.codec.loads_plain(frame[_BODY:])
-                channel.state = channel.next
-                return value
-        call = self._calls[number] = _Call(number, method, None)
-        call.sent = True
-        if self.ended is not None:  # just before this one was there to be failed with the others
-            self._calls.pop(number, None)
-        return call
-
-    def _stop_reading(self) -> None:
-        """Another thread may want to read, or to close."""
-        if self.ended is not None:
-            self._vacant.open()
-        self._pass_on()
-
-    def _start(self, call: _Call, kind: int, content: Any) -> None:
-        number = call.number
-        self._calls[number] = call
-        request = _current.get()
-        while request is not None and request.session is not self:
-            request = request.outer  # this side is called through another session
-        if self.sealed:
-            raise _Sealed
-        if call.watcher is not None:
-            self._unattended.add(number)
-            self._pass_on(self._wake)  # first: without a thread to read the answer nothing is sent
-        self.send(kind, number, content, 0 if request is None else request.number, call.deadline)
-
-    def _ask(self, call: _Call, kind: int, content: Any) -> Any:
-        try:
-            if not call.sent:
-                self._start(call, kind, content)
-                if self.channel._posted and self.channel.is_writing():
-                    raise _waits_for_itself(call)
-            if not self._read_if_free(call) or not call.inbox:
-                self._wait(call)
-            elif self._waiting or self._unattended or self._serving or self.references.lends:
-                self._pass_on()
-        except BaseException as error:
-            self.give_up(call)
-            if type(error) is TimeoutError:
-                raise _too_late(call) from None
-            raise
-        kind, value = call.inbox[0]
-        if kind == _ERROR:
-            raise value
-        if call.streams:
-            call.inbox.popleft()
-            return call
-        return value
-
-    def give_up(self, call: _Call) -> None:
-        """Want nothing more of a call. The other side is told, unless it is over."""
-        self._leave(call)
-        self._unattended.discard(call.number)
-        if self._calls.pop(call.number, None) is not None and self.ended is None:
-            self._cancel(call)
-
-    def _cancel(self, call: _Call) -> None:
-        self.post(_CANCEL, call.number)
-        if call.streams and not self._serving:  # its producer may wait to send: read until a ping is answered
-            ping = _Call(next(self._numbers), "ping", None, lambda call: None)
-            self._calls[ping.number] = ping
-            self._unattended.add(ping.number)
-            self.post(_PING, ping.number)
-            self._pass_on()
-
-    def expire(self, number: int) -> None:
-        """The deadline of a submitted call has come."""
-        call = self._calls.get(number)
-        if call is not None and not call.streams:
-            self.give_up(call)
-            call.arrive((_ERROR, _too_late(call)))
-
-    def probe(self) -> bool:
-        """Ping without waiting, unless the last such ping is still out. Returns whether it was not."""
-        if 0 in self._unattended:
-            return False
-        self._unattended.add(0)
-        self.post(_PING, 0)
-        self._pass_on()
-        return True
-
-    def credit(self, call: _Call, count: int) -> None:
-        """So many items of a stream have been read."""
-        call.granted += count
-        if self.ended is None and call.number in self._calls:
-            self.post(_CREDIT, call.number, count)
-
-    def discard(self, kind: int, number: int) -> None:
-        """Have a message sent: finalizers call this, which may run at any moment, inside any lock."""
-        if self.ended is None:
-            self._garbage.append((kind, number))
-            _clock.wake()
+    def check_size(self, content: Any) -> None:
+        """Raises MessageTooLarge for what the other side does not take."""
+        size, limit = len(content[0]) + sum(map(len, content[1])), self.send_limit
+        if size > limit:
+            text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message, or send it in parts"
+            raise MessageTooLarge(text, size=size, limit=limit)
 
     def post(self, kind: int, number: int, value: Any = None) -> None:
         """Send a small message without waiting."""
-        body = b"" if value is None else self.codec.dumps(value, "a message")[0]
-        self.channel.post([_HEADER.pack(_WIRE_VERSION, kind, 0, 0, number, 0) + body])
+        content = _NOTHING if value is None else self.codec.dumps(value, "a message")
+        self.send(kind, 0, number, content, wait=False)
 
-    def send(self, kind: int, number: int, content: Any, parent: int = 0, deadline: float | None = None, flags: int = 0,
-              wait: bool = True, later: bool = False) -> None:
-        """Send what the codec made, which is bytes if it is plain and short. Raises MessageTooLarge, and TimeoutError past
-        the deadline."""
-        if type(content) is bytes:
-            if deadline is None and wait and not (later or self._garbage) and len(content) <= self.send_limit:
-                frame = self._pack(len(content) + _BODY, _WIRE_VERSION, kind, flags, 0, number, parent) + content
-                if not self.channel.send_now(frame):
-                    self.channel.send_small(frame)
-                return
-            content = (content, (), False, ())
-        body, buffers, tagged, lent = content
-        size, limit = len(body), self.send_limit
-        if buffers:
-            size += sum(map(len, buffers))
+    def discard(self, number: int) -> None:
+        """Have a reference given back: finalizers call this, which may run at any moment, inside any lock. It leaves with
+        what is sent next, or when the watch looks."""
+        if self.ended is None:
+            self.channel.post_release(number)
+            self.reader.be_watched()
+
+    def flush(self) -> None:
+        """Write what is left, without waiting."""
         try:
-            if size > limit:
-                text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message, or send it in parts"
-                raise MessageTooLarge(text, size=size, limit=limit)
-            if self._garbage:
-                self._take_out()
-            header = _HEADER.pack(_WIRE_VERSION, kind, flags | _TAGGED if tagged else flags, len(buffers), number, parent)
-            if wait and not (later and size < _INLINE):
-                self.channel.send([header + body, *buffers], deadline)
+            self.channel.write([], (), False)
+        except _Broken:
+            self.channel.shutdown()
+
+    def _flush_later(self) -> None:
+        _aside_in_pool(self._flush_waiting)
+
+    def _flush_waiting(self) -> None:
+        try:
+            self.channel.write([])
+        except _Broken:
+            self.channel.shutdown()
+
+    def alarm(self, when: float) -> None:
+        """Have the deadlines of submitted calls looked at then. Raises RuntimeError if no thread can be started."""
+        if self._next_alarm is None or when < self._next_alarm:
+            self._next_alarm = when
+            _watch.alarm(when, self._ring)
+
+    def _ring(self) -> None:
+        self._next_alarm = None
+        if self.ended is None:
+            self.caller.expire()
+
+    # -- what is neither a call nor an answer
+
+    def steer(self, come: deque[_Message], message: _Message) -> None:
+        """As the reader: the first of `come` is about a call, a reference, or the whole. To repeat this does no harm."""
+        kind, flags, number, _, body, buffers = message
+        request = self.requests.get(number)  # None: it has ended meanwhile
+        if kind == _RELEASE or (kind == _CREDIT and request is not None and request.producer is not None):
+            function: Any = self.references.release if kind == _RELEASE else request.producer.grant  # type: ignore[union-attr]
+            what = number if kind == _RELEASE else message
+            if _in_main_thread():  # one step, as it must not be done twice, nor be lost
+                _pool.move(zip((function,), zip(map(_first_of, (what,), itertools.starmap(come.popleft, _ONCE)))))
             else:
-                self.channel.post([header + body, *buffers], later)
-        except (MessageTooLarge, TimeoutError):
-            self.references.unlend(lent)
-            raise
-        except OSError:
-            self.channel.shutdown()  # what had come before is still read, up to the end of the connection
-
-    def _take_out(self) -> None:
-        """Send what finalizers have asked for."""
-        while self._garbage and len(self.channel._posted) < 1000:  # the rest when these have left
-            try:
-                kind, number = self._garbage.popleft()
-            except IndexError:  # another thread was quicker
-                return
-            call = self._calls.pop(number, None) if kind == _CANCEL else None
-            if call is not None:
-                self._cancel(call)
-            elif kind == _RELEASE:
-                self.post(kind, number)
-
-    # -- waiting and reading
-
-    def _wait(self, call: _Call) -> None:
-        """Wait until something has come about the call, reading while nobody else does. Raises TimeoutError."""
-        call.gate = gate = _here.gate
-        _here.waits += 1
-        self._waiting[call.number] = call
-        call.takes_nested = True
-        try:
-            while not call.inbox:
-                if call.nested:
-                    request = call.nested.popleft()
-                    self._leave(call)  # as this thread is busy now
-                    self.run(request)
-                    self._waiting[call.number] = call
-                    call.takes_nested = True
-                elif call.deadline is not None and time.monotonic() >= call.deadline:
-                    raise TimeoutError
-                elif self.ended is not None and call.number not in self._calls:
-                    if not call.inbox:  # it is not one of those that the end has failed just now
-                        part = (_ERROR, self.ended([call.method]))
-                        call.arrive(part, [part])
-                elif not self._read_if_free(call):
-                    left = _left(call.deadline)
-                    if not gate.wait(left if 0 <= left < _A_WHILE else _A_WHILE) and not call.inbox:
-                        if _innermost(sys._getframe(), _INDISPENSABLE, self, self.references) not in (None, _Session.run):
-                            raise _waits_for_itself(call)
-                        gate.wait(_left(call.deadline))
-        finally:
-            _here.waits -= 1
-            if _here.waits:
-                gate.open()  # that may have been meant for the call below
-            self._leave(call)
-
-    def _leave(self, call: _Call) -> None:
-        """This thread waits no more for the call: others take over what it would have done."""
-        with self._lock:  # no nested call is added after this
-            call.takes_nested = False
-            self._waiting.pop(call.number, None)
-        while call.nested:
-            self.defer(self.run, (call.nested.popleft(),))
-        self._pass_on()
-
-    def _pass_on(self, wake: Callable[[], None] | None = None) -> None:
-        """Where somebody should read and nobody does, wake one who will."""
-        if not self._reader:
-            for call in list(self._waiting.values()):
-                if call.gate is not None:
-                    call.gate.open()
-                    return
-            if self._wants_reader() and not self._called:
-                try:
-                    self._called = True
-                    (wake or self._wake_if_possible)()
-                except BaseException:  # Ctrl-C, or a full stack
-                    self._called = False
-                    raise
-
-    def _wants_reader(self) -> bool:
-        """Whether somebody must read though nobody waits."""
-        return self.ended is None and bool(self._serving or self._unattended or self._requests or self.references.lends)
-
-    def _read_if_free(self, call: _Call) -> bool:
-        """Read, unless another thread does, until something has come about the call or it has a nested one, or past the
-        deadline. Returns whether none did."""
-        reader = self._reader
-        try:
-            if reader.setdefault(0, call) is not call:
-                return False
-            while not call.inbox and not call.nested:
-                if self._partial is None:
-                    frame = self.channel.recv(self._recv_limit, call.deadline)
-                    if frame is None:
-                        break
-                    if self._is_answer(frame):
-                        continue
-                message = self._receive(call.deadline)
-                if message is None:
-                    break
-                self._handle_elsewhere(message)
-                self._half = message = None
-            del reader[0]  # no call comes before this, in which Ctrl-C could strike
-        except BaseException as error:
-            if isinstance(error, Exception) and not isinstance(error, RecursionError):
-                self.end(error)
-                return True
-            if self._half is not None:  # Ctrl-C, or the caller's stack is full: what has been read is handed on before that
-                self._handle_elsewhere(self._half)  # goes its way (each step may be repeated)
-            raise
-        finally:
-            if reader.get(0) is call:
-                del reader[0]
-            if self.ended is not None:
-                self._vacant.open()
-        return True
-
-    def _is_answer(self, frame: bytes) -> bool:
-        """Hand the usual answer on, if the frame is one. (Ctrl-C may strike anywhere: then the frame comes again.)"""
-        if len(frame) <= _BODY:
-            return False
-        first, number, _ = _FIRST.unpack_from(frame)
-        call = self._calls.get(number) if first == _PLAIN_RESULT else None
-        if call is None or call.streams:
-            return False
-        call.arrive((_RESULT, self.codec.loads_plain(frame[_BODY:])))
-        self.channel.state = self.channel.next
-        self._calls.pop(number, None)
-        self._unattended.discard(number)
-        return True
-
-    def _receive(self, deadline: float | None = None) -> _Message | None:
-        """The next message; or None past the deadline."""
-        self._half = None
-        if self._partial is None:
-            frame = self.channel.recv(self._recv_limit, deadline)
-            if frame is None:
-                return None
-            self._begin(frame)
-        return self._complete(deadline)
-
-    def _begin(self, frame: bytes) -> None:
-        """A message begins with this frame."""
-        if len(frame) < _BODY:
-            raise ProtocolError(f"a frame of {len(frame)} bytes, which is shorter than a header")
-        version, kind, flags, count, number, parent = _HEADER.unpack_from(frame)
-        if version != _WIRE_VERSION or count > _MAX_BUFFERS:
-            raise ProtocolError(f"a header with wire version {version} and {count} buffers")
-        partial = (kind, flags, number, parent, frame[_BODY:], [None] * count)
-        room = self._recv_limit - len(frame)
-        self._partial, self._filled, self._room, self.channel.state = partial, 0, room, self.channel.next
-
-    def _complete(self, deadline: float | None) -> _Message | None:
-        """Read the buffers of the message that has begun. None past the deadline."""
-        kind, flags, number, parent, body, buffers = self._partial
-        while self._filled < len(buffers):
-            buffer = self.channel.recv(self._room, deadline)
-            if buffer is None:
-                return None
-            room = self._room - len(buffer)
-            buffers[self._filled] = buffer
-            self._filled, self._room, self.channel.state = self._filled + 1, room, self.channel.next
-        try:
-            value = self.codec.loads(body, buffers, bool(flags & _TAGGED)) if body else None
-            if kind == _ERROR:
-                value = _decode_error(value)
-        except _Undecodable as error:  # well-formed, but not to be had here: it fails that call only
-            if kind not in (_CALL, _NOTIFY, _RESULT, _ERROR, _ITEM):
-                raise ProtocolError(str(error)) from None
-            if kind == _ITEM:
-                self.post(_CANCEL, number)
-            if kind not in (_CALL, _NOTIFY):
-                kind, error = _ERROR, error.args[0]
-            value = error
-        self._half = _Message(kind, flags, number, parent, value)
-        self._partial = None
-        return self._half
-
-    def _handle(self, message: _Message) -> _Request | None:
-        """Hand a message on. Returns a call of the other side's that is to be run, if it is one."""
-        kind, flags, number, value = message.kind, message.flags, message.number, message.value
-        if kind in (_CALL, _NOTIFY):
-            return self._accept(message)
-        if kind in (_RESULT, _ERROR, _PONG, _ITEM, _END):
-            call = self._calls.get(number)  # None: given up meanwhile
-            if call is not None:
-                if not message.checked:
-                    message.checked = True
-                    self._check_answer(call, kind, flags, value)
-                call.arrive((kind, value), message.once)
-                if not call.streams or kind in (_ERROR, _END):
-                    self._calls.pop(number, None)
-                    self._unattended.discard(number)
-            elif not number:
-                self._unattended.discard(0)  # what `probe` waits for
-        elif kind == _PING:
+                come.popleft()
+                function(what)
+            return
+        if kind == _PING:
             self.post(_PONG, number)
-        elif kind in (_CANCEL, _CREDIT, _RELEASE):
-            for _ in message.once:
-                self._steer(kind, number, value)
-        elif kind == _SHUTDOWN and self._serving:
-            self.stop(max(0.0, float(value)) if type(value) in (int, float) else 0.0)
-        elif not flags & _IGNORABLE:
-            raise ProtocolError(f"a message of the unknown kind {kind}")
-        return None
-
-    def _check_answer(self, call: _Call, kind: int, flags: int, value: Any) -> None:
-        if kind == _RESULT and flags & _STREAM and not call.streams:
-            call.streams, call.inbox = True, deque()
-        elif kind != _ERROR and call.streams != (kind in (_ITEM, _END)):
-            raise ProtocolError(f"a message of kind {kind} about a call that {'streams' if call.streams else 'does not stream'}")
-        elif kind == _ITEM:
-            if type(value) is not list or call.received + len(value) > call.granted:
-                raise ProtocolError("items of a stream are a list, and no more than there is credit for")
-            call.received += len(value)
-
-    def _steer(self, kind: int, number: int, value: Any) -> None:
-        """The other side gives a call or a reference up, or a stream credit."""
-        request = self._requests.get(number)  # None: it has ended meanwhile
-        if kind == _RELEASE:
-            self.references.release(number)
         elif kind == _CANCEL:
             if request is not None:
                 request.cancel()
-        elif type(value) is not int or not 0 < value <= _WINDOW:
-            raise ProtocolError(f"a credit of {value!r} items")
-        elif request is not None and request.producer is not None:
-            request.producer.grant(value)
+        elif kind == _SHUTDOWN and self.serving:
+            grace = self.codec.loads(body, (), 0) if body else None
+            self.stop(max(0.0, float(grace)) if type(grace) in (int, float) else 0.0)
+        elif not flags & _IGNORABLE:
+            raise ProtocolError(f"a message of the unknown kind {kind}")
+        come.popleft()
 
-    def _accept(self, message: _Message) -> _Request | None:
-        """Take up a call. None if it is refused, or if it is nested, and has found a thread by that."""
-        body, parent = message.value, self._calls.get(message.parent) if message.parent else None
-        unknown, body = (body, [0, "", [], {}]) if type(body) is _Undecodable else (None, body)
-        if not _is_call(body):
-            raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
-        request = message.request
-        if request is None:
-            request = message.request = _Request(self, message.number, body, message.kind == _CALL)
-            request.nested = parent is not None
-            message.once = iter((request,))
-        if self._requests.get(request.number, request) is not request:
-            raise ProtocolError("the number of a call is that of another one")
-        if not message.checked:
-            self._requests[request.number] = request
-            message.checked = True
-        if unknown or self.closing is not None:
-            self.fail(request, unknown or PluginClosed("the plugin is shutting down"), own=True, wait=False)
-            return None
-        if parent is None:
-            return request
-        with self._lock:
-            if parent.takes_nested:
-                parent.nested = deque() if parent.nested is None else parent.nested
-                parent.nested.extend(message.once)
-                if parent.gate is not None:
-                    parent.gate.open()
-                return None
-        self.defer(self.run, message.once)
-        return None
-
-    def _handle_elsewhere(self, message: _Message) -> None:
-        """Hand a message on, and have a thread of the pool run a call, as soon as there is a slot."""
-        if self._handle(message) is not None:
-            self.defer(self._run_in_slot, message.once)
-
-    # -- running calls
-
-    def run(self, request: _Request) -> None:
-        """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises is an
-        answer too."""
-        request.outer = outer = _current.get()
-        _current.set(request)
-        own = True  # whether a PluginError would be about this call itself
-        try:
-            if request.producer is not None:
-                return request.producer.run()
-            target, method, args, kwargs = request.body
-            function = self.references.resolve(target, method)
-            own = target == 0
-            value = function(*args, **kwargs)
-            if self._forks != _forks:
-                _leave_fork(None)
-            if type(value) not in _ATOMS or not request.wants_answer or request.in_row or request.cancelled:
-                return self._conclude(request, value)
-            content = self.codec.dumps_short(value, "the result")
-            if type(content) is bytes and len(content) <= self.send_limit:  # the usual case
-                frame = self._pack(len(content) + _BODY, _WIRE_VERSION, _RESULT, 0, 0, request.number, 0) + content
-                if not self.channel.send_now(frame):
-                    self.channel.send_small(frame)
-                self._requests.pop(request.number, None)
-                if self.closing is not None:
-                    self.finish(request)
-            else:
-                self._conclude(request, value)
-        except BaseException as error:
-            fail = partial(self.fail, error=error, own=own and isinstance(error, PluginError))
-            if issubclass(type(error), RecursionError) and _is_deep():  # no room here to tell of it
-                self.defer(fail, (request,))
-            else:
-                fail(request)
-            if _is_ctrl_c(error):
-                raise  # the answer is for the other side; the user of this one wants an end
-        finally:
-            _current.set(outer)
-            request.body = args = kwargs = None  # not kept alive by a frame that lingers
-        return None
-
-    def _conclude(self, request: _Request, value: Any) -> None:
-        """Answer with what a method has returned."""
-        if self._forks != _forks:
-            _leave_fork(None)
-        kind = type(value)
-        if kind not in _ATOMS:
-            if hasattr(kind, "__await__"):
-                return self._run_as_task(request, self._await(request, value))
-            if hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
-                return self._stream(request, value)
-        try:
-            if request.wants_answer and not request.cancelled:
-                self.send(_RESULT, request.number, self.codec.dumps_short(value, "the result"), later=request.in_row)
-        except PluginError as error:  # it cannot travel
-            name = f"{request.method}()" if request.method else "the function"
-            return self.fail(request, _renamed(error, "the result", f"the result of {name}"), own=True)
-        return self.finish(request)
-
-    def _stream(self, request: _Request, iterator: Any) -> None:
-        request.producer = _Producer(request, iterator)
-        self.answer(request, _RESULT, flags=_STREAM)
-        request.cancelled = request.cancelled or not request.wants_answer  # nobody will read it
-        if hasattr(type(iterator), "__anext__") or threading.get_ident() in _loop_threads:
-            self.resume(request)
-        else:
-            request.producer.run()
-
-    def resume(self, request: _Request) -> None:
-        """Go on with a stream."""
-        assert request.producer is not None
-        if hasattr(type(request.producer.iterator), "__anext__"):
-            self._run_as_task(request, request.producer.run_async())
-        elif request.nested:
-            self.defer(self.run, (request,))
-        elif self._take_slot(request):  # first: a thread for each that finds no slot would be one too many
-            self.defer(self._run_with_slot, (request,))
-
-    def _run_as_task(self, request: _Request, coroutine: Any) -> None:
-        """Run a coroutine on the event loop that the async methods share."""
-        request.in_row = False
-        def begin() -> None:
-            _current.set(request)
-            request.task = task = _import("asyncio").ensure_future(coroutine)
-            if request.cancelled and request.producer is None:  # only once it has begun, or nothing would finish the request
-                _import("asyncio").get_running_loop().call_soon(task.cancel)
-
-        if not self.references.on_loop(begin):
-            coroutine.close()
-            self.fail(request, PluginClosed("the plugin is shutting down"), own=True)
-
-    async def _await(self, request: _Request, awaitable: Any) -> None:
-        try:
-            value = await awaitable
-            request.task = None
-            self._conclude(request, value)
-        except BaseException as error:
-            self.fail(request, error, False)
-
-    def finish(self, request: _Request) -> None:
-        """The call has been answered."""
-        self._requests.pop(request.number, None)
-        if self.closing is not None and not self._requests:
-            self._drained.open()
-
-    def answer(self, request: _Request, kind: int, value: Any = None, label: str = "", wait: bool = True, flags: int = 0) -> None:
-        if request.wants_answer and not request.cancelled:
-            content = self.codec.dumps(value, label) if label else (b"", (), False, ())
-            self.send(kind, request.number, content, wait=wait, flags=flags)
-
-    def fail(self, request: _Request, error: BaseException, own: bool = False, wait: bool = True) -> None:
-        """Answer with an exception."""
-        if self._forks != _forks:
-            _leave_fork(error)
-        tell: Callable[[], dict[str, Any]]
-        for tell in (partial(_encode_error, error, own), partial(_encode_error, error, own, bare=True),
-                     partial(dict, message="an exception that cannot be told")):
-            try:
-                self.answer(request, _ERROR, tell(), "the exception", wait)
-                break
-            except BaseException as problem:  # its arguments cannot travel, or are too long, or it is a trap
-                if _is_ctrl_c(problem):
-                    raise
-        if not request.wants_answer:
-            _import("traceback").print_exception(type(error), error, error.__traceback__)
-        self.finish(request)
-
-    # -- the pool
-
-    def defer(self, function: Callable[[Any], Any], arguments: Iterable[Any]) -> None:
-        """Have threads of the pool call a function with each of these, in this order but side by side."""
-        self._ready.extend(zip(itertools.repeat(function), arguments))
-        try:
-            self._wake()
-        except RecursionError:
-            raise
-        except RuntimeError as error:  # no thread to be had: that fails the call, unless a thread has taken it meanwhile
-            waiting = [self._ready.pop()] if self._ready else []
-            for item in waiting:
-                if isinstance(item[1], _Request):
-                    self.fail(item[1], error, wait=False)
-                    if item[0] == self._run_with_slot:
-                        self._slots.append(True)
-                else:
-                    self._ready.append(item)
-
-    def _wake(self) -> None:
-        """Have a thread of the pool look for something to do. Raises RuntimeError if none can be started."""
-        with self._lock:
-            if self._idle:
-                self._idle[-1].open()  # if there is no room for that on the stack, it stays there
-                del self._idle[-1]
-                return
-        try:
-            _start_thread("miniplug-worker", self._work)
-        except RuntimeError:
-            self._called = False
-            raise
-
-    def _wake_if_possible(self) -> None:
-        try:
-            self._wake()
-        except RecursionError:
-            raise
-        except RuntimeError:  # no thread to be had: the calls wait for each other, and the clock tries until there is one
-            if not self._ticking:
-                self._tick()
-
-    def _work(self) -> None:
-        """A thread of the pool: run what is ready, read while nobody does, or sleep."""
-        gate = _Gate()
-        try:
-            while True:
-                self._called = False  # it looks what there is only after this
-                task = self._next()
-                if task is not None:
-                    task[0](task[1])
-                elif self._wants_reader() and self._reader.setdefault(0, gate) is gate:
-                    self._read_as_pool(gate)
-                elif not self._sleep(gate):
-                    return
-        except BaseException as error:  # what it was to do would be waited for in vain (no memory is left, say)
-            self.end(error)
-
-    def _next(self) -> tuple[Callable[[Any], Any], Any] | None:
-        try:
-            task = self._ready.popleft()
-        except IndexError:
-            return None
-        if self._ready:
-            self._wake_if_possible()
-        return task
-
-    def _sleep(self, gate: _Gate) -> bool:
-        """Sleep until there may be something to do. False: for a long time there was nothing, or it is all over."""
-        with self._lock:
-            self._idle.append(gate)
-        busy = bool(self._ready) or (self._wants_reader() and not self._reader)
-        if not busy and gate.wait(_IDLE_SECONDS if self.ended is None else 0):
-            return True
-        with self._lock:
-            if gate in self._idle:
-                self._idle.remove(gate)
-                return busy
-        return gate.wait()  # it was woken just now
-
-    def _take_slot(self, request: _Request) -> bool:
-        """Whether a call may run now; else it runs when there is a slot. (To take from a list and to add to it are one step
-        each. Who queues looks for a slot after that, and who gives one back looks at the queue after that.)"""
-        try:
-            self._slots.pop()
-            return True
-        except IndexError:
-            self._queue.append(request)
-            if self._slots:
-                self._start_queued()
-            return False
-
-    def _start_queued(self) -> None:
-        with self._taking:
-            if not (self._queue and self._slots):
-                return
-            try:
-                self._slots.pop()
-            except IndexError:
-                return  # whoever was quicker looks at the queue
-            request = self._queue.popleft()
-        request.session.defer(request.session._run_with_slot, (request,))
-
-    def _run_in_slot(self, request: _Request) -> None:
-        if self._take_slot(request):
-            self._run_with_slot(request)
-
-    def _run_with_slot(self, request: _Request) -> None:
-        """Run a call that has a slot, and with the same slot those that wait for one."""
-        self.run(request)
-        while self._queue:
-            with self._taking:
-                waiting = self._queue.popleft() if self._queue else None
-            if waiting is None:
-                break
-            waiting.session.run(waiting)
-        self._slots.append(True)
-        if self._queue:
-            self._start_queued()
-
-    def _read_as_pool(self, gate: _Gate) -> None:
-        """As the reader: read, and run each call at once, until another thread has taken over."""
-        reader, channel, requests, loads = self._reader, self.channel, self._requests, self.codec.loads_plain
-        try:
-            while self.ended is None and (self._serving or self._wants_reader()):
-                request: _Request | None = None
-                if self._partial is None:
-                    frame: Any = channel.recv(self._recv_limit)
-                    if len(frame) > _BODY:
-                        first, number, parent = _FIRST.unpack_from(frame)
-                        if first == _PLAIN_CALL and not parent and self.closing is None:  # the usual case
-                            body = loads(frame[_BODY:])
-                            if _is_call(body) and number not in requests:
-                                channel.state = channel.next
-                                request = requests[number] = _Request(self, number, body)
-                                request.in_row = channel.more
-                        elif first == _PLAIN_RESULT and self._is_answer(frame):
-                            continue
-                if request is None:
-                    request = self._take_up()
-                if request is None or not self._take_slot(request):
-                    continue
-                self._inline = request
-                del reader[0]  # nobody reads while this thread runs the call
-                if request.method in self._slow:
-                    self._run_slow(request)
-                else:
-                    if not self._ticking:
-                        self._tick()
-                    self._run_with_slot(request)
-                if reader.setdefault(0, gate) is not gate:
-                    return channel.flush()  # it goes on with no other call after all
-        except BaseException as error:  # also what a plugin raises in every thread it finds
-            self.end(error)
-        if reader.get(0) is gate:
-            del reader[0]
-            self._stop_reading()
-        return None
-
-    def _take_up(self) -> _Request | None:
-        """Receive a message of any kind. A call that is to be run is returned, any other is handed on."""
-        request = self._handle(self._receive())  # type: ignore[arg-type]
-        self._half = None
-        return request
-
-    def _run_slow(self, request: _Request) -> None:
-        """The same for a method that was slow the last time: another thread reads from the start."""
-        start = time.monotonic()
-        self._pass_on()
-        self._run_with_slot(request)
-        if time.monotonic() - start < _TICK:
-            self._slow.discard(request.method)
-
-    # -- the clock
-
-    def _tick(self) -> None:
-        """Have the clock look on."""
-        self._ticking = True
-        _clock.wake()
-
-    def flush_later(self, producer: _Producer) -> None:
-        self._late.append(producer)
-        if not self._ticking:
-            self._tick()
-
-    def look_on(self) -> bool:
-        """Called by the clock every tick, and when it is woken: have another thread read when one call takes long. Returns
-        whether it shall look again."""
-        if self._garbage and self.ended is None:
-            self._take_out()
-            if self._garbage:
-                self._ticking, self._quiet = True, 0
-        self.channel.flush()
-        if self._late:
-            self.defer(_Producer.flush, {self._late.popleft() for _ in range(len(self._late))})
-        inline = self._inline
-        if inline is not self._seen:
-            self._seen, self._quiet = inline, 0
-        elif not self._ticking or self.ended is not None:
-            return False
-        elif not self._reader and self._wants_reader():  # that call has taken a whole tick
-            self._slow.update((inline.method,) if inline is not None else ())
-            self._pass_on()
-        else:
-            self._quiet += 1
-        if self._quiet >= _QUIET_TICKS:
-            self._quiet = 0
-            self._ticking = False
-            # a call that began, or items that came, just now may not have seen that
-            self._ticking = bool(self._late) or (not self._reader and self._wants_reader())
-        return self._ticking
-
-    # -- ending
+    # -- the end
 
     def stop(self, grace: float) -> None:
-        """Take no more calls and tell those that run that they are given up."""
+        """Take no more of their calls, and tell those that run that they are given up."""
         self.closing = grace
-        for request in list(self._requests.values()):
+        for request in list(self.requests.values()):
             request.cancel()
-        self.finished.open()
+        _open(self.finished)
 
     def drain(self, seconds: float) -> None:
         """Wait until the calls that run have ended, at most that long."""
         deadline = time.monotonic() + seconds
-        while self._requests and self._drained.wait(_left(deadline)):
+        while self.requests and self.drained.acquire(True, _left(deadline)):
             pass
 
     def busy(self) -> bool:
         """Whether any call or stream is under way, or a reference left, either way."""
-        alone = type(self._reader.get(0)) is tuple
-        return bool(alone or self._calls or self._requests or self.borrowed or self.references.lends)
+        return bool(self.calls or self.requests or self.borrowed or self.references.lends)
 
     def seal(self) -> bool:
-        """Take no more calls, unless it is busy. Returns whether it takes none. (A call is among `_calls` before it looks
+        """Take no more calls, unless it is busy. Returns whether it takes none. (A call is among `calls` before it looks
         whether it may be sent: so none slips through.)"""
-        with self._lock:
-            self.sealed = True
-            self.sealed = self.ended is not None or not self.busy()
-            return self.sealed
+        self.sealed = True
+        self.sealed = self.ended is not None or not self.busy()
+        return self.sealed
+
+    def failed(self, error: BaseException, call: _Call) -> BaseException:
+        """End the connection for what the other side should not have sent; returns what the call is to raise."""
+        self.end(error)
+        return self.ended([call.method])  # type: ignore[misc]
 
     def end(self, cause: BaseException) -> None:
-        """The connection has ended: fail every call that waits, and let every thread go."""
-        with self._lock:
-            self.cause = cause = self.cause or cause  # the first one is the reason of the others
-        make_error = self._lost(cause)
-        with self._lock:
-            if self.ended is not None:
-                return
-            alone = self._reader.get(0)
-            self._lost_calls = [alone[1]] if type(alone) is tuple else []
-            self._lost_calls += [call.method for call in list(self._calls.values())]
-            self.ended = make_error
-            self.sealed = True
-            idle, self._idle = self._idle, []
+        """The connection has ended: fail every call that waits, and let every thread go. Any thread; the first one ends
+        it. `cause`: a _Broken, whose argument counts, or what the other side has done."""
+        cause = cause.args[0] if type(cause) is _Broken else cause
+        self.cause = self.cause or cause  # the first one is the reason of the others
         self.channel.shutdown()
-        for call in list(self._calls.values()):
-            part = (_ERROR, make_error(self._lost_calls))
-            call.arrive(part, [part])
-            self._calls.pop(call.number, None)
+        make_error = self._lost(self.cause)
+        if self.ended is None:
+            self.lost_calls = [call.method for call in list(self.calls.values())]
+            self.ended = make_error
+        self.sealed = True
+        for call in list(self.calls.values()):
+            if call.future is not None and call.streams is None:
+                _aside_in_pool(call.future._settle, call, _ENDED)
+            else:
+                call.inbox.append(_ENDED)
+            self.calls.pop(call.number, None)
+            if call.watcher is not None:
+                call.watcher()
+            if call.gate is not None:
+                _open(call.gate)
         self.stop(-1.0 if self.closing is None else self.closing)
-        for gate in idle:
-            gate.open()
-        _clock.remove(self)
 
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""
         self.ended = lambda calls: PluginError("the connection belongs to the process that this one was forked from")
-        self.sealed = True
-        self.channel.sock.close()  # type: ignore[attr-defined]
-        self.channel, self._reader = _NoChannel(), {}
+        self.sealed = self.is_abandoned = True
+        self.channel.abandon()
+        self.reader.seat = _Seat()
 
     def dispose(self) -> None:
         """Close the channel, once nobody uses it. Not for a thread that reads."""
         self.channel.shutdown()
+        token = {_get_ident()}
+        mine = _ref_to(token)
         for _ in range(5):
-            if self._reader.setdefault(0, self) is self:
-                self.channel.close()
-                break
-            self._vacant.wait(0.1)  # in vain, if somebody has closed the descriptor: that wakes nobody who reads
+            if self.reader.seat.setdefault(0, mine) is mine:
+                return self.channel.close()
+            self.reader.vacant.acquire(True, 0.1)  # in vain, if somebody has closed the descriptor: that wakes nobody
+        return None
 
 
 # === 6. dispatcher ======================================================================================
@@ -3381,7 +3631,7 @@ class _Target:
 
     def release(self) -> None:
         if not self.released and self.take():
-            self.session.discard(_RELEASE, self.number)
+            self.session.discard(self.number)
 
     def __del__(self) -> None:
         if hasattr(self, "released"):
@@ -3438,7 +3688,7 @@ def release(proxy: Any) -> None:
 class _Loan:
     """An object lent to the other side, and the context manager to exit with the loan, if any."""
 
-    __slots__ = ("count", "key", "known", "manager", "methods", "object")
+    __slots__ = ("key", "known", "manager", "methods", "object", "sent")
 
     def __init__(self, obj: Any, key: Any, manager: Any = None) -> None:
         self.object = obj
@@ -3446,7 +3696,7 @@ class _Loan:
         self.manager = manager
         self.methods = _method_names(obj)
         self.known = {name: name for name in self.methods or ()}
-        self.count = 0  # how often it was sent, and not given back
+        self.sent: deque[None] = deque()  # as long as how often it was sent, and not given back
 
 
 class _References:
@@ -3498,7 +3748,7 @@ class _References:
             number = obj._target.number_at(session)
             if number is not None:
                 return "$own", [number, obj._name]  # it goes home
-        elif kind is not _Ref and (not callable(value) or isinstance(value, type)):
+        elif kind is not _Ref and not callable(value):
             return None
         owner = getattr(obj, "__self__", None)  # a bound method is made anew each time
         function = getattr(obj, "__func__", None) or getattr(obj, "__name__", None)
@@ -3511,9 +3761,8 @@ class _References:
                 number = self._lent.setdefault(key, next(self._numbers))
                 self._loans.setdefault(number, loan)
             loan = self._loans[number]
-            loan.count += 1
             self.lends = True
-        lent.append(number)
+            loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
         return "$ref", [number, loan.methods, callable(obj)]
 
     def own(self, number: Any, method: Any) -> Any:
@@ -3528,10 +3777,12 @@ class _References:
             loan = self._loans.get(number) if number else None
             if loan is None:
                 return
-            loan.count -= 1
-            if loan.count > 0:
+            if loan.sent:
+                loan.sent.pop()
+            if loan.sent:
                 return
-            del self._loans[number], self._lent[loan.key]
+            del self._loans[number]
+            self._lent.pop(loan.key, None)
             self.lends = len(self._loans) > 1
             if loan.manager is None:
                 return
@@ -3544,9 +3795,12 @@ class _References:
         _exit(loan.manager)
 
     def unlend(self, lent: Iterable[int]) -> None:
-        """What was lent for a message that was not sent."""
-        for number in lent:
+        """What was lent for a message that was not sent; and what a handler that raised has left half lent."""
+        for number in list(lent):
             self.release(number)
+        with self._lock:
+            for number in [number for number, loan in self._loans.items() if number and not loan.sent]:
+                self.release(number)
 
     def close(self) -> None:
         """The connection has ended: exit the context managers, the latest first."""
@@ -3656,12 +3910,10 @@ class _Method(_Remote):
             if seconds is None:
                 seconds = session.call_timeout if target.timeout is None else target.timeout
             try:
-                value = session.call(number, self._name, args, kwargs, seconds)
-                return Stream(session, value) if type(value) is _Call else value
+                return session.call(number, self._name, args, kwargs, seconds)
             except _Sealed:
                 pass
-        session, value = _reach(target.find, _Session.call, self._name, args, kwargs, self._seconds())
-        return Stream(session, value) if type(value) is _Call else value
+        return _reach(target.find, _call_at, self._name, args, kwargs, self._seconds())[1]
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:
         """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
@@ -3681,7 +3933,7 @@ class _Method(_Remote):
 
     def notify(self, *args: Any, **kwargs: Any) -> None:
         """Call, and want no answer. What the method raises goes to the plugin's stderr."""
-        _reach(self._target.find, _Session.notify, self._name, args, kwargs, self._seconds())
+        _reach(self._target.find, _notify_at, self._name, args, kwargs, self._seconds())
 
     def timeout(self, seconds: float | None) -> _Method:
         """The same method with a deadline: past `seconds` a call raises CallTimeout. None: the default one."""
@@ -3720,6 +3972,14 @@ class _Method(_Remote):
 
     def __repr__(self) -> str:
         return f"<method {self._name} of {self._target.label}>" if self._name else f"<proxy of {self._target.label}>"
+
+
+def _call_at(session: _Session, *what: Any) -> Any:
+    return session.call(*what)
+
+
+def _notify_at(session: _Session, *what: Any) -> None:
+    session.notify(*what)
 
 
 def _checked_count(count: Any, name: str, least: int = 0) -> int:
@@ -3798,11 +4058,6 @@ def _borrow(session: _Session, tag: str, state: Any) -> Any:
         raise ValueError(f"{tag}: {state!r}")
     target = _Target(session, number)
     return _Method(target, "") if second == [] and rest[:1] == [True] else _Proxy(target, second)
-
-
-_INDISPENSABLE = (  # they hold what a thread needs that brings an answer; but not while `run` runs a method
-    _Session.run, _Session._call_alone, _Session._read_if_free, _Session._read_as_pool, _Session._leave, _Session._accept,
-    _Session._wake, _Session._sleep, _Session._take_slot, _Session._run_with_slot, _References.lend, _References.release)
 
 
 def _open_session(channel: _Channel, terms: _Terms, max_message: int, served: _Served, *others: Any) -> _Session:
@@ -3914,7 +4169,7 @@ def _allowed_calls(parameters: Sequence[Any]) -> Iterable[tuple[int, list[str]]]
 # -- calls and streams
 
 class _Awaitable:
-    """What Call adds to concurrent.futures.Future."""
+    """What Call adds to concurrent.futures.Future. Any thread; the Future's own lock protects its state."""
 
     if TYPE_CHECKING:
         _condition: Any
@@ -3930,37 +4185,39 @@ class _Awaitable:
         if self.done():  # cancelled before it could be sent, or lost with the session that took no more calls
             return
         self._session = session
-        self._call = session.submit(self._arrive, *what)
+        self._call = session.submit(self, *what)
         if self.cancelled():  # meanwhile, by a signal handler
-            session.give_up(self._call)
+            session.caller.give_up(self._call)
 
-    def _arrive(self, call: _Call) -> None:
-        """Called by whoever reads, once the answer has come. Callbacks may take long: a thread of the pool runs them."""
-        self._call = call
-        if call.inbox and self._session is not None:
-            self._session.unwatch(call)  # what comes next are items, which the stream takes
-        with self._condition:
-            quick = not any(map(_may_block, self._done_callbacks))
-            if quick and call.inbox:
-                self._settle(call)
-        if call.inbox and not quick and self._session is not None:
-            self._session.defer(self._settle, (call,))
+    def _arrive(self, call: _Call, message: _Message, attends: bool) -> None:
+        """Called by who reads, once the answer has come. Callbacks may take long: a thread of the pool runs them, and does
+        it all where the reader may be interrupted."""
+        if attends:
+            with self._condition:  # no callback is added meanwhile
+                if not any(map(_may_block, self._done_callbacks)):
+                    return self._settle(call, message)
+        return _aside_in_pool(self._settle, call, message)
 
-    def _settle(self, call: _Call) -> None:
+    def _settle(self, call: _Call, message: _Message) -> None:
         future: Any = self
-        session: Any = self._session
+        if self.done():
+            return
         try:
-            kind, value = call.inbox[0]
-            if kind == _ERROR:
-                future.set_exception(value)
-            else:
-                if call.streams:
-                    session.unwatch(call)
-                    call.inbox.popleft()
-                    value = Stream(session, call)
-                future.set_result(value)
+            value = call.session.caller.value(call, message)
+        except BaseException as error:
+            self._fail(error)
+            return
+        try:
+            future.set_result(value)
         except _import("concurrent.futures").InvalidStateError:
             pass  # cancelled meanwhile, or settled before
+
+    def _fail(self, error: BaseException) -> None:
+        future: Any = self
+        try:
+            future.set_exception(error)
+        except _import("concurrent.futures").InvalidStateError:
+            pass
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
@@ -3972,7 +4229,7 @@ class _Awaitable:
             base.cancel()
             base.set_running_or_notify_cancel()
         if self._session is not None and self._call is not None:
-            self._session.give_up(self._call)
+            self._session.caller.give_up(self._call)
         for callback in callbacks:
             base.add_done_callback(callback)
         return True
@@ -4012,101 +4269,129 @@ class Stream:
     def __init__(self, session: _Session, call: _Call) -> None:
         self._session = session
         self._call = call
-        self._lock = threading.Lock()  # protects the following; held by the thread that waits for items
-        self._items: Any = iter(())
-        self._size = 0  # how many items the latest message had
-        self._waiters: list[Any] = []  # futures of the tasks that wait for items
-        self._owed = 0  # for how many read ones no credit was given yet
+        self._lock = threading.Lock()  # held by who takes a message from the inbox
+        self._batch: Any = (None, iter(()), 0)  # the latest message; its items; how many have come with it, in all
+        self._credited = 0  # for how many of those credit was given
+        self._waiters: list[Any] = []  # (loop, future) of the tasks that wait for items
         self._over = False
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Any:
-        for item in self._items:
+        for item in self._batch[1]:
             return item
         with self._lock:
             while True:
-                for item in self._items:
+                for item in self._batch[1]:
                     return item
                 if self._over:
                     raise StopIteration
-                self._give_credit()
+                self._drop_read()
                 try:
-                    self._take(*self._session.next(self._call))
+                    self._take(self._session.caller.next(self._call))
                 except BaseException as error:
-                    self._over = self._over or not isinstance(error, StopIteration)
+                    if not isinstance(error, StopIteration):
+                        self._abandon()
                     raise
 
-    def _give_credit(self) -> None:
-        """For what has been read: all that has come."""
-        self._owed, self._size = self._owed + self._size, 0
-        if self._owed >= _WINDOW // 2:
-            self._session.credit(self._call, self._owed)
-            self._owed = 0
+    def _drop_read(self) -> None:
+        """The latest message has been read: give credit, unless little is due yet, and let go of it."""
+        inbox, (message, _, received) = self._call.inbox, self._batch
+        count = received - self._credited
+        if count >= _WINDOW // 2 and self._call.number in self._session.calls:
+            self._call.granted += count  # first: should a handler raise, all this is done again
+            self._session.post(_CREDIT, self._call.number, count)
+            self._credited += count
+        if inbox and inbox[0] is message:
+            inbox.popleft()
 
-    def _take(self, kind: int, value: Any) -> None:
+    def _take(self, message: _Message) -> None:
         """Take a part of the stream. Raises StopIteration at the end, and what the generator raised."""
-        if kind == _ITEM:
-            self._give_credit()
-            self._items, self._size = iter(value), len(value)
-        else:
+        if message[0] == _END:
             self._over = True
-            raise value if kind == _ERROR else StopIteration
+            raise StopIteration
+        values = self._session.caller.value(self._call, message, _ITEM)
+        received = self._batch[2] + len(values) if type(values) is list else 0
+        if not values or not received or received > self._call.granted:
+            text = "items of a stream are a list, of one at least, and no more than there is credit for"
+            raise self._session.failed(ProtocolError(text), self._call)
+        self._batch = (message, iter(values), received)
+
+    def _abandon(self) -> None:
+        self._over = True
+        if self._call.number in self._session.calls:
+            _aside_in_pool(self._session.caller.give_up, self._call)
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> Any:
         while True:
-            for item in self._items:
+            for item in self._batch[1]:
                 return item
             if self._over:
                 raise StopAsyncIteration
-            if not self._call.inbox:
-                self._give_credit()
-                await self._news()
-            elif self._lock.acquire(False):
+            if self._lock.acquire(False):
                 try:
-                    self._take(*self._call.inbox.popleft())
+                    self._drop_read()
+                    if self._call.inbox:
+                        self._take(self._call.inbox[0])
+                        continue
                 except StopIteration:
                     raise StopAsyncIteration from None
+                except BaseException:
+                    self._abandon()
+                    raise
                 finally:
                     self._lock.release()
+            await self._news()
 
     async def _news(self) -> None:
         """Wait until something has come."""
         asyncio = _import("asyncio")
-        future = _import("concurrent.futures").Future()
-        self._waiters.append(future)
-        self._session.watch(self._call, self._tell)
+        loop = asyncio.get_running_loop()
+        waiter = loop, loop.create_future()
+        self._waiters.append(waiter)
         try:
-            await asyncio.wait_for(asyncio.wrap_future(future), self._call.seconds)
+            self._call.watcher = self._tell
+            self._session.reader.unattended.add(self._call.number)
+            if self._has_news():
+                return
+            self._session.reader.attend()
+            await asyncio.wait_for(waiter[1], self._call.seconds)
         except asyncio.TimeoutError:
             self.close()
             raise _too_late(self._call) from None
         finally:
-            self._waiters.remove(future)
+            self._waiters.remove(waiter)
             if not self._waiters:
-                self._session.unwatch(self._call)
+                self._session.reader.unattended.discard(self._call.number)
 
-    def _tell(self, call: _Call) -> None:
-        """Something has come: every task looks."""
-        for future in list(self._waiters) if call.inbox else ():
+    def _has_news(self) -> bool:
+        inbox = self._call.inbox
+        return bool(inbox) and not (len(inbox) == 1 and inbox[0] is self._batch[0])
+
+    def _tell(self) -> None:
+        """Something has come: every task looks. Called by who reads."""
+        for loop, future in list(self._waiters):
             try:
-                future.set_result(None)
-            except _import("concurrent.futures").InvalidStateError:
-                pass  # cancelled, or told before
+                loop.call_soon_threadsafe(_settle_quietly, future)
+            except RuntimeError:
+                pass  # the loop is closed
 
     def close(self) -> None:
         """Give the rest up: the plugin's generator is closed. Closing what has ended does nothing."""
         if not self._over:
             self._over = True
-            self._session.give_up(self._call)
-            self._call.arrive((_END, None), [(_END, None)])  # for a thread that waits
+            self._session.caller.give_up(self._call)
+            self._call.inbox.append((_END, 0, self._call.number, 0, b"", ()))  # for a thread or a task that waits
+            if self._call.gate is not None:
+                _open(self._call.gate)
+            self._tell()
             if self._lock.locked() and self._session.ended is None:
                 self._session.post(_PING, 0)  # that thread may be the one that reads
-        self._items = iter(())
+        self._batch = (*self._batch[:1], iter(()), self._batch[2])
 
     async def aclose(self) -> None:
         """As `close`."""
@@ -4125,11 +4410,19 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_over", True):
-            self._session.discard(_CANCEL, self._call.number)
+        if not getattr(self, "_over", True) and self._session.ended is None and not sys.is_finalizing():
+            try:
+                _pool.put(self._session.caller.give_up, self._call)
+            except RuntimeError:
+                pass  # no thread to be had; or the interpreter ends
 
     def __repr__(self) -> str:
         return f"<stream of {self._call.method}(), {'ended' if self._over else 'open'}>"
+
+
+def _settle_quietly(future: Any) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 # === 8. serve ===========================================================================================
@@ -4344,7 +4637,7 @@ class _Server:
             session = _open_session(channel, terms, self._max_message, served, lost, True, self._slots)
             self._sessions.append(session)
             self._attended = True
-        session.finished.wait()
+        session.finished.acquire()
         assert session.closing is not None
         if session.closing >= 0:
             self.stop(session.closing)
@@ -5407,8 +5700,8 @@ class _Run:
         session.call_timeout = recipe.call_timeout
         self.session = session
         if not self.owned:
-            session._unattended.add(-1)  # so that somebody reads, and sees the end, though nobody calls
-            session._pass_on()
+            session.reader.unattended.add(-1)  # so that somebody reads, and sees the end, though nobody calls
+            session.reader.pass_on()
         if self.ended.is_set():  # just before
             self._end_session()
         elif self.owned and "persist" in terms.features:
@@ -5435,14 +5728,14 @@ class _Run:
         heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
         pause = min(heartbeat / 4, idle / 8)
         silent = unused = 0.0
-        number = next(session._numbers)
+        number = next(session.numbers)
         while not self.ended.wait(pause) and session.ended is None:
             silent = 0.0 if heartbeat == _FOREVER or session.probe() else silent + pause
             if silent >= heartbeat:
                 fate = "killed" if self.owned else "given up"
                 self._why = f"answered no ping for {heartbeat:g} s and was {fate}"
                 return self.signal(kill=True)
-            before, number = number, next(session._numbers)
+            before, number = number, next(session.numbers)
             unused = 0.0 if number != before + 1 or session.busy() else unused + pause
             if unused >= idle:
                 self.supervisor.retire(self)
@@ -6186,7 +6479,7 @@ class _Dispensed(_Target):
         at, self.at = self.at, {}
         for session, number in at.items():
             if number:
-                session.discard(_RELEASE, number)
+                session.discard(number)
 
 
 class Plugin:
