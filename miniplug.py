@@ -1073,13 +1073,20 @@ class _Channel:
         at the end of the connection, and ProtocolError."""
         raise NotImplementedError
 
-    def receive_frame(self, deadline: float) -> bytes | None:
-        """The next frame, before messages begin. Raises as `receive` does."""
-        raise NotImplementedError
+    def receive_frame(self, deadline: float) -> bytes:
+        """The next frame, before messages begin. Raises TimeoutError, EOFError, OSError and ProtocolError."""
+        frame = _plainly(self._frame, deadline)
+        if frame is None:
+            raise TimeoutError("no answer has come in time")
+        return frame  # type: ignore[no-any-return]
 
     def send_frame(self, data: bytes, deadline: float) -> None:
-        """Send a short frame, before messages begin. Raises _Late and _Broken."""
-        self.write([_LENGTH.pack(len(data)) + data], (), True, deadline)
+        """Send a short frame, before messages begin. Raises TimeoutError, EOFError and OSError."""
+        _plainly(self.write, [(_LENGTH.pack(len(data)) + data)[self.skips :]], (), True, deadline)
+
+    def _frame(self, deadline: float | None, partial: Any = None) -> bytes | None:
+        """The next frame; None past the deadline. Raises _Broken and ProtocolError."""
+        raise NotImplementedError
 
     def shutdown(self) -> None:
         """End the connection both ways, and wake whoever reads or writes. For any thread."""
@@ -1240,6 +1247,16 @@ class _Channel:
             raise ProtocolError(f"a frame of {size} bytes, where at most {self.limit} are allowed")
 
 
+def _plainly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what raises _Late and _Broken, and raise what these stand for."""
+    try:
+        return function(*arguments)
+    except _Late:
+        raise TimeoutError("the other side takes nothing") from None
+    except _Broken as error:
+        raise error.args[0] from None
+
+
 def _length(size: int) -> bytes:
     """What goes before a frame of that many bytes."""
     return _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size)
@@ -1268,7 +1285,7 @@ class _SocketChannel(_Channel):
         super().begin(limit)
         self.state = self._parse(self.state[1], None)
 
-    def receive_frame(self, deadline: float) -> bytes | None:
+    def _frame(self, deadline: float | None, partial: Any = None) -> bytes | None:
         while True:
             come, rest, chunks, _, _ = self.state
             data = rest + b"".join(chunks)
@@ -1278,7 +1295,7 @@ class _SocketChannel(_Channel):
                 if len(data) >= 4 + size:
                     self.state = (come, data[4 + size :], [], None, None)
                     return data[4 : 4 + size]
-            if not self._readable.poll(_left(deadline) * 1000):
+            if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
                 return None
             self._fill(chunks, self.sock.recv, _READ_SIZE)
             if not chunks[-1]:
@@ -1422,19 +1439,15 @@ class _PipeChannel(_Channel):
         self._down = _import("_overlapped").Overlapped()  # whose event is set when the connection has been ended
         self.state: Any = (deque(), None, b"", self._FIRST, [])
 
-    def send_frame(self, data: bytes, deadline: float) -> None:
-        self.write([data], (), True, deadline)
-
     def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
              wait: bool, deadline: float | None) -> None:
         kind, flags, number, parent = head
         header = _HEADER.pack(_WIRE_VERSION, kind, flags, len(buffers), number, parent)
         self.write([header + body, *buffers], lent, wait, deadline)
 
-    def receive_frame(self, deadline: float) -> bytes | None:
-        frame = self._frame(deadline, None)
-        if frame is not None:
-            self.state = (deque(), None, b"", self._FIRST, [])
+    def receive_frame(self, deadline: float) -> bytes:
+        frame = super().receive_frame(deadline)
+        self.state = (deque(), None, b"", self._FIRST, [])
         return frame
 
     def receive(self, deadline: float | None = None) -> deque[_Message] | None:
@@ -1447,8 +1460,8 @@ class _PipeChannel(_Channel):
             self.state = (come, partial, b"", self._FIRST, [])
         return self.state[0]  # type: ignore[no-any-return]
 
-    def _frame(self, deadline: float | None, partial: Any) -> bytes | None:
-        """The next frame, or the same again until `state` is set; None past the deadline."""
+    def _frame(self, deadline: float | None, partial: Any = None) -> bytes | None:
+        """The same again until `state` is set."""
         while True:
             messages, begun, have, size, reading = self.state
             if not size:
@@ -1751,10 +1764,7 @@ class _Hello:
         self._channel.send_frame(self._said[-1], self._deadline)
 
     def hear(self) -> dict[str, Any]:
-        frame = self._channel.receive_frame(self._deadline)
-        if frame is None:
-            raise TimeoutError(f"no answer within {_HELLO_SECONDS:g} s")
-        self._said.append(frame)
+        self._said.append(self._channel.receive_frame(self._deadline))
         try:
             message = json.loads(self._said[-1])
         except (ValueError, RecursionError):
@@ -2000,7 +2010,8 @@ def _in_main_thread() -> bool:
 class _Pool:
     """Daemon threads for all sessions, as many as there is to do at once. Any thread may put, a finalizer too.
 
-    `idle` is as long as how many threads wait, or are about to; who puts a task takes one away, or starts a thread.
+    `_idle` is as long as how many threads wait, or are about to; who puts a task takes one away, or starts a thread.
+    They end when there was nothing to do for a while, or there is no session any more.
     """
 
     def __init__(self) -> None:
@@ -2029,12 +2040,25 @@ class _Pool:
                     return
                 except IndexError:  # somebody counts on this one
                     continue
+            if function is None:
+                return
             try:
                 function(*arguments)
             except BaseException:
                 _import("traceback").print_exc()
             function = arguments = None
+            if not _sessions:
+                return
             self._idle.append(None)
+
+    def retire(self) -> None:
+        """Let those go that wait."""
+        while True:
+            try:
+                self._idle.pop()
+            except IndexError:
+                return
+            self._tasks.put((None, ()))
 
 
 class _Watch:
@@ -2047,25 +2071,25 @@ class _Watch:
         self._new: deque[tuple[float, int, Callable[[], Any]]] = deque()
         self._asked: deque[_Reader] = deque()
         self._numbers = itertools.count()
-        self._runs = False
+        self._running: dict[int, Any] = {}  # {0: a token} while the thread runs
 
     def alarm(self, when: float, function: Callable[[], Any]) -> None:
         """Have a thread of the pool call a function at a time. Raises RuntimeError if no thread can be started."""
         self._new.append((when, next(self._numbers), function))
-        self._wake()
+        self.wake()
 
     def look_after(self, reader: _Reader) -> None:
         """Call its `look` now and then, until that says no."""
         self._asked.append(reader)
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
-        if not self._runs:
-            self._runs = True
+    def wake(self) -> None:
+        token = [None]
+        if not self._running and self._running.setdefault(0, token) is token:
             try:
                 _start_thread("miniplug-watch", self._run)
             except BaseException:
-                self._runs = False
+                self._running.clear()
                 raise
         _open(self._gate)
 
@@ -2074,7 +2098,7 @@ class _Watch:
         readers: list[_Reader] = []
         next_look = 0.0
         heapq = _import("heapq")
-        while True:
+        while _sessions:
             while self._new:
                 heapq.heappush(alarms, self._new.popleft())
             now = time.monotonic()
@@ -2089,6 +2113,9 @@ class _Watch:
                 readers = [reader for reader in readers if reader.look()]
             times = [alarm[0] for alarm in alarms[:1]] + ([next_look] if readers else [])
             self._gate.acquire(True, max(0.0, min(min(times) - now, _FOREVER)) if times else -1)
+        self._running.clear()
+        if _sessions and (self._new or self._asked):
+            self.wake()
 
 
 def _aside_in_pool(function: Callable[..., Any], *arguments: Any) -> None:
@@ -2102,15 +2129,15 @@ def _aside_in_pool(function: Callable[..., Any], *arguments: Any) -> None:
 
 
 _pool, _watch = _Pool(), _Watch()
-_sessions: Any = _import("_weakrefset").WeakSet()  # those that a forked child has to leave
+_sessions: set[_Session] = set()  # those that have not ended: a forked child leaves them
 
 
 def _after_fork() -> None:
     """In a forked child: the connections are its parent's, and the threads are not here."""
     global _pool, _watch
     _pool, _watch = _Pool(), _Watch()
-    for session in list(_sessions):
-        session.abandon()
+    while _sessions:
+        _sessions.pop().abandon()
     for listener in _listeners:
         listener._listener.close()
     _listeners.clear()
@@ -2438,7 +2465,7 @@ class _Reader:
         if call is None:  # it was given up
             if not number:
                 self.unattended.discard(0)  # what `probe` waits for
-            come.popleft()
+            self._session.once(come, self._session.drop, message)
             return False
         if flags & _STREAM and kind == _RESULT and call.streams is None:
             call.streams = message
@@ -2528,7 +2555,8 @@ class _Reader:
                     self._inline = request.number
                     self.be_watched()
                     del seat[0]
-                    runner.run_with_slot(request)
+                    runner.run(request)
+                    runner.slots.give_back()
                     if self.attendant is not task:
                         return
                     self._inline = -request.number
@@ -2744,25 +2772,37 @@ class _Caller:
 
     def _leave(self, call: _Call, error: BaseException) -> None:
         """The thread that waited for a call goes, because of an error: its answer, or anything else."""
-        if call.number in self._calls or call.lent or call.nested or call.running or call.home:
-            _aside_in_pool(self.give_up, call)
+        if call.number in self._calls or call.lent or call.nested or call.running or call.future is not None:
+            if type(error) is not _Late and not isinstance(error, PluginError):
+                _aside_in_pool(self.give_up, call)
+            else:
+                try:
+                    self.give_up(call)
+                except BaseException:
+                    _aside_in_pool(self.give_up, call)
+                    raise
         if type(error) is _Late:
             raise _too_late(call) from None
 
     def give_up(self, call: _Call) -> None:
-        """Want nothing more of a call. The other side is told, unless it is over."""
+        """Want nothing more of a call. The other side is told, unless it is over. (This may be repeated.)"""
         session = self._session
-        is_open = self._calls.pop(call.number, None) is not None
         call.home = False
         self._reader.unattended.discard(call.number)
         session.references.unlend(call.lent)
         session.runner.disown(call)
         for message in call.running:  # a handler has raised in the midst of that, or before it could begin
             session.runner.run_after_all(message)
-        if is_open and session.ended is None:
+        if call.number in self._calls and session.ended is None:
             session.post(_CANCEL, call.number)
             if call.streams is not None and not session.serving:
                 self.probe(next(self._numbers))  # its producer may wait to send: read until a ping is answered
+        self._calls.pop(call.number, None)
+        while call.inbox:
+            try:
+                session.drop(call.inbox.popleft())
+            except IndexError:
+                pass  # another thread was quicker
         self._reader.pass_on()
 
     def probe(self, number: int = 0) -> bool:
@@ -2815,10 +2855,18 @@ class _Runner:
             self.run_with_slot(request)
 
     def run_with_slot(self, request: _Request) -> None:
+        """Run a call that has a slot, and with the same slot those that wait for one."""
+        slots: Any = request.slots
         try:
             self.run(request)
+            while slots.queue:
+                try:
+                    request = slots.queue.popleft()
+                except IndexError:
+                    break
+                request.session.runner.run(request)
         finally:
-            request.slots.give_back()  # type: ignore[union-attr]
+            slots.give_back()
 
     def run_nested(self, call: _Call) -> None:
         """As the thread that waits for a call: run one that is made on its behalf."""
@@ -3321,18 +3369,14 @@ class _Session:
 
     def steer(self, come: deque[_Message], message: _Message) -> None:
         """As the reader: the first of `come` is about a call, a reference, or the whole. To repeat this does no harm."""
-        kind, flags, number, _, body, buffers = message
+        kind, flags, number, _, body, _ = message
         request = self.requests.get(number)  # None: it has ended meanwhile
-        if kind == _RELEASE or (kind == _CREDIT and request is not None and request.producer is not None):
-            function: Any = self.references.release if kind == _RELEASE else request.producer.grant  # type: ignore[union-attr]
-            what = number if kind == _RELEASE else message
-            if _in_main_thread():  # one step, as it must not be done twice, nor be lost
-                _pool.move(zip((function,), zip(map(_first_of, (what,), itertools.starmap(come.popleft, _ONCE)))))
-            else:
-                come.popleft()
-                function(what)
-            return
-        if kind == _PING:
+        if kind == _RELEASE:
+            return self.once(come, self.references.release, number)
+        if kind == _CREDIT:
+            if request is not None and request.producer is not None:
+                return self.once(come, request.producer.grant, message)
+        elif kind == _PING:
             self.post(_PONG, number)
         elif kind == _CANCEL:
             if request is not None:
@@ -3343,6 +3387,26 @@ class _Session:
         elif not flags & _IGNORABLE:
             raise ProtocolError(f"a message of the unknown kind {kind}")
         come.popleft()
+        return None
+
+    @staticmethod
+    def once(come: deque[_Message], function: Callable[[Any], Any], what: Any) -> None:
+        """Call a function for the first of `come`, which must neither be lost nor done twice: where a handler may raise,
+        the message is handed to the pool in one step."""
+        if _in_main_thread():
+            _pool.move(zip((function,), zip(map(_first_of, (what,), itertools.starmap(come.popleft, _ONCE)))))
+        else:
+            come.popleft()
+            function(what)
+
+    def drop(self, message: _Message) -> None:
+        """A message that nobody wants any more: references in it are given back."""
+        _, flags, _, _, body, buffers = message
+        if flags & _TAGGED and self.ended is None:
+            try:
+                self.codec.loads(body, buffers, True)
+            except (_Undecodable, ProtocolError):
+                pass  # it does not matter any more
 
     # -- the end
 
@@ -3397,6 +3461,11 @@ class _Session:
             if call.gate is not None:
                 _open(call.gate)
         self.stop(-1.0 if self.closing is None else self.closing)
+        _sessions.discard(self)
+        if not _sessions:
+            _pool.retire()
+            if _watch._running:
+                _watch.wake()
 
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""

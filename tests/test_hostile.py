@@ -150,7 +150,7 @@ def attack(expression, *options, kind=miniplug.ProtocolError):
 
         waiter = threading.Thread(target=wait)
         waiter.start()
-        until(lambda: plugin._supervisor.session()._reader)
+        until(lambda: plugin._supervisor.session().reader.seat)
         start = time.monotonic()
         with pytest.raises(kind) as caught:
             for _ in proxy.attack():  # some begin as a stream
@@ -668,7 +668,7 @@ def test_a_plugin_refuses_a_host_with_another_key(write):
         hello.say(protocol_version=1, codec="json")
         hello.prove()
         with contextlib.suppress(OSError):  # it may be gone by then
-            channel.send([miniplug._HEADER.pack(1, 1, 0, 0, 1, 0) + b'[0,"dispense",[null],{}]'])
+            channel.send_frame(miniplug._HEADER.pack(1, 1, 0, 0, 1, 0) + b'[0,"dispense",[null],{}]', time.monotonic() + 10)
         check_refusal(process, "does not hold the key")
 
 
@@ -696,7 +696,7 @@ def test_a_plugin_refuses_what_is_no_host(write, said):
         if not WINDOWS:
             channel.sock.sendall(said)
         elif said:
-            channel.send([said])
+            channel.send_frame(said, time.monotonic() + 10)
         channel.shutdown()
         check_refusal(process, "no host at")
 

@@ -197,7 +197,7 @@ def be_host(channel):
     session.call(0, "dispense", (None,), {})  # a reference that is dropped, and so given back with what is sent next
     gc.collect()
     assert proxy.echo(b"a" * 2049) == b"a" * 2049
-    assert not session.references.lends and not session._calls
+    assert not session.references.lends and not session.calls
     session.post(miniplug._SHUTDOWN, 0, 2.0)
     return session
 
@@ -235,7 +235,7 @@ def test_the_plugin_says_and_takes_what_the_document_says(ends, nonce, monkeypat
     plugin = Background(be_plugin, channel)
     play(host, CONVERSATION, ">")
     session = plugin.result()
-    assert not session._requests
+    assert not session.requests
     channel.shutdown()  # as serve() does now
     assert host.recv(1) == b""  # it has sent nothing else
 

@@ -262,15 +262,15 @@ def nothing_open(both):
 
     def left():
         gc.collect()
-        return [here._calls, there._calls, here._requests, there._requests, here._unattended, there._unattended,
-                here._waiting, there._waiting, here._queue, there._queue, dict(list(here.references._loans.items())[1:]),
+        return [here.calls, there.calls, here.requests, there.requests, here.reader.unattended, there.reader.unattended,
+                here.reader.sleepers, there.reader.sleepers, here.runner.slots.queue, there.runner.slots.queue, dict(list(here.references._loans.items())[1:]),
                 dict(list(there.references._loans.items())[2:])]
 
     end = time.monotonic() + 10
     while any(left()):
         assert time.monotonic() < end, [list(each) for each in left()]
         time.sleep(0.01)
-    assert len(here._slots) == 64 and len(there._slots) == both.workers
+    assert len(here.runner.slots.free) == 64 and len(there.runner.slots.free) == both.workers
 
 
 @pytest.mark.parametrize("workers", [1, 4, 64])

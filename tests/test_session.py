@@ -1,5 +1,6 @@
 """Two sessions over one connection: overlap, nesting, deadlines, interruption, the end; and all of it at random."""
 
+import collections
 import gc
 import random
 import signal
@@ -82,8 +83,8 @@ def in_threads(*functions):
 def settled(both):
     """Both sessions have forgotten every call."""
     gc.collect()
-    until(lambda: not (both.here._calls or both.there._calls or both.here._requests or both.there._requests), 5)
-    assert not (both.here._unattended or both.there._unattended or both.here._waiting or both.there._waiting)
+    until(lambda: not (both.here.calls or both.there.calls or both.here.requests or both.there.requests), 5)
+    assert not (both.here.reader.unattended or both.there.reader.unattended or both.here.reader.sleepers or both.there.reader.sleepers)
 
 
 class Meeting:
@@ -109,25 +110,6 @@ def test_calls_overlap(pair):
     proxy = pair({"m": Meeting(16)}).dispense("m")
     for _ in range(2):
         assert in_threads(*[proxy.meet] * 16) == [True] * 16
-
-
-def test_an_answer_is_held_back_for_no_call_that_another_thread_has_taken(pair, monkeypatch):
-    """Calls that come together may be answered together, but not when others than their reader run them."""
-
-    class Late(Meeting):
-        def meet(self):
-            super().meet()
-            until(lambda: not both.there._ticking)  # so that the clock sends nothing on, either
-            return True
-
-    both = pair({"m": Late(8)})
-    proxy, channel = both.dispense("m"), both.here.channel
-    for _ in range(3):
-        with monkeypatch.context() as patch:
-            patch.setattr(channel, "send", lambda frames, deadline=None: channel.post(frames, later=True))
-            calls = [proxy.meet.submit() for _ in range(8)]
-        channel.flush()  # all at once
-        assert [call.result(10) for call in calls] == [True] * 8
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -238,17 +220,17 @@ def test_a_late_answer_is_dropped(pair):
     proxy = both.dispense("l")
     with pytest.raises(miniplug.CallTimeout):
         proxy.wait.timeout(0.05)()
-    assert not both.here._calls
+    assert not both.here.calls
     proxy.release()
     assert both.here.ping(5) > 0
-    until(lambda: not both.here._calls and not both.there._requests)
+    until(lambda: not both.here.calls and not both.there.requests)
 
 
 def test_a_deadline_covers_waiting_to_send(pair):
     """The other side does not read: the call still ends in time, and the connection is whole once it reads again."""
     both = pair({"e": Echo()})
     proxy = both.dispense("e")
-    step = "_left_of_message" if WINDOWS else "_recv_in_parts"  # in the middle of a long message
+    step = "_left_of_frame" if WINDOWS else "_receive_large"  # in the middle of a long message
     go_on, real = threading.Event(), getattr(both.there.channel, step)
     setattr(both.there.channel, step, lambda *args: real(*args) if go_on.wait(20) else None)
     start = time.monotonic()
@@ -323,14 +305,14 @@ def test_the_end_fails_what_waits_and_what_comes_later(pair):
     assert len(set(map(id, caught))) == 5 and all(error.calls for error in caught)
     with pytest.raises(miniplug.DeadReference):
         proxy.wait()
-    assert both.there.finished.wait(5)
+    assert both.there.finished.acquire(True, 5)
 
 
 def test_after_stop_nothing_new_is_taken(pair):
     both = pair({"e": Echo()})
     proxy = both.dispense("e")
     both.here.post(miniplug._SHUTDOWN, 0, 0.5)
-    assert both.there.finished.wait(5) and both.there.closing == 0.5
+    assert both.there.finished.acquire(True, 5) and both.there.closing == 0.5
     with pytest.raises(miniplug.PluginClosed, match="shutting down"):
         proxy.echo(1)
 
@@ -348,18 +330,19 @@ def test_a_thread_that_cannot_start_fails_its_call(pair, monkeypatch):
 
     slow = Slow()
     both = pair({"s": slow}, {"s": slow})
-    message = miniplug._Message(miniplug._CALL, 0, 7, 0, [0, "listMethods", [], {}])
+    message = (miniplug._CALL, 0, 7, 0, b'[0,"listMethods",[],{}]', ())
     sent = []
-    monkeypatch.setattr(miniplug._Session, "send", lambda session, *args, **kwargs: sent.append(args))
+    monkeypatch.setattr(both.here, "send", lambda *args, **kwargs: sent.append(args))
+    monkeypatch.setattr(miniplug, "_pool", miniplug._Pool())
 
     def refuse(self):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    slots = len(both.here._slots)
-    both.here._handle_elsewhere(message)
-    assert sent[0][0] == miniplug._ERROR and b"can't start new thread" in sent[0][2][0]
-    assert len(both.here._slots) == slots and not both.here._ready
+    slots, come = len(both.here.runner.slots.free), collections.deque([message])
+    both.here.reader._route_call(come, message, miniplug._Call(1, "x", None))
+    assert sent[0][0] == miniplug._ERROR and b"can't start new thread" in sent[0][3][0]
+    assert len(both.here.runner.slots.free) == slots and not come and not both.here.requests
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals come to the main thread")
@@ -447,7 +430,7 @@ def test_at_random(pair):
         return True
 
     assert in_threads(*[lambda number=number: work(number) for number in range(12)]) == [True] * 12
-    assert not both.here._calls and not both.there._calls
+    assert not both.here.calls and not both.there.calls
     here.other = there.other = None
 
 
@@ -500,7 +483,7 @@ def test_malformed_frames_cost_the_connection_and_no_more(sent):
     theirs.shutdown(socket.SHUT_WR)
     with pytest.raises(miniplug.ProtocolError):
         session.call(0, "x", (), {}, 10)
-    assert not session._calls
+    assert not session.calls
     session.dispose()
     theirs.close()
 
@@ -584,32 +567,6 @@ def test_gil_switching_finds_no_race(pair):
         test_at_random(pair)
     finally:
         sys.setswitchinterval(before)
-
-
-def test_a_call_is_sent_once_whoever_reads_its_answer(pair, monkeypatch):
-    """An answer that is not plain takes the long way, and another thread may be quicker there."""
-    class Counter:
-        def __init__(self):
-            self.calls = []
-
-        def up(self, number):
-            self.calls.append(number)
-            return (number,)
-
-    counter = Counter()
-    both = pair({"counter": counter})
-    proxy = both.dispense("counter")
-    alone = miniplug._Session._call_alone
-
-    def overtaken(session, call, content):
-        value = alone(session, call, content)
-        if threading.current_thread() is threading.main_thread() and type(value) is miniplug._Call:
-            assert in_threads(lambda: proxy.up(0)) == [(0,)]
-        return value
-
-    monkeypatch.setattr(miniplug._Session, "_call_alone", overtaken)
-    assert [proxy.up(number) for number in (1, 2, 3)] == [(1,), (2,), (3,)]
-    assert sorted(counter.calls) == [0, 0, 0, 1, 2, 3]
 
 
 def test_an_end_between_a_frame_that_is_no_answer_and_the_waiting_for_one(pair, monkeypatch):

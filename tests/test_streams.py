@@ -390,30 +390,6 @@ def test_the_second_of_two_quick_items_arrives_too(both, proxy):
     assert list(stream) == []
 
 
-def test_items_that_come_while_the_clock_goes_to_sleep_are_sent(both, proxy, monkeypatch):
-    """Between its look at what waits and its going to sleep."""
-    session = both.there
-    until(lambda: not session._ticking)
-    seen = []
-
-    class Producer:
-        def flush(self):
-            seen.append("flushed")
-
-    class Late(collections.deque):
-        def __bool__(self):
-            found = len(self) > 0
-            if not session._ticking and not seen:
-                seen.append("put")
-                session.flush_later(Producer())
-            return found
-
-    monkeypatch.setattr(miniplug._Producer, "flush", lambda self: seen.append("flushed"))
-    session._late = Late(session._late)
-    session._tick()
-    until(lambda: seen == ["put", "flushed"], 5)
-
-
 def test_batches_that_are_too_large_together_go_one_by_one(pair):  # noqa: F811
     both = pair({"s": Source()}, limit=100000)
     proxy = both.dispense("s")
@@ -425,7 +401,7 @@ def test_credit_is_given_for_whatever_came_in_one_message():
     """A plugin that was not written with this file may send all that it has credit for at once."""
     session, theirs = raw()
     theirs.sendall(frame(3, b"", flags=4) + frame(5, b"[" + b",".join([b"1"] * 64) + b"]"))
-    stream = miniplug.Stream(session, session.call(0, "x", (), {}, 10))
+    stream = session.call(0, "x", (), {}, 10)
     assert [next(stream) for _ in range(64)] == [1] * 64
     credited = 0
 
@@ -463,8 +439,8 @@ def test_malformed_streams_cost_the_connection_and_no_more(sent):
     session, theirs = raw()
     theirs.sendall(sent)
     with pytest.raises(miniplug.ProtocolError):
-        list(miniplug.Stream(session, session.call(0, "x", (), {}, 10)))
-    assert not session._calls
+        list(session.call(0, "x", (), {}, 10))
+    assert not session.calls
     session.dispose()
     theirs.close()
 
@@ -615,7 +591,7 @@ def test_closing_wakes_a_thread_that_reads(both, proxy, source):
     found = []
     thread = threading.Thread(target=lambda: found.append(list(stream)))
     thread.start()
-    until(lambda: both.here._waiting)
+    until(lambda: both.here.reader.sleepers)
     stream.close()
     thread.join(10)
     assert found == [[]] and source.over.wait(10)
@@ -643,7 +619,7 @@ def test_the_end_of_the_session_ends_every_stream(both, proxy, source, end):
                 next(stream)
         assert list(stream) == []
     assert source.over.wait(10)
-    until(lambda: not both.there._requests)
+    until(lambda: not both.there.requests)
 
 
 # -- deadlines

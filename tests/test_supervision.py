@@ -336,7 +336,7 @@ def test_asyncio_can_close_what_all_threads_of_the_loop_wait_for(shop):
         async with miniplug.Plugin(shop) as plugin:
             proxy = plugin.dispense()
             calls = [loop.run_in_executor(None, proxy.work, 60) for _ in range(40)]  # more than it has threads
-            until(lambda: len(plugin._supervisor.run.session._calls) > 4)
+            until(lambda: len(plugin._supervisor.run.session.calls) > 4)
             await asyncio.wait_for(plugin.aclose(0.1), 20)
         ends = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(end) for end in ends} == {miniplug.PluginClosed}
@@ -632,7 +632,7 @@ def test_two_alarms_of_the_same_moment(shop):
     """Clocks are coarse on some platforms."""
     with miniplug.launch(shop) as one, miniplug.launch(shop) as other:
         for plugin in (one, other):
-            miniplug._clock.alarm(time.monotonic() // 1 + 600, 0, plugin._supervisor.session())
+            miniplug._watch.alarm(time.monotonic() // 1 + 600, plugin.close)
         assert one.ping() + other.ping() < 10
 
 
