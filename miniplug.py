@@ -2478,8 +2478,8 @@ class _Reader:
                 call.future._arrive(call, message, waiting is None)
             else:
                 call.inbox.append(message)
-            if call.streams is not message:
-                self._calls.pop(number, None)
+            if call.streams is not message and self._calls.pop(number, None) is None:
+                self._session.caller.forget(call)  # it was given up meanwhile
             come.popleft()
         self.unattended.discard(number)
         if call.watcher is not None:
@@ -2798,12 +2798,16 @@ class _Caller:
             if call.streams is not None and not session.serving:
                 self.probe(next(self._numbers))  # its producer may wait to send: read until a ping is answered
         self._calls.pop(call.number, None)
+        self.forget(call)
+        self._reader.pass_on()
+
+    def forget(self, call: _Call) -> None:
+        """Want nothing of what has come about a call."""
         while call.inbox:
             try:
-                session.drop(call.inbox.popleft())
+                self._session.drop(call.inbox.popleft())
             except IndexError:
                 pass  # another thread was quicker
-        self._reader.pass_on()
 
     def probe(self, number: int = 0) -> bool:
         """Ping without waiting, unless the last such ping is still out. Returns whether it was not."""
@@ -4270,7 +4274,7 @@ class _Awaitable:
     def _settle(self, call: _Call, message: _Message) -> None:
         future: Any = self
         if self.done():
-            return
+            return call.session.drop(message)  # type: ignore[no-any-return]
         try:
             value = call.session.caller.value(call, message)
         except BaseException as error:
