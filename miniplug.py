@@ -72,13 +72,15 @@ if TYPE_CHECKING:  # typing itself is slow to import
     import multiprocessing
     from pathlib import Path
     from types import ModuleType
-    from typing import IO, Any, Callable, Iterable, Mapping, NoReturn, Sequence, TextIO, TypeVar, Union, overload
+    from typing import IO, Any, Callable, Iterable, Mapping, NoReturn, ParamSpec, Sequence, TextIO, TypeVar, Union, overload
 
     _T = TypeVar("_T")
     _F = TypeVar("_F", bound=Callable[..., Any])
+    _P = ParamSpec("_P")
     _Path = Union[str, "os.PathLike[str]"]
     _Command = Union[_Path, Sequence[_Path]]
-    _Output = Union[str, Callable[[str], Any], TextIO]
+    _Sink = Callable[[str], Any]  # what takes lines of output
+    _Output = Union[str, _Sink, TextIO]
     _Bytes = Union[bytes, bytearray, memoryview]
     _Content = tuple[bytes, Sequence[_Bytes], bool, Sequence[int]]  # a value as bytes, those beside it, tagged?, what it lends
 
@@ -1957,7 +1959,7 @@ class _Clock:
                 return  # it has ended meanwhile
             self._start()
             if len(self._alarms) > 2 * self._open + 1000:  # most of them are answered by now
-                self._alarms = sorted(alarm for alarm in self._alarms if not alarm[1] or alarm[1] in alarm[3]._calls)
+                self._alarms = sorted(alarm for alarm in self._alarms if alarm[1] in alarm[3]._calls)
                 self._open = len(self._alarms)
             _import("heapq").heappush(self._alarms, (deadline, number, id(session), session))
             first = self._alarms[0][3] is session
@@ -2317,7 +2319,7 @@ class _Session:
                  "_lost", "_lost_calls", "_numbers", "_pack", "_partial", "_queue", "_quiet", "_reader", "_ready",
                  "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_taking",
                  "_ticking", "_unattended", "_vacant", "_waiting", "borrowed", "call_timeout", "cause", "channel", "closing",
-                 "codec", "ended", "finished", "look", "protocol_version", "references", "sealed", "send_limit", "stale")
+                 "codec", "ended", "finished", "protocol_version", "references", "sealed", "send_limit")
 
     def __init__(self, channel: _Channel, terms: _Terms, max_message: int, references: Any, borrow: Callable[..., Any],
                  lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
@@ -2329,10 +2331,8 @@ class _Session:
         self.ended: Callable[[list[str]], BaseException] | None = None  # makes the error, once it has
         self.cause: BaseException | None = None  # why it has
         self._lost_calls: list[str] = []  # the methods that were being called then
-        self.stale = False  # whether callers have to look first where to call: here it has begun just now, or is over
         self.sealed = False  # whether it takes no more calls
         self.borrowed: set[int] = set()  # the ids of what stands here for objects of the other side's
-        self.look: Callable[[], None] = lambda: None  # called at alarms with the number 0
         self.closing: float | None = None  # the grace in seconds, once the host has said stop; -1 if it is gone without a word
         self.finished = _Gate()  # opens when the other side says stop or is gone
         self._forks = _forks
@@ -2556,13 +2556,10 @@ class _Session:
 
     def expire(self, number: int) -> None:
         """The deadline of a submitted call has come."""
-        if not number:
-            return self.look()
         call = self._calls.get(number)
         if call is not None and not call.streams:
             self.give_up(call)
             call.arrive((_ERROR, _too_late(call)))
-        return None
 
     def probe(self) -> bool:
         """Ping without waiting, unless the last such ping is still out. Returns whether it was not."""
@@ -3258,7 +3255,7 @@ class _Session:
             self._lost_calls = [alone[1]] if type(alone) is tuple else []
             self._lost_calls += [call.method for call in list(self._calls.values())]
             self.ended = make_error
-            self.stale = self.sealed = True
+            self.sealed = True
             idle, self._idle = self._idle, []
         self.channel.shutdown()
         for call in list(self._calls.values()):
@@ -3273,7 +3270,7 @@ class _Session:
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""
         self.ended = lambda calls: PluginError("the connection belongs to the process that this one was forked from")
-        self.stale = self.sealed = True
+        self.sealed = True
         self.channel.sock.close()  # type: ignore[attr-defined]
         self.channel, self._reader = _NoChannel(), {}
 
@@ -3459,48 +3456,52 @@ def ref(obj: Any) -> Any:
 
 
 class _Target:
-    """What a proxy and its methods share. `at`: the session, and the number that the object is lent under there, or None
-    once it is released; the two in one, so that they change together.
+    """What a proxy and its methods share: the session, and the number that the object is lent under there. What a plugin
+    serves has another kind, which finds it again in another session (_Dispensed)."""
 
-    What a plugin serves (`plugin`, and its `name`) is at several sessions in turn, or two at once while one of them is
-    replaced: `before` is the other one.
-    """
-
-    __slots__ = ("at", "before", "identity", "label", "lock", "name", "plugin", "timeout")
+    __slots__ = ("__weakref__", "identity", "label", "number", "released", "session", "timeout")
 
     def __init__(self, session: _Session, number: int) -> None:
-        self.at: tuple[_Session, int | None] = (session, number)
-        self.before = self.at
-        self.identity = self.at  # what it stands for, also when it is released or dispensed anew
-        self.lock = threading.RLock()  # it is dispensed anew once
+        self.session = session
+        self.number = number
+        self.identity: Any = (session, number)  # what it stands for, also when it is released or dispensed anew
+        self.released = False
         self.label = "the object"
-        self.timeout: float | None = None
-        self.plugin: Any = None
-        self.name: str | None = None
+        self.timeout: float | None = None  # the deadline of its calls, instead of the session's
         session.borrowed.add(id(self))
 
-    def live(self, asked: _Call) -> tuple[_Session, int]:
+    def here(self) -> tuple[_Session, int] | None:
+        """Where to call, if that is known without a look; it may be sealed by then."""
+        return None if self.released or self.session.sealed else (self.session, self.number)
+
+    def number_at(self, session: _Session) -> int | None:
+        """The number of the object in that session, if it is lent there."""
+        return self.number if session is self.session and not self.released else None
+
+    def find(self, asked: _Call) -> tuple[_Session, int]:
         """Where to call. Raises DeadReference, and what a plugin raises that cannot be called."""
-        session, number = self.at
-        if number is None:
+        if self.released:
             raise DeadReference(f"{self.label} was released")
-        if not (session.stale or session.sealed):
-            return session, number
-        if self.plugin is not None:
-            return self.plugin._renew(self, asked)  # type: ignore[no-any-return]
-        if session.ended is not None:
+        if self.session.ended is not None:
             raise DeadReference(f"{self.label} is gone: the connection to its owner has ended")
-        return session, number
+        return self.session, self.number
+
+    def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
+        """Have a submitted call begin later, if it has to wait for a start."""
+        return False
+
+    def take(self) -> int:
+        """The number, for another target to give back."""
+        self.released = True
+        self.session.borrowed.discard(id(self))
+        return self.number
 
     def release(self) -> None:
-        session, number = self.at
-        self.at = (session, None)
-        session.borrowed.discard(id(self))
-        if number:
-            session.discard(_RELEASE, number)
+        if not self.released and self.take():
+            self.session.discard(_RELEASE, self.number)
 
     def __del__(self) -> None:
-        if hasattr(self, "at"):
+        if hasattr(self, "released"):
             self.release()
 
 
@@ -3611,8 +3612,8 @@ class _References:
         kind = type(value)
         obj, manager = (value.object, value.manager) if kind is _Ref else (value, ())
         if issubclass(type(obj), _Remote):
-            home, number = obj._target.at
-            if home is session and number is not None:
+            number = obj._target.number_at(session)
+            if number is not None:
                 return "$own", [number, obj._name]  # it goes home
         elif kind is not _Ref and (not callable(value) or isinstance(value, type)):
             return None
@@ -3765,8 +3766,9 @@ class _Method(_Remote):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         target = self._target
-        session, number = target.at
-        if not session.stale and number is not None:
+        found = target.here()
+        if found is not None:
+            session, number = found
             seconds = self._timeout
             if seconds is None:
                 seconds = session.call_timeout if target.timeout is None else target.timeout
@@ -3775,28 +3777,28 @@ class _Method(_Remote):
                 return Stream(session, value) if type(value) is _Call else value
             except _Sealed:
                 pass
-        session, value = _reach(target.live, _Session.call, self._name, args, kwargs, self._seconds())
+        session, value = _reach(target.find, _Session.call, self._name, args, kwargs, self._seconds())
         return Stream(session, value) if type(value) is _Call else value
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:
         """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
         call: Call = __getattr__("Call")(self.__name__)
         target, what = self._target, (self._name, args, kwargs)
-        session, number = target.at
-        if not session.stale and number is not None:
+        found = target.here()
+        if found is not None:
             try:
-                call._begin(session, number, *what, self._seconds())
+                call._begin(*found, *what, self._seconds())
                 return call
             except _Sealed:
                 pass
-        begin = partial(_reach, target.live, call._begin, *what)
-        if target.plugin is None or not target.plugin._put_off(call, begin, self._seconds()):
+        begin = partial(_reach, target.find, call._begin, *what)
+        if not target.put_off(call, begin, self._seconds()):
             begin(self._seconds())
         return call
 
     def notify(self, *args: Any, **kwargs: Any) -> None:
         """Call, and want no answer. What the method raises goes to the plugin's stderr."""
-        _reach(self._target.live, _Session.notify, self._name, args, kwargs, self._seconds())
+        _reach(self._target.find, _Session.notify, self._name, args, kwargs, self._seconds())
 
     def timeout(self, seconds: float | None) -> _Method:
         """The same method with a deadline: past `seconds` a call raises CallTimeout. None: the default one."""
@@ -3806,7 +3808,7 @@ class _Method(_Remote):
         target = self._target
         if self._timeout is not None:
             return self._timeout
-        return target.at[0].call_timeout if target.timeout is None else target.timeout
+        return target.session.call_timeout if target.timeout is None else target.timeout
 
     # What help() shows is asked of the plugin. It takes for a function what has a __get__.
 
@@ -3939,7 +3941,7 @@ def _ask_description(target: _Target) -> dict[str, Any]:
         return session.call(0, method, (number,), *others[1:])
 
     try:
-        return _checked_description(_reach(target.live, ask, "describe", (), {}, target.at[0].call_timeout)[1])
+        return _checked_description(_reach(target.find, ask, "describe", (), {}, target.session.call_timeout)[1])
     except MethodNotFound:  # it is not written with miniplug
         return {}
 
@@ -4250,7 +4252,7 @@ class Stream:
 # === 8. serve ===========================================================================================
 
 _ADDRESS, _AUTHKEY, _LOG_LEVEL = "MINIPLUG_ADDRESS", "MINIPLUG_AUTHKEY", "MINIPLUG_LOG_LEVEL"
-_PERSIST, _PIPES = "MINIPLUG_PERSIST", "MINIPLUG_PIPES"  # stay when the host goes; which of the output streams it reads
+_PERSIST = "MINIPLUG_PERSIST"  # stay when the host goes
 _ATTACH = "MINIPLUG_ATTACH"  # {NAME: config} as JSON: where a host attaches instead of launching
 _COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
 _SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: what a bytecode cache holds is another file
@@ -4310,7 +4312,6 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
     _prepare_output()
-    echoes = _terminal_echoes()
     try:
         if persist or address is not None:
             passed_over = server.listen(address or "", os.urandom(32) if authkey is None else _checked_key(authkey))
@@ -4326,9 +4327,7 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
         if host is not None and not persist:
             raise
     finally:
-        cut_off = server.close()
-        if cut_off and echoes:
-            _turn_echo_on()
+        server.close()
 
 
 def _refuse_by_hand(address: str | None, persist: bool, hint: str) -> None:
@@ -4495,68 +4494,25 @@ class _Server:
         while not self._over.wait(0.5):
             pass  # a signal that another thread got, and on Windows any, does not interrupt a lock
 
-    def close(self) -> bool:
-        """Let nobody in any more, and end the sessions and what is served. Returns whether calls of theirs still run."""
+    def close(self) -> None:
+        """Let nobody in any more, and end the sessions and what is served."""
         self.stop()
         if self._door is not None:
             self._door.close()
         for thread in self._threads:
             thread.join()
-        sessions = list(self._sessions)
-        self._part(sessions, self._served.values())
-        return any(session._requests for session in sessions)
-
-
-def _terminal_echoes() -> bool:
-    """Whether stdin is a terminal that shows what is typed."""
-    try:
-        termios = _import("termios")
-        return bool(termios.tcgetattr(0)[3] & termios.ECHO)
-    except Exception:  # termios.error is no OSError; and on Windows there is none of it
-        return False
-
-
-def _turn_echo_on() -> None:
-    """A call that asks for a password is cut off by the end of this process, and can do it no more. Only if it looks like
-    that: a terminal in the foreground that gives whole lines and shows none of them."""
-    try:
-        termios = _import("termios")
-        settings = termios.tcgetattr(0)
-        if settings[3] & termios.ICANON and _posix.tcgetpgrp(0) == _posix.getpgrp():
-            settings[3] |= termios.ECHO
-            termios.tcsetattr(0, termios.TCSANOW, settings)
-    except Exception:
-        pass  # the terminal is gone
+        self._part(list(self._sessions), self._served.values())
 
 
 def _outlet() -> Callable[[], None]:
-    """What a plugin that stays calls when its host is gone: from then on output goes nowhere. Until then this process
-    holds the pipes to the host open itself, where there is a /proc, so that no write fails meanwhile."""
-    pipes = []
+    """What a plugin that stays calls when its host is gone: from then on output goes nowhere."""
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in _environment.pop(_PIPES, ""):
-        try:
-            pipes.append(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
-        except OSError:
-            pass
 
     def close() -> None:
-        try:
-            for fd in (1, 2):
-                os.dup2(null, fd)
-            while pipes:
-                _start_thread("miniplug-drain", _drain, pipes.pop())
-        except (OSError, RuntimeError):
-            pass  # no thread to be had: children that write will have to wait
+        for fd in (1, 2):
+            os.dup2(null, fd)
 
     return close
-
-
-def _drain(pipe: int) -> None:
-    """Read what nobody wants, so that children which have inherited the pipe go on, until they have ended."""
-    while os.read(pipe, 1 << 16):
-        pass
-    os.close(pipe)
 
 
 def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
@@ -4660,54 +4616,25 @@ def _standard_fields() -> set[str]:
     return {*vars(record), *dir(type(record)), "message", "asctime"}
 
 
-# === 9. process =========================================================================================
+# === 9. process =======================================================================================
 #
-# Start a process, hear what it says, and end it with all that it started. On POSIX the process leads a session of its
-# own, so that one signal reaches its group and the terminal's Ctrl-C does not; on Windows it is in a job object. The
-# host's own end, SIGKILL included: on Windows the job closes with the host's handle; on POSIX a guardian waits, a shell
-# that reads from a pipe of the host's and kills the group when that ends, once the plugin had time to end by itself.
+# Start a process, hear what it says, and end it with all that it started. On POSIX the process leads a
+# session of its own, so that one signal reaches its group and the terminal's Ctrl-C does not; on Windows it
+# is in a job object. The host's own end, SIGKILL included: on Windows the job closes with the host's handle;
+# on POSIX the guardian waits for it. With stdin="inherit" on a terminal there is no group: then only the
+# process itself is ended.
+#
+# A process here is what has `pid`, `stdout`, `stderr` and these methods: `signal(kill)` ends it, in any
+# thread, as often as one likes; `await_exit()` and then `reap()`, which gives the exit code, are for the one
+# thread that watches it; `keep()` has it stay when the host goes; `disown()` forgets it in a forked child.
 
 _PIPE, _DEVNULL = -1, -3  # as in subprocess, which is slow to import
 _SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
-_GUARDIAN_SECONDS = 3
-_GUARDIAN = """
-seen() {  # what tells the process from a later one of the same number: when it started
-    if [ -d /proc/self ]; then
-        read -r stat 2>/dev/null <"/proc/$pid/stat" || return 1
-        stat=${stat##*) }; set -- $stat; found=${20}
-    else
-        found=$(ps -o lstart= -p "$pid") || return 1
-    fi
-}
-name=$1 rounds=$2
-shift 2
-read -r pid group && seen && start=$found
-read -r end
-for base; do
-    rm -f -- "$base/$name/s" 2>/dev/null
-    rmdir -- "$base/$name" 2>/dev/null
-done
-pause() {
-    sleep .1 2>/dev/null || sleep 1
-    rounds=$((rounds - 1))
-}
-if [ -z "$pid" ]; then  # the host had no time to tell: whom it has started, the environment tells, where there is /proc
-    while [ "$rounds" -gt 0 ]; do pause; done
-    for file in $(grep -ls -- "/$name/s" /proc/[0-9]*/environ); do
-        pid=${file#/proc/} pid=${pid%/*}
-        kill -s KILL -- "-$pid" "$pid" 2>/dev/null
-    done
-    exit 0
-fi
-while [ "$rounds" -gt 0 ] && seen && [ "$found" = "$start" ]; do pause; done
-if seen && [ "$found" != "$start" ]; then exit 0; fi  # a later process has the number: then nobody is left in the group
-kill -s KILL -- "$group$pid" 2>/dev/null
-"""
 
 
 def _popen(argv: Sequence[str], **options: Any) -> Any:
-    """A subprocess.Popen, unbuffered. The pipes are made here: what Popen has opened when it finds no descriptor for the
-    next, it leaves open."""
+    """A subprocess.Popen, unbuffered. The pipes are made here: what Popen has opened when it finds no
+    descriptor for the next, it leaves open."""
     given = {name: options.pop(name, None) for name in ("stdin", "stdout", "stderr")}
     theirs: list[int] = []
     ours: dict[str, int] = {}
@@ -4729,32 +4656,33 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
         for fd in theirs:
             os.close(fd)
     for name, fd in ours.items():
-        setattr(process, name, open(fd, "wb" if name == "stdin" else "rb", buffering=0))  # noqa: SIM115 -- it is the process's
+        setattr(process, name, open(fd, "wb" if name == "stdin" else "rb", buffering=0))  # noqa: SIM115
     return process
 
 
 class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
-    """What a plugin, and each process that it starts, may use at most. None, the default, is no limit. Immutable.
+    """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
-    - `memory` (bytes): on POSIX the address space of each process, on Windows what all of them have allocated together.
-      An allocation past it fails: in Python that is a MemoryError. macOS enforces none. Runtimes that reserve much
-      address space (Node's, Go's, Java's) need far more than they use.
-    - `cpu_seconds`: on POSIX the processor time of each process, in whole seconds, rounded up; on Windows that of all of
-      them together. What goes over it is ended, and PluginCrashed says so.
-    - `open_files` (a count): descriptors in each process; to open one more fails with OSError. Windows has no such limit.
+    - `memory` (bytes): on POSIX the address space of each process, on Windows what all of them have
+      allocated together. An allocation past it fails: in Python that is a MemoryError. macOS enforces none.
+      Runtimes that reserve much address space (Node's, Go's, Java's) need far more than they use.
+    - `cpu_seconds`: on POSIX the processor time of each process, in whole seconds, rounded up; on Windows
+      that of all of them together. What goes over it is ended, and PluginCrashed says so.
+    - `open_files` (a count): descriptors in each process; to open one more fails with OSError. Windows has
+      no such limit.
 
-    A limit that this system does not have is not set, and the plugin's logger warns of it. A stricter one that the host
-    itself is under stays. Raises ValueError for what is no positive number.
+    A limit that this system does not have is not set, and the plugin's logger warns of it. A stricter one
+    that the host itself is under stays. Immutable. Raises ValueError for what is no positive number.
     """
 
     __slots__ = ()
 
-    def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None, open_files: int | None = None) -> Limits:
+    def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
+                open_files: int | None = None) -> Limits:
         for name, value in (("memory", memory), ("cpu_seconds", cpu_seconds), ("open_files", open_files)):
-            whole = name != "cpu_seconds"
-            kinds = (int,) if whole else (int, float)
-            if value is not None and (type(value) is bool or not isinstance(value, kinds) or not 0 < value < float("inf")):
-                raise ValueError(f"{name}={value!r}: it is a positive {'whole number' if whole else 'number'}, or None")
+            kinds, word = ((int, float), "number") if name == "cpu_seconds" else ((int,), "whole number")
+            if value is not None and (type(value) not in kinds or not 0 < value < float("inf")):
+                raise ValueError(f"{name}={value!r}: it is a positive {word}, or None")
         return super().__new__(cls, memory, cpu_seconds, open_files)
 
     def _not_enforced(self) -> str | None:
@@ -4763,425 +4691,444 @@ class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
         return name if name and getattr(self, name) is not None else None
 
     def _as_job(self, stays: bool = False) -> bytes:
-        """As JOBOBJECT_EXTENDED_LIMIT_INFORMATION of Windows, for a job that ends with its last handle, unless it stays."""
-        time_limit, memory_limit, kill_on_close = 0x4, 0x200, 0x2000  # of the whole job, both
-        flags = kill_on_close * (not stays) | time_limit * bool(self.cpu_seconds) | memory_limit * bool(self.memory)
+        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of a job that ends with its last handle, unless it stays."""
+        time_limit, memory_limit, kill_on_close = 0x4, 0x200, 0x2000  # of the whole job, the first two
+        flags = 0 if stays else kill_on_close
+        flags |= time_limit * bool(self.cpu_seconds) | memory_limit * bool(self.memory)
         ticks = min(int((self.cpu_seconds or 0) * 10**7), (1 << 63) - 1)  # of 100 ns
         memory = min(self.memory or 0, (1 << 8 * struct.calcsize("N")) - 1)
         return struct.pack("qqINNINII6Q4N", 0, ticks, flags, *[0] * 12, 0, memory, 0, 0)
 
     def _command(self, argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
-        """A command that sets the limits and then becomes `argv`, so that they hold for it and whatever it starts.
-
-        A shell does that: nothing of Python's runs between fork and exec, and nothing of the plugin's before they hold.
-        """
+        """A command that sets the limits and then becomes `argv`. A shell does that: nothing of Python's runs
+        between fork and exec, and nothing of the plugin's before they hold."""
         if not os.path.exists(_SHELL):
             raise OSError(f"its limits cannot be set: there is no {_SHELL}")
-        resource = _import("resource")
         seconds = None if self.cpu_seconds is None else int(-(-self.cpu_seconds // 1))
         memory = None if sys.platform == "darwin" else self.memory
-        steps = []
-        for option, kind, value, unit in (("-S -t", "CPU", seconds, 1), ("-H -t", "CPU", seconds and seconds + 1, 1),
-                                          ("-v", "AS", memory, 1024), ("-n", "NOFILE", self.open_files, 1)):
-            if value is not None:
-                hard = resource.getrlimit(getattr(resource, f"RLIMIT_{kind}"))[1]
-                value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-                steps.append(f"ulimit {option} {max(1, value // unit)}")
+        steps = [self._step("-S -t", "CPU", seconds), self._step("-H -t", "CPU", seconds and seconds + 1),
+                 self._step("-v", "AS", memory, 1024), self._step("-n", "NOFILE", self.open_files)]
         if "PWD" not in env:
             steps.append("unset PWD")  # which the shell has set
-        lost = [f"{name}={value}" for name, value in env.items() if not (name.isascii() and name.isidentifier())]
-        again = ["env", *lost] if lost else []  # some shells drop variables with such names
-        return [_SHELL, "-c", " && ".join([*steps, 'exec "$@"']), "miniplug-limits", *again, *argv]
+        odd = [f"{name}={env[name]}" for name in env if not (name.isascii() and name.isidentifier())]
+        again = ["env", *odd] if odd else []  # some shells drop variables with such names
+        script = " && ".join([*filter(None, steps), 'exec "$@"'])
+        return [_SHELL, "-c", script, "miniplug-limits", *again, *argv]
+
+    @staticmethod
+    def _step(option: str, kind: str, value: int | None, unit: int = 1) -> str:
+        if value is None:
+            return ""
+        resource = _import("resource")
+        hard = resource.getrlimit(getattr(resource, f"RLIMIT_{kind}"))[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        return f"ulimit {option} {max(1, value // unit)}"
 
     def _broken(self, code: int, seconds: float) -> str:
-        """Which limit a process went over that ended so, after so many seconds of processor time, as words; or none."""
+        """Which limit a process went over that ended so, after so many seconds of processor time; or ""."""
         killed, time_up = -9, 1816 if _WINDOWS else -24  # SIGXCPU; at the hard limit it is SIGKILL
-        if self.cpu_seconds is not None and (code == time_up or (code == killed and seconds >= self.cpu_seconds)):
+        over = self.cpu_seconds is not None and code == killed and seconds >= self.cpu_seconds
+        if over or (self.cpu_seconds is not None and code == time_up):
             return f", over its limit of {self.cpu_seconds:g} cpu_seconds"
         if self.memory is not None and code < 0 and code not in (killed, -15):
             return f", perhaps for its limit of {self.memory} bytes of memory"
         return ""
 
 
-class _Tree:
-    """What the kinds of process trees have in common."""
+# What the guardian does. It reads "+PID" of a process that leads a group, "=PID" of one that leads none, and
+# "-PID" when it is not to be ended any more. When the host is gone it removes the doors' folders, gives the
+# processes some time to end by themselves, and kills those that have not, and what is left of their groups.
+# Each is known by its start time as well, so that no later process of its number is meant. (A number that a
+# group has is given to nobody: so what the leader has left behind is killed without a look.)
+_GUARDIAN_SECONDS = 3
+_GUARDIAN = """
+begun() {  # when the process $1 has begun
+    if [ -d /proc/self ]; then
+        read -r stat 2>/dev/null <"/proc/$1/stat" || return 1
+        set -- ${stat##*) }
+        found=${20}
+    else
+        set -- $(ps -o lstart= -p "$1")
+        [ $# -gt 0 ] && found=$2-$3-$4-$5
+    fi
+}
+folder=$1 rounds=$2
+shift 2
+told=
+while read -r line; do
+    pid=${line#?} others=
+    for each in $told; do
+        case $each in [+=]$pid@*) ;; *) others="$others $each" ;; esac
+    done
+    told=$others
+    case $line in [+=]*) begun "$pid" && told="$told $line@$found" ;; esac
+done
+for base; do
+    for each in "$base/$folder"-*; do
+        if [ -d "$each" ]; then
+            rm -f -- "$each/s"
+            rmdir -- "$each"
+        fi
+    done
+done 2>/dev/null
+runs() { begun "$pid" && [ "$found" = "$start" ]; }
+left() {
+    for each in $told; do
+        pid=${each%%@*} start=${each#*@}
+        pid=${pid#?}
+        runs && return 0
+    done
+    return 1
+}
+while [ "$rounds" -gt 0 ] && left; do
+    sleep .1 2>/dev/null || sleep 1
+    rounds=$((rounds - 1))
+done
+for each in $told; do
+    pid=${each%%@*} start=${each#*@}
+    group=${pid%%[0-9]*} pid=${pid#?}
+    if runs || { [ "$group" = + ] && ! begun "$pid"; }; then
+        [ "$group" = + ] && pid=-$pid
+        kill -s KILL -- "$pid"
+    fi
+done 2>/dev/null
+"""
+
+
+class _Guardian:
+    """A process that outlives this host by a moment, and ends what the host was to end. There is one while
+    any plugin runs or starts. Any thread may call this; `_lock` protects all of it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: Any = None
+        self._told: set[int] = set()  # the processes that it is to end
+        self._users = 0
+        self._numbers = itertools.count(1)
+        self._folder = _folder_name()
+
+    def hire(self) -> str:
+        """Somebody starts a plugin, and will `leave`. Returns the name of a folder for the door."""
+        with self._lock:
+            self._users += 1
+            if self._process is None and not _WINDOWS:
+                self._process = self._started()
+            return f"{self._folder}-{next(self._numbers)}"
+
+    def _started(self) -> Any:
+        """None where there is no shell: a plugin still ends by itself when its connection does."""
+        rounds = str(_GUARDIAN_SECONDS * 10)
+        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", self._folder, rounds, *_temp_folders()]
+        try:
+            return _popen(argv, stdin=_PIPE, stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
+                          env={"PATH": os.defpath}, start_new_session=True)
+        except OSError:
+            return None
+
+    def watch(self, pid: int, leads: bool) -> None:
+        self._tell(b"%s%d\n" % (b"+" if leads else b"=", pid), self._told.add, pid)
+
+    def forget(self, pid: int) -> None:
+        """To be called while the number is still the process's own."""
+        self._tell(b"-%d\n" % pid, self._told.discard, pid)
+
+    def _tell(self, line: bytes, note: Callable[[int], None], pid: int) -> None:
+        with self._lock:
+            note(pid)
+            try:
+                if self._process is not None and self._process.poll() is None:
+                    self._process.stdin.write(line)
+            except BrokenPipeError:
+                pass  # somebody has just killed it
+
+    def leave(self) -> None:
+        """The plugin of a `hire` is gone. With the last one the guardian goes."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._part()
+
+    def at_exit(self) -> None:
+        """What is left is its now."""
+        with self._lock:
+            self._part()
+
+    def _part(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.stdin.close()
+        try:
+            if not self._told:
+                process.wait(1.0)
+        except _import("subprocess").TimeoutExpired:  # somebody has stopped it
+            process.kill()
+            process.wait()
+
+    def disown(self) -> None:
+        """In a forked child: let go of what would keep the guardian waiting."""
+        if self._process is not None:
+            self._process.returncode = 0
+            self._process.stdin.close()
+        self.__init__()  # type: ignore[misc]
+
+
+_guardian = _Guardian()
+
+
+class _PosixProcess:
+    """A process, and the group that it leads unless it shares the terminal. `_lock` protects `_reaped`:
+    nobody is signalled after the reaping, when the number may be another's."""
 
     excess = ""  # which limit it went over, in words, once it is reaped
 
-    def look(self) -> None:
-        """Note who is in the tree, where nothing tells that later."""
-
-
-def _start_guardian(name: str) -> Any:
-    """Have a guardian wait for the end of this host; first of all, as what comes into being later it cleans up as well: the
-    folder of that name, and the process that it is told of. None where there can be none."""
-    argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", name, str(_GUARDIAN_SECONDS * 10), *_temp_folders()]
-    try:
-        return None if _WINDOWS else _popen(argv, stdin=_PIPE, stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
-                                            env={"PATH": os.defpath}, start_new_session=True)
-    except OSError:
-        return None  # no shell: the plugin still ends by itself when its connection does
-
-
-def _dismiss(guardian: Any) -> None:
-    """There is nothing left for it to do: the folder goes before it, as at interpreter exit the thread that would remove
-    that may not come to it any more."""
-    if guardian is not None:
-        name, _, *bases = guardian.args[4:]
-        for folder in (os.path.join(base, name) for base in bases):
-            _remove_socket(os.path.join(folder, "s"), folder)
-        guardian.kill()
-        guardian.wait()
-        guardian.stdin.close()
-
-
-class _PosixTree(_Tree):
-    """A process and its group. No signal is sent once the process is reaped, when its number may be another's."""
-
-    def __init__(self, argv: Sequence[str], shares_terminal: bool, guardian: Any, limits: Limits | None, **popen: Any) -> None:
-        self._guardian = guardian
-        self._lock = threading.Lock()  # protects that nobody is signalled after the reaping
+    def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
+        self._limits, self._leads = limits, not terminal
+        self._lock = threading.Lock()
         self._reaped = False
-        self._lost = False  # whether somebody else in this host has reaped it, so that nobody knows how it ended
-        self._leads = not shares_terminal
-        self._below: dict[int, str] = {}  # without a group: what it started, as far as known, and when each of that began
-        self._limits = limits
         argv = limits._command(argv, popen["env"]) if limits else argv
-        try:
-            self.popen = _popen(argv, start_new_session=self._leads, **popen)
-            if self._guardian is not None:
-                self._guardian.stdin.write(b"%d %s\n" % (self.popen.pid, b"-" * self._leads))
-        except BrokenPipeError:
-            pass  # somebody killed the guardian
-        except BaseException:
-            _dismiss(guardian)
-            raise
+        self._popen = _popen(argv, start_new_session=self._leads, **popen)
+        self.pid: int = self._popen.pid
+        self.stdout, self.stderr = self._popen.stdout, self._popen.stderr
+        self._guarded = True
+        _guardian.hire()
+        _guardian.watch(self.pid, self._leads)
 
     def signal(self, kill: bool) -> None:
-        """Terminate the whole tree, or kill it."""
-        number = 9 if kill else 15
-        self.look()
         with self._lock:
-            for pid, start in self._below.items():
-                _signal(pid, start, number)
             try:
                 if not self._reaped:
-                    (_posix.killpg if self._leads else os.kill)(self.popen.pid, number)
+                    (_posix.killpg if self._leads else os.kill)(self.pid, 9 if kill else 15)
             except OSError:
                 pass  # there is nobody left (or only the dead, which macOS calls a lack of permission)
 
-    def look(self) -> None:
-        """Note who is in the tree, if no group tells: whose parent has ended is found no more."""
-        with self._lock:
-            if self._leads or self._reaped:
-                return
-            processes = _processes()
-            family = [self.popen.pid, *(pid for pid, start in self._below.items() if processes.get(pid, (0, ""))[1] == start)]
-            for parent in family:  # it grows while it is walked
-                family += [pid for pid, (above, _) in processes.items() if above == parent and pid not in family]
-            self._below = {pid: processes[pid][1] for pid in family[1:]}
-
     def await_exit(self) -> None:
-        """Wait until the process has ended. It stays unreaped, so that its number stays its own."""
+        """It stays unreaped, so that its number stays its own."""
         try:
             if hasattr(os, "waitid"):
-                _posix.waitid(_posix.P_PID, self.popen.pid, _posix.WEXITED | _posix.WNOWAIT)
+                _posix.waitid(_posix.P_PID, self.pid, _posix.WEXITED | _posix.WNOWAIT)
             else:  # macOS before Python 3.13: a group keeps the number while anybody is in it
-                self.popen.wait()
+                self._popen.wait()
         except ChildProcessError:
-            self._lost = True
+            pass  # somebody else in this host has reaped it
 
     def reap(self) -> int | None:
+        """None if somebody else has reaped it, so that nobody knows how it ended."""
+        self.keep()
         with self._lock:
-            used = 0.0
-            if self.popen.returncode is None and not self._lost:
-                try:
-                    _, status, usage = _posix.wait4(self.popen.pid, 0)
-                    signalled = _posix.WIFSIGNALED(status)
-                    self.popen.returncode = -_posix.WTERMSIG(status) if signalled else _posix.WEXITSTATUS(status)
-                    used = usage.ru_utime + usage.ru_stime
-                except ChildProcessError:
-                    self._lost = True
-            code = self.popen.wait()
             self._reaped = True
-        _dismiss(self._guardian)
-        self.excess = self._limits._broken(code, used) if self._limits and not self._lost else ""
-        return None if self._lost else int(code)
+            try:
+                if self._popen.returncode is None:
+                    _, status, usage = _posix.wait4(self.pid, 0)
+                    signalled = _posix.WIFSIGNALED(status)
+                    code = -_posix.WTERMSIG(status) if signalled else _posix.WEXITSTATUS(status)
+                    self._popen.returncode = code
+                    if self._limits:
+                        self.excess = self._limits._broken(code, usage.ru_utime + usage.ru_stime)
+            except ChildProcessError:
+                self._popen.wait()  # which then knows that there is nothing to wait for
+                return None
+        return int(self._popen.returncode)
 
     def keep(self) -> None:
-        """It is to stay when this process goes."""
-        _dismiss(self._guardian)
+        if self._guarded:
+            self._guarded = False
+            _guardian.forget(self.pid)
+            _guardian.leave()
 
     def disown(self) -> None:
-        """In a forked child of the host: let go of what would keep the guardian waiting."""
         self._reaped = True
-        self.popen.returncode = 0
-        if self._guardian is not None:
-            self._guardian.returncode = 0
-            self._guardian.stdin.close()
+        self._popen.returncode = 0
 
 
-def _processes(only: int | None = None) -> dict[int, tuple[int, str]]:
-    """Every process, or one: {its number: (its parent's, when it began)}. The latter tells it from a later one with its
-    number."""
-    found: dict[int, tuple[int, str]] = {}
-    if os.path.isdir("/proc/self"):
-        for pid in filter(str.isdigit, os.listdir("/proc") if only is None else [str(only)]):
-            try:
-                with open(f"/proc/{pid}/stat", "rb") as stat:
-                    fields = stat.read().decode("ascii", "replace").rpartition(") ")[2].split()
-                found[int(pid)] = int(fields[1]), fields[19]
-            except (OSError, ValueError, IndexError):
-                pass  # it has just ended
-        return found
-    subprocess = _import("subprocess")
-    try:
-        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,lstart="], stdout=subprocess.PIPE, check=False).stdout
-    except OSError:
-        return {}
-    for pid, parent, start in (line.split(None, 2) for line in listing.decode("ascii", "replace").splitlines()):
-        found[int(pid)] = int(parent), start
-    return found
+class _WindowsProcess:
+    """A process in a job object, which ends with its last handle: with the host, however that ends. `_lock`
+    protects `_job`: nothing is done to whatever has the number of a closed handle."""
 
+    excess = ""
+    _CALLS = ("CreateJobObjectW", 2), ("SetInformationJobObject", 4), ("AssignProcessToJobObject", 2), \
+             ("TerminateJobObject", 2), ("CloseHandle", 1)
 
-def _signal(pid: int, start: str, number: int) -> None:
-    """Signal a process, but none that has its number now."""
-    try:
-        fd = _posix.pidfd_open(pid)  # whoever has the number: the descriptor stands for nobody else
-    except (AttributeError, OSError):
-        fd = -1  # there are none here, or the process has ended
-    try:
-        if _processes(pid).get(pid, (0, ""))[1] == start:
-            if fd >= 0:
-                _import("signal").pidfd_send_signal(fd, number)
-            else:
-                os.kill(pid, number)
-    except OSError:
-        pass  # it has ended
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
-class _Job:
-    """A job object of Windows, which ends with its last handle, and all in it. These are its system calls, with their types:
-    ctypes takes what it is not told for an int, and would cut a handle in two."""
-
-    def __init__(self) -> None:
-        ctypes = _import("ctypes")
-        handle, pointer, number, success = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int
-        self._lock = threading.Lock()  # protects that nothing is done to whatever has the number of a closed handle
-        self._kernel = ctypes.WinDLL("kernel32")
-        for name, result, *types in (("CreateJobObjectW", handle, pointer, pointer),
-                                     ("SetInformationJobObject", success, handle, success, pointer, number),
-                                     ("AssignProcessToJobObject", success, handle, handle),
-                                     ("TerminateJobObject", success, handle, number),
-                                     ("CloseHandle", success, handle)):
-            function = getattr(self._kernel, name)
-            function.restype, function.argtypes = result, types
-        self._resume = ctypes.WinDLL("ntdll").NtResumeProcess
-        self._resume.restype, self._resume.argtypes = success, [handle]
-        self._handle = self._kernel.CreateJobObjectW(None, None)
-
-    def limit(self, settings: bytes) -> bool:
-        """Set its limits, a JOBOBJECT_EXTENDED_LIMIT_INFORMATION. False if Windows refuses."""
-        return bool(self._kernel.SetInformationJobObject(self._handle, 9, settings, len(settings)))
-
-    def begin(self, process: int, needed: bool = False) -> bool:
-        """Put a process in that was started suspended, and let it run. False if Windows refuses the former; raises OSError
-        for the latter, and for both if the job is `needed`."""
-        added = self._kernel.AssignProcessToJobObject(self._handle, process)
-        if needed and not added:
-            raise OSError("its limits cannot be set: Windows refuses to put it into a job")
-        status = self._resume(process)
-        if status < 0:
-            raise OSError(f"it cannot be let run: status 0x{status & 0xFFFFFFFF:08X}")
-        return bool(added)
-
-    def end(self) -> None:
-        """End all that is in it."""
-        with self._lock:
-            if self._handle is not None:
-                self._kernel.TerminateJobObject(self._handle, 1)
-
-    def close(self) -> None:
-        with self._lock:
-            handle, self._handle = self._handle, None
-            if handle is not None:
-                self._kernel.CloseHandle(handle)
-
-
-class _WindowsTree(_Tree):
-    """A process in a job object, which ends with its last handle: with the host, however that ends."""
-
-    def __init__(self, argv: Sequence[str], shares_terminal: bool, guardian: Any, limits: Limits | None, **popen: Any) -> None:
+    def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         suspended, new_group, no_window = 0x4, 0x200, 0x08000000
         self._limits = limits
-        self._job = _Job()
+        self._lock = threading.Lock()
+        self._system = self._typed("kernel32", *self._CALLS)
+        self._job = self._system.CreateJobObjectW(None, None)
+        self._popen: Any = None
         try:
-            if not self._job.limit((limits or Limits())._as_job()) and limits:
-                raise OSError("its limits cannot be set: Windows refuses them")
+            self._demand(self._limit(), "Windows refuses them")
             # a group of its own hears no Ctrl-C, not even in the host's console
-            self.popen = _popen(argv, creationflags=suspended | new_group | (0 if shares_terminal else no_window), **popen)
-            self._job.begin(int(self.popen._handle), bool(limits))
+            flags = suspended | new_group | (0 if terminal else no_window)
+            self._popen = _popen(argv, creationflags=flags, **popen)
+            handle = int(self._popen._handle)
+            added = self._system.AssignProcessToJobObject(self._job, handle)
+            self._demand(added, "Windows refuses to put it into a job")
+            status = self._typed("ntdll", ("NtResumeProcess", 1)).NtResumeProcess(handle)
+            if status < 0:
+                raise OSError(f"it cannot be let run: status 0x{status & 0xFFFFFFFF:08X}")
         except BaseException:
-            if hasattr(self, "popen"):
-                self.popen.kill()
-            self._job.close()
+            if self._popen is not None:
+                self._popen.kill()
+            self._close()
             raise
+        self.pid: int = self._popen.pid
+        self.stdout, self.stderr = self._popen.stdout, self._popen.stderr
+
+    @staticmethod
+    def _typed(library: str, *calls: tuple[str, int]) -> Any:
+        """A library with the types of its calls: ctypes takes what it is not told for an int, and would cut a
+        handle in two. What is no handle is as large as one in a register, or smaller."""
+        ctypes = _import("ctypes")
+        functions = ctypes.WinDLL(library)
+        for name, count in calls:
+            function = getattr(functions, name)
+            function.argtypes = [ctypes.c_void_p] * count
+            function.restype = ctypes.c_void_p if name.startswith("Create") else ctypes.c_int
+        return functions
+
+    def _limit(self, stays: bool = False) -> bool:
+        settings = (self._limits or Limits())._as_job(stays)
+        return bool(self._system.SetInformationJobObject(self._job, 9, settings, len(settings)))
+
+    def _demand(self, done: Any, why: str) -> None:
+        """Without limits a process runs without a job, too."""
+        if self._limits and not done:
+            raise OSError(f"its limits cannot be set: {why}")
 
     def keep(self) -> None:
-        """It is to stay when this process goes."""
-        self._job.limit((self._limits or Limits())._as_job(stays=True))
+        self._limit(stays=True)
 
     def signal(self, kill: bool) -> None:
-        """Kill the whole tree: Windows has no gentler way for a process without a window."""
-        self._job.end()
+        """Windows has no gentler way for a process without a window."""
+        with self._lock:
+            if self._job is not None:
+                self._system.TerminateJobObject(self._job, 1)
         try:
-            self.popen.kill()  # in case there is no job
+            self._popen.kill()  # in case there is no job
         except OSError:
             pass  # it has ended
 
     def await_exit(self) -> None:
-        self.popen.wait()
+        self._popen.wait()
 
     def reap(self) -> int:
-        self._job.close()
-        code = int(self.popen.wait())
+        self._close()
+        code = int(self._popen.wait())
         self.excess = self._limits._broken(code, 0.0) if self._limits else ""
         return code
 
+    def _close(self) -> None:
+        with self._lock:
+            job, self._job = self._job, None
+            if job is not None:
+                self._system.CloseHandle(job)
 
-class _Peer:
-    """The process at the other end of a connection, held so that no later one of its number can be meant. Raises OSError
-    or AttributeError where the operating system does not tell which it is, or cannot hold it."""
-
-    def __init__(self, channel: Any) -> None:
-        if _WINDOWS:
-            number = _import("ctypes").c_ulong()
-            kernel = _import("ctypes").WinDLL("kernel32")
-            if not kernel.GetNamedPipeServerProcessId(_import("ctypes").c_void_p(channel._handle), _import("ctypes").byref(number)):
-                raise OSError("there is no telling")
-            self.pid = int(number.value)
-            self._handle = _import("_winapi").OpenProcess(0x100001, False, self.pid)  # PROCESS_TERMINATE, SYNCHRONIZE
-            self._ways: tuple[int, ...] = (1,)  # the exit code
-        else:
-            self.pid = struct.unpack("3i", channel.sock.getsockopt(socket.SOL_SOCKET, _network.SO_PEERCRED, 12))[0]
-            self._handle = _posix.pidfd_open(self.pid)
-            leads = _posix.getpgid(self.pid) == self.pid
-            self._ways = (4, 0) if leads else (0,)  # PIDFD_SIGNAL_PROCESS_GROUP, which Linux knows since 6.9
-
-    def wait(self, seconds: float) -> bool:
-        """Wait until it has ended. False if it has not within that many seconds."""
-        if _WINDOWS:
-            return bool(_import("_winapi").WaitForSingleObject(self._handle, int(seconds * 1000)) == 0)
-        return _wait_for(self._handle, False, time.monotonic() + seconds)
-
-    def kill(self) -> None:
-        """Kill it, and what there is of the group that it leads, also when it has ended itself."""
-        for way in self._ways:
-            try:
-                if _WINDOWS:
-                    _import("_winapi").TerminateProcess(self._handle, way)
-                else:
-                    _import("signal").pidfd_send_signal(self._handle, 9, None, way)
-                break
-            except OSError:
-                pass  # there is nobody left
-
-    def __del__(self) -> None:
-        if hasattr(self, "_handle"):
-            _import("_winapi").CloseHandle(self._handle) if _WINDOWS else os.close(self._handle)
+    def disown(self) -> None:
+        """There are no forks."""
 
 
-class _PeerTree(_Tree):
-    """Stands for a process that somebody else has started, to which there is but a connection. `peer`: the process, where
-    the operating system proves that it is the one of that number."""
+class _NoProcess:
+    """Stands for a process that is another host's, or this one itself: there is but a connection to it. What
+    is served here has a `thread` that does that."""
 
     stdout = stderr = None
+    excess = ""
 
-    def __init__(self, channel: _Channel, pid: int) -> None:
-        """To be made before the handshake: the process that answers then has been alive, and had its number, meanwhile."""
-        self.popen, self.pid = self, pid
-        self.peer: _Peer | None = None
-        self._channel = channel
+    def __init__(self, channel: _Channel, pid: int, thread: threading.Thread | None = None) -> None:
+        self.pid, self._channel, self._thread = pid, channel, thread
         self._let_go = threading.Event()
-        try:
-            peer = _Peer(channel)
-            self.pid = peer.pid
-            self.peer = peer if peer.pid == pid != os.getpid() else None
-        except (OSError, AttributeError):
-            pass
 
     def signal(self, kill: bool) -> None:
-        """Cut the connection: that is its end here."""
         self._channel.shutdown()
         self._let_go.set()
 
     def await_exit(self) -> None:
-        self._let_go.wait()
+        self._let_go.wait() if self._thread is None else self._thread.join()
 
-    def reap(self) -> None:
-        self.peer = None
+    def reap(self) -> int | None:
+        return None if self._thread is None else 0
+
+    def keep(self) -> None:
+        """It stays anyway."""
 
     def disown(self) -> None:
         """A forked child has nothing of it."""
 
 
-_LINE_LIMIT = 16 << 20  # bytes; a longer line is delivered in pieces, as it must be kept until its end
+_LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces, as it must be kept until its end
 _TAIL_LINES = 30  # how many last lines an error carries
 _RECORD_LIMIT = 1 << 14  # how much of a log record is kept for that
 
 
 class _Lines:
-    """Bytes to lines: one output stream of a plugin. `deliver` takes each line as text; `tail` keeps the last ones."""
+    """Bytes to lines: one output stream of a plugin, read by one thread. `deliver` takes each line as text;
+    `tail` keeps the last ones."""
 
     def __init__(self, file: IO[bytes], deliver: Callable[[str], Any]) -> None:
         self.file = file
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
-        self.log = deliver if isinstance(deliver, _LogSink) else None
+        self._log = deliver if isinstance(deliver, _LogSink) else None
         self._deliver = deliver
-        self._line = bytearray()  # as much of it as has come
+        utf8 = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
+        self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+        self._begun: list[str] = []  # a line, as much of it as has come
+        self._size = 0
 
-    def read(self) -> bool:
+    def read_until(self, ended: Callable[[], bool], wake: int) -> None:
+        """Deliver lines until the stream ends, or the process has and nothing more comes: another one may
+        hold the pipe open for ever. What has come by then is read for a moment yet."""
+        more, last = True, float("inf")
+        while more and time.monotonic() < last:
+            over = ended()
+            last = min(last, time.monotonic() + 0.8) if over else last
+            if self._await_more(0.0 if over else 0.1 if self._log and self._log.trace else None, wake):
+                more = self._read()
+            else:  # nothing more has come for a moment: a traceback that the log holds back goes on
+                more = not over
+                self._flush()
+        self._flush()
+
+    def _read(self) -> bool:
         """Read what there is and deliver its lines. False at the end."""
         try:
             data = os.read(self.file.fileno(), 1 << 16)
         except OSError:
             data = b""
-        first, *others = data.split(b"\n")
-        self._line += first
-        for line in others:
+        first, *others = self._decoder.decode(data, final=not data).split("\n")
+        self._add(first)
+        for text in others:
             self._end_line()
-            self._line += line
-        if len(self._line) >= _LINE_LIMIT or (self._line and not data):
+            self._add(text)
+        if self._size >= _LINE_LIMIT or (self._size and not data):
             self._end_line()
         return bool(data)
 
+    def _add(self, text: str) -> None:
+        self._begun.append(text)
+        self._size += len(text)
+
     def _end_line(self) -> None:
-        line, self._line = self._line, bytearray()
-        text = line[: -1 if line.endswith(b"\r") else None].decode("utf-8", "backslashreplace")
+        text, self._begun, self._size = "".join(self._begun), [], 0
         self.tail.append(text[:_RECORD_LIMIT] if text.startswith("{") else _cut(text))
         _guard(self._deliver, text)
+
+    def _flush(self) -> None:
+        if self._log is not None:
+            _guard(self._log.flush)
 
     def last(self) -> list[str]:
         """The last lines, for people: a log record reads as one does in a log."""
         lines = [line for text in self.tail for line in _readable(text).splitlines() or [""]]
         return [_cut(line) for line in lines[-_TAIL_LINES:]]
 
-    def flush(self) -> None:
-        """Nothing more has come for a moment: a traceback that the log holds back goes on."""
-        if self.log is not None:
-            _guard(self.log.flush)
-
-    def await_more(self, seconds: float | None, wake: int) -> bool:
+    def _await_more(self, seconds: float | None, wake: int) -> bool:
         """Wait for something to read, until there is something in `wake`. False if there is nothing."""
         if not _WINDOWS:
             poll = _import("select").poll()
             poll.register(self.file, 1)  # POLLIN
             poll.register(wake, 1)
-            ready = poll.poll(None if seconds is None else seconds * 1000)
-            return self.file.fileno() in dict(ready)
+            return self.file.fileno() in dict(poll.poll(None if seconds is None else seconds * 1000))
         handle = _import("msvcrt").get_osfhandle(self.file.fileno())
         deadline = time.monotonic() + (seconds or 0.0)
         try:
@@ -5198,15 +5145,16 @@ def _readable(line: str) -> str:
     """A log record as text, with its traceback on lines of its own. Any other line is itself."""
     try:
         fields = json.loads(line) if line.startswith("{") else {}
-        message, level, trace = fields["@message"], str(fields.get("@level", "info")), fields.get("@traceback")
+        message, level = fields["@message"], str(fields.get("@level", "info"))
         more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
-        return f"[{level.upper()}] {fields.get('@module', '')}: {message}{more}" + (f"\n{trace}" if trace else "")
+        trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
+        return f"[{level.upper()}] {fields.get('@module', '')}: {message}{more}{trace}"
     except (ValueError, KeyError, RecursionError):
         return line
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
-    """Call what the host has given us (a callable, a log handler). What it raises is logged, and stops nothing."""
+    """Call what the host has given us (a callable, a log handler). What it raises is logged, no more."""
     try:
         function(*args)
     except BaseException as error:
@@ -5240,7 +5188,7 @@ class _LogSink:
             self._logger.log(30 if self._stderr else 20, "%s", line)
 
     def _goes_on(self, line: str) -> bool:
-        """Whether the traceback does: up to the line that names the exception, and then with the next of a chain."""
+        """Whether the traceback does: up to the line that names the exception, or with one of a chain."""
         if not self.trace[-1].startswith((" ", *self._HEADS)):
             return line in self._LINKS
         return line.startswith(" ") or not self.trace[0].startswith(" ")
@@ -5261,12 +5209,17 @@ class _LogSink:
             return False
         name, number = fields.pop("@module", ""), fields.pop("@levelno", None)
         number = number if type(number) is int else _LEVELS.get(level, 20)
-        logger = self._parent.getChild(name) if isinstance(name, str) and name not in ("", "root") else self._parent
-        if not logger.isEnabledFor(number):
-            return True
+        own = isinstance(name, str) and name not in ("", "root")
+        logger = self._parent.getChild(name) if own else self._parent
+        if logger.isEnabledFor(number):
+            logger.handle(self._made(logger, number, message, fields))
+        return True
+
+    @staticmethod
+    def _made(logger: logging.Logger, number: int, message: str, fields: dict[str, Any]) -> logging.LogRecord:
         record = logger.makeRecord(logger.name, number, "(plugin)", 0, "%s", (message,), None)
         trace = fields.pop("@traceback", None)
-        record.exc_text = trace if isinstance(trace, str) else None  # which formatters print below the message
+        record.exc_text = trace if isinstance(trace, str) else None  # formatters print it below the message
         try:
             when = fields.pop("@timestamp").replace("Z", "+00:00")
             created = _import("datetime").datetime.fromisoformat(when).timestamp()
@@ -5276,22 +5229,21 @@ class _LogSink:
             pass  # then it is the time of its arrival
         known = _standard_fields()
         vars(record).update((key, value) for key, value in fields.items() if key not in known)
-        logger.handle(record)
-        return True
+        return record
 
 
 _WINDOWS_ERRORS = {
     0xC0000005: "an access violation", 0xC000001D: "an illegal instruction", 0xC0000094: "a division by zero",
     0xC00000FD: "a stack overflow", 0xC0000135: "a DLL that is missing", 0xC000013A: "Ctrl-C",
-    0xC0000142: "a DLL that did not start", 0xC0000374: "a heap that is corrupt", 0xC0000409: "abort() or a buffer overrun",
-    0xE06D7363: "a C++ exception"}
+    0xC0000142: "a DLL that did not start", 0xC0000374: "a heap that is corrupt",
+    0xC0000409: "abort() or a buffer overrun", 0xE06D7363: "a C++ exception"}
 
 
 def _end_words(code: int | None) -> tuple[str, str | None]:
     """How a process ended, in words, and the name of the signal if it was one."""
     if code is None:
         return "ended", None
-    if 0xC0000000 <= code < 0xF0000000:  # an error of Windows, or one that a language has numbered for itself
+    if 0xC0000000 <= code < 0xF0000000:  # an error of Windows, or a language's own
         return f"died of {_WINDOWS_ERRORS.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
     if code >= 0:
         return f"exited with status {code}", None
@@ -5306,176 +5258,360 @@ def _last_words(lines: Sequence[str]) -> str:
     return ". The last it wrote:" + "".join(f"\n    {line}" for line in lines[-20:]) if lines else ""
 
 
-# === 10. plugin =========================================================================================
+# === 10. plugin =======================================================================================
+#
+# Four rooms. The recipe: what was asked for, checked once. A run: one process, from its start to its end. The
+# supervisor: which run calls go to, and when another is started. Plugin: what the user holds, which has no
+# state but the name of its supervisor.
+#
+# A lock of a lower room is taken while one of a higher is held, never the other way: the supervisor's `news`,
+# then a session's. Nothing is started, ended, sent or called back under `news`.
+
+_PAUSE = 0.1  # seconds between a crash and the next start; twice that after another one, and so on
+_LONGEST_PAUSE = 10.0
+
+
+def _is_seconds(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and value >= 0)
+
+
+def _is_path(value: Any) -> bool:
+    return value is None or isinstance(value, (str, bytes, os.PathLike))
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_output(value: Any, words: Sequence[str] = ("discard", "inherit", "log")) -> bool:
+    return value in words if isinstance(value, str) else value is not None
+
+
+def _is_environment(env: Any) -> bool:
+    items = env.items() if hasattr(env, "items") else env and [(None,)]
+    return all(isinstance(part, str) for item in items or () for part in item)
+
+
+# What the options take. Their defaults are those of Plugin's signature, where type checkers look for them.
+_OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
+    ("name", "it is a str", TypeError, lambda value: value is None or isinstance(value, str)),
+    ("handshake", "it is a miniplug.Handshake", TypeError,
+     lambda value: hasattr(value, "magic_cookie_value")),  # that of another copy of this file will do
+    ("protocol_versions", "each of it is a whole number, at least 0", ValueError,
+     lambda value: all(map(_is_count, value))),
+    ("cwd python", "it is a path", TypeError, _is_path),
+    ("env", "names and values are str", TypeError, _is_environment),
+    ("start_timeout call_timeout", "it is a number of seconds, or None for no limit", ValueError,
+     _is_seconds),
+    ("restart_window heartbeat idle_timeout", "it is more than 0 seconds, or None", ValueError,
+     lambda value: _is_seconds(value) and value != 0),
+    ("max_restarts", "it is a whole number, at least 0", ValueError, _is_count),
+    ("max_message", f"it is a whole number, at least {_HELLO_LIMIT}", ValueError,
+     lambda value: _is_count(value, _HELLO_LIMIT)),
+    ("stdin", "it is 'discard', 'inherit', or a file", ValueError,
+     lambda value: _is_output(value, ("discard", "inherit"))),
+    ("stdout stderr", "it is 'log', 'inherit', 'discard', a function, or a text file", ValueError,
+     _is_output),
+    ("logger", "it is a logging.Logger (that of a LoggerAdapter is its .logger)", TypeError,
+     lambda value: value is None or hasattr(value, "getChild")),
+    ("limits", "it is a miniplug.Limits", TypeError,
+     lambda value: value is None or isinstance(value, Limits)),
+    ("on_start on_exit", "it is a function, which is called with the plugin", TypeError,
+     lambda value: value is None or callable(value)),
+    ("inherit_env managed persist", "it is True or False", TypeError, lambda value: value in (True, False)))
+
+
+# The options that attach() and local() do not take.
+_NO_PROCESS: dict[str, Any] = dict(  # noqa: C408
+    python=None, env=None, idle_timeout=None, on_start=None, on_exit=None, limits=None, stdin="discard",
+    stdout="log", stderr="log", max_restarts=0, restart_window=60.0, inherit_env=True, managed=True,
+    persist=False)
+
+
+class _Recipe:
+    """What a plugin is made from: the options, checked once, as attributes. None of it changes any more, so
+    any thread may read it. `config`: of a process that is attached to. `process`: what starts one."""
+
+    _process: Callable[..., Any] = _WindowsProcess if _WINDOWS else _PosixProcess
+
+    def __init__(self, command: _Command, handshake: Handshake, protocol_versions: Iterable[int] | None,
+                 sha256: Any = None, config: dict[str, Any] | None = None, **options: Any) -> None:
+        versions = [*protocol_versions] if protocol_versions else [getattr(handshake, "protocol_version", 1)]
+        options.update(handshake=handshake, protocol_versions=versions)
+        for names, words, kind, is_right in _OPTIONS:
+            for name in names.split():
+                if name in options and not is_right(options[name]):
+                    raise kind(f"{name}={options[name]!r}: {words}")
+        vars(self).update(_NO_PROCESS, **options)
+        self.config = config
+        self.process = type(self)._process
+        self.command = _checked_command(command)
+        self.sha256 = _checked_digests(sha256, self.command)
+        self.name: str = options["name"] or _default_name(self.command)
+        limit = options.get("start_timeout")
+        self.start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
+        self.cwd = None if options.get("cwd") is None else os.fsdecode(options["cwd"])
+        try:
+            self.folder = os.path.abspath(self.cwd or "")  # what is relative starts there
+        except FileNotFoundError:  # the current folder is gone
+            self.folder = ""
+
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...
+
+    def argv(self) -> list[str]:
+        """What to run, once its files are checked. Raises LaunchError if that can be told to fail."""
+        if not self.command:
+            raise self.not_started([], "the command is empty")
+        argv = self._resolved(self.command) if isinstance(self.command, str) else [*self.command]
+        for path, expected in self.sha256.items():
+            self._check_file(argv, self._program(argv) if path is None else path, expected)
+        return argv
+
+    def _resolved(self, command: str) -> list[str]:
+        name, source, attribute = _split_spec(command)
+        path = source if attribute and not source.endswith(".py") else self._existing(source)
+        if not attribute and not path.endswith((".py", ".pyw")):
+            return [path]
+        what = ["serve", f"{name}={path}:{attribute}"] if attribute else ["run", path]
+        return [*self._interpreter(command), *what]
+
+    def _interpreter(self, command: str) -> list[str]:
+        """What runs Python code by this very file."""
+        python = sys.executable or "" if self.python is None else os.fsdecode(self.python)
+        known = os.path.basename(python).lower().startswith(("python", "pypy", "graalpy"))
+        if self.python is not None or (known and not hasattr(sys, "frozen")):
+            return [python, "-c", _BOOTSTRAP, os.path.abspath(__file__), __name__]
+        if _frozen_mains:
+            return [python, _FROZEN]
+        freeze = ", or call miniplug.freeze_support() first in its main program"
+        freeze = freeze if hasattr(sys, "frozen") else ""
+        which = f"this application ({python or 'an embedded Python'}) has no interpreter of its own to run it"
+        raise self.not_started([command], f"{which}: pass python='/path/to/python'{freeze}")
+
+    def _whole(self, path: str) -> str:
+        whole = os.path.normpath(os.path.join(self.folder, path))
+        if not os.path.isabs(whole):
+            raise self.not_started([], "there is no current folder")
+        return whole
+
+    def _existing(self, path: str) -> str:
+        """A file in the folder, or a program on the path."""
+        whole = self._whole(path)
+        if os.path.isfile(whole):
+            return whole
+        which = _import("shutil").which
+        found = None if os.path.dirname(path) else which(path)
+        if found is not None:
+            return str(found)
+        words = path.split()
+        hint = f"; a program with arguments is a list: {words}" if len(words) > 1 and which(words[0]) else ""
+        why = "it is a folder" if os.path.isdir(whole) else "there is no such file"
+        raise self.not_started([path], f"{whole}: {why}{hint}")
+
+    def _program(self, argv: list[str]) -> str:
+        """The file that a single digest is of. A program of an argument list is looked up here, and run by
+        its path then."""
+        if isinstance(self.command, str):
+            return self._existing(_split_spec(self.command)[1])
+        if _script_of(argv) is argv[0] and not os.path.dirname(argv[0]):
+            argv[0] = _import("shutil").which(argv[0], path=self.environ().get("PATH")) or argv[0]
+        return _script_of(argv)
+
+    def _check_file(self, argv: list[str], path: str, expected: str) -> None:
+        """Raises ChecksumError, or LaunchError for a file that cannot be read."""
+        whole = self._whole(path)
+        digest = _import("hashlib").sha256()
+        try:
+            with open(whole, "rb") as file:
+                for block in iter(partial(file.read, 1 << 20), b""):
+                    digest.update(block)
+        except OSError as error:
+            raise self.not_started(argv, f"{whole} cannot be checked: {error.strerror}") from None
+        actual = digest.hexdigest()
+        if actual != expected:
+            reason = f"{whole} is not the file expected: its SHA-256 is {actual}, not {expected}"
+            raise self.not_started(argv, reason, ChecksumError, path=whole, expected=expected, actual=actual)
+
+    def environ(self) -> dict[str, str]:
+        """What the plugin's environment has beside the address and the key."""
+        env = {name: value for name, value in os.environ.items()
+               if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
+        env.update((_variable(name), value) for name, value in (self.env or {}).items())
+        if self.sha256:
+            env[_SOURCE_ONLY] = "1"
+        if any(path and path.endswith(".py") for path in self.sha256):
+            env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
+        env[_COOKIE_KEY] = self.handshake.magic_cookie_key
+        env[_variable(self.handshake.magic_cookie_key)] = self.handshake.magic_cookie_value
+        env.update({_PERSIST: "1"} if self.persist else {})
+        return env
+
+    def attaches_to(self) -> dict[str, Any] | None:
+        """The config of the process to attach to, if it is not to be started."""
+        text = os.environ.get(_ATTACH)
+        if self.config is not None or not text or self.process is not type(self)._process:
+            return self.config
+        try:
+            configs = json.loads(text)
+            if not isinstance(configs, dict):
+                raise ValueError("it is no object")
+            return _checked_config(configs[self.name]) if self.name in configs else None
+        except (ValueError, RecursionError) as error:
+            reason = f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}"
+            raise self.not_attached(reason) from None
+
+    def not_started(self, argv: list[str], reason: str, kind: type[LaunchError] = LaunchError,
+                    **carried: Any) -> LaunchError:
+        words = _last_words(carried.get("output", ()))
+        return kind(f"the plugin {self.name!r} did not start: {reason}{words}", command=argv, **carried)
+
+    def not_attached(self, reason: str, kind: type[LaunchError] = LaunchError, **carried: Any) -> LaunchError:
+        return kind(f"there is no attaching to the plugin {self.name!r}: {reason}", **carried)
+
 
 class _Run:
-    """One generation of a plugin, from its start to its end: what serves it, what that says, and the session with it.
+    """One process of a plugin, from its start to its end: what it says, the session with it, why it ended.
 
-    `tree` is a process, or stands for one: it has a `popen` (with pid, stdout and stderr), is ended by `signal`, and gone
-    when `await_exit` returns; then `reap` gives the exit code. `disown` forgets it, in a forked child. The run is there
-    before its session is (`open`). `ended` is set when it is over: the tree is gone, the last line delivered, the
-    process reaped and `exit_code` known. `news` is set by then, too. `config`: what another host needs to attach, of a
-    process that stays without this one.
+    It is there before its session is (`open`), and over when `ended` is set: then the last line is delivered,
+    the process reaped, `exit_code` known. Who asks for its end sets `asked` first: an end that nobody asked
+    for is a crash. Its threads: a reader for each output stream; a watcher, which waits for the process and
+    is the one that reaps it; and a minder, if there is a heartbeat or an idle timeout. Any thread may call
+    its methods, and none of them waits without a bound. `_claim` is held for good by who ends the run: the
+    watcher once the process has ended, or else who lets go of that.
     """
 
-    owned = True  # whether the process is to end with it
-
-    def __init__(self, plugin: Plugin, tree: Any, sinks: Sequence[Callable[[str], Any] | None], news: threading.Event) -> None:
-        self.plugin, self.name, self._tree, self._news = plugin, plugin.name, tree, news
+    def __init__(self, supervisor: _Supervisor, process: Any, sinks: Sequence[_Sink | None] = (),
+                 config: dict[str, Any] | None = None, settled: threading.Event | None = None) -> None:
+        self.supervisor, self.recipe, self.process = supervisor, supervisor.recipe, process
+        self.pid: int = process.pid
+        self.owned = config is None  # whether the process is to end with it
+        self.config = config  # what another host needs to attach, of a process that stays without this one
+        self.stays = config is not None  # when this host goes
         self.session: _Session | None = None
+        self.asked = False
         self.exit_code: int | None = None
-        self.config: dict[str, Any] | None = None
-        self.stays = False  # when this process goes
-        self.closing = self._exited = False
-        self._ending = threading.Lock()  # held by the thread that ends it
         self.ended = threading.Event()
-        self.ended_at = 0.0  # when, on the monotonic clock
-        self.verdict = ""  # what is said once it has crashed, and is not started again
-        self._hung = ""  # what is said of one that had to be killed, as it did not answer
-        self._looked = self._silent = self._unused = 0.0  # when `_look` looked last; seconds without an answer, without a call
-        self._number = 0  # of the latest call by then
-        self._threads: list[threading.Thread] = []
-        popen = tree.popen
-        self.pid: int = popen.pid
-        self._streams = [_Lines(file, sink) for file, sink in zip((popen.stdout, popen.stderr), sinks) if file and sink]
-        self._wake: tuple[int, ...] = ()  # a byte in this pipe wakes the threads that read the output
-        _running.add(self)
-        plugin._expect(self)
+        self.ended_at = 0.0  # on the monotonic clock
+        self._settled = settled or threading.Event()  # set when it has connected, was refused, or has ended
+        self._why = ""  # what is said of one that had to be killed
+        self.verdict = ""  # and of one that crashed and is not started again
+        self._claim = threading.Lock()
+        self._exited = False
+        self._readers: list[threading.Thread] = []
+        files = (process.stdout, process.stderr)
+        self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
+        self._wake: list[int] = []  # a pipe: a byte in it wakes the readers
+        _runs.add(self)
         try:
-            self._wake = os.pipe() if self._streams else ()
+            self._wake.extend(os.pipe() if self._streams else ())
             for stream in self._streams:
-                self._threads.append(_start_thread("miniplug-output", self._read, stream))
+                what = stream.read_until, lambda: self._exited, self._wake[0]
+                self._readers.append(_start_thread("miniplug-output", *what))
             _start_thread("miniplug-watch", self._watch)
-        except BaseException:  # no thread to be had
+        except BaseException:  # no descriptor or thread to be had
             self.signal(kill=True)
             self._watch()
             raise
 
-    def _read(self, stream: _Lines) -> None:
-        """Deliver lines until the stream ends, or the process has and nothing more comes: a process that left the group
-        may hold the pipe open for ever."""
-        last = float("inf")
-        more = True
-        while more and time.monotonic() < last:
-            exited = self._exited
-            if exited:
-                last = min(last, time.monotonic() + 0.8)
-            if stream.await_more(0.0 if exited else 0.1 if stream.log and stream.log.trace else None, self._wake[0]):
-                more = stream.read()
-            else:
-                more = not exited
-                stream.flush()
-        stream.flush()
+    # -- its beginning
 
-    def _watch(self) -> None:
-        self._tree.await_exit()
-        if self._ending.acquire(False):
-            asked = self.closing
-            self.signal(kill=True)  # what it has left behind
-            if self.config is not None and self.owned:
-                _remove_stale(self.config["address"], 0.5)
-            self._stop_reading(1.0)
-            self.exit_code = self._tree.reap()
-            self.ended_at = time.monotonic()
-            self.ended.set()
-            self.over()
-            on_exit = self.plugin._on_exit
-            if on_exit is not None and self.session is not None and not asked:
-                _guard(on_exit, self.plugin, what="on_exit")
-        else:  # it was detached
-            self.ended.wait()
-            self._tree.reap()
-        for thread in self._threads:
-            thread.join()  # somebody's callable may hang
-        self._close_files()
+    def open(self, channel: _Channel, terms: _Terms) -> None:
+        """Have a session with it, over an authenticated channel. Raises LaunchError."""
+        recipe = self.recipe
+        session = _open_session(channel, terms, recipe.max_message, _Served({}), self._lost)
+        session.call_timeout = recipe.call_timeout
+        self.session = session
+        if not self.owned:
+            session._unattended.add(-1)  # so that somebody reads, and sees the end, though nobody calls
+            session._pass_on()
+        if self.ended.is_set():  # just before
+            self._end_session()
+        elif self.owned and "persist" in terms.features:
+            self._keep(session)
+        if recipe.heartbeat or recipe.idle_timeout:
+            _start_thread("miniplug-mind", self._mind, session)
+
+    def _keep(self, session: _Session) -> None:
+        """It has said that it stays when this host goes: learn how to attach, and have nothing end it."""
+        try:
+            config = session.call(0, "reattachConfig", (), {}, _HELLO_SECONDS)
+            self.config, self.stays = _checked_config(config), True
+            self.process.keep()
+        except (PluginError, ValueError, _Sealed) as error:
+            words = f"the plugin {self.recipe.name!r} stays, and does not say how to attach to it: {error}"
+            raise LaunchError(words) from None
+
+    @property
+    def takes_calls(self) -> bool:
+        return self.session is not None and self.session.ended is None and not self.asked
+
+    def _mind(self, session: _Session) -> None:
+        """See that it answers, and is used. In rounds: that this host stood still for once tells nothing."""
+        heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
+        pause = min(heartbeat / 4, idle / 8)
+        silent = unused = 0.0
+        number = next(session._numbers)
+        while not self.ended.wait(pause) and session.ended is None:
+            silent = 0.0 if heartbeat == _FOREVER or session.probe() else silent + pause
+            if silent >= heartbeat:
+                fate = "killed" if self.owned else "given up"
+                self._why = f"answered no ping for {heartbeat:g} s and was {fate}"
+                return self.signal(kill=True)
+            before, number = number, next(session._numbers)
+            unused = 0.0 if number != before + 1 or session.busy() else unused + pause
+            if unused >= idle:
+                self.supervisor.retire(self)
+        return None
+
+    # -- its end
+
+    def ask(self, grace: float) -> None:
+        """Ask it to end. What is another host's is let go of."""
+        self.asked = True
+        if not self.owned:
+            self.signal(kill=False)
+        else:
+            self._say_stop(grace)
+
+    def _say_stop(self, grace: float) -> None:
+        if self.session is not None and self.session.ended is None:
+            self.session.post(_SHUTDOWN, 0, grace)
+
+    def signal(self, kill: bool) -> None:
+        self.process.signal(kill)
+
+    def wait(self, seconds: float = -1) -> bool:
+        """Wait until it is over. False if it is not within that many seconds."""
+        return self.ended.wait(None if seconds < 0 else min(seconds, _FOREVER))
+
+    def kill(self) -> None:
+        """End it at once. What is another host's is asked to end, and then let go of."""
+        self.asked = True
+        if not self.owned:
+            self._say_stop(0.0)
+            self.wait(1.0)
+        self.signal(kill=True)
+        self.wait(2.0)
+
+    def undo(self) -> None:
+        """It was not to be started, or attached to."""
+        (self.kill if self.owned else self.detach)()
 
     def detach(self) -> None:
         """Let go of a process that stays without this one."""
-        self.closing = True
-        if self._ending.acquire(False):
-            self.over()  # at the connection's end it turns its output away
-            for thread in self._threads:
-                thread.join(0.3)
+        self.asked = True
+        if not self.owned:
+            self.signal(kill=False)
+            self.wait(2.0)
+        elif self._claim.acquire(False):
+            self._end_session()  # at which it turns its output away
+            for reader in self._readers:
+                reader.join(0.3)
             self._stop_reading(0.3)
-            if not any(thread.is_alive() for thread in self._threads):  # on Windows they may read until the process ends
+            if not any(reader.is_alive() for reader in self._readers):  # on Windows they may read to its end
                 self._close_files()
-            self.ended.set()
-
-    def _stop_reading(self, seconds: float) -> None:
-        """Have the threads that read the output end, once nothing more comes, and wait for each at most that long."""
-        self._exited = True
-        if self._wake:
-            os.write(self._wake[1], b"x")
-        for thread in self._threads:
-            thread.join(seconds)
-
-    def _close_files(self) -> None:
-        for stream in self._streams:
-            stream.file.close()
-        wake, self._wake = self._wake, ()
-        for fd in wake:
-            os.close(fd)
-
-    def open(self, channel: _Channel, terms: _Terms, max_message: int, call_timeout: float | None) -> None:
-        """Have a session with it, over an authenticated channel. It stays `stale` until on_start has run."""
-        self.session = session = _open_session(channel, terms, max_message, _Served({}), self.lost)
-        session.call_timeout, session.stale, session.look = call_timeout, True, self._look
-        self._looked = time.monotonic()
-        self._look()
-        if self.ended.is_set():  # just before
-            self.over()
-
-    def keep(self) -> None:
-        """It has said that it stays when this host goes: learn how to attach to it, and have nothing end it then."""
-        assert self.session is not None
-        try:
-            config = self.session.call(0, "reattachConfig", (), {}, _HELLO_SECONDS)
-            self.config, self.stays = _checked_config(config), True
-            self._tree.keep()
-        except (PluginError, ValueError, _Sealed) as error:
-            raise LaunchError(f"the plugin {self.name!r} stays, and does not say how to attach to it: {error}") from None
-
-    def over(self) -> None:
-        """The process has ended."""
-        _running.discard(self)
-        self._news.set()
-        if self.session is not None:
-            self.session.end(EOFError())
-            self.session.references.close()
-            self.session.references.served.close()
-            self.session.dispose()
-
-    @property
-    def crashed(self) -> bool:
-        """Whether it has served, and ended unasked."""
-        return self.session is not None and self.session.ended is not None and not self.closing
-
-    def _look(self) -> None:
-        """Look after it, on the clock's thread, several times in a heartbeat and an idle timeout. Nothing here waits."""
-        session, heartbeat, idle = self.session, self.plugin._heartbeat, self.plugin._idle_timeout
-        periods = [limit / parts for limit, parts in ((heartbeat, 4), (idle, 8)) if limit is not None]
-        if session is None or session.ended is not None or not periods:
-            return
-        now = time.monotonic()
-        passed = min(now - self._looked, min(periods))  # while this host itself stood still, that tells nothing
-        self._looked = now
-        if heartbeat is not None:
-            self._silent = 0.0 if session.probe() else self._silent + passed
-            if self._silent >= heartbeat:
-                self._hung = f"answered no ping for {heartbeat:g} s and was {'killed' if self.owned else 'given up'}"
-                self.signal(kill=True)
-        if idle is not None:
-            before, self._number = self._number, next(session._numbers)
-            unused = self._number == before + 1 and not session.stale and not session.busy()
-            self._unused = self._unused + passed if unused else 0.0
-            if self._unused >= idle and not self.closing:
-                try:
-                    _start_thread("miniplug-idle", self.plugin._close_idle, self)
-                except RuntimeError:
-                    pass  # no thread to be had: the next time
-        _clock.alarm(now + min(periods), 0, session)
-        if session.ended is not None:  # just now
-            _clock.remove(session)
+            self._over()
 
     def drain(self, seconds: float) -> None:
         """Another run has taken its place: end it as soon as it is not busy, or after so many seconds."""
@@ -5485,118 +5621,576 @@ class _Run:
         while not self.session.seal() and time.monotonic() < deadline:
             self.ended.wait(pause)
             pause = min(2 * pause, 0.05)
-        _close_runs([self], _GRACE)
+        _end_runs([self], _GRACE)
 
-    def wait(self, seconds: float = -1) -> bool:
-        """Wait until it is over. False if it is not within that many seconds."""
-        return self.ended.wait(None if seconds < 0 else min(seconds, _FOREVER))
+    def _watch(self) -> None:
+        self.process.await_exit()
+        if self._claim.acquire(False):
+            self.signal(kill=True)  # what it has left behind
+            if self.config is not None and self.owned:
+                _remove_stale(self.config["address"], 0.5)
+            self._stop_reading(1.0)
+            crashed = self.session is not None and not self.asked
+            self.exit_code = self.process.reap()
+            self.ended_at = time.monotonic()
+            self._over()
+            if crashed:
+                self.supervisor.tell_exit()
+        else:
+            self.ended.wait()
+            self.process.reap()
+        for reader in self._readers:
+            reader.join()  # somebody's callable may hang
+        self._close_files()
 
-    def signal(self, kill: bool) -> None:
-        self._tree.signal(kill)
+    def _over(self) -> None:
+        self.ended.set()
+        _runs.discard(self)
+        self._end_session()
+        self._settled.set()
+        self.supervisor.notice()
+
+    def _end_session(self) -> None:
+        if self.session is not None:
+            self.session.end(EOFError())
+            self.session.references.close()
+            self.session.references.served.close()
+            self.session.dispose()
+
+    def _stop_reading(self, seconds: float) -> None:
+        """Have the readers end, once nothing more comes, and wait for each at most that long."""
+        self._exited = True
+        if self._wake:
+            os.write(self._wake[1], b"x")
+        for reader in self._readers:
+            reader.join(seconds)
+
+    def _close_files(self) -> None:
+        for stream in self._streams:
+            stream.file.close()
+        wake, self._wake = self._wake, []
+        for fd in wake:
+            os.close(fd)
+
+    def disown(self) -> None:
+        """In a forked child of the host: nothing here is ours."""
+        self.process.disown()
+        self.ended = threading.Event()  # a thread that is not here may hold the lock of the other one
+        self.ended.set()
+        self._close_files()
+        if self.session is not None:
+            self.session.ended = lambda calls: _not_owned(self.recipe.name)
+
+    # -- why it ended
+
+    def _lost(self, cause: BaseException) -> Callable[[list[str]], BaseException]:
+        """The connection has ended: find out why, and give what makes the error to raise."""
+        hopeless = not self.owned or isinstance(cause, ProtocolError)
+        if hopeless or not (self.asked or self.wait(0.5)):
+            self.signal(kill=True)
+        self.wait(0.0 if self.asked else 2.0)
+        if self.asked:
+            return lambda calls: PluginClosed(f"the plugin {self.recipe.name!r} was closed")
+        return lambda calls: self._crash(cause, calls)
+
+    def _crash(self, cause: BaseException, calls: list[str]) -> PluginCrashed:
+        words, signal_name = self.end_words()
+        verdict = "" if calls or not self.owned else self.verdict
+        during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else ""
+        tail = self.tail()
+        kind, name = PluginCrashed, f"the plugin {self.recipe.name!r}"
+        text = f"{name} {self._why or words}{verdict}{during}{_last_words(tail)}"
+        if isinstance(cause, ProtocolError):
+            kind, text = ProtocolError, f"{name} broke the protocol and was ended{during}: {cause}"
+        return kind(text, exit_code=self.exit_code, signal_name=signal_name, output=tail, calls=list(calls))
 
     def end_words(self) -> tuple[str, str | None]:
         """How it ended, in words, and the name of the signal if it was one."""
         words, name = _end_words(self.exit_code)
-        return words + self._tree.excess, name
+        return words + self.process.excess, name
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
         return next((stream.last() for stream in reversed(self._streams) if stream.tail), [])
 
-    def lost(self, cause: BaseException) -> Callable[[list[str]], BaseException]:
-        """The connection has ended: find out why, and give what makes the error to raise."""
-        if not self.closing and (isinstance(cause, ProtocolError) or not self.wait(0.5)):
-            self.signal(kill=True)
-            self.wait(2.0)
-        if self.closing:
-            return lambda calls: PluginClosed(f"the plugin {self.name!r} was closed")
-        return lambda calls: self._crash(cause, calls)
 
-    def _crash(self, cause: BaseException, calls: list[str]) -> PluginCrashed:
-        how, signal_name = self.end_words()
-        how = (self._hung or how) + (self.verdict if not calls else "")
-        during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else ""
-        tail = self.tail()
-        kind, text = PluginCrashed, f"the plugin {self.name!r} {how}{during}{_last_words(tail)}"
-        if isinstance(cause, ProtocolError):
-            kind, text = ProtocolError, f"the plugin {self.name!r} broke the protocol and was ended{during}: {cause}"
-        return kind(text, exit_code=self.exit_code, signal_name=signal_name, output=tail, calls=list(calls))
+class _Start:
+    """One try to bring a run up, made by a thread of its own, from nothing to a session (`open`).
 
-    def ask(self, grace: float) -> None:
-        """Ask it to end."""
-        self.closing = True
-        self._tree.look()
-        if self.session is not None and self.session.ended is None:
-            self.session.post(_SHUTDOWN, 0, grace)
+    `thread` is that one's number: it alone may call on `run` until on_start has returned. The supervisor's
+    `news` protects all fields: `over` is set when it has succeeded, when it has failed, and at once when the
+    plugin is closed; then `error` says why.
+    """
 
-    def kill(self) -> None:
-        self.closing = True
-        self.signal(kill=True)
-        self.wait(2.0)
+    def __init__(self, supervisor: _Supervisor, not_before: float, counts: bool) -> None:
+        self.supervisor, self.recipe = supervisor, supervisor.recipe
+        self.not_before = not_before  # the pause before it lasts until then, on the monotonic clock
+        self.counts = counts  # as a restart
+        self.thread = 0
+        self.run: _Run | None = None
+        self.over = False
+        self.error: BaseException | None = None
 
-    def kill_process(self) -> None:
-        self.kill()
+    def open(self) -> None:
+        """Raises LaunchError, or PluginClosed."""
+        _set_exit_hooks()
+        config = self.recipe.attaches_to()
+        if config is not None:
+            return self._attach(config)
+        guarded = self.recipe.process is _PosixProcess
+        name = _guardian.hire() if guarded else ""
+        argv: list[str] = []
+        try:
+            argv = self.recipe.argv()
+            self._launch(argv, name)
+        except (OSError, RuntimeError) as error:  # no descriptor or thread to be had
+            if isinstance(error, PluginError):
+                raise
+            raise self.recipe.not_started(argv, str(error)) from None
+        finally:
+            if guarded:
+                _guardian.leave()
+        return None
 
-    def disown(self) -> None:
-        """In a forked child of the host, where there are no Windows trees: nothing here is ours."""
-        self._tree.disown()
-        self.ended = threading.Event()  # a thread that is not here may hold the lock of the other one
-        self.ended.set()
-        self._close_files()
-        if self.session is not None:
-            self.session.ended = lambda calls: _not_owned(self.name)
+    def _launch(self, argv: list[str], name: str) -> None:
+        """Start a process, and wait until it has connected, was refused, or has ended."""
+        recipe, key = self.recipe, os.urandom(32)
+        came: list[tuple[_Channel, Any]] = []
+        arrival = threading.Event()
+
+        def greet(channel: _Channel, address: str) -> _Terms:
+            hello = _Hello(channel, address, key, "host")
+            return hello.as_host(recipe.protocol_versions, "json", recipe.max_message)
+
+        def arrived(*what: Any) -> None:
+            came.append(what)
+            arrival.set()
+
+        door = _Door(greet, arrived, name=name)
+        try:
+            run = self._spawn(argv, door.listener, key, arrival)
+            in_time = arrival.wait(recipe.start_timeout)
+            if run.ended.is_set():
+                door.settle(0.2)  # it may have been refused just before
+            if came and isinstance(came[0][1], _Terms):
+                run.open(*came[0])
+            if not run.takes_calls:
+                raise self._failure(run, argv, in_time, door.strangers, came[0][1] if came else None)
+        finally:
+            door.close()
+            if self.run is None or self.run.session is None:
+                for channel, _ in came:  # too late
+                    channel.close()
+
+    def _spawn(self, argv: list[str], listener: _Listener, key: bytes, settled: threading.Event) -> _Run:
+        recipe = self.recipe
+        logger = recipe.logger or _import("logging").getLogger(f"miniplug.{recipe.name}")
+        env = {**recipe.environ(), _ADDRESS: listener.address, _AUTHKEY: key.hex(),
+               _LOG_LEVEL: str(logger.getEffectiveLevel())}
+        for folder in listener.passed_over:
+            logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
+        if recipe.limits and recipe.limits._not_enforced():
+            logger.warning("this system has no limit of %s: it runs without", recipe.limits._not_enforced())
+        words = {"discard": _DEVNULL, "inherit": None}
+        stdin = words[recipe.stdin] if isinstance(recipe.stdin, str) else recipe.stdin
+        sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
+        stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
+        try:
+            process = recipe.process(argv, recipe.limits, recipe.stdin == "inherit" and os.isatty(0), env=env,
+                                     cwd=recipe.cwd, stdin=stdin, stdout=stdout, stderr=stderr)
+        except (OSError, ValueError) as error:
+            raise recipe.not_started(argv, self._no_process(argv, error)) from None
+        return self._made(_Run(self.supervisor, process, sinks, settled=settled))
+
+    def _made(self, run: _Run) -> _Run:
+        self.supervisor.admit(self, run)
+        return run
+
+    def _no_process(self, argv: list[str], error: Exception) -> str:
+        if self.recipe.cwd is not None and not os.path.isdir(self.recipe.cwd):
+            return f"cwd={self.recipe.cwd!r}: there is no such folder"
+        known: dict[type, str] = {FileNotFoundError: "there is no such program",
+                                  PermissionError: "it is not executable for this user"}
+        return f"{argv[0]}: {known.get(type(error), error)}"
+
+    def _failure(self, run: _Run, argv: list[str], in_time: bool, strangers: int, refusal: Any) -> Exception:
+        """Why the plugin did not come up."""
+        recipe = self.recipe
+        if run.asked:
+            return self.supervisor.is_closed()
+        if isinstance(refusal, HandshakeError):
+            run.wait(1.0)  # it says on stderr that it was refused
+            return recipe.not_started(argv, str(refusal), HandshakeError, **vars(refusal))
+        if not in_time:
+            run.kill()
+            others = f" ({strangers} callers without the key were turned away)" if strangers else ""
+            reason = f"it did not connect within {recipe.start_timeout:g} s{others}"
+            return recipe.not_started(argv, f"{reason}; does it call miniplug.serve()?", output=run.tail())
+        kind, reason = LaunchError, f"it {run.end_words()[0]}"
+        if run.exit_code == 0:
+            kind = HandshakeError
+            reason += " without connecting: it is no plugin, or does not call miniplug.serve()"
+        return recipe.not_started(argv, reason, kind, exit_code=run.exit_code, output=run.tail())
+
+    def _attach(self, config: dict[str, Any]) -> None:
+        recipe, address = self.recipe, config["address"]
+        try:
+            channel = _connect(address, _HELLO_SECONDS)
+        except (OSError, ValueError) as error:
+            gone = isinstance(error, (FileNotFoundError, ConnectionRefusedError))
+            ended = f"nobody listens at {address}, so the plugin has ended"
+            problem = ended if gone else f"{address} cannot be reached"
+            raise recipe.not_attached(f"{problem} ({error})") from None
+        try:
+            hello = _Hello(channel, address, bytes.fromhex(config["authkey"]), "host")
+            terms = hello.as_host(recipe.protocol_versions, "json", recipe.max_message)
+            process = _NoProcess(channel, config["pid"])
+            self._made(_Run(self.supervisor, process, config=config)).open(channel, terms)
+        except BaseException as error:
+            channel.close()
+            if isinstance(error, LaunchError):
+                raise recipe.not_attached(str(error), type(error), **vars(error)) from None
+            if isinstance(error, (OSError, EOFError, PluginError)):
+                reason = f"what listens at {address} is no plugin: {error!r}"
+                raise recipe.not_attached(reason, HandshakeError) from None
+            raise
+
+    def configure(self, plugin: Plugin) -> None:
+        on_start = self.recipe.on_start
+        try:
+            if on_start is not None and self.objection() is None:
+                on_start(plugin)
+        except StopIteration as error:  # which would end a loop of the caller's, and no asyncio future takes
+            raise RuntimeError("on_start raised StopIteration") from error
+
+    def objection(self) -> BaseException | None:
+        """Why what has started cannot serve after all."""
+        run = self.run
+        if self.over or run is None or run.session is None:
+            return self.error or self.supervisor.is_closed()
+        if run.takes_calls:
+            return None
+        return self.supervisor.is_closed() if run.session.ended is None else run.session.ended([])
 
 
-class _AttachedRun(_Run):
-    """One whose process is not this one's: it ends with the connection."""
+class _Supervisor:
+    """Which run the calls on a plugin go to, and when another one is started. One word tells where it stands:
 
-    owned = False
+        "down"      nobody serves: it was never started, was idle, or has crashed; a call starts it
+        "starting"  `start` is under way, and calls wait for it
+        "up"        `run` serves. With a `start` too, restart() has another one made to take its place
+        "closed"    somebody has ended it; only start() starts it. With a `start`, that is being undone
 
-    def open(self, *others: Any) -> None:
-        super().open(*others)
-        assert self.session is not None
-        self.session._unattended.add(-1)  # so that somebody reads, and sees the end, though nobody calls
-        self.session._pass_on()
+        down --call, start()--> starting --it serves--> up --crash, idle--> down (or starting, with a `start`)
+        starting --it fails--> down      any --close(), kill(), detach(), exit--> closed --start()--> starting
 
-    def lost(self, cause: BaseException) -> Callable[[list[str]], BaseException]:
-        self.signal(kill=True)
-        return super().lost(cause)
+    `news` protects all fields and is notified of each change. It is held for moments: nothing is started,
+    ended, sent or called back under it; a thread that waits for it looks again within a second, in case that
+    a signal handler has changed something between its look and its sleep. Any thread may call any method.
+    """
 
-    def ask(self, grace: float) -> None:
-        self.closing = True
-        self.signal(kill=False)
+    def __init__(self, recipe: _Recipe, plugin: Plugin) -> None:
+        self.recipe, self._plugin = recipe, plugin
+        self._owner = os.getpid()
+        self.news = threading.Condition()  # with an RLock: a signal handler may close the plugin
+        self.state = "down"
+        self.start: _Start | None = None
+        self.run: _Run | None = None  # the latest
+        self.open: _Session | None = None  # that of `run`, if any thread may call on it just now
+        self.restarts = 0
+        self.crash: _Run | None = None  # the run that has crashed, until another serves
+        self.tries: list[float] = []  # when calls have had it started after that, within the window
+        self.down_at = 0.0  # since when it is down
 
-    def detach(self) -> None:
-        self.ask(0.0)
-        self.wait(2.0)
+    # -- for calls
 
-    def kill_process(self) -> None:
-        """Ask it to end. What does not is killed, if the operating system proves which it is."""
-        peer = self._tree.peer
-        super().ask(0.0)
-        assert self.config is not None
-        if peer is not None:
-            peer.wait(1.0)
-            peer.kill()
-            peer.wait(1.0)
-            _remove_stale(self.config["address"])
-        self.wait(1.0)
-        self.ask(0.0)
-        self.wait(1.0)
+    def session(self, asked: _Call | None = None) -> _Session:
+        """The session that this thread is to call on. Waits for a start, at most until the deadline of what
+        is asked. Raises PluginClosed, PluginCrashed, or why it did not start."""
+        while True:
+            session = self.open
+            if session is not None and not session.sealed:
+                return session
+            with self.news:
+                session = self._mine()
+                start = self._wanted() if session is None else None
+            if session is not None:
+                return session
+            assert start is not None
+            self._await(start, asked)
+            if start.error is not None:
+                raise start.error
+
+    def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
+        """Have a submitted call begin in a thread of its own, if it has to wait for a start."""
+        with self.news:
+            try:
+                waits = self._mine() is None and self._wanted() is not None
+            except PluginError:
+                waits = False  # it fails at once
+        if waits:
+            _aside("miniplug-submit", self._begin, call, begin, seconds)
+        return waits
+
+    @staticmethod
+    def _begin(call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> None:
+        try:
+            begin(seconds)
+        except BaseException as error:
+            asked = _Call(0, call._method, None)
+            asked.inbox = ((_ERROR, error),)
+            call._settle(asked)
+
+    def _mine(self) -> _Session | None:
+        """The session that this thread may call on now."""
+        if self._owner != os.getpid():
+            raise _not_owned(self.recipe.name)
+        start = self.own_start()
+        run = start.run if start is not None else self.run if self.state == "up" else None
+        return run.session if run is not None and run.takes_calls else None
+
+    def own_start(self) -> _Start | None:
+        """The start that this thread takes part in: it runs on_start, or what the calls of that call back."""
+        start = self.start
+        if start is None or start.thread == threading.get_ident():
+            return start
+        if start.run is None:
+            return None
+        request = _current.get()
+        while request is not None and request.session is not start.run.session:
+            request = request.outer
+        return start if request is not None else None
+
+    def own_run(self) -> _Run | None:
+        """The run that this thread has to do with."""
+        start = self.own_start()
+        return self.run if start is None or start.run is None else start.run
+
+    # -- starting
+
+    def _wanted(self) -> _Start:
+        """The start that calls wait for, which begins now if none is under way. Raises why there is none."""
+        self.notice()
+        own = self.own_start()
+        if self.state == "closed":
+            raise self.is_closed()
+        if own is not None and own.run is not None and own.run.session is not None:
+            raise own.run.session.ended([])  # type: ignore[misc]  # it has crashed while on_start runs
+        if self.start is not None:
+            return self.start
+        if self.crash is None:
+            return self._started(0.0)
+        tries = len(self._recent())
+        if tries >= self.recipe.max_restarts:
+            self.crash.verdict = self._verdict()
+            raise self.crash.session.ended([])  # type: ignore[union-attr, misc]
+        self.tries.append(time.monotonic())
+        return self._started(self.down_at + min(_PAUSE * 2 ** min(tries, 10), _LONGEST_PAUSE), counts=True)
+
+    def _recent(self) -> list[float]:
+        self.tries = [each for each in self.tries if self.down_at - each < self.recipe.restart_window]
+        return self.tries
+
+    def _verdict(self) -> str:
+        most, window = self.recipe.max_restarts, self.recipe.restart_window
+        used_up = f" in {window:g} s are used up" if most else ""
+        return f", and is not started again (max_restarts={most}{used_up}): start() it"
+
+    def _started(self, not_before: float, counts: bool = False) -> _Start:
+        start = self.start = _Start(self, not_before, counts)
+        self.state = self.state if self.state == "up" else "starting"
+        self.open = None
+        try:
+            _start_thread("miniplug-start", self._bring_up, start)
+        except RuntimeError as error:
+            self._fail(start, self.recipe.not_started([], str(error)))
+        return start
+
+    def start_up(self) -> None:
+        """Start it, unless it is up. Who is interrupted while it waits for that ends it."""
+        if self._owner != os.getpid():
+            raise _not_owned(self.recipe.name)
+        if self.own_start() is not None:
+            return
+        with self.news:
+            while self.start is not None and self.start.over:  # it is being undone
+                self.news.wait(1.0)
+            self.notice()
+            if self.state == "up":
+                return
+            begins = self.start is None
+            if begins:
+                self.tries.clear()
+            start = self.start or self._started(0.0)
+            start.not_before = 0.0
+            self.news.notify_all()
+        self._finish(start, begins)
+
+    def swap(self) -> _Run | None:
+        """Have another run take the place of this one. Returns this one, or None if it was not up."""
+        if self._owner != os.getpid():
+            raise _not_owned(self.recipe.name)
+        if self.own_start() is not None:
+            raise RuntimeError("on_start cannot restart the plugin")
+        with self.news:
+            while self.start is not None:
+                self.news.wait(1.0)
+            self.notice()
+            old = self.run if self.state == "up" else None
+            if old is not None and not old.owned:
+                who = f"the plugin {self.recipe.name!r} belongs to another host"
+                raise PluginError(f"{who}: that can restart it")
+            start = None if old is None else self._started(0.0)
+        if start is None:
+            self.start_up()
+        else:
+            self._finish(start, True)
+        return old
+
+    def _finish(self, start: _Start, begun: bool) -> None:
+        try:
+            self._await(start)
+        except BaseException:
+            if begun:
+                self.cancel(start)
+            raise
+        if start.error is not None:
+            raise start.error
+
+    def _await(self, start: _Start, asked: _Call | None = None) -> None:
+        with self.news:
+            while not start.over:
+                left = asked.left() if asked is not None else None
+                if left == 0.0:
+                    raise _too_late(asked)  # type: ignore[arg-type]
+                self.news.wait(1.0 if left is None else min(left, 1.0))
+
+    def cancel(self, start: _Start) -> None:
+        """Whoever wanted it was interrupted."""
+        with self.news:
+            if not start.over:
+                start.over, start.error = True, self.is_closed()
+            self.news.notify_all()
+        if start.run is not None:
+            start.run.undo()
+
+    # -- the thread that starts
+
+    def _bring_up(self, start: _Start) -> None:
+        start.thread = threading.get_ident()
+        old = self.run
+        error: BaseException | None = None
+        try:
+            self._pause(start)
+            if old is not None and self.state != "up":
+                old.wait()  # it is on its way out, which has a bound
+            if not start.over:
+                start.open()
+                start.configure(self._plugin)
+        except BaseException as problem:
+            error = problem
+        with self.news:
+            error = error or start.objection()
+            if error is None:
+                self._succeed(start)
+        if error is not None:
+            if start.run is not None:
+                start.run.undo()
+            with self.news:
+                self._fail(start, error)
+
+    def _pause(self, start: _Start) -> None:
+        with self.news:
+            while not start.over and start.not_before > time.monotonic():
+                self.news.wait(min(start.not_before - time.monotonic(), 1.0))
+
+    def admit(self, start: _Start, run: _Run) -> None:
+        """There is a process, which will have a session."""
+        with self.news:
+            start.run = run
+            if self.state != "up":
+                self.run = run
+            unwanted = start.over
+        if unwanted:
+            run.undo()
+
+    def _succeed(self, start: _Start) -> None:
+        self.restarts += start.counts
+        self.run, self.crash, self.state = start.run, None, "up"
+        self.open = start.run.session  # type: ignore[union-attr]
+        self._settle(start)
+
+    def _fail(self, start: _Start, error: BaseException) -> None:
+        start.error = start.error or error
+        if self.state == "starting":
+            self.state, self.down_at = "down", time.monotonic()
+        elif self.state == "up":
+            self.open = self.run.session  # type: ignore[union-attr]
+        self._settle(start)
+
+    def _settle(self, start: _Start) -> None:
+        start.over = True
+        self.start = None
+        self.news.notify_all()
+
+    # -- its end
+
+    def notice(self) -> None:
+        """Look whether the run that serves has ended. Calls and the run itself do, whichever is first."""
+        with self.news:
+            run = self.run
+            if self.state != "up" or run is None or run.takes_calls:
+                return
+            self.state, self.open = "down" if self.start is None else "starting", None
+            self.down_at = run.ended_at or time.monotonic()
+            self.crash = self.crash if run.asked else run
+            self.news.notify_all()
+
+    def retire(self, run: _Run) -> None:
+        """End a run that nobody uses, unless somebody does just now. The next call starts another."""
+        with self.news:
+            idle = self.open is run.session is not None and run.takes_calls and run.session.seal()
+            run.asked = run.asked or idle
+            self.notice()
+        if idle:
+            _end_runs([run], _GRACE)
+
+    def close(self) -> list[_Run]:
+        """Start nothing more, and let go who waits for that. Returns the runs that are to be ended."""
+        if self._owner != os.getpid():
+            return []  # a thread that is not here may hold the lock
+        with self.news:
+            self.state, self.open = "closed", None
+            start = self.start
+            if start is not None and not start.over:
+                start.over, start.error = True, self.is_closed()
+            runs = [run for run in list(_runs) if run.supervisor is self]
+            for run in runs:
+                run.asked = True
+            self.news.notify_all()
+        return runs
+
+    def is_closed(self) -> PluginClosed:
+        state = "is closed: start() it again" if self.state == "closed" else "was closed while it started"
+        return PluginClosed(f"the plugin {self.recipe.name!r} {state}")
+
+    def tell_exit(self) -> None:
+        if self.recipe.on_exit is not None:
+            _guard(self.recipe.on_exit, self._plugin, what="on_exit")
 
 
 def _not_owned(name: str) -> PluginError:
-    return PluginError(f"the plugin {name!r} belongs to the process that this one was forked from: launch another here")
+    where = "belongs to the process that this one was forked from: launch another here"
+    return PluginError(f"the plugin {name!r} {where}")
 
 
-_PAUSE = 0.1  # seconds between a crash and the next start; twice that when it has crashed just before, and so on
-_LONGEST_PAUSE = 10.0
-_running: set[_Run] = set()  # all that have not ended
+_runs: set[_Run] = set()  # all that have not ended
 _hooks_set: list[bool] = []
 
 
-def _close_runs(runs: Sequence[_Run], grace: float) -> None:
-    """End runs side by side: ask them, after `grace` seconds terminate, a second later kill. Returns when they are gone."""
+def _end_runs(runs: Sequence[_Run], grace: float) -> None:
+    """End runs side by side: ask them, after `grace` seconds terminate, a second later kill. Returns when
+    they are gone."""
     for run in runs:
         run.ask(grace)
     deadline = time.monotonic() + (grace if any(run.session for run in runs) else 0.0)
@@ -5610,21 +6204,25 @@ def _close_runs(runs: Sequence[_Run], grace: float) -> None:
 
 
 def _close_all() -> None:
-    runs = [run for run in list(_running) if run.plugin._managed or run.stays]
+    """At interpreter exit."""
+    runs = [run for run in list(_runs) if run.recipe.managed or run.stays]
     for run in runs:
-        run.plugin._closed = True
+        run.supervisor.news.acquire()  # for good: what waits for a start has no one to tell any more
+        run.supervisor.close()
         if run.stays:
             run.detach()
-    _close_runs([run for run in runs if not run.stays], _GRACE)
+    _end_runs([run for run in runs if not run.stays], _GRACE)
+    _guardian.at_exit()
 
 
 def _disown_all() -> None:
-    while _running:
-        _running.pop().disown()
+    while _runs:
+        _runs.pop().disown()
+    _guardian.disown()
 
 
 def _set_exit_hooks() -> None:
-    """With the first launch: close what is open at exit, and own nothing in a forked child. Doing it twice is harmless."""
+    """With the first launch: close what is open at exit, and own nothing in a forked child."""
     if not _hooks_set:
         _hooks_set.append(True)
         _import("atexit").register(_close_all)
@@ -5641,8 +6239,9 @@ def _settle_with(future: Any, function: Callable[..., Any], *args: Any) -> None:
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] | None = None) -> Any:
-    """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin. It is waited for also
-    when the task is cancelled, so that nothing is left half done; `undo` is called then, before and after it has returned."""
+    """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin. It is
+    waited for also when the task is cancelled, so that nothing is left half done; `undo` is called then,
+    before and after it has returned."""
     asyncio, future = _import("asyncio"), _import("concurrent.futures").Future()
     call = asyncio.wrap_future(future)
     _aside("miniplug-async", _settle_with, future, function, *args)
@@ -5657,217 +6256,118 @@ async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[]
         raise
 
 
-class _Room:
-    """Where calls wait while their plugin starts: submitted ones here, the others for `done`. To the clock it is a session."""
+class _Dispensed(_Target):
+    """What a plugin serves under a name: an object of the session of each run in turn, `at` these numbers.
+    It is dispensed anew in a run that it does not know, by one thread: `_lock` is for that."""
 
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.error: BaseException | None = None  # why it did not start
-        self._numbers = itertools.count(1)
-        self._calls: dict[int, Any] = {}  # (Call, what begins it, what was asked)
-        _clock.add(self)  # type: ignore[arg-type]
+    __slots__ = ("_dispense", "_lock", "_supervisor", "at")
 
-    def look_on(self) -> bool:
-        return False
+    def __init__(self, supervisor: _Supervisor, dispense: Callable[[_Session, float | None], _Target],
+                 first: _Target) -> None:
+        super().__init__(first.session, first.number)
+        self.session.borrowed.discard(id(self))  # it keeps no run up
+        self._supervisor, self._dispense = supervisor, dispense
+        self._lock = threading.RLock()
+        self.at: dict[_Session, int] = {first.session: first.take()}
 
-    def enter(self, call: Any, begin: Callable[[float | None], Any], asked: _Call) -> None:
-        """Have `begin(seconds left)` called once it has started. Past the deadline the Call fails."""
-        number = next(self._numbers)
-        self._calls[number] = (call, begin, asked)
-        if asked.deadline is not None and asked.deadline < float("inf"):
-            _clock.alarm(asked.deadline, number, self)  # type: ignore[arg-type]
-        if self.done.is_set():  # just before
-            self.leave(self.error)
+    def here(self) -> tuple[_Session, int] | None:
+        session = self._supervisor.open
+        number = self.at.get(session)  # type: ignore[arg-type]
+        return None if number is None else (session, number)  # type: ignore[return-value]
 
-    def leave(self, error: BaseException | None) -> None:
-        """It has started, or not: all who wait go on. (Only the first time counts.)"""
-        if not self.done.is_set():
-            self.error = error
-            self.done.set()
-        for number in list(self._calls):
-            self._settle(number)
-        _clock.remove(self)  # type: ignore[arg-type]
+    def number_at(self, session: _Session) -> int | None:
+        return self.at.get(session)
 
-    def expire(self, number: int) -> None:
-        """The deadline of a call has come. Its callbacks may take long, and the clock must not."""
-        _aside("miniplug-late", self._settle, number)
+    def find(self, asked: _Call) -> tuple[_Session, int]:
+        if self.released:
+            raise DeadReference(f"{self.label} was released")
+        session = self._supervisor.session(asked)  # not under the lock: on_start may want that
+        if session not in self.at:
+            if not self._lock.acquire(timeout=_left(asked.deadline)):
+                raise _too_late(asked)
+            try:
+                if session not in self.at:
+                    number = self._dispense(session, asked.left()).take()
+                    known = {each: number for each, number in self.at.items() if each.ended is None}
+                    self.at = {**known, session: number}
+            finally:
+                self._lock.release()
+        return session, self.at[session]
 
-    def _settle(self, number: int) -> Any:
-        """A call's turn or deadline has come."""
-        call, begin, asked = self._calls.pop(number, (None, None, None))
-        if asked is None:
-            return None
-        error = self.error if self.done.is_set() else _too_late(asked)
-        try:
-            if error is None:
-                return begin(asked.left())
-        except BaseException as problem:
-            error = problem
-        asked.inbox = ((_ERROR, error),)
-        return call._settle(asked)
+    def put_off(self, *what: Any) -> bool:
+        return self._supervisor.put_off(*what)
+
+    def release(self) -> None:
+        self.released = True
+        at, self.at = self.at, {}
+        for session, number in at.items():
+            if number:
+                session.discard(_RELEASE, number)
 
 
 class Plugin:
     """A plugin, as its host holds it: something to start, call and end, as often as you like.
 
-    The parameters are those of `launch`, which makes one and starts it. One that was only made starts on first use.
-    As a context manager it starts and closes. Any thread may use it. After `close()` calls raise PluginClosed, after
-    a crash PluginCrashed (unless `max_restarts` has it start again), until `start()`; then the proxies that were
-    dispensed work again, on fresh instances.
+    The parameters are those of `launch`, which makes one and starts it. One that was only made starts on
+    first use. As a context manager it starts and closes. Any thread may use it. After `close()` calls raise
+    PluginClosed, after a crash PluginCrashed (unless `max_restarts` has it start again), until `start()`;
+    then the proxies that were dispensed work again, on fresh instances.
     """
 
     def __init__(self, command: _Command, *, name: str | None = None, handshake: Handshake = Handshake(),
                  protocol_versions: Iterable[int] | None = None, python: _Path | None = None,
                  env: Mapping[str, str] | None = None, inherit_env: bool = True, cwd: _Path | None = None,
-                 start_timeout: float = 60.0, call_timeout: float | None = None, stdin: str | IO[Any] = "discard",
-                 stdout: _Output = "log", stderr: _Output = "log", logger: logging.Logger | None = None,
-                 max_restarts: int = 0, restart_window: float = 60.0, heartbeat: float | None = None,
-                 idle_timeout: float | None = None, on_start: Callable[[Plugin], Any] | None = None,
-                 on_exit: Callable[[Plugin], Any] | None = None,
-                 sha256: str | Mapping[_Path, str] | None = None, limits: Limits | None = None,
-                 managed: bool = True, persist: bool = False, codec: str = "json", max_message: int = _MAX_MESSAGE) -> None:
-        for stream, value in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
-            words = ("discard", "inherit", "log")[: 2 if stream == "stdin" else 3]
-            if isinstance(value, str) and value not in words:
-                raise ValueError(f"{stream}={value!r}: it is one of {words}, or a file")
-        if codec not in _CODECS:
-            raise ValueError(f"codec={codec!r}: it is one of {tuple(_CODECS)}")
-        if logger is not None and not hasattr(logger, "getChild"):
-            raise TypeError(f"logger={logger!r}: it is a logging.Logger (that of a LoggerAdapter is its .logger)")
-        if limits is not None and not isinstance(limits, Limits):
-            raise TypeError(f"limits={limits!r}: it is a miniplug.Limits")
-        if not hasattr(handshake, "magic_cookie_value"):  # that of another copy of this file will do
-            raise TypeError(f"handshake={handshake!r}: it is a miniplug.Handshake")
-        for variable, value in (env or {}).items():
-            if not (isinstance(variable, str) and isinstance(value, str)):
-                raise TypeError(f"env={{{variable!r}: {value!r}}}: names and values are str")
-        single = isinstance(command, (str, bytes, os.PathLike))
-        try:
-            self._command = os.fsdecode(command) if single else [os.fsdecode(part) for part in command]  # type: ignore
-        except TypeError:
-            wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
-            raise TypeError(f"command={command!r}: it is {wanted}") from None
-        self._limits = limits
-        self._sha256 = _checked_digests(sha256, self._command)
-        self.name: str = name or _default_name(self._command)
-        self._handshake = handshake
-        self._versions = sorted(_checked_count(version, "protocol_versions")
-                                for version in protocol_versions or [handshake.protocol_version])
-        self._python = None if python is None else os.fsdecode(python)
-        self._env = dict(env or {})
-        self._inherit_env = inherit_env
-        self._cwd = None if cwd is None else os.fsdecode(cwd)
-        limit = _checked_timeout(start_timeout, "start_timeout")
-        self._start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
-        self._call_timeout = _checked_timeout(call_timeout, "call_timeout")
-        self._stdin = stdin
-        self._outputs = (stdout, stderr)
-        self._logger = logger
-        self._managed = managed
-        self._persist = persist
-        self._config: dict[str, Any] | None = None  # of a process that is attached to
-        self._codec = codec
-        self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
-        self._max_restarts = _checked_count(max_restarts, "max_restarts")
-        self._restart_window = _checked_timeout(restart_window, "restart_window") or 0.0
-        self._heartbeat = _checked_timeout(heartbeat, "heartbeat")
-        self._idle_timeout = _checked_timeout(idle_timeout, "idle_timeout")
-        if 0.0 in (self._restart_window, self._heartbeat, self._idle_timeout):
-            raise ValueError("restart_window, heartbeat and idle_timeout are more than 0 seconds")
-        for option, function in (("on_start", on_start), ("on_exit", on_exit)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{option}={function!r}: it is called with the plugin, so it is a function")
-        self._on_start = on_start
-        self._on_exit = on_exit
-        self._owner = os.getpid()
-        self._run: _Run | None = None  # the latest one, to which calls go
-        self._closed = False
-        self._starting = threading.RLock()  # held by the thread that starts it; protects the following
-        self._starter = 0  # the number of that thread
-        self._coming: _Run | None = None  # what it starts: only its own calls go there
-        self._crash: _Run | None = None  # the run that has crashed, until another serves in its place
-        self._down_at = 0.0  # when the last try to start another one ended
-        self._tries: list[float] = []  # when there were such tries
-        self._restarts = 0
-        self._lock = threading.RLock()  # protects that there is one room; a signal handler may close the plugin
-        self._room: _Room | None = None  # with the calls that wait for a start
-        self._stir = threading.Event()  # set by what cuts a pause short
+                 start_timeout: float | None = 60.0, call_timeout: float | None = None,
+                 stdin: str | IO[Any] = "discard", stdout: _Output = "log", stderr: _Output = "log",
+                 logger: logging.Logger | None = None, sha256: str | Mapping[_Path, str] | None = None,
+                 limits: Limits | None = None, max_restarts: int = 0, restart_window: float = 60.0,
+                 heartbeat: float | None = None, idle_timeout: float | None = None,
+                 on_start: Callable[[Plugin], Any] | None = None,
+                 on_exit: Callable[[Plugin], Any] | None = None, managed: bool = True, persist: bool = False,
+                 max_message: int = _MAX_MESSAGE) -> None:
+        options = dict(locals())
+        del options["self"]
+        self._set_up(_Recipe(**options))
 
-    _tree: Callable[..., Any] = _WindowsTree if _WINDOWS else _PosixTree  # starts the process
+    def _set_up(self, recipe: _Recipe) -> Plugin:
+        self.name = recipe.name
+        self._supervisor = _Supervisor(recipe, self)
+        return self
 
     # -- its life
 
     def start(self) -> Plugin:
         """Start the plugin, unless it runs. Raises LaunchError (and its kinds) when it does not come up."""
-        if self._owner != os.getpid():
-            raise _not_owned(self.name)
-        if self._live() is not None:  # also while on_start runs, for what that calls
-            return self
-        with self._starting:
-            if self._live() is None:
-                self._closed = False
-                self._tries.clear()
-                self._begin()
+        self._supervisor.start_up()
         return self
 
     def restart(self, drain: float | None = 30.0) -> Plugin:
-        """Swap in a fresh process. Returns when that serves; calls go there from then on, and none is lost or refused.
+        """Swap in a fresh process. Returns when that serves; calls go there from then on, and none is lost or
+        refused.
 
-        Calls in flight, streams and references finish in the old process, for at most `drain` seconds (None: no limit),
-        behind the caller. What is cut off then raises PluginClosed, a reference DeadReference; a notification that still
-        runs sees `cancelled()`. If the new process does not come up, the old one stays, and this raises what `start` does.
-        A plugin that does not run is started.
+        Calls in flight, streams and references finish in the old process, for at most `drain` seconds (None:
+        no limit), behind the caller. What is cut off then raises PluginClosed, a reference DeadReference; a
+        notification that still runs sees `cancelled()`. If the new process does not come up, the old one
+        stays, and this raises what `start` does. A plugin that does not run is started.
         """
-        if self._owner != os.getpid():
-            raise _not_owned(self.name)
-        if self._starts() is not None:
-            raise RuntimeError("on_start cannot restart the plugin")
         seconds = _checked_timeout(drain, "drain")
-        with self._starting:
-            old, session = self._run, self._live()
-            if session is None or old is None:
-                return self.start()
-            if not old.owned:
-                raise PluginError(f"the plugin {self.name!r} belongs to another host: that can restart it")
-            session.stale = True  # so that a call of on_start's finds the new one
-            try:
-                self._begin()
-            except BaseException:
-                session.stale = session.sealed
-                raise
+        old = self._supervisor.swap()
+        if old is not None:
             _aside("miniplug-drain", old.drain, _FOREVER if seconds is None else seconds)
         return self
 
     def close(self, grace: float | None = _GRACE) -> None:
-        """End the plugin: ask it, after `grace` seconds (None: never) terminate it, then kill it, and all that it started.
-
-        Returns within `grace` + 2 seconds, after its last line of output. Calls in flight raise PluginClosed.
-        Closing what is closed does nothing.
-        """
+        """End the plugin: ask it, after `grace` seconds (None: never) terminate it, then kill it, and all
+        that it started. Returns within `grace` + 2 seconds, after its last line of output. Calls in flight
+        raise PluginClosed. Closing what is closed does nothing."""
         seconds = _checked_timeout(grace, "grace")
-        self._turn_away()
-        _close_runs(self._runs(), _FOREVER if seconds is None else seconds)
+        _end_runs(self._supervisor.close(), _FOREVER if seconds is None else seconds)
 
     def kill(self) -> None:
-        """End the plugin and all that it started at once, without asking. (One that was attached to is asked: see `attach`.)"""
-        self._turn_away()
-        for run in self._runs():
-            run.kill_process()
-
-    def _turn_away(self) -> None:
-        """It is closed from now on, also for the calls that wait for a start, which may last as long as on_start likes."""
-        if self._owner != os.getpid():
-            return  # a thread that is not here may hold the locks
-        self._closed = True
-        self._stir.set()
-        with self._lock:
-            room, self._room = self._room, None
-        if room is not None:  # the callbacks of submitted calls may take long
-            _aside("miniplug-closed", room.leave, self._is_closed())
-
-    def _runs(self) -> list[_Run]:
-        """Those of this plugin that have not ended. (In a forked child there are none.)"""
-        return [run for run in list(_running) if run.plugin is self]
+        """End the plugin and all that it started at once, without asking. (One that was attached to is asked,
+        and then let go of.)"""
+        for run in self._supervisor.close():
+            run.kill()
 
     def detach(self) -> None:
         """Let go of the plugin, and leave it running, for this host or another one to `attach` to.
@@ -5875,20 +6375,21 @@ class Plugin:
         Raises PluginError for one that cannot stay: `launch(persist=True)` makes one that can, and so does
         `serve(persist=True)`. To detach from what does not run does nothing.
         """
-        run = self._own()
-        if run in self._runs() and run is not None:
-            if not run.stays:
+        run = self._supervisor.own_run()
+        if run in _runs and run is not None:
+            if run.config is None:
                 raise self._cannot_stay()
-            self._turn_away()
+            self._supervisor.close()
             run.detach()
 
     def _cannot_stay(self) -> PluginError:
-        return PluginError(f"the plugin {self.name!r} does not stay without its host: launch it with persist=True")
+        how = "does not stay without its host: launch it with persist=True"
+        return PluginError(f"the plugin {self.name!r} {how}")
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until the process that runs now has ended, at most `timeout` seconds. Returns its exit code, or None if it
-        still runs. (Another one may have taken its place by then.)"""
-        run = self._own()
+        """Wait until the process that runs now has ended, at most `timeout` seconds. Returns its exit code,
+        or None if it still runs. (Another one may have taken its place by then.)"""
+        run = self._supervisor.own_run()
         if run is None:
             return None
         run.wait(-1 if timeout is None else max(0.0, timeout))
@@ -5901,8 +6402,9 @@ class Plugin:
         self.close()
 
     async def astart(self) -> Plugin:
-        """As `start`, without blocking the event loop. Cancelled, it leaves no plugin that was not there before."""
-        return await _in_thread(self.start, undo=None if self.running else self.kill)  # type: ignore[no-any-return]
+        """As `start`, without blocking the event loop. Cancelled, it leaves no plugin that was not there."""
+        undo = None if self.running else self.kill
+        return await _in_thread(self.start, undo=undo)  # type: ignore[no-any-return]
 
     async def aclose(self, grace: float | None = _GRACE) -> None:
         """As `close`, without blocking the event loop."""
@@ -5920,30 +6422,30 @@ class Plugin:
     @property
     def running(self) -> bool:
         """Whether the plugin has started and its process has not ended."""
-        run = self._own()
+        run = self._supervisor.own_run()
         return run is not None and run.session is not None and not run.ended.is_set()
 
     @property
     def pid(self) -> int | None:
         """The number of the plugin's process, or None without one."""
-        run = self._own()
+        run = self._supervisor.own_run()
         return run.pid if run is not None and not run.ended.is_set() else None
 
     @property
     def exit_code(self) -> int | None:
-        """How the last process ended: its exit status, negative for a signal; None if it runs or never ran."""
-        run = self._own()
+        """How the last process ended: its exit status, negative for a signal; None if none has ended."""
+        run = self._supervisor.own_run()
         return run.exit_code if run is not None else None
 
     @property
     def restarts(self) -> int:
         """How often it was started anew because it had crashed."""
-        return self._restarts
+        return self._supervisor.restarts
 
     @property
     def protocol_version(self) -> int:
         """The version of the interface that host and plugin have agreed on."""
-        return self._session().protocol_version
+        return self._supervisor.session().protocol_version
 
     @property
     def info(self) -> dict[str, Any]:
@@ -5952,21 +6454,26 @@ class Plugin:
 
     # -- its use
 
-    if TYPE_CHECKING:  # an interface is given as something that makes a _T, since mypy takes no abstract class for a type[_T]
+    if TYPE_CHECKING:  # an interface makes a _T: mypy takes no abstract class for a type[_T]
         @overload
-        def dispense(self, name: str | None = None, interface: None = None, *, timeout: float | None = None) -> Any: ...
+        def dispense(self, name: str | None = None, interface: None = None, *,
+                     timeout: float | None = None) -> Any: ...
         @overload
-        def dispense(self, name: str | None, interface: Callable[..., _T], *, timeout: float | None = None) -> _T: ...
+        def dispense(self, name: str | None, interface: Callable[..., _T], *,
+                     timeout: float | None = None) -> _T: ...
         @overload
-        def dispense(self, name: str | None = None, *, interface: Callable[..., _T], timeout: float | None = None) -> _T: ...
+        def dispense(self, name: str | None = None, *, interface: Callable[..., _T],
+                     timeout: float | None = None) -> _T: ...
 
-    def dispense(self, name: str | None = None, interface: Any = None, *, timeout: float | None = None) -> Any:
-        """A proxy for the plugin of that name, or for the only one there is. The name "system" gives the introspection.
-        It has the plugin's public methods, not its attributes and properties. A function that is served can be called.
+    def dispense(self, name: str | None = None, interface: Any = None, *,
+                 timeout: float | None = None) -> Any:
+        """A proxy for the plugin of that name, or for the only one there is. The name "system" gives the
+        introspection. It has the plugin's public methods, not its attributes and properties. A function that
+        is served can be called.
 
-        `interface`: an ABC, Protocol or class; the plugin must have its public methods, and take every call that they
-        allow. The proxy is an instance of it, for type checkers and (not a Protocol) for isinstance(). `timeout`: the
-        deadline of each call in seconds, instead of `call_timeout`.
+        `interface`: an ABC, Protocol or class; the plugin must have its public methods, and take every call
+        that they allow. The proxy is an instance of it, for type checkers and (not a Protocol) for
+        isinstance(). `timeout`: the deadline of each call in seconds, instead of `call_timeout`.
 
         Raises PluginNotFound, InterfaceMismatch, and whatever the plugin's factory raised.
         """
@@ -5975,43 +6482,32 @@ class Plugin:
         interface = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
         if interface is not None and not isinstance(interface, type):
             raise TypeError(f"interface={interface!r}: it is an ABC, a Protocol or another class")
-        proxy = self._ask_system("dispense", (name,), _Remote)
-        target: _Target = proxy._target
-        target.label = f"the plugin {name or self.name!r}"
-        target.timeout = _checked_timeout(timeout)
-        target.name, target.plugin = name, self
-        target.at[0].borrowed.discard(id(target))  # it finds its object anew in every run
+        seconds = _checked_timeout(timeout)
+        found = self._ask_system("dispense", (name,), _Remote)
+
+        def dispense(session: _Session, seconds: float | None) -> _Target:
+            return self._ask(_Remote, session, 0, "dispense", (name,), {}, seconds)._target  # type: ignore[no-any-return]
+
+        target = _Dispensed(self._supervisor, dispense, found._target)
+        target.label, target.timeout = f"the plugin {name or self.name!r}", seconds
+        if type(found) is _Method and interface is None:
+            return _Method(target, "")  # what is served is a function
+        proxy = _Proxy(target, found._names if type(found) is _Proxy else [])
         if interface is not None:
-            proxy = proxy if type(proxy) is _Proxy else _Proxy(target, [])  # what is served is a function
             proxy._adopt(interface)
         return proxy
 
-    def _renew(self, target: Any, asked: _Call) -> tuple[_Session, int]:
-        """Where the calls on a proxy go now. It is dispensed anew in another run than before."""
-        session = self._session(asked)
-        if not target.lock.acquire(timeout=_left(asked.deadline)):
-            raise _too_late(asked)
-        try:
-            if target.before[0] is session:
-                target.at, target.before = target.before, target.at
-            elif target.at[0] is not session:  # nothing here waits for a start: on_start may want this lock
-                fresh = self._ask(_Remote, session, 0, "dispense", (target.name,), {}, asked.left())._target
-                target.at, target.before = fresh.at, target.at
-                fresh.at = (session, None)  # the caller gives it back, not this one
-            return target.at  # type: ignore[no-any-return]
-        finally:
-            target.lock.release()
-
     def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
         """Call a method of `system` that has to return a `kind`."""
-        return _reach(self._system, partial(self._ask, kind), method, args, {}, self._call_timeout)[1]
+        seconds = self._supervisor.recipe.call_timeout
+        return _reach(self._system, partial(self._ask, kind), method, args, {}, seconds)[1]
 
     def _system(self, asked: _Call) -> tuple[_Session, int]:
-        return self._session(asked), 0
+        return self._supervisor.session(asked), 0
 
     def _ask(self, kind: type, session: _Session, *what: Any) -> Any:
         result = session.call(*what)
-        if not issubclass(type(result), kind) or (kind is _Remote and result._target.at[0] is not session):
+        if not issubclass(type(result), kind) or (kind is _Remote and result._target.session is not session):
             session.end(ProtocolError(f"system.{what[1]}() returned a {type(result).__name__}"))
             assert session.ended is not None
             raise session.ended([what[1]])
@@ -6024,10 +6520,12 @@ class Plugin:
         """
         try:
             found = self._ask_system("describe", (), dict)
-            return {plugin: {name: MethodInfo(name, *each[:2]) for name, each in _checked_description(methods).items()}
-                    for plugin, methods in found.items() if plugin != "system"}
         except MethodNotFound:  # it is not written with miniplug
             return self._describe_one_by_one()
+        found.pop("system", None)
+        return {plugin: {name: MethodInfo(name, *each[:2])
+                         for name, each in _checked_description(methods).items()}
+                for plugin, methods in found.items()}
 
     def _describe_one_by_one(self) -> dict[str, dict[str, MethodInfo]]:
         found: dict[str, dict[str, MethodInfo]] = {}
@@ -6035,7 +6533,8 @@ class Plugin:
             system = self.dispense("system")
             names = system.listMethods()
         except (MethodNotFound, PluginNotFound):
-            raise MethodNotFound(f"the plugin {self.name!r} does not say what it can do", name="describe") from None
+            text = f"the plugin {self.name!r} does not say what it can do"
+            raise MethodNotFound(text, name="describe") from None
         for full in names:
             plugin, _, name = full.rpartition(".")
             if plugin != "system":
@@ -6044,13 +6543,14 @@ class Plugin:
         return found
 
     def reattach_config(self) -> dict[str, Any]:
-        """What another host needs to `attach`, as a plain dict that json can store: ``network``, ``address``, ``authkey``,
-        ``pid`` and ``protocol_version``. Who has it can call the plugin. Raises PluginError for one that does not persist."""
-        session = self._session()
-        run = next((run for run in self._runs() if run.session is session), None)
-        if run is None or run.config is None:
+        """What another host needs to `attach`, as a plain dict that json can store: ``network``,
+        ``address``, ``authkey``, ``pid`` and ``protocol_version``. Who has it can call the plugin. Raises
+        PluginError for one that does not persist."""
+        session = self._supervisor.session()
+        config = next((run.config for run in list(_runs) if run.session is session), None)
+        if config is None:
             raise self._cannot_stay()
-        return {**run.config, "protocol_version": session.protocol_version}
+        return {**config, "protocol_version": session.protocol_version}
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
@@ -6059,398 +6559,20 @@ class Plugin:
 
         return _reach(self._system, ping, "ping", (), {}, timeout)[1]  # type: ignore[no-any-return]
 
-    # -- supervision
-
-    def _starts(self) -> _Run | None:
-        """What is being started, if this thread takes part in that: it runs on_start, or what on_start's calls call back."""
-        coming = self._coming
-        if coming is None or self._starter == threading.get_ident():
-            return coming
-        request = _current.get()
-        while request is not None and request.session is not coming.session:
-            request = request.outer
-        return coming if request is not None else None
-
-    def _own(self) -> _Run | None:
-        """The run that this thread has to do with."""
-        return self._starts() or self._run
-
-    def _live(self) -> _Session | None:
-        """The session that calls of this thread go to, if there is one now."""
-        starts = self._starts()
-        run = starts or self._run
-        if run is None or run.session is None or run.session.sealed or run.closing or (run is self._coming and not starts):
-            return None
-        return run.session
-
-    def _session(self, asked: _Call | None = None) -> _Session:
-        """The session to call on. Waits, at most until the deadline of what is asked, while the plugin starts. Raises
-        PluginClosed, PluginCrashed, or why it did not start."""
-        while True:
-            session = self._live()
-            if session is not None:
-                return session
-            refusal = self._refusal()
-            if refusal is not None:
-                raise refusal
-            room = self._enter()
-            if not room.done.wait(None if asked is None else asked.left()):
-                raise _too_late(asked)  # type: ignore[arg-type]
-            if room.error is not None:
-                raise room.error
-
-    def _put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """Have `begin(seconds left)` called when the plugin has started. False if there is nothing to wait for."""
-        if self._live() is not None or self._refusal() is not None:
-            return False
-        self._enter().enter(call, begin, _Call(0, call._method, seconds))
-        return True
-
-    def _refusal(self) -> BaseException | None:
-        """What a call raises instead of starting the plugin, if it does."""
-        if self._owner != os.getpid():
-            return _not_owned(self.name)
-        starts = self._starts()
-        session = starts.session if starts is not None else None
-        if session is not None and session.ended is not None:
-            return session.ended([])
-        if self._closed:
-            return self._is_closed()
-        crash, _, tries = self._setback()
-        if crash is not None and tries >= self._max_restarts:
-            assert crash.session is not None and crash.session.ended is not None
-            used_up = f" in {self._restart_window:g} s are used up" if self._max_restarts else ""
-            if crash.owned:
-                crash.verdict = f", and is not started again (max_restarts={self._max_restarts}{used_up}): start() it"
-            return crash.session.ended([])
-        return None
-
-    def _is_closed(self) -> PluginClosed:
-        return PluginClosed(f"the plugin {self.name!r} is closed: start() it again")
-
-    def _setback(self) -> tuple[_Run | None, float, int]:
-        """What the next start makes up for: a run that crashed, or None; when that was, or the last try to make up for it;
-        and how many tries there had been in the window before."""
-        run = self._run
-        crash, when = (run, run.ended_at) if run is not None and run.crashed else (self._crash, self._down_at)
-        return crash, when, sum(when - each < self._restart_window for each in self._tries)
-
-    def _enter(self) -> _Room:
-        """Where to wait for the start that is under way for the calls, or begins now."""
-        with self._lock:
-            begins = self._room is None
-            room = self._room = self._room or _Room()
-        if begins:
-            _aside("miniplug-start", self._start_again, room)
-        return room
-
-    def _start_again(self, room: _Room) -> None:
-        """Start it for the calls that wait, after a pause if it has crashed."""
-        error: BaseException | None = None
-        try:
-            crash, when, tries = self._setback()
-            self._stir.clear()
-            if crash is not None and self._live() is None and not self._closed:
-                self._stir.wait(max(0.0, when + min(_PAUSE * 2 ** min(tries, 10), _LONGEST_PAUSE) - time.monotonic()))
-            with self._starting:
-                if self._live() is None and not room.done.is_set():
-                    self._make_up()
-        except BaseException as problem:
-            error = problem
-        with self._lock:
-            self._room = None if self._room is room else self._room
-        room.leave(error)
-
-    def _make_up(self) -> None:
-        refusal = self._refusal()
-        if refusal is not None:
-            raise refusal
-        crash, now = self._setback()[0], time.monotonic()
-        if crash is not None:
-            self._tries = [*(each for each in self._tries if now - each < self._restart_window), now]
-        self._begin()
-        self._restarts += crash is not None
-
-    def _begin(self) -> None:
-        """Start it, and let the others in once on_start has returned. `_starting` is held."""
-        run = self._run
-        if run is not None and (run.closing or (run.session and run.session.ended)):
-            run.wait()  # it is on its way out, which has a bound
-        self._crash = self._setback()[0]
-        self._starter = threading.get_ident()
-        try:
-            self._open()
-            self._configure()
-            refusal = None if self._live() else self._refusal()
-            if refusal is not None:
-                raise refusal
-        except BaseException:
-            run, self._coming = self._coming, None
-            if run is not None:
-                run.kill()
-            self._down_at = time.monotonic()
-            raise
-        self._run = run = self._coming
-        assert run is not None and run.session is not None
-        run.session.stale = run.session.sealed
-        self._crash = self._coming = None
-        self._stir.set()
-
-    def _configure(self) -> None:
-        try:
-            if self._on_start is not None:
-                self._on_start(self)
-        except StopIteration as error:  # which would end a loop of the caller's, and no asyncio future takes
-            raise RuntimeError("on_start raised StopIteration") from error
-
-    def _close_idle(self, run: _Run) -> None:
-        """End a run that nobody uses. The next call starts another."""
-        if self._starting.acquire(blocking=False):
-            assert run.session is not None
-            idle = run is self._run and run.session.ended is None and run.session.seal()
-            if idle:
-                run.closing = True
-            self._starting.release()
-            if idle:
-                _close_runs([run], _GRACE)
-
-    def _expect(self, run: _Run) -> None:
-        """A run has been made, and will have a session."""
-        self._coming = run
-        if self._run is None or self._run.ended.is_set():
-            self._run = run
-
-    # -- starting
-
-    def _open(self) -> None:
-        """Make a run, which is `_coming` from then on, and have a session with it: start a process, or attach to one. Raises
-        LaunchError."""
-        _set_exit_hooks()
-        config = self._attached_to()
-        if config is not None:
-            self._attach(config)
-            return
-        try:
-            argv = self._argv()
-            self._check_files(argv)
-        except FileNotFoundError as error:  # what is relative to the current folder, where that is gone
-            raise self._not_started([], f"there is no current folder: {error}") from None
-        key = os.urandom(32)
-        news = threading.Event()  # set when the plugin has connected, was refused, or has ended
-        came: list[tuple[_Channel, Any]] = []
-
-        def greet(channel: _Channel, address: str) -> _Terms:
-            return _Hello(channel, address, key, "host").as_host(self._versions, self._codec, self._max_message)
-
-        def arrived(channel: _Channel, result: Any) -> None:
-            came.append((channel, result))
-            news.set()
-
-        door = run = guardian = None
-        name = _folder_name()
-        try:
-            guardian = _start_guardian(name) if self._tree is _PosixTree else None
-            door = _Door(greet, arrived, name=name)
-            run = self._spawn(argv, door.listener, key, news, guardian)
-            in_time = self._closed or news.wait(self._start_timeout)
-            if run.ended.is_set():
-                door.settle(0.2)  # it may have been refused just before
-            if came and isinstance(came[0][1], _Terms):
-                run.open(*came[0], self._max_message, self._call_timeout)
-            if run.session is None or run.session.ended is not None or self._closed:
-                raise self._failure(run, argv, in_time, door.strangers, came[0][1] if came else None)
-        except BaseException as error:
-            if run is not None:
-                run.kill()
-            else:
-                _dismiss(guardian)
-            if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, PluginError):
-                raise self._not_started(argv, str(error)) from None  # no descriptor or thread to be had
-            raise
-        finally:
-            if door is not None:
-                door.close()
-            if run is None or run.session is None:
-                for channel, _ in came:  # too late
-                    channel.close()
-        if "persist" in came[0][1].features:
-            run.keep()
-
-    def _attached_to(self) -> dict[str, Any] | None:
-        """The config of the process that is to be attached to, if one is."""
-        text = os.environ.get(_ATTACH)
-        if self._config is not None or not text:
-            return self._config
-        try:
-            configs = json.loads(text)
-            if not isinstance(configs, dict):
-                raise ValueError("it is no object")
-            return _checked_config(configs[self.name]) if self.name in configs else None
-        except (ValueError, RecursionError) as error:
-            raise self._not_attached(f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}") from None
-
-    def _attach(self, config: dict[str, Any]) -> None:
-        address = config["address"]
-        try:
-            channel = _connect(address, _HELLO_SECONDS)
-        except (OSError, ValueError) as error:
-            gone = isinstance(error, (FileNotFoundError, ConnectionRefusedError))
-            problem = f"nobody listens at {address}, so the plugin has ended" if gone else f"{address} cannot be reached"
-            raise self._not_attached(f"{problem} ({error})") from None
-        try:
-            tree = _PeerTree(channel, config["pid"])
-            hello = _Hello(channel, address, bytes.fromhex(config["authkey"]), "host")
-            terms = hello.as_host(self._versions, self._codec, self._max_message)
-            run = _AttachedRun(self, tree, (), threading.Event())
-            run.config, run.stays = config, True
-            run.open(channel, terms, self._max_message, self._call_timeout)
-        except BaseException as error:
-            channel.close()
-            if isinstance(error, LaunchError):
-                raise self._not_attached(str(error), type(error), **vars(error)) from None
-            if isinstance(error, (OSError, EOFError, PluginError)):
-                raise self._not_attached(f"what listens at {address} is no plugin: {error!r}", HandshakeError) from None
-            raise
-        if self._closed:
-            self.close()
-            raise PluginClosed(f"the plugin {self.name!r} was closed while it started")
-
-    def _not_attached(self, reason: str, kind: type[LaunchError] = LaunchError, **carried: Any) -> LaunchError:
-        return kind(f"there is no attaching to the plugin {self.name!r}: {reason}", **carried)
-
-    def _spawn(self, argv: list[str], listener: _Listener, key: bytes, news: threading.Event, guardian: Any) -> _Run:
-        logger = self._logger or _import("logging").getLogger(f"miniplug.{self.name}")
-        env = self._environ()
-        env.update({_ADDRESS: listener.address, _AUTHKEY: key.hex(), _LOG_LEVEL: str(logger.getEffectiveLevel())})
-        env.update({_PERSIST: "1"} if self._persist else {})
-        stdin = {"discard": _DEVNULL, "inherit": None}[self._stdin] if isinstance(self._stdin, str) else self._stdin
-        sinks = [_sink(output, logger, name) for output, name in zip(self._outputs, ("stdout", "stderr"))]
-        terminal = self._stdin == "inherit" and os.isatty(0)
-        for folder in listener.passed_over:
-            logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
-        if self._limits and self._limits._not_enforced():
-            logger.warning("this system has no limit of %s: it runs without", self._limits._not_enforced())
-        out, err = (None if sink is None else _PIPE for sink in sinks)
-        env[_PIPES] = "".join(fd for fd, stream in (("1", out), ("2", err)) if stream)
-        try:
-            tree = self._tree(argv, stdin=stdin, stdout=out, stderr=err, shares_terminal=terminal, guardian=guardian,
-                              limits=self._limits, env=env, cwd=self._cwd)
-            return _Run(self, tree, sinks, news)
-        except (OSError, ValueError) as error:
-            known: dict[type, str] = {FileNotFoundError: "there is no such program",
-                                      PermissionError: "it is not executable for this user"}
-            problem = f"{argv[0]}: {known.get(type(error), error)}"
-            if self._cwd is not None and not os.path.isdir(self._cwd):
-                problem = f"cwd={self._cwd!r}: there is no such folder"
-            raise self._not_started(argv, problem) from None
-
-    def _environ(self) -> dict[str, str]:
-        """What the plugin's environment has beside the address and the key."""
-        env = {name: value for name, value in os.environ.items()
-               if (self._inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
-        env.update((_variable(name), value) for name, value in self._env.items())
-        if self._sha256:
-            env[_SOURCE_ONLY] = "1"
-        if any(path and path.endswith(".py") for path in self._sha256):
-            env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
-        env[_COOKIE_KEY] = self._handshake.magic_cookie_key
-        env[_variable(self._handshake.magic_cookie_key)] = self._handshake.magic_cookie_value
-        return env
-
-    def _failure(self, run: _Run, argv: list[str], in_time: bool, strangers: int, refusal: Any) -> PluginError:
-        """Why the plugin did not come up."""
-        if self._closed:
-            return PluginClosed(f"the plugin {self.name!r} was closed while it started")
-        if isinstance(refusal, HandshakeError):
-            run.wait(1.0)  # it says on stderr that it was refused
-            return self._not_started(argv, str(refusal), HandshakeError, host=refusal.host, plugin=refusal.plugin)
-        kind, code = LaunchError, run.exit_code
-        reason = f"it {run.end_words()[0]}"
-        if not in_time:
-            run.kill()
-            others = f" ({strangers} callers without the key were turned away)" if strangers else ""
-            reason = f"it did not connect within {self._start_timeout:g} s{others}; does it call miniplug.serve()?"
-            code = None
-        elif code == 0:
-            kind, reason = HandshakeError, reason + " without connecting: it is no plugin, or does not call miniplug.serve()"
-        return self._not_started(argv, reason, kind, exit_code=code, output=run.tail())
-
-    def _not_started(self, argv: list[str], reason: str, kind: type[LaunchError] = LaunchError, **carried: Any) -> LaunchError:
-        text = f"the plugin {self.name!r} did not start: {reason}{_last_words(carried.get('output', ()))}"
-        return kind(text, command=argv, **carried)
-
-    def _argv(self) -> list[str]:
-        """What to run. Raises LaunchError if that can be told to fail."""
-        command = self._command
-        if not command:
-            raise self._not_started([], "the command is empty")
-        if not isinstance(command, str):
-            return [*command]
-        name, source, attribute = _split_spec(command)
-        path = source if attribute and not source.endswith(".py") else self._existing(source)
-        if not attribute and not path.endswith((".py", ".pyw")):
-            return [path]
-        python = self._python or sys.executable or ""
-        known = os.path.basename(python).lower().startswith(("python", "pypy", "graalpy")) and not hasattr(sys, "frozen")
-        bootstrap = [python, "-c", _BOOTSTRAP, os.path.abspath(__file__), __name__]
-        if self._python is None and not known:
-            reason = f"this application ({python or 'an embedded Python'}) has no interpreter of its own to run it"
-            if not _frozen_mains:
-                freeze = ", or call miniplug.freeze_support() first in its main program" if hasattr(sys, "frozen") else ""
-                raise self._not_started([command], f"{reason}: pass python='/path/to/python'{freeze}")
-            bootstrap = [python, _FROZEN]
-        return [*bootstrap, *(["serve", f"{name}={path}:{attribute}"] if attribute else ["run", path])]
-
-    def _check_files(self, argv: list[str]) -> None:
-        """Compare files with their digests in `sha256`. Raises ChecksumError, or LaunchError for one that cannot be read."""
-        for path, expected in self._sha256.items():
-            if path is None:
-                path = self._checked_program(argv)
-            whole = os.path.abspath(os.path.join(self._cwd or "", path))
-            digest = _import("hashlib").sha256()
-            try:
-                with open(whole, "rb") as file:
-                    for block in iter(partial(file.read, 1 << 20), b""):
-                        digest.update(block)
-            except OSError as error:
-                raise self._not_started(argv, f"{whole} cannot be checked: {error.strerror}") from None
-            actual = digest.hexdigest()
-            if actual != expected:
-                reason = f"{whole} is not the file expected: its SHA-256 is {actual}, not {expected}"
-                raise self._not_started(argv, reason, ChecksumError, path=whole, expected=expected, actual=actual)
-
-    def _checked_program(self, argv: list[str]) -> str:
-        """The file that a single digest is of. A program of an argument list is looked up here, and run by its path then."""
-        if isinstance(self._command, str):
-            return self._existing(_split_spec(self._command)[1])
-        if _script_of(argv) is argv[0] and not os.path.dirname(argv[0]):
-            argv[0] = _import("shutil").which(argv[0], path=self._environ().get("PATH")) or argv[0]
-        return _script_of(argv)
-
-    def _existing(self, path: str) -> str:
-        whole = os.path.abspath(os.path.join(self._cwd or "", path))
-        found = whole if os.path.isfile(whole) else _import("shutil").which(path) if not os.path.dirname(path) else None
-        if found is None:
-            why = "it is a folder" if os.path.isdir(whole) else "there is no such file"
-            words = path.split()
-            is_line = len(words) > 1 and _import("shutil").which(words[0])
-            hint = f"; a program with arguments is a list: {words}" if is_line else ""
-            raise self._not_started([path], f"{whole}: {why}{hint}")
-        return str(found)
-
 
 # Without these a Windows program does not start; on POSIX there are none such.
-_SYSTEM_VARIABLES = ("SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "COMSPEC", "PATHEXT", "TEMP", "TMP") if _WINDOWS else ()
+_SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if _WINDOWS else "").split()
 
-# Run by the plugin's interpreter: this very file is miniplug there, under the name that it has in the host as well.
-# Loaded like this, and not by its path, it comes from the bytecode cache; or from the zip file that the host is packed in.
-# The first lines are for any Python at all.
+# Run by the plugin's interpreter: this very file is miniplug there, under the name that it has in the host as
+# well. Loaded like this, and not by its path, it comes from the bytecode cache; or from the zip file that the
+# host is packed in. The first lines are for any Python at all.
 _BOOTSTRAP = """
 import sys
 if sys.path[:1] == [""]:  # what lies in the current folder, a json.py say, is not what is imported here
     del sys.path[0]
 if sys.version_info < (3, 8):
-    sys.exit("miniplug needs Python 3.8 or newer, and this is " + sys.version.split()[0] + ": " + sys.executable)
+    version = sys.version.split()[0]
+    sys.exit("miniplug needs Python 3.8 or newer, and this is " + version + ": " + sys.executable)
 from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("miniplug", sys.argv[1])
 module = sys.modules["miniplug"] = module_from_spec(spec)
@@ -6486,15 +6608,16 @@ class _Alias:
 
 
 def _split_spec(command: str) -> tuple[str, str, str]:
-    """``name=source:Attr`` to its parts; the attribute is empty if it is no spec. The name is the attribute's by default."""
+    """``name=source:Attr`` to its parts. The attribute is empty if it is no spec."""
     head, _, attribute = command.rpartition(":")
     drive = len(head) == 1 and _WINDOWS  # C:program
-    if not head or drive or attribute.endswith(".py") or not all(part.isidentifier() for part in attribute.split(".")):
+    dotted = all(part.isidentifier() for part in attribute.split("."))
+    if not head or drive or attribute.endswith(".py") or not dotted:
         return "", command, ""
     name, equals, source = head.partition("=")
     if not equals or not name.isidentifier():
         name, source = attribute.rpartition(".")[2].lower(), head
-    if os.path.dirname(source) and not source.endswith(".py"):  # no module's name: a program whose own has a colon
+    if os.path.dirname(source) and not source.endswith(".py"):  # no module: a program with a colon in its name
         return "", command, ""
     return name, source, attribute
 
@@ -6513,22 +6636,33 @@ def _script_of(argv: Sequence[str]) -> str:
     return next((part for part in argv if part.endswith((".py", ".pyw"))), argv[0])
 
 
-def _checked_digests(sha256: str | Mapping[_Path, str] | None, command: _Command) -> dict[str | None, str]:
-    """{path: digest}, the path None for the plugin itself. Raises ValueError."""
-    if isinstance(sha256, str) and isinstance(command, (str, os.PathLike)):
-        _, source, attribute = _split_spec(os.fspath(command))
+def _checked_command(command: _Command) -> str | list[str]:
+    try:
+        if isinstance(command, (str, bytes, os.PathLike)):
+            return os.fsdecode(command)
+        return [os.fsdecode(part) for part in command]
+    except TypeError:
+        wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
+        raise TypeError(f"command={command!r}: it is {wanted}") from None
+
+
+def _checked_digests(sha256: Any, command: str | list[str]) -> dict[str | None, str]:
+    """{path: digest}, the path None for the plugin itself. Raises ValueError and TypeError."""
+    if isinstance(sha256, str) and isinstance(command, str):
+        _, source, attribute = _split_spec(command)
         if attribute and not source.endswith(".py"):
-            raise ValueError(f"sha256={sha256!r}: where the module {source!r} lies is not known beforehand; give {{path: digest}}")
+            where = f"where the module {source!r} lies is not known beforehand"
+            raise ValueError(f"sha256={sha256!r}: {where}; give {{path: digest}}")
     given = {None: sha256} if isinstance(sha256, str) else {} if sha256 is None else sha256
-    if not isinstance(given, _import("collections.abc").Mapping):
+    if not hasattr(given, "items"):
         raise TypeError(f"sha256={sha256!r}: it is 64 hexadecimal digits, or {{path: digest}}")
     for digest in given.values():
         if not isinstance(digest, str) or len(digest) != 64 or digest.strip("0123456789abcdefABCDEF"):
             raise ValueError(f"sha256={digest!r}: it is 64 hexadecimal digits")
-    return {None if path is None else os.fsdecode(path): digest.lower() for path, digest in given.items()}
+    return {path and os.fsdecode(path): digest.lower() for path, digest in given.items()}
 
 
-def _sink(output: _Output, logger: logging.Logger, stream: str) -> Callable[[str], Any] | None:
+def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
     """What takes the lines of an output stream; None for one that goes where the host's own goes."""
     if isinstance(output, str):
         return {"inherit": None, "log": _LogSink(logger, stream), "discard": lambda line: None}[output]
@@ -6538,9 +6672,12 @@ def _sink(output: _Output, logger: logging.Logger, stream: str) -> Callable[[str
     return lambda line: write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
-def _like(other: Callable[..., Any]) -> Callable[[_F], _F]:
-    """For help() and editors: the decorated function takes what `other` takes."""
-    return lambda function: vars(function).update(__wrapped__=other) or function
+if TYPE_CHECKING:
+    def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callable[_P, Plugin]]: ...
+else:
+    def _like(other):
+        """For help(), editors and type checkers: the decorated function takes what `other` takes."""
+        return lambda function: vars(function).update(__wrapped__=other) or function
 
 
 del Plugin.__init__.__annotations__["return"]  # or help() would say that launch returns None
@@ -6550,143 +6687,124 @@ del Plugin.__init__.__annotations__["return"]  # or help() would say that launch
 def launch(command: _Command, **options: Any) -> Plugin:
     """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin:`` closes it at the end.
 
-    `command`: an argument list, run as it is; or the path of a program, a ``.py`` file being run under `python`; or a
-    spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``, which this
-    very file serves under `python`, where miniplug need not be installed. The options, all by keyword:
+    `command`: an argument list, run as it is; or the path of a program, a ``.py`` file being run under
+    `python`; or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``,
+    which this very file serves under `python`, where miniplug need not be installed. The options, all by
+    keyword:
 
     - `name` (str): what logs and errors call it; by default made from the command.
-    - `handshake` (Handshake), `protocol_versions` (ints; default: the handshake's): what the host can speak. The
-      highest version that both have is used.
-    - `python` (path): the interpreter; by default this one. A spec or a ``.py`` file imports what lies beside the file, or
-      for ``"module:Attr"`` in `cwd`, and what is installed there. For what lies elsewhere give a ``PYTHONPATH`` in `env`.
-    - `env` (dict of str): added to the environment, and wins over it. `inherit_env` (bool, default True): False starts
-      from nothing but what the system needs. `cwd` (path): where it runs; a relative path in `command` starts there.
+    - `handshake` (Handshake), `protocol_versions` (ints; default: the handshake's): what the host can speak.
+      The highest version that both have is used.
+    - `python` (path): the interpreter; by default this one. A spec or a ``.py`` file imports what lies
+      beside the file, or for ``"module:Attr"`` in `cwd`, and what is installed there. For what lies
+      elsewhere give a ``PYTHONPATH`` in `env`.
+    - `env` (dict of str): added to the environment, and wins over it. `inherit_env` (bool, default True):
+      False starts from nothing but what the system needs. `cwd` (path): where it runs; a relative path in
+      `command` starts there.
     - `start_timeout` (seconds, default 60): how long it may take to connect.
     - `call_timeout` (seconds, default None: no limit): the deadline of every call that has no other.
     - `stdin`: ``"discard"`` (default), ``"inherit"``, or a file. With ``"inherit"`` on a terminal the plugin
       shares the host's process group.
-    - `stdout`, `stderr`: ``"log"`` (default), ``"inherit"``, ``"discard"``, a callable that takes each line of text, or
-      a text file to write them to.
-    - `logger` (logging.Logger, default ``miniplug.NAME``): the parent of the loggers that the plugin's records and
-      lines go to: its own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
-    - `max_restarts` (int, default 0) in any `restart_window` (seconds, default 60): after a crash the next call starts the
-      plugin anew, and proxies stay good. A pause goes before, from 0.1 seconds on, and twice as long each time; calls wait
-      through it, their deadlines running. The calls in flight fail with PluginCrashed and are never run again. Past the
-      limit calls raise the last PluginCrashed, until `start`.
-    - `heartbeat` (seconds, default None): a plugin that answers no ping for so long counts as crashed, and is killed. It
-      may be as busy as it likes, as long as other threads of it can run.
-    - `idle_timeout` (seconds, default None): the plugin is closed when for so long no call, stream or reference (other than
-      what is dispensed) has been open, and starts again on the next call. Of a notification only the sending counts.
-    - `on_start` (callable): ``on_start(plugin)`` runs after every start; until it returns, only the calls of its own thread
-      get through, and what those call back. If it raises, the process is ended, and whoever started it gets that: `start`,
-      or the calls that waited.
-    - `on_exit` (callable): ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the process ends unasked.
-    - `sha256`: the digest in hex of the program, or of the spec's or script's file (not of the interpreter; of an
-      argument list that is the first ``.py`` file in it, or else its program); or ``{path: digest}``, relative to
-      `cwd`. It is checked before anything runs. Somebody who can write to the file can still swap it between the check
-      and the start, and what it imports is not checked unless it is named. What is checked is not run from a bytecode
-      cache; where ``.py`` files are named, no cache is used at all.
+    - `stdout`, `stderr`: ``"log"`` (default), ``"inherit"``, ``"discard"``, a callable that takes each line
+      of text, or a text file to write them to.
+    - `logger` (logging.Logger, default ``miniplug.NAME``): the parent of the loggers that the plugin's
+      records and lines go to: its own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks
+      at ERROR.
+    - `max_restarts` (int, default 0) in any `restart_window` (seconds, default 60): after a crash the next
+      call starts the plugin anew, and proxies stay good. A pause goes before, from 0.1 seconds on, and twice
+      as long each time; calls wait through it, their deadlines running. The calls in flight fail with
+      PluginCrashed and are never run again. Past the limit calls raise the last PluginCrashed, until
+      `start`.
+    - `heartbeat` (seconds, default None): a plugin that answers no ping for so long counts as crashed, and
+      is killed. It may be as busy as it likes, as long as other threads of it can run.
+    - `idle_timeout` (seconds, default None): the plugin is closed when for so long no call, stream or
+      reference (other than what is dispensed) has been open, and starts again on the next call. Of a
+      notification only the sending counts.
+    - `on_start` (callable): ``on_start(plugin)`` runs after every start; until it returns, only the calls of
+      its own thread get through, and what those call back. If it raises, the process is ended, and whoever
+      started it gets that: `start`, or the calls that waited.
+    - `on_exit` (callable): ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the
+      process ends unasked.
+    - `sha256`: the digest in hex of the program, or of the spec's or script's file (not of the interpreter;
+      of an argument list that is the first ``.py`` file in it, or else its program); or ``{path: digest}``,
+      relative to `cwd`. It is checked before anything runs. Somebody who can write to the file can still
+      swap it between the check and the start, and what it imports is not checked unless it is named. What is
+      checked is not run from a bytecode cache; where ``.py`` files are named, no cache is used at all.
     - `limits` (Limits): what it may use at most.
     - `managed` (bool, default True): closed at interpreter exit at the latest.
-    - `persist` (bool, default False): it stays when this host goes, also by interpreter exit, unless this one closes it,
-      and can be attached to: see `attach`.
-    - `codec`: ``"json"`` (default), which keeps Python's types and runs no code; or ``"pickle"``, faster for large
-      structured data, and only for a plugin that is trusted as this program is: reading a pickle runs none of its code,
-      but one that means harm can freeze or end the process that reads it.
+    - `persist` (bool, default False): it stays when this host goes, also by interpreter exit, unless this
+      one closes it, and can be attached to: see `attach`.
     - `max_message` (bytes, default 256 MiB, at least 4096): the longest message the host takes.
 
-    Raises LaunchError, HandshakeError, ChecksumError or PluginClosed, and what `on_start` raises; ValueError for an option
-    that is none.
+    Raises LaunchError, HandshakeError, ChecksumError or PluginClosed, and what `on_start` raises; ValueError
+    for an option that is none.
     """
     return Plugin(command, **options).start()
 
 
-def attach(config: Mapping[str, Any], **options: Any) -> Plugin:
-    """Connect to a plugin that runs already, and return it, ready to `dispense`. `config` is what its `reattach_config` gave.
+def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshake: Handshake = Handshake(),
+           protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
+           heartbeat: float | None = None, logger: logging.Logger | None = None,
+           max_message: int = _MAX_MESSAGE) -> Plugin:
+    """Connect to a plugin that runs already, and return it, ready to `dispense`. `config` is what its
+    `reattach_config` gave.
 
-    The process is not this host's: `close`, the end of a ``with`` and interpreter exit only disconnect. `kill` asks it to
-    end; what does not is killed if the operating system proves that it is the plugin (on Linux and Windows), and a process
-    that merely has its number never is. What it prints does not come here. After a `close` `start` connects again.
-
-    The options are those of `launch` that apply: `name`, `handshake` (for its version), `protocol_versions`, `codec`,
-    `max_message`, `call_timeout`, `heartbeat`, `logger`. If the environment variable ``MINIPLUG_ATTACH`` is
+    The process is not this host's: `close`, the end of a ``with`` and interpreter exit only disconnect; `kill`
+    asks it to end, and then disconnects. What it prints does not come here. After a `close` `start` connects
+    again. The options are those of `launch` that apply. If the environment variable ``MINIPLUG_ATTACH`` is
     ``{NAME: config}`` as JSON, `launch` attaches in the same way for a plugin of that name.
 
-    Raises LaunchError if there is no such plugin (any more), or its kinds HandshakeError and AuthenticationError.
+    Raises LaunchError if there is no such plugin (any more), or its kinds HandshakeError and
+    AuthenticationError.
     """
-    plugin = Plugin(["attach"], **{"name": "attached", **_applicable("attach", options)})
+    options = dict(locals())
+    del options["config"]
+    recipe = _Recipe(["attach"], **options)
     try:
-        plugin._config = _checked_config(config)
+        recipe.config = _checked_config(config)
     except ValueError as error:
-        raise plugin._not_attached(str(error)) from None
-    return plugin.start()
+        raise recipe.not_attached(str(error)) from None
+    return Plugin.__new__(Plugin)._set_up(recipe).start()
 
 
-def _applicable(function: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `launch`, if they go without a process. Raises TypeError."""
-    known = {"name", "handshake", "protocol_versions", "codec", "max_message", "call_timeout", "logger", "heartbeat"}
-    if not options.keys() <= known:
-        raise TypeError(f"{function}() takes no {', '.join(sorted(options.keys() - known))}: it starts no process")
-    return options
+def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, max_workers: int = 64,
+          name: str | None = "local", handshake: Handshake = Handshake(),
+          protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
+          heartbeat: float | None = None, logger: logging.Logger | None = None,
+          max_message: int = _MAX_MESSAGE) -> Plugin:
+    """Serve plugins in this very process, for tests: over the same session and codec, started and ready to
+    `dispense`.
 
-
-class _LocalTree(_Tree):
-    """Stands for a process where a thread of this one serves the plugins, over a connection like any other."""
-
-    stdout = stderr = None
-
-    def __init__(self, serve: Callable[[_Channel, str, bytes], Any], **popen: Any) -> None:
-        self.popen, self.pid = self, os.getpid()
-        env = popen["env"]
-        self._channel = _connect(env[_ADDRESS], _HELLO_SECONDS)
-        self._thread = _start_thread("miniplug-local", serve, self._channel, env[_ADDRESS], bytes.fromhex(env[_AUTHKEY]))
-
-    def signal(self, kill: bool) -> None:
-        """Cut the connection: that is its end."""
-        self._channel.shutdown()
-
-    def await_exit(self) -> None:
-        self._thread.join()
-
-    def reap(self) -> int:
-        return 0
-
-    def disown(self) -> None:
-        """A forked child has no thread of it."""
-
-
-class _Local(Plugin):
-    """A plugin whose process is this one."""
-
-    def _attached_to(self) -> None:
-        """Nothing."""
-
-    def __init__(self, plugins: Mapping[Any, Any], info: Mapping[str, Any] | None, max_workers: int, **options: Any) -> None:
-        super().__init__(["local"], **{"name": "local", **options})
-        versions = _versions(plugins, self._handshake)
-        _Server(versions, info, max_workers, self._max_message)  # raises here what it raises
-
-        def serve(channel: _Channel, address: str, key: bytes) -> None:
-            server = _Server(versions, info, max_workers, self._max_message)
-            try:
-                server.attend(channel, server.greet(channel, address, key, {"matches": True}))
-            except (OSError, EOFError, PluginError):
-                channel.close()  # the host's end tells why
-            server.close()
-
-        self._tree = lambda argv, **popen: _LocalTree(serve, **popen)
-
-
-def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, max_workers: int = 64, **options: Any) -> Plugin:
-    """Serve plugins in this very process, for tests: over the same session and codec, started and ready to `dispense`.
-
-    `plugins`, `info` and `max_workers` are those of `serve`; the options those of `launch` that apply: `name`,
-    `handshake`, `protocol_versions`, `codec`, `max_message`, `call_timeout`, `logger`, `heartbeat`. What a plugin prints or
-    logs goes where the process's own does, and what ends a process (``os._exit``, a crash) ends this one.
+    `plugins`, `info` and `max_workers` are those of `serve`; the options those of `launch` that apply. What a
+    plugin prints or logs goes where the process's own does, and what ends a process (``os._exit``, a crash)
+    ends this one.
 
     Raises what `serve` and `launch` raise.
     """
-    return _Local(plugins, info, max_workers, **_applicable("local", options)).start()
+    options = {key: value for key, value in locals().items() if key not in ("plugins", "info", "max_workers")}
+    recipe = _Recipe(["local"], **options)
+    versions = _versions(plugins, handshake)
+
+    def server() -> _Server:
+        return _Server(versions, info, max_workers, max_message)
+
+    def start(argv: Sequence[str], limits: Any, terminal: bool, **popen: Any) -> _NoProcess:
+        address, key = popen["env"][_ADDRESS], bytes.fromhex(popen["env"][_AUTHKEY])
+        channel = _connect(address, _HELLO_SECONDS)
+        thread = _start_thread("miniplug-local", _serve_here, server(), channel, address, key)
+        return _NoProcess(channel, os.getpid(), thread)
+
+    server()  # raises here what it raises
+    recipe.process = start
+    return Plugin.__new__(Plugin)._set_up(recipe).start()
+
+
+def _serve_here(server: _Server, channel: _Channel, address: str, key: bytes) -> None:
+    try:
+        server.attend(channel, server.greet(channel, address, key, {"matches": True}))
+    except (OSError, EOFError, PluginError):
+        channel.close()  # the host's end tells why
+    server.close()
 
 
 # === 11. discovery ======================================================================================

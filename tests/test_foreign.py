@@ -116,7 +116,7 @@ def test_javascript_calls_back(node):
     assert calculator.each(["a", "b"], lambda text: text.upper()) == ["A", "B"]
     assert calculator.each([1, 2], lambda number: calculator.add(number, 10)) == [11, 12]
     assert calculator.each.submit([3], abs).result(10) == [3]
-    until(lambda: not node._session().references.lends)  # all is given back
+    until(lambda: not node._supervisor.session().references.lends)  # all is given back
 
 
 def test_an_exception_passes_through_javascript(node):

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -144,66 +143,75 @@ def test_killed_before_there_is_a_plugin(write):
 
 
 @guarded
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only /proc tells of it")
-def test_killed_before_the_guardian_is_told(write, tmp_path):
-    """The plugin has been started, and knows nothing of the connection's end: its environment tells whose it is."""
-    plugin = write("plugin.sh", f"""\
-        #!/bin/sh
-        echo $$ > {tmp_path / 'x'} && mv {tmp_path / 'x'} {tmp_path / 'pid'}
-        sleep 600
-    """)
-    os.chmod(plugin, 0o755)
-    path = write("host.py", f"""
-        import os, signal, sys
-        import miniplug
-        sys.path.append({HERE!r})
-        from conftest import until
+def test_there_is_one_guardian_and_it_goes_with_the_last_plugin():
+    plugins = [miniplug.launch(WORKSHOP) for _ in range(3)]
+    guardian = miniplug._guardian._process.pid
+    assert alive(guardian) and miniplug._guardian._told == {plugin.pid for plugin in plugins}
+    for plugin in plugins:
+        assert alive(guardian)
+        plugin.close()
+    assert not alive(guardian)
 
-        start = miniplug._popen
 
-        def popen(argv, **options):
-            process = start(argv, **options)
-            if argv[0] == {plugin!r}:
-                until(lambda: os.path.exists({str(tmp_path / 'pid')!r}))
-                os.kill(os.getpid(), signal.SIGKILL)
-            return process
+class Told:
+    """A guardian's script, run by hand with a /proc of our making: a number cannot be made to come again at will."""
 
-        miniplug._popen = popen
-        miniplug.launch({plugin!r})
-    """)
-    status, _, _ = run_python(path)
-    assert status == -signal.SIGKILL
-    pid = int((tmp_path / "pid").read_text())
-    until(lambda: not alive(pid), 5)
+    def __init__(self, folder, *bases, rounds=5):
+        self.proc = folder / "proc"
+        self.proc.mkdir()
+        script = miniplug._GUARDIAN.replace('"/proc/$1/stat"', f'"{self.proc}/$1"').replace("/proc/self", str(self.proc))
+        assert script.count(str(self.proc)) == 2
+        self.process = subprocess.Popen(["/bin/sh", "-c", script, "guardian", "miniplug-x", str(rounds), *bases],
+                                        stdin=subprocess.PIPE)
+
+    def say(self, line):
+        self.process.stdin.write(line)
+        self.process.stdin.flush()
+
+    def started(self, pid, when):
+        part = self.proc / f"{pid}.part"
+        part.write_text(f"{pid} (a b) c) S " + "0 " * 18 + f"{when} 0\n")
+        part.rename(self.proc / str(pid))
+
+    def end(self):
+        self.process.stdin.close()
+        assert self.process.wait(10) == 0
 
 
 @guarded
-def test_the_guardian_ends_with_its_plugin():
-    plugin = miniplug.launch(WORKSHOP)
-    guardian = plugin._run._tree._guardian.pid
-    assert alive(guardian)
-    plugin.close()
-    assert not alive(guardian)
+def test_a_guardian_kills_whom_it_was_told_of(tmp_path):
+    told = Told(tmp_path)
+    sleepers = [subprocess.Popen(["sleep", "600"], start_new_session=True) for _ in range(3)]
+    for sleeper, sign in zip(sleepers, (b"+", b"=", b"+")):
+        told.started(sleeper.pid, 111)
+        told.say(b"%s%d\n" % (sign, sleeper.pid))
+    told.say(b"-%d\n" % sleepers[2].pid)
+    told.end()
+    assert [sleeper.wait(10) for sleeper in sleepers[:2]] == [-9, -9] and sleepers[2].poll() is None
+    sleepers[2].kill()
+    sleepers[2].wait()
 
 
 @guarded
 def test_a_guardian_kills_nobody_who_has_the_number_now(tmp_path):
-    """It is told of a process, which ends; then another one is said to have its number. Only the first may be killed.
-
-    A number cannot be made to come again at will, so the guardian's own script is run with a /proc of our making.
-    """
+    """It is told of a process, which ends; then another one is said to have its number. Only the first may be killed."""
     bystander = subprocess.Popen(["sleep", "600"], start_new_session=True)
-    script = miniplug._GUARDIAN.replace("/proc/$pid/stat", "$STAT").replace("read -r end", "read -r end; STAT=$STAT.later")
-    for name, started in (("stat", 111), ("stat.later", 222)):
-        (tmp_path / name).write_text(f"{bystander.pid} (a b) c) S " + "0 " * 18 + f"{started} 0\n")
-    guardian = subprocess.Popen(["/bin/sh", "-c", script, "guardian", "none", "5"], stdin=subprocess.PIPE,
-                                env=dict(os.environ, STAT=str(tmp_path / "stat")))
-    guardian.stdin.write(b"%d -\n" % bystander.pid)
-    guardian.stdin.close()
-    assert guardian.wait(10) == 0
-    assert bystander.poll() is None
-    bystander.kill()
-    bystander.wait()
+    fence = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    told = Told(tmp_path)
+    for each in (bystander, fence):
+        told.started(each.pid, 111)
+        told.say(b"+%d\n" % each.pid)
+    told.say(b"-%d\n" % fence.pid)
+    os.mkfifo(str(told.proc / "1"))  # once this has a reader, what was said before has been heard
+    told.say(b"+1\n")
+    with open(str(told.proc / "1"), "w"):
+        pass
+    told.started(bystander.pid, 222)
+    told.end()
+    for each in (bystander, fence):
+        assert each.poll() is None
+        each.kill()
+        each.wait()
 
 
 def on_a_terminal(path, *steps, arguments=()):
@@ -300,82 +308,6 @@ def test_a_plugin_asks_for_a_password_on_the_terminal(write):
     """)
     status, said = on_a_terminal(path, (rb"password\? ", b"drowssap\n"))
     assert status == 0 and b"backwards password" in said and b"drowssap" not in said, said
-
-
-@terminal
-@pytest.mark.parametrize("raw", [False, True])
-def test_ctrl_c_at_a_password_prompt_leaves_a_terminal_that_echoes(write, raw):
-    """The call that has turned the echo off cannot turn it on again. What the host itself does with its terminal stays."""
-    plugin = write("asker.py", """
-        import getpass
-        class Asker:
-            def ask(self): return getpass.getpass("password? ")
-    """)
-    path = write("host.py", f"""
-        import miniplug, termios, tty
-        with miniplug.launch({plugin + ":Asker"!r}, stdin="inherit") as plugin:
-            before = termios.tcgetattr(0)
-            try:
-                plugin.dispense().ask()
-            except KeyboardInterrupt:
-                echoed = termios.tcgetattr(0)[3] & termios.ECHO
-                if {raw}:
-                    tty.setraw(0)
-                    before = termios.tcgetattr(0)
-        print("echoed", bool(echoed), "as before", termios.tcgetattr(0) == before, flush=True)
-    """)
-    status, said = on_a_terminal(path, (rb"password\? ", b"\x03"))
-    assert status == 0 and b"echoed False as before True" in said, said
-
-
-@terminal
-@pytest.mark.parametrize("how", ["close", "kill", "close(grace=0.1)"])
-@pytest.mark.parametrize("source", ["/proc", "ps"])
-def test_a_tree_that_shares_the_terminal_ends(write, how, source):
-    """There is no group to signal: its children, and theirs, are found by who started whom."""
-    if not (os.path.isdir("/proc/self") if source == "/proc" else shutil.which("ps")):
-        pytest.skip(f"there is no {source} here")
-    hide = "miniplug.os.path.isdir = lambda path: False" if source == "ps" else "os.environ['PATH'] = ''"
-    code = """if True:
-        import subprocess, sys, time
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        print("started", child.pid, flush=True)
-        time.sleep(600)
-    """
-    ignore = "shop.ignore_sigterm(); shop.enter_and_wait.submit(); shop.await_entered()" if "grace" in how else ""
-    path = write("host.py", f"""
-        import miniplug, os, sys
-        sys.path.append({HERE!r})
-        from conftest import alive, until
-        plugin = miniplug.launch({WORKSHOP!r}, stdin="inherit", stdout="inherit", stderr="inherit")
-        shop = plugin.dispense()
-        pids = [plugin.pid, shop.spawn(code={code!r})]
-        pids.append(int(input()))
-        assert all(map(alive, pids)) and shop.group() == os.getpgrp()
-        {hide}
-        {ignore}
-        plugin.{how if "(" in how else how + "()"}
-        until(lambda: not any(map(alive, pids)), 5)  # with this process there: its end would be that of the terminal
-        print("gone, exit", plugin.exit_code, flush=True)
-    """)
-    status, said = on_a_terminal(path, (rb"started (\d+)\r\n", rb"\1\n"))
-    assert status == 0 and b"gone, exit" in said, said
-
-
-@pytest.mark.skipif(WINDOWS, reason="nobody is signalled there")
-@pytest.mark.parametrize("pidfd", [True, False])
-def test_no_signal_goes_to_a_process_that_has_the_number_now(monkeypatch, pidfd):
-    if not pidfd:
-        monkeypatch.delattr(os, "pidfd_open", raising=False)
-    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = miniplug._processes()[bystander.pid][1]
-    assert miniplug._processes()[bystander.pid] == (os.getpid(), started) == miniplug._processes(bystander.pid)[bystander.pid]
-    miniplug._signal(bystander.pid, started + "0", signal.SIGKILL)
-    assert alive(bystander.pid)
-    miniplug._signal(bystander.pid, started, signal.SIGKILL)
-    assert bystander.wait(10) == -signal.SIGKILL
-    miniplug._signal(bystander.pid, started, signal.SIGKILL)  # nobody has it
-    bystander.stdin.close()
 
 
 @guarded

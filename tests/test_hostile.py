@@ -150,7 +150,7 @@ def attack(expression, *options, kind=miniplug.ProtocolError):
 
         waiter = threading.Thread(target=wait)
         waiter.start()
-        until(lambda: plugin._session()._reader)
+        until(lambda: plugin._supervisor.session()._reader)
         start = time.monotonic()
         with pytest.raises(kind) as caught:
             for _ in proxy.attack():  # some begin as a stream

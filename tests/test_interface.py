@@ -356,7 +356,7 @@ def test_what_is_dispensed_is_the_plugins():
         two.dispense("k").keep(proxy)
         with pytest.raises(miniplug.ProtocolError):
             two.dispense("s")
-        assert repr(proxy) == "<proxy of the plugin 's'>" and proxy._target.plugin is one
+        assert repr(proxy) == "<proxy of the plugin 's'>" and proxy._target._supervisor is one._supervisor
 
 
 @pytest.mark.skipif(sys.version_info < (3, 9), reason="there pydoc looks at the type alone")

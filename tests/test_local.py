@@ -47,9 +47,8 @@ class Shop:
 exits = []
 
 
-@pytest.mark.parametrize("codec", ["json", "pickle"])
-def test_it_is_called_as_a_plugin_is(codec):
-    with miniplug.local({"shop": Shop}, info={"version": "1"}, codec=codec) as plugin:
+def test_it_is_called_as_a_plugin_is():
+    with miniplug.local({"shop": Shop}, info={"version": "1"}) as plugin:
         shop = plugin.dispense("shop")
         assert shop.greet("you") == "Hello, you!" and shop.soon((1, 2)) == (1, 2)
         assert list(shop.count(300)) == list(range(300))
@@ -110,7 +109,7 @@ def test_the_handshake_is_the_real_one():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(TypeError, match="local\\(\\) takes no python"):
+    with pytest.raises(TypeError, match="python"):
         miniplug.local({"shop": Shop}, python="python3")
     with pytest.raises(TypeError, match="not empty"):
         miniplug.local({})

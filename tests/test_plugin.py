@@ -245,7 +245,7 @@ def test_names(workshop):
     assert isinstance(caught.value, AttributeError) and caught.value.matches[0] == "greet"
     with pytest.raises(miniplug.MethodNotFound, match="private"):
         workshop._secret()
-    session, number = workshop._target.at
+    session, number = workshop._target.here()
     for name in ("_private", "__class__", "__init__", "go", "go.set", "", "nothing"):  # past the proxy's own check
         with pytest.raises((miniplug.MethodNotFound, miniplug.RemoteError)):
             session.call(number, name, (), {}, 5)
@@ -1273,7 +1273,7 @@ def test_without_any_folder_it_is_loopback_tcp(monkeypatch):
     monkeypatch.setattr(miniplug.os, "mkdir", lambda *args: (_ for _ in ()).throw(OSError("read-only")))
     with miniplug.launch(WORKSHOP) as plugin:
         shop = plugin.dispense()
-        assert ":" in shop._target.at[0].channel.sock.getsockname()[0] + ":"
+        assert ":" in shop._target.here()[0].channel.sock.getsockname()[0] + ":"
         assert shop.greet("x") == "Hello, x!"
         assert len(shop.echo(b"x" * 5000000)) == 5000000
 
@@ -1353,7 +1353,7 @@ def test_start_while_it_closes():
     assert shop.await_entered()
     closing = threading.Thread(target=plugin.close, args=(1.0,))
     closing.start()
-    until(lambda: plugin._run.closing)
+    until(lambda: plugin._supervisor.run.asked)
     plugin.start()
     assert shop.greet("x") == "Hello, x!"
     closing.join()

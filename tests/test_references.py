@@ -336,15 +336,14 @@ def test_a_released_reference_that_is_sent_fails_that_call_only(both, proxy):
 def test_what_was_released_on_its_way_home_fails_that_call_only(both, proxy):
     function, = proxy.give()
     session = both.here
-    at = function._target.at
     miniplug.release(function)
     until(lambda: loans(both.there) == 1)
-    function._target.at = at  # as for a thread that has packed it just before
+    function._target.released = False  # as for a thread that has packed it just before
     with pytest.raises(miniplug.PluginError) as caught:
         proxy.echo(function)
     assert not isinstance(caught.value, miniplug.PluginCrashed) and session.ended is None
     assert proxy.echo("well") == "well"
-    function._target.at = (session, None)
+    function._target.released = True
 
 
 def test_a_reference_outlives_its_plugin_as_a_dead_one(both, proxy):

@@ -156,7 +156,7 @@ def test_an_error_past_the_limit_says_what_to_do(shop):
 
 def test_wait_tells_of_the_process_that_it_waited_for(shop, monkeypatch):
     with miniplug.launch(shop, stderr="discard") as plugin:
-        run = plugin._run
+        run = plugin._supervisor.run
 
         def wait(seconds=-1):
             assert run.ended.wait(30)
@@ -175,7 +175,7 @@ def test_restarts_outside_the_window_do_not_count(shop):
         proxy = plugin.dispense()
         crash(proxy)
         assert proxy.pid() and plugin.restarts == 1
-        plugin._tries = [each - 601 for each in plugin._tries]  # as if time had passed
+        plugin._supervisor.tries = [each - 601 for each in plugin._supervisor.tries]  # as if time had passed
         crash(proxy)
         assert proxy.pid() and plugin.restarts == 2
         crash(proxy)
@@ -230,7 +230,7 @@ def test_close_cuts_the_pause_short(shop, monkeypatch):
         results = []
         waiting = threading.Thread(target=lambda: results.extend(in_threads(3, proxy.pid)))
         waiting.start()
-        until(lambda: plugin._room is not None)
+        until(lambda: plugin._supervisor.start is not None)
         plugin.close()
         assert isinstance(call.exception(10), miniplug.PluginClosed)
         waiting.join(10)
@@ -266,7 +266,7 @@ def test_many_threads_that_hit_one_crash_make_one_restart(shop):
             assert len(starts) == number + 1 and plugin.restarts == number and set(results) <= set(starts[-2:])
 
 
-def test_a_start_that_fails_fails_those_who_wait_for_it_and_counts(write):
+def test_a_start_that_fails_fails_those_who_wait_for_it_and_counts(write, monkeypatch):
     path = write("shop.py", SHOP)
     with miniplug.launch(path + ":Shop", max_restarts=2, stderr="discard") as plugin:
         proxy = plugin.dispense()
@@ -274,10 +274,12 @@ def test_a_start_that_fails_fails_those_who_wait_for_it_and_counts(write):
         os.rename(path, path + ".away")
         results = []
         waiting = threading.Thread(target=lambda: results.extend(in_threads(8, proxy.pid)))
-        with plugin._starting:
-            calls = [proxy.pid.submit() for _ in range(8)]
-            waiting.start()
-            until(lambda: len(plugin._room.done._cond._waiters) == 8)
+        go, start = threading.Event(), miniplug._Start.open
+        monkeypatch.setattr(miniplug._Start, "open", lambda self: go.wait(30) and start(self))
+        calls = [proxy.pid.submit() for _ in range(8)]
+        waiting.start()
+        until(lambda: len(plugin._supervisor.news._waiters) == 16)
+        go.set()
         waiting.join(30)
         results += [call.exception(30) for call in calls]
         assert [type(each) for each in results] == [miniplug.LaunchError] * 16
@@ -334,7 +336,7 @@ def test_asyncio_can_close_what_all_threads_of_the_loop_wait_for(shop):
         async with miniplug.Plugin(shop) as plugin:
             proxy = plugin.dispense()
             calls = [loop.run_in_executor(None, proxy.work, 60) for _ in range(40)]  # more than it has threads
-            until(lambda: len(plugin._run.session._calls) > 4)
+            until(lambda: len(plugin._supervisor.run.session._calls) > 4)
             await asyncio.wait_for(plugin.aclose(0.1), 20)
         ends = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(end) for end in ends} == {miniplug.PluginClosed}
@@ -442,7 +444,7 @@ def test_calls_that_wait_for_an_on_start_that_hangs_end_with_the_plugin(shop, en
     def on_start(plugin):
         call = threading.Thread(target=lambda: waiting.extend(in_threads(1, plugin.dispense)))
         call.start()
-        until(lambda: plugin._room is not None)
+        until(lambda: plugin._supervisor.start is not None)
         held.set()
         call.join(30)
 
@@ -599,27 +601,38 @@ def test_a_host_that_stood_still_does_not_blame_the_plugin(write, shop):
 
 
 def test_a_host_that_stood_still_several_times_before_it_could_read_the_answer(shop, monkeypatch):
+    """However long that was, each time counts as a quarter of the heartbeat."""
+    rounds = []
+
+    class Ended:
+        def wait(self, seconds):
+            rounds.append(seconds)
+            return len(rounds) > 3
+
     with miniplug.launch(shop, heartbeat=1000) as plugin:
-        run, proxy = plugin._run, plugin.dispense()
+        run, proxy = plugin._supervisor.run, plugin.dispense()
         monkeypatch.setattr(type(run.session), "probe", lambda session: False)
-        for _ in range(3):
-            run._looked -= 3600
-            run._look()
-        assert not run._hung and proxy.pid() == plugin.pid
+        monkeypatch.setattr(run, "ended", Ended())
+        run._mind(run.session)
+        monkeypatch.undo()
+        assert rounds == [250] * 4 and not run._why and proxy.pid() == plugin.pid
 
 
 def test_heartbeats_do_not_keep_what_is_closed(shop):
+    def minders():
+        return [thread for thread in threading.enumerate() if thread.name == "miniplug-mind"]
+
     with miniplug.launch(shop, heartbeat=5, idle_timeout=600) as plugin:
         assert plugin.dispense().pid() == plugin.pid
-        assert any(number == 0 for _, number, _, _ in miniplug._clock._alarms)
-    until(lambda: not any(number == 0 for _, number, _, _ in miniplug._clock._alarms))
+        assert len(minders()) == 1
+    until(lambda: not minders())
 
 
 def test_two_alarms_of_the_same_moment(shop):
     """Clocks are coarse on some platforms."""
     with miniplug.launch(shop) as one, miniplug.launch(shop) as other:
         for plugin in (one, other):
-            miniplug._clock.alarm(time.monotonic() // 1 + 600, 0, plugin._session())
+            miniplug._clock.alarm(time.monotonic() // 1 + 600, 0, plugin._supervisor.session())
         assert one.ping() + other.ping() < 10
 
 
@@ -712,9 +725,9 @@ def test_no_call_is_lost_to_the_idle_timeout(shop):
 
 def test_what_has_crashed_is_not_closed_as_idle(shop):
     with miniplug.launch(shop, idle_timeout=60, stderr="discard") as plugin:
-        proxy, run = plugin.dispense(), plugin._run
+        proxy, run = plugin.dispense(), plugin._supervisor.run
         crash(proxy)
-        plugin._close_idle(run)  # as when the clock was quicker
+        plugin._supervisor.retire(run)  # as when it was found idle just before
         with pytest.raises(miniplug.PluginCrashed):
             proxy.pid()
 
@@ -882,7 +895,7 @@ def test_a_crash_while_it_is_replaced_is_made_up_for_by_the_new_process(shop):
         held.set()
         restarting = threading.Thread(target=plugin.restart)
         restarting.start()
-        until(lambda: plugin._coming is not None and plugin._coming.session is not None)
+        until(lambda: plugin._supervisor.start.run is not None and plugin._supervisor.start.run.session is not None)
         crash(proxy)
         call = proxy.pid.submit()
         assert not call.done()

@@ -87,7 +87,7 @@ def names(said):
 
 def test_a_process_is_in_the_job_before_it_runs(system):
     said, _ = system
-    tree = miniplug._WindowsTree(["prog"], False, "", None, cwd="C:\\")
+    tree = miniplug._WindowsProcess(["prog"], None, False, cwd="C:\\")
     assert names(said) == ["CreateJobObjectW", "SetInformationJobObject", "popen", "AssignProcessToJobObject", "NtResumeProcess"]
     assert said[2] == ("popen", ["prog"], 0x08000204, {"cwd": "C:\\"})  # suspended, a new group, and no window
     assert said[3] == ("AssignProcessToJobObject", JOB, PROCESS) and said[4] == ("NtResumeProcess", PROCESS)
@@ -97,7 +97,7 @@ def test_a_process_is_in_the_job_before_it_runs(system):
 
 def test_the_job_kills_what_is_in_it_when_it_is_closed(system):
     said, _ = system
-    miniplug._WindowsTree(["prog"], False, "", None).reap()
+    miniplug._WindowsProcess(["prog"], None, False).reap()
     _, job, kind, settings, size = said[1]
     assert (job, kind, size, len(settings)) == (JOB, 9, 144 if sys.maxsize > 1 << 32 else 112, size)
     assert struct.unpack_from("<I", settings, 16) == (0x2000,)  # the third field, after two of 64 bits
@@ -106,13 +106,13 @@ def test_the_job_kills_what_is_in_it_when_it_is_closed(system):
 
 def test_a_plugin_on_the_hosts_terminal_has_a_group_of_its_own_and_no_console(system):
     said, _ = system
-    miniplug._WindowsTree(["prog"], True, "", None).reap()
+    miniplug._WindowsProcess(["prog"], None, True).reap()
     assert said[2][2] == 0x00000204
 
 
 def test_the_whole_job_is_ended_and_nothing_after_it_is_closed(system):
     said, _ = system
-    tree = miniplug._WindowsTree(["prog"], False, "", None)
+    tree = miniplug._WindowsProcess(["prog"], None, False)
     tree.signal(kill=False)
     assert said[-2:] == [("TerminateJobObject", JOB, 1), ("kill",)]
     tree.reap()
@@ -126,7 +126,7 @@ def test_a_process_that_cannot_be_made_leaves_no_job(system):
     said, results = system
     results["error"] = FileNotFoundError("prog")
     with pytest.raises(FileNotFoundError):
-        miniplug._WindowsTree(["prog"], False, "", None)
+        miniplug._WindowsProcess(["prog"], None, False)
     assert names(said)[-1] == "CloseHandle" and "kill" not in names(said)
 
 
@@ -134,7 +134,7 @@ def test_a_process_that_cannot_be_let_run_is_killed(system):
     said, results = system
     results["NtResumeProcess"] = -0x3FFFFFDE
     with pytest.raises(OSError, match="0xC0000022"):
-        miniplug._WindowsTree(["prog"], False, "", None)
+        miniplug._WindowsProcess(["prog"], None, False)
     assert names(said)[-2:] == ["kill", "CloseHandle"]
 
 
@@ -142,7 +142,7 @@ def test_without_a_job_the_process_itself_is_ended(system):
     """Windows refuses, as it did to processes in a job before Windows 8."""
     said, results = system
     results.update(CreateJobObjectW=0, SetInformationJobObject=0, AssignProcessToJobObject=0)
-    tree = miniplug._WindowsTree(["prog"], False, "", None)
+    tree = miniplug._WindowsProcess(["prog"], None, False)
     assert ("NtResumeProcess", PROCESS) in said
     tree.signal(kill=True)
     assert names(said)[-1] == "kill" and "TerminateJobObject" not in names(said)
@@ -155,7 +155,7 @@ def test_with_limits_the_process_runs_in_the_job_or_not_at_all(system, refused):
     said, results = system
     results[refused] = 0
     with pytest.raises(OSError, match="its limits cannot be set"):
-        miniplug._WindowsTree(["prog"], False, "", miniplug.Limits(memory=1 << 30))
+        miniplug._WindowsProcess(["prog"], miniplug.Limits(memory=1 << 30), False)
     assert "NtResumeProcess" not in names(said) and names(said)[-1] == "CloseHandle"
     assert ("kill" in names(said)) == ("popen" in names(said))
 

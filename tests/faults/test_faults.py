@@ -185,10 +185,10 @@ def starting(scene, fault, kind, detail):
         scene.start(fault)
         return
     if kind == HANGS:
-        scene.plugin._start_timeout = 2 * SHORT
+        scene.plugin._supervisor.recipe.start_timeout = 2 * SHORT
     with within(PROMPT), pytest.raises((miniplug.LaunchError, miniplug.PluginCrashed)) as caught:
         scene.start(fault)
-    scene.plugin._start_timeout = 20
+    scene.plugin._supervisor.recipe.start_timeout = 20
     assert not scene.plugin.running
     if kind == DIES and detail is not None:
         assert caught.value.exit_code == detail
@@ -310,14 +310,14 @@ def in_restart(scene, fault, kind, detail):
     before = scene.plugin.pid
     scene.strike_at_the_start(fault)
     if kind == HANGS:
-        scene.plugin._start_timeout = 2 * SHORT
+        scene.plugin._supervisor.recipe.start_timeout = 2 * SHORT
     with within(PROMPT):
         if kind == ANSWERS:
             scene.plugin.restart()
         else:
             with pytest.raises(miniplug.LaunchError):
                 scene.plugin.restart()
-    scene.plugin._start_timeout = 20
+    scene.plugin._supervisor.recipe.start_timeout = 20
     assert scene.plugin.running and (scene.plugin.pid == before) is (kind != ANSWERS)
 
 
