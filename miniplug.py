@@ -2315,7 +2315,7 @@ class _Session:
     of the methods whose calls are lost into the exception that they raise.
     """
 
-    __slots__ = ("_called", "_calls", "_drained", "_filled", "_forks", "_garbage", "_half", "_idle", "_inline", "_late", "_lock",
+    __slots__ = ("_called", "_calls", "_drained", "_filled", "_forks", "_garbage", "_half", "_idle", "_inline", "_last_asked", "_late", "_lock",
                  "_lost", "_lost_calls", "_numbers", "_pack", "_partial", "_queue", "_quiet", "_reader", "_ready",
                  "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_taking",
                  "_ticking", "_unattended", "_vacant", "_waiting", "borrowed", "call_timeout", "cause", "channel", "closing",
@@ -2345,6 +2345,7 @@ class _Session:
         self._lost = lost
         self._serving = serving
         self._numbers = itertools.count(1)
+        self._last_asked = 0  # the number taken by the last `unused`
         self._calls: dict[int, _Call] = {}  # ours, open
         self._waiting: dict[int, _Call] = {}  # those of them for which a thread waits
         self._unattended: set[int] = set()  # those whose answer must be read though no thread waits
@@ -3235,6 +3236,20 @@ class _Session:
         alone = type(self._reader.get(0)) is tuple
         return bool(alone or self._calls or self._requests or self.borrowed or self.references.lends)
 
+    def unused(self) -> bool:
+        """Whether it is not busy, and no call has begun since this was asked last. One thread asks."""
+        before, self._last_asked = self._last_asked, next(self._numbers)
+        return self._last_asked == before + 1 and not self.busy()
+
+    def keep_reading(self) -> None:
+        """Have somebody read from now on though nobody calls."""
+        self._unattended.add(-1)
+        self._pass_on()
+
+    def ask_to_end(self, grace: float) -> None:
+        """Tell the plugin to end, within so many seconds."""
+        self.post(_SHUTDOWN, 0, grace)
+
     def seal(self) -> bool:
         """Take no more calls, unless it is busy. Returns whether it takes none. (A call is among `_calls` before it looks
         whether it may be sent: so none slips through.)"""
@@ -4078,6 +4093,14 @@ class _Awaitable:
                 future.set_result(value)
         except _import("concurrent.futures").InvalidStateError:
             pass  # cancelled meanwhile, or settled before
+
+    def _fail(self, error: BaseException) -> None:
+        """It could not begin."""
+        future: Any = self
+        try:
+            future.set_exception(error)
+        except _import("concurrent.futures").InvalidStateError:
+            pass  # cancelled meanwhile
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
@@ -5523,8 +5546,7 @@ class _Run:
         session.call_timeout = recipe.call_timeout
         self.session = session
         if not self.owned:
-            session._unattended.add(-1)  # so that somebody reads, and sees the end, though nobody calls
-            session._pass_on()
+            session.keep_reading()  # so that the end is seen though nobody calls
         if self.ended.is_set():  # just before
             self._end_session()
         elif self.owned and "persist" in terms.features:
@@ -5551,15 +5573,13 @@ class _Run:
         heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
         pause = min(heartbeat / 4, idle / 8)
         silent = unused = 0.0
-        number = next(session._numbers)
         while not self.ended.wait(pause) and session.ended is None:
             silent = 0.0 if heartbeat == _FOREVER or session.probe() else silent + pause
             if silent >= heartbeat:
                 fate = "killed" if self.owned else "given up"
                 self._why = f"answered no ping for {heartbeat:g} s and was {fate}"
                 return self.signal(kill=True)
-            before, number = number, next(session._numbers)
-            unused = 0.0 if number != before + 1 or session.busy() else unused + pause
+            unused = unused + pause if session.unused() else 0.0
             if unused >= idle:
                 self.supervisor.retire(self)
         return None
@@ -5576,7 +5596,7 @@ class _Run:
 
     def _say_stop(self, grace: float) -> None:
         if self.session is not None and self.session.ended is None:
-            self.session.post(_SHUTDOWN, 0, grace)
+            self.session.ask_to_end(grace)
 
     def signal(self, kill: bool) -> None:
         self.process.signal(kill)
@@ -5678,8 +5698,6 @@ class _Run:
         self.ended = threading.Event()  # a thread that is not here may hold the lock of the other one
         self.ended.set()
         self._close_files()
-        if self.session is not None:
-            self.session.ended = lambda calls: _not_owned(self.recipe.name)
 
     # -- why it ended
 
@@ -5907,6 +5925,7 @@ class _Supervisor:
     def session(self, asked: _Call | None = None) -> _Session:
         """The session that this thread is to call on. Waits for a start, at most until the deadline of what
         is asked. Raises PluginClosed, PluginCrashed, or why it did not start."""
+        self._check_owner()
         while True:
             session = self.open
             if session is not None and not session.sealed:
@@ -5923,6 +5942,7 @@ class _Supervisor:
 
     def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
         """Have a submitted call begin in a thread of its own, if it has to wait for a start."""
+        self._check_owner()
         with self.news:
             try:
                 waits = self._mine() is None and self._wanted() is not None
@@ -5937,17 +5957,19 @@ class _Supervisor:
         try:
             begin(seconds)
         except BaseException as error:
-            asked = _Call(0, call._method, None)
-            asked.inbox = ((_ERROR, error),)
-            call._settle(asked)
+            call._fail(error)
 
     def _mine(self) -> _Session | None:
         """The session that this thread may call on now."""
-        if self._owner != os.getpid():
-            raise _not_owned(self.recipe.name)
         start = self.own_start()
         run = start.run if start is not None else self.run if self.state == "up" else None
         return run.session if run is not None and run.takes_calls else None
+
+    def _check_owner(self) -> None:
+        """Before any lock: in a forked child a thread that is not there may hold it."""
+        if self._owner != os.getpid():
+            where = "belongs to the process that this one was forked from: launch another here"
+            raise PluginError(f"the plugin {self.recipe.name!r} {where}")
 
     def own_start(self) -> _Start | None:
         """The start that this thread takes part in: it runs on_start, or what the calls of that call back."""
@@ -6008,8 +6030,7 @@ class _Supervisor:
 
     def start_up(self) -> None:
         """Start it, unless it is up. Who is interrupted while it waits for that ends it."""
-        if self._owner != os.getpid():
-            raise _not_owned(self.recipe.name)
+        self._check_owner()
         if self.own_start() is not None:
             return
         with self.news:
@@ -6028,8 +6049,7 @@ class _Supervisor:
 
     def swap(self) -> _Run | None:
         """Have another run take the place of this one. Returns this one, or None if it was not up."""
-        if self._owner != os.getpid():
-            raise _not_owned(self.recipe.name)
+        self._check_owner()
         if self.own_start() is not None:
             raise RuntimeError("on_start cannot restart the plugin")
         with self.news:
@@ -6177,11 +6197,6 @@ class _Supervisor:
     def tell_exit(self) -> None:
         if self.recipe.on_exit is not None:
             _guard(self.recipe.on_exit, self._plugin, what="on_exit")
-
-
-def _not_owned(name: str) -> PluginError:
-    where = "belongs to the process that this one was forked from: launch another here"
-    return PluginError(f"the plugin {name!r} {where}")
 
 
 _runs: set[_Run] = set()  # all that have not ended
@@ -6486,7 +6501,8 @@ class Plugin:
         found = self._ask_system("dispense", (name,), _Remote)
 
         def dispense(session: _Session, seconds: float | None) -> _Target:
-            return self._ask(_Remote, session, 0, "dispense", (name,), {}, seconds)._target  # type: ignore[no-any-return]
+            lent = self._ask(_Remote, session, 0, "dispense", (name,), {}, seconds)
+            return lent._target  # type: ignore[no-any-return]
 
         target = _Dispensed(self._supervisor, dispense, found._target)
         target.label, target.timeout = f"the plugin {name or self.name!r}", seconds
@@ -6617,7 +6633,7 @@ def _split_spec(command: str) -> tuple[str, str, str]:
     name, equals, source = head.partition("=")
     if not equals or not name.isidentifier():
         name, source = attribute.rpartition(".")[2].lower(), head
-    if os.path.dirname(source) and not source.endswith(".py"):  # no module: a program with a colon in its name
+    if os.path.dirname(source) and not source.endswith(".py"):  # a program with a colon in its name
         return "", command, ""
     return name, source, attribute
 
@@ -6685,7 +6701,7 @@ del Plugin.__init__.__annotations__["return"]  # or help() would say that launch
 
 @_like(Plugin)
 def launch(command: _Command, **options: Any) -> Plugin:
-    """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin:`` closes it at the end.
+    """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin:`` closes it in the end.
 
     `command`: an argument list, run as it is; or the path of a program, a ``.py`` file being run under
     `python`; or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``,
@@ -6749,8 +6765,8 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
     """Connect to a plugin that runs already, and return it, ready to `dispense`. `config` is what its
     `reattach_config` gave.
 
-    The process is not this host's: `close`, the end of a ``with`` and interpreter exit only disconnect; `kill`
-    asks it to end, and then disconnects. What it prints does not come here. After a `close` `start` connects
+    The process is not this host's: `close`, the end of a ``with`` and interpreter exit disconnect; `kill` asks
+    it to end, and then disconnects. What it prints does not come here. After a `close` `start` connects
     again. The options are those of `launch` that apply. If the environment variable ``MINIPLUG_ATTACH`` is
     ``{NAME: config}`` as JSON, `launch` attaches in the same way for a plugin of that name.
 

@@ -973,10 +973,16 @@ def test_the_host_may_exit_at_any_of_these_moments(write, shop):
             thing.die()
         except miniplug.PluginCrashed:
             calls.append(thing.pid.submit())  # waits in the pause
-        third = miniplug.Plugin({shop!r}, on_start=lambda plugin: (print(plugin.pid, flush=True), threading.Event().wait()))
+        configured = threading.Event()
+
+        def on_start(plugin):
+            print(plugin.pid, flush=True)
+            configured.set()
+            threading.Event().wait()
+
+        third = miniplug.Plugin({shop!r}, on_start=on_start)
         threading.Thread(target=third.start, daemon=True).start()
-        while third.pid is None or not third.running:
-            pass
+        configured.wait()
         sys.stdout.flush()
     """)
     begun = time.monotonic()
