@@ -3347,17 +3347,21 @@ def _no_method(name: str, names: Iterable[str] | None, where: str) -> MethodNotF
 
 
 def _makes_instances(served: Any) -> bool:
-    """Whether what is served is a class or a zero-argument factory, and not the object itself. A function
-    that needs arguments is there to be called; so is one with *args or **kwargs, or in C, if it may take
-    some."""
+    """Whether what is served is a class or a zero-argument factory, and not the object itself. A function that
+    needs arguments is there to be called; so is one with *args or **kwargs, or in C, if it may take some."""
     if isinstance(served, type) or type(served).__name__ not in _FUNCTIONS:
         return isinstance(served, type)
+    in_c = type(served).__name__ == "builtin_function_or_method"
+    of_class = isinstance(getattr(served, "func", None), type)  # a partial, which has what the class needs
     try:
         parameters = _import("inspect").signature(served).parameters.values()
     except ValueError:
-        return False  # a C function that does not tell
-    in_c = type(served).__name__ == "builtin_function_or_method"
-    return all(each.default is not each.empty and not in_c for each in parameters)
+        return of_class  # a C function that does not tell
+    for each in parameters:
+        takes_any = each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        if in_c or (not of_class if takes_any else each.default is each.empty):
+            return False
+    return True
 
 
 _FUNCTIONS = "function", "method", "partial", "builtin_function_or_method"
@@ -4361,7 +4365,6 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
     """
-    _refuse_monkey_patches()
     if not hasattr(handshake, "magic_cookie_value"):
         raise TypeError(f"handshake={handshake!r}: it is a miniplug.Handshake")
     if not isinstance(address, (str, type(None))):
@@ -4379,6 +4382,7 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
 def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secret: bytes,
            persist: bool) -> None:
     """The plugin's main loop."""
+    _refuse_monkey_patches()
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
     _refuse_by_hand(address, persist, "In Python, miniplug.launch() with its path and handshake does.")

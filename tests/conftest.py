@@ -173,7 +173,8 @@ def _sockets():
 def quick_collections():
     """What the imports have made is not looked through again after each test."""
     gc.collect()
-    gc.freeze()
+    if hasattr(gc, "freeze"):  # PyPy has none
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -196,9 +197,14 @@ def _opened_since(before):
             if fd not in before and "urandom" not in target and "pytest" not in target}
 
 
+def by_hand_environment():
+    """In which miniplug and what the tests share can be imported."""
+    return dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), HERE]))
+
+
 def run_python(path, *args, **options):
     """Run a script with this interpreter and with miniplug importable; returns (status, stdout, stderr)."""
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), HERE]))
+    env = by_hand_environment()
     done = subprocess.run([sys.executable, path, *args], capture_output=True, stdin=subprocess.DEVNULL, env=env,
                           timeout=50, text=True, check=False, **options)
     return done.returncode, done.stdout, done.stderr
