@@ -1335,42 +1335,64 @@ class _PipeChannel(_Channel):
             self._let_go()
 
 
+# -- where a connection begins: every one is made by Listener and Client of multiprocessing.connection, without their
+# own key exchange, which blocks accept() for everybody, can be relayed, and needs MD5 before Python 3.12
+
+_BACKLOG = 4096  # callers that wait to be accepted; the system takes what it allows
+
+
 def _transport(address: str) -> str:
     return "pipe" if address.startswith("\\\\") else "unix" if "/" in address else "tcp"
 
 
-def _endpoint(address: str) -> tuple[int, Any]:
-    """The family of a socket, and where it is connected to. Raises ValueError for what is no address of this machine."""
-    if _transport(address) == "unix":
-        return _network.AF_UNIX, address
+def _endpoint(address: str) -> tuple[str, Any]:
+    """The family of an address, and what Listener and Client call it. Raises ValueError for none of this machine."""
+    if _transport(address) != "tcp":
+        return {"pipe": "AF_PIPE", "unix": "AF_UNIX"}[_transport(address)], address
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     here = host == "::1" or (host.startswith("127.") and host.replace(".", "").isdecimal())
     if not (here and port.isdecimal() and int(port) < 1 << 16):
         raise ValueError(f"{address!r} is no address: that is a path with a / in it, 127.0.0.1:PORT or [::1]:PORT")
-    return (socket.AF_INET6 if ":" in host else socket.AF_INET), (host, int(port))
+    return "AF_INET6" if ":" in host else "AF_INET", (host, int(port))
+
+
+def _channel_over(connection: Any) -> _Channel:
+    """The channel that takes over a Connection."""
+    if _WINDOWS:
+        return _PipeChannel(connection)
+    with connection:
+        return _SocketChannel(socket.socket(fileno=os.dup(connection.fileno())))
+
+
+def _client(address: str) -> Any:
+    """A Connection to `address`, however long that takes. Raises OSError."""
+    connection = _import("multiprocessing.connection")
+    family, target = _endpoint(address)
+    if family == "AF_INET6":  # Client knows no such
+        return connection.Connection(socket.create_connection(target).detach())
+    return connection.Client(target, family)
 
 
 def _connect(address: str, timeout: float) -> _Channel:
-    """A channel to `address`: a path, a pipe's name or ``host:port``. Raises OSError."""
-    if _transport(address) == "pipe":
-        return _PipeChannel(_import("multiprocessing.connection").Client(address, "AF_PIPE"))
-    family, target = _endpoint(address)
-    sock = socket.socket(family)
-    try:
-        sock.settimeout(timeout)
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                sock.connect(target)
-                return _SocketChannel(sock)
-            except BlockingIOError:  # Linux says so of a Unix socket whose backlog is full
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.01)
-    except BaseException:
-        sock.close()
-        raise
+    """A channel to `address`: a path, a pipe's name or ``host:port``. Raises OSError, past the timeout TimeoutError."""
+    came: list[Any] = []
+    news = threading.Event()
+
+    def connect() -> None:
+        try:
+            came.append(_client(address))
+        except Exception as error:
+            came.append(error)
+        news.set()
+
+    _import("multiprocessing.connection")
+    _aside("miniplug-connect", connect)  # one that comes too late closes itself
+    if not news.wait(timeout):
+        raise TimeoutError(f"{address} took no connection within {timeout:g} s")
+    if isinstance(came[0], Exception):
+        raise came.pop()
+    return _channel_over(came[0])
 
 
 def _temp_folders() -> list[str]:
@@ -1392,78 +1414,100 @@ _listeners: set[_Listener] = set()  # those that are open: a forked child closes
 class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
-    The folder has mode 0700, so that only this user gets as far as the handshake. `address` is what _connect takes; one
-    that is given is used instead, and the OSError or ValueError raised if it cannot be.
+    The folder has mode 0700, so that only this user gets as far as the handshake. `address` is what _connect takes;
+    one that is given is used instead, and the OSError or ValueError raised if it cannot be. One thread may `accept`
+    while another closes it.
     """
 
     def __init__(self, address: str = "", name: str = "") -> None:
         """`name`: what its folder is to be called, where it makes one."""
-        self.folder = ""
+        self.folder = ""  # the one that it has made
+        self._held: list[int] = []  # a descriptor of it
+        self.address = ""
         self.passed_over: list[str] = []  # the temp folders that would not do, and why
-        self.address = address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
         if address and (_transport(address) == "pipe") != _WINDOWS:
             problem = "here that is the name of a pipe" if _WINDOWS else "that is the name of a pipe of Windows"
             raise ValueError(f"{address!r} is no address: {problem}")
-        if _WINDOWS:
-            self._listener: Any = _import("multiprocessing.connection").Listener(self.address, "AF_PIPE")
+        if _WINDOWS or address:
+            self._listener = self._bind(address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}")
         else:
-            self._listener = self._bind(address) if address else self._bind_anywhere(name or _folder_name())
-            self._listener.setblocking(False)
+            self._listener = self._bind_anywhere(name)
         _listeners.add(self)
 
-    def _bind(self, address: str) -> socket.socket:
+    def _bind(self, address: str) -> Any:
         family, target = _endpoint(address)
-        if _transport(address) == "tcp":
-            sock = socket.create_server(target, family=family)
-            self.address = address[: address.rindex(":")] + f":{sock.getsockname()[1]}"
-            return sock
-        self.address = os.path.abspath(address)
-        _remove_stale(self.address)
-        sock = socket.socket(family)
+        if family == "AF_UNIX":
+            address = target = os.path.abspath(address)
+            _remove_stale(target)
         try:
-            sock.bind(self.address)
-            os.chmod(self.address, 0o600)
-            sock.listen(128)
-            return sock
-        except BaseException as error:
-            sock.close()
-            if not isinstance(error, OSError):
-                raise
+            listener = _import("multiprocessing.connection").Listener(target, family, _BACKLOG)
+            if family == "AF_UNIX":
+                os.chmod(target, 0o600)
+        except OSError as error:
             if error.errno is None:  # the path is too long
                 raise OSError(f"{error}: {address!r}") from None
             raise OSError(error.errno, error.strerror, address) from None  # it has named no file
+        if family in ("AF_INET", "AF_INET6"):
+            address = f"{address.rpartition(':')[0]}:{listener.address[1]}"
+        sock = getattr(getattr(listener, "_listener", None), "_socket", None)
+        if sock is not None:  # who accepts looks now and then whether that is still wanted
+            sock.settimeout(0.5)
+        self.address = address
+        return listener
 
-    def _bind_anywhere(self, name: str) -> socket.socket:
+    def _bind_anywhere(self, name: str) -> Any:
         for base in _temp_folders():
-            self.folder = os.path.join(base, name)
+            folder = os.path.join(base, name or _folder_name())
             try:
-                if len(os.fsencode(self.folder)) > 101:  # BSD has 104 for "/s" and NUL too
+                if len(os.fsencode(folder)) > 101:  # BSD has 104 for "/s" and NUL too
                     raise OSError("its path is too long for a socket")
-                os.mkdir(self.folder, 0o700)
-                return self._bind(os.path.join(self.folder, "s"))
+                os.mkdir(folder, 0o700)
+                self.folder = folder  # from here on it is ours to remove
+                self._hold()
+                return self._bind(os.path.join(folder, "s"))
             except OSError as error:
-                self._remove()
+                self._remove_folder()
                 self.passed_over.append(f"{base} ({error.strerror or error})")
-        self.folder = ""
         return self._bind("127.0.0.1:0")  # no folder to be had: the key alone keeps others out
+
+    def _hold(self) -> None:
+        """Lock the folder as long as this process lives: who gets the lock knows that it does not."""
+        self._held.append(os.open(self.folder, os.O_RDONLY))
+        try:
+            fcntl = _import("fcntl")
+            fcntl.flock(self._held[0], fcntl.LOCK_EX)
+        except OSError:
+            pass  # there are no locks there: then nobody else gets one either
 
     def accept(self) -> _Channel | None:
         """The next connection; or None, if half a second brings none (on Windows it waits on). Raises OSError when
         accepting fails."""
-        if _WINDOWS:
-            return _PipeChannel(self._listener.accept())
-        if not _wait_for(self._listener, False, time.monotonic() + 0.5):
+        try:
+            return _channel_over(self._listener.accept())
+        except socket.timeout:
             return None
-        return _SocketChannel(self._listener.accept()[0])
+
+    def wake(self) -> None:
+        """Have whoever waits in `accept` return."""
+        try:
+            _connect(self.address, 1.0).close()
+        except OSError:
+            pass  # nobody waits any more; or without a descriptor for this it looks by itself
 
     def close(self) -> None:
         _listeners.discard(self)
-        self._listener.close()
-        self._remove()
+        try:
+            self._listener.close()  # and removes its socket
+        except OSError:
+            pass  # somebody else has
+        self._remove_folder()
 
-    def _remove(self) -> None:
-        if _transport(self.address) == "unix":
-            _remove_socket(self.address, self.folder)
+    def _remove_folder(self) -> None:
+        if self.folder:
+            _remove_socket(os.path.join(self.folder, "s"), self.folder)
+        self.folder = ""
+        while self._held:
+            os.close(self._held.pop())
 
 
 def _remove_socket(path: str, folder: str) -> None:
@@ -1474,25 +1518,61 @@ def _remove_socket(path: str, folder: str) -> None:
             pass
 
 
-def _remove_stale(path: str, seconds: float = 0.0) -> None:
-    """Remove the socket that a process which was killed has left, and the folder if it had made one for it. Others that are
-    being killed may hold it open for that many seconds."""
+def _is_our_folder(folder: str) -> bool:
+    """Whether this user has made it for a socket, and nobody else can have put anything there. Raises OSError."""
+    name, stat = os.path.basename(folder), os.lstat(folder)
+    return (name.startswith("miniplug-") and len(name) == len(_folder_name()) and stat.st_uid == _posix.geteuid()
+            and stat.st_mode & 0o170777 == 0o040700)
+
+
+def _remove_stale(path: str, seconds: float = 0.0) -> bool:
+    """Remove the socket that a process which was killed has left, and the folder if it had made one for it. Others that
+    are being killed may hold it open for that many seconds. Whether there was one, and it is gone."""
     deadline = time.monotonic() + seconds
     try:
         while _transport(path) == "unix" and _import("stat").S_ISSOCK(os.lstat(path).st_mode):  # and nothing else
             try:
                 _connect(path, 1.0).close()
                 if time.monotonic() >= deadline:
-                    return
+                    return False
                 time.sleep(0.01)
             except ConnectionRefusedError:
                 os.unlink(path)
-                folder = os.path.dirname(path)
-                name = os.path.basename(folder)
-                if name.startswith("miniplug-") and len(name) == len(_folder_name()):  # not one of the user's
-                    os.rmdir(folder)
+                if _is_our_folder(os.path.dirname(path)):
+                    os.rmdir(os.path.dirname(path))
+                return True
     except OSError:
         pass  # there is nothing, or somebody else was quicker
+    return False
+
+
+def _remove_left_behind() -> list[str]:
+    """Remove, in the temp folders, what plugins that listened there and were killed have left. Returns the folders."""
+    removed = []
+    for base in () if _WINDOWS else _temp_folders():
+        try:
+            names = os.listdir(base)
+        except OSError:
+            continue  # it is not there, or may not be looked at
+        for folder in [os.path.join(base, name) for name in names if name.startswith("miniplug-")]:
+            try:
+                if _is_our_folder(folder) and _is_dead(folder) and _remove_stale(os.path.join(folder, "s")):
+                    removed.append(folder)
+            except OSError:
+                pass  # it is gone
+    return removed
+
+
+def _is_dead(folder: str) -> bool:
+    """Whether the process that made it is gone: then the lock is to be had. Raises OSError."""
+    fcntl, fd = _import("fcntl"), os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
 
 
 # === 4. handshake =======================================================================================
@@ -1500,16 +1580,19 @@ def _remove_stale(path: str, seconds: float = 0.0) -> None:
 # Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both nonces.
 #
 #     host    {"miniplug": 1, "role": "host", "nonce", "protocol_versions", "codec", "max_message", "features"}
-#     plugin  {"miniplug": 1, "role": "plugin", "nonce", "protocol_versions", "codecs", "max_message", "features", "cookie"}
+#     plugin  {"miniplug": 1, "role": "plugin", "nonce", "protocol_versions", "codecs", "max_message", "features",
+#              "cookie"}
 #     plugin  {"proof"}
 #     host    {"protocol_version", "codec"}, or {"refusal"}
 #     host    {"proof"}
 #
 # A proof is HMAC-SHA256 over the role's name, the address and all messages before it, each with its length before it,
-# so that nothing can be changed, replayed, reflected, or relayed to another address.
+# so that nothing can be changed, replayed, reflected, or relayed to another address. Until the other side's was right,
+# nothing is read but short JSON in UTF-8.
 
 _HELLO_LIMIT = 4096  # bytes; until the key is proven nothing else is decoded
 _HELLO_SECONDS = 5.0
+_CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
 _WIRE_VERSION = 1
 
 
@@ -1524,6 +1607,10 @@ class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic
     """
 
     __slots__ = ()
+    if TYPE_CHECKING:
+        protocol_version: int
+        magic_cookie_key: str
+        magic_cookie_value: str
 
 
 # What a handshake settles; the other side's limit in bytes, and its features.
@@ -1531,12 +1618,12 @@ _Terms = namedtuple("_Terms", "protocol_version codec max_message features", def
 
 
 class _Hello:
-    """One run of the handshake over one channel, for either role. Its methods raise AuthenticationError, HandshakeError,
-    ProtocolError, OSError and EOFError."""
+    """One run of the handshake over one channel, for either role, on one thread. Its methods raise AuthenticationError,
+    HandshakeError, ProtocolError, OSError and EOFError."""
 
     def __init__(self, channel: _Channel, address: str, key: bytes, role: str) -> None:
         self._channel, self._address, self._key, self._role = channel, address, key, role
-        self._said: list[bytes] = []
+        self._said: list[bytes] = []  # all messages of either side
         self._deadline = time.monotonic() + _HELLO_SECONDS
 
     def say(self, **message: Any) -> None:
@@ -1550,7 +1637,7 @@ class _Hello:
         self._said.append(bytes(frame))
         self._channel.state = self._channel.next
         try:
-            message = json.loads(self._said[-1])
+            message = json.loads(str(self._said[-1], "utf-8"))  # of bytes it would take UTF-16 and UTF-32, too
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
@@ -1567,8 +1654,11 @@ class _Hello:
         versions = theirs.get("protocol_versions")
         if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != role:
             raise ProtocolError(f"the other side is no miniplug {role} of wire version {_WIRE_VERSION}")
-        if not isinstance(versions, list) or [*map(type, versions), type(theirs.get("max_message"))] != [int] * (len(versions) + 1):
+        numbers = [*versions, theirs.get("max_message")] if isinstance(versions, list) else [None]
+        if not all(type(number) is int for number in numbers):
             raise ProtocolError("the other side's greeting is incomplete")
+        if not isinstance(theirs.get("features"), list):
+            theirs["features"] = []
         return theirs
 
     def prove(self) -> None:
@@ -1587,28 +1677,31 @@ class _Hello:
             mac.update(struct.pack("!I", len(part)) + part)
         return str(mac.hexdigest())
 
-    def as_host(self, versions: Sequence[int], codec: str, max_message: int) -> _Terms:
-        self.greet(versions, max_message, codec=codec)
+    def as_host(self, versions: Sequence[int], codec: str, max_message: int, features: Sequence[str] = ()) -> _Terms:
+        self.greet(versions, max_message, features, codec=codec)
         theirs = self.hear_greeting("plugin")
         self.check("plugin")
         common = set(versions) & set(theirs["protocol_versions"])
-        cookie = theirs.get("cookie")
-        refusal = ""
-        if isinstance(cookie, dict) and cookie.get("matches") is not True:
-            refusal = (f"it is a plugin for another host: it expects another magic cookie in {cookie.get('key')!r}; "
-                       "is the handshake given to launch() the one that it serves with?")
-        elif not common:
-            older = "plugin" if max(theirs["protocol_versions"], default=0) < max(versions) else "host"
-            refusal = (f"no common protocol version: the host has {list(versions)}, the plugin has "
-                       f"{theirs['protocol_versions']}; the {older} is the older one, bring it up to date")
-        elif codec not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
-            refusal = f"the plugin does not know the codec {codec!r}, only {theirs.get('codecs')}"
+        refusal = self._refusal(versions, codec, theirs)
         self.say(**({"refusal": refusal} if refusal else {"protocol_version": max(common), "codec": codec}))
         self.prove()
         if refusal:
             raise HandshakeError(refusal, host={"protocol_versions": list(versions), "codec": codec}, plugin=theirs)
-        features = theirs.get("features")
-        return _Terms(max(common), codec, theirs["max_message"], features if isinstance(features, list) else ())
+        return _Terms(max(common), codec, theirs["max_message"], theirs["features"])
+
+    def _refusal(self, versions: Sequence[int], codec: str, theirs: Mapping[str, Any]) -> str:
+        """Why this host does not take a plugin that holds the key, if it does not."""
+        cookie, offered = theirs.get("cookie"), theirs["protocol_versions"]
+        if isinstance(cookie, dict) and cookie.get("matches") is not True:
+            return (f"it is a plugin for another host: it expects another magic cookie in {cookie.get('key')!r}; "
+                    "is the handshake given to launch() the one that it serves with?")
+        if not set(versions) & set(offered):
+            older = "plugin" if max(offered, default=0) < max(versions) else "host"
+            return (f"no common protocol version: the host has {list(versions)}, the plugin has {offered}; "
+                    f"the {older} is the older one, bring it up to date")
+        if codec not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
+            return f"the plugin does not know the codec {codec!r}, only {theirs.get('codecs')}"
+        return ""
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
                   features: Sequence[str] = ()) -> _Terms:
@@ -1623,18 +1716,37 @@ class _Hello:
             raise HandshakeError(str(choice["refusal"]), host=theirs)
         if choice.get("protocol_version") not in versions or choice.get("codec") not in [*_CODECS]:
             raise ProtocolError("the host chose what the plugin has not offered")
-        return _Terms(choice["protocol_version"], choice["codec"], theirs["max_message"])
+        return _Terms(choice["protocol_version"], choice["codec"], theirs["max_message"], theirs["features"])
+
+
+def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
+    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who is pushed
+    out there comes again. Raises what `greet` does."""
+    deadline = time.monotonic() + _CROWD_SECONDS
+    while True:
+        channel = None
+        try:
+            channel = _connect(address, _HELLO_SECONDS)
+            return channel, greet(channel)
+        except BaseException as error:
+            if channel is not None:
+                channel.close()
+            pushed = isinstance(error, (EOFError, ConnectionError, TimeoutError)) and not isinstance(
+                error, (PluginError, ConnectionRefusedError))
+            if not pushed or _transport(address) != "tcp" or time.monotonic() >= deadline:
+                raise
 
 
 class _Door:
-    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let in if it holds
-    the key. A wrong, slow or silent caller holds up nobody.
+    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let in if it
+    holds the key. A wrong, slow or silent caller holds up nobody.
 
-    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError, on that thread. The
-    door closes before it is called, and lets in nobody else, unless it `stays` open.
+    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError, on that
+    thread. The door closes before it is called, and lets in nobody else, unless it `stays` open. Any thread may close
+    it. `_lock` protects `_open` and `_callers`.
     """
 
-    _CROWD = 64  # callers in the handshake at once; past that the one that has been there longest has to go
+    _CROWD = 128  # callers in the handshake at once; past that one of them, whoever chance picks, has to go
 
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
                  address: str = "", stays: bool = False, name: str = "") -> None:
@@ -1643,9 +1755,9 @@ class _Door:
         self._greet = greet
         self._arrived = arrived
         self._stays = stays
-        self._lock = threading.Lock()  # protects the following two
+        self._lock = threading.Lock()
         self._open = True
-        self._callers: dict[int, _Channel] = {}
+        self._callers: list[_Channel] = []
         try:
             self._thread = _start_thread("miniplug-door", self._accept)
         except BaseException:
@@ -1656,7 +1768,7 @@ class _Door:
         channel = None
         while self._open:
             if channel is not None:
-                _aside("miniplug-hello", self._meet, channel)
+                self._admit(channel)
             try:
                 channel = self.listener.accept()
             except OSError:  # out of descriptors, or a caller that left at once
@@ -1666,31 +1778,39 @@ class _Door:
             channel.close()
         self.listener.close()
 
-    def _meet(self, channel: _Channel) -> None:
-        result: Any = None
+    def _admit(self, channel: _Channel) -> None:
+        """Have a thread meet a caller. Where there is a crowd, chance picks who has to go: among strangers who come faster
+        than anybody can speak, the oldest would always be the one who is about to prove the key."""
         with self._lock:
             if len(self._callers) >= self._CROWD:
-                next(iter(self._callers.values())).shutdown()
-            self._callers[id(channel)] = channel
-            if not self._open:
-                channel.shutdown()
+                self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
+            self._callers.append(channel)
+        _aside("miniplug-hello", self._meet, channel)
+
+    def _meet(self, channel: _Channel) -> None:
+        result: Any = None
         try:
-            result = self._greet(channel, self.listener.address)
+            if self._open:
+                result = self._greet(channel, self.listener.address)
         except HandshakeError as error:
             result = error
         except Exception:  # a stranger, whatever it is that he did
             self.strangers += 1
         with self._lock:
-            enters = self._open and result is not None
+            pushed_out = all(each is not channel for each in self._callers)
+            enters = self._open and result is not None and not pushed_out
             self._open = self._open and (self._stays or not enters)
             if enters and not isinstance(result, Exception):
-                del self._callers[id(channel)]  # first: whoever hears of it may close the door, which ends those in it
+                self._forget(channel)  # first: whoever hears of it may close the door, which ends those in it
         if not enters or isinstance(result, Exception):
             channel.close()
         if enters:
             self._arrived(channel, result)
         with self._lock:
-            self._callers.pop(id(channel), None)
+            self._forget(channel)
+
+    def _forget(self, channel: _Channel) -> None:
+        self._callers = [each for each in self._callers if each is not channel]
 
     def settle(self, seconds: float) -> None:
         """Wait until nobody is being greeted, at most that long."""
@@ -1702,13 +1822,10 @@ class _Door:
         """Let nobody in any more; returns when no thread, socket or file is left."""
         with self._lock:
             self._open = False
-            callers = list(self._callers.values())
+            callers = list(self._callers)
         for channel in callers:
             channel.shutdown()
-        try:
-            _connect(self.listener.address, 1.0).close()  # wakes the thread
-        except OSError:
-            pass  # it has closed the listener; or without a descriptor for this it looks by itself
+        self.listener.wake()
         self._thread.join(2.0)
 
 
@@ -4341,8 +4458,7 @@ class _Server:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
         gone = _outlet() if self.stays else None
         try:
-            channel = _connect(address, _HELLO_SECONDS)
-            terms = self.greet(channel, address, _checked_key(key), cookie)
+            channel, terms = _come_in(address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
         except HandshakeError as error:
             sys.exit(f"miniplug: the host refused this plugin: {error}")
         except (OSError, EOFError, ValueError, PluginError) as error:
