@@ -6853,8 +6853,7 @@ del Plugin.__init__.__annotations__["return"]  # or help() would say that launch
 
 @_like(Plugin)
 def launch(command: _Command, **options: Any) -> Plugin:
-    """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin:`` closes it in the
-    end.
+    """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin`` closes it at the end.
 
     `command`: an argument list, run as it is; or the path of a program, a ``.py`` file being run under
     `python`; or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``,
@@ -6919,7 +6918,7 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
     `reattach_config` gave.
 
     The process is not this host's: `close`, the end of a ``with`` and interpreter exit disconnect; `kill`
-    asks it to end, and then disconnects. What it prints does not come here. After a `close` `start` connects
+    asks it to end, and disconnects. What it prints does not come here. After a `close` `start` connects
     again. The options are those of `launch` that apply. If the environment variable ``MINIPLUG_ATTACH`` is
     ``{NAME: config}`` as JSON, `launch` attaches in the same way for a plugin of that name.
 

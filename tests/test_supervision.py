@@ -319,7 +319,7 @@ def test_asyncio_is_not_blocked_while_it_restarts(shop, monkeypatch):
             with pytest.raises(miniplug.PluginCrashed):
                 await proxy.die.submit()
             ticks = 0
-            calls = [asyncio.ensure_future(asyncio.wrap_future(proxy.pid.submit())) for _ in range(200)]
+            calls = [asyncio.ensure_future(asyncio.wrap_future(proxy.pid.submit())) for _ in range(20)]
             while not all(call.done() for call in calls):
                 ticks += 1
                 await asyncio.sleep(0.01)
