@@ -5232,6 +5232,11 @@ class _Lines:
             data = os.read(self.file.fileno(), 1 << 16)
         except OSError:
             data = b""
+        self._take(data)
+        return bool(data)
+
+    def _take(self, data: bytes) -> None:
+        """Deliver the lines of what has come; at the end, of nothing, what there is."""
         text = self._decoder.decode(data, final=not data)
         if text:
             text, self._returned = text[self._returned and text[0] == "\n" :], text[-1] == "\r"
@@ -5242,7 +5247,6 @@ class _Lines:
             self._add(text)
         if self._size >= _LINE_LIMIT or (self._size and not data):
             self._end_line()
-        return bool(data)
 
     def _add(self, text: str) -> None:
         self._begun.append(text)
@@ -5253,7 +5257,7 @@ class _Lines:
         self.tail.append(text[:_TAIL_RECORD] if text.startswith("{") else _cut(text))
         if text.startswith("Fatal Python error: "):
             self._report = []
-        if text.startswith("Fatal Python error: ") or 0 < len(self._report) < _TAIL_LINES // 2:
+        if text.startswith("Fatal Python error: ") or 0 < len(self._report) < 10:
             self._report.append(self.tail[-1])
         _guard(self._deliver, text)
 
@@ -5266,7 +5270,7 @@ class _Lines:
         lines = [line for text in self.tail for line in _readable(text).splitlines() or [""]]
         lines = [_cut(line) for line in lines[-_TAIL_LINES:]]
         if self._report and self._report[0] not in lines:  # its head tells most: the latest frames come first
-            lines = [*self._report, "...", *lines[len(self._report) + 1 :]]
+            lines = [*self._report, "...", *lines[-9:]]
         return lines
 
     def _await_more(self, seconds: float | None, wake: int) -> bool:
@@ -5387,7 +5391,7 @@ class _LogSink:
         except (ValueError, AttributeError):
             return False
         name, number = fields.pop("@module", ""), fields.pop("@levelno", None)
-        known = type(number) is int and 0 <= number <= 100  # a logger remembers each that it was asked for
+        known = type(number) is int and 0 < number <= 100  # a logger remembers each that it was asked for
         number = number if known else _LEVELS.get(level, 20)
         logger = self._logger_for(name)
         if logger.isEnabledFor(number):
