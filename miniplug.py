@@ -1425,7 +1425,8 @@ class _Listener:
     while another closes it.
     """
 
-    def __init__(self, address: str = "") -> None:
+    def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
+        """`made` is told of each folder that it has made."""
         self.folder = ""  # the one that it has made
         self._held: list[int] = []  # a descriptor of it
         self.address = ""
@@ -1436,7 +1437,7 @@ class _Listener:
         if _WINDOWS or address:
             self._listener = self._bind(address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}")
         else:
-            self._listener = self._bind_anywhere()
+            self._listener = self._bind_anywhere(made)
         _listeners.add(self)
 
     def _bind(self, address: str) -> Any:
@@ -1460,7 +1461,7 @@ class _Listener:
         self.address = address
         return listener
 
-    def _bind_anywhere(self) -> Any:
+    def _bind_anywhere(self, made: Callable[[str], Any]) -> Any:
         for base in _temp_folders():
             folder = os.path.join(base, _folder_name())
             try:
@@ -1468,6 +1469,7 @@ class _Listener:
                     raise OSError("its path is too long for a socket")
                 os.mkdir(folder, 0o700)
                 self.folder = folder  # from here on it is ours to remove
+                made(folder)
                 self._hold()
                 return self._bind(os.path.join(folder, "s"))
             except OSError as error:
@@ -1754,8 +1756,8 @@ class _Door:
     _CROWD = 128  # callers in the handshake at once; past that one of them, whoever chance picks, has to go
 
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
-                 address: str = "", stays: bool = False) -> None:
-        self.listener = _Listener(address)
+                 address: str = "", stays: bool = False, made: Callable[[str], Any] = str) -> None:
+        self.listener = _Listener(address, made)
         self.strangers = 0
         self._greet = greet
         self._arrived = arrived
@@ -4876,6 +4878,7 @@ class _Guardian:
         with self._lock:
             self._users -= 1
             if not self._users:
+                self._told.clear()  # a folder that would not do after all
                 self._part()
 
     def watch(self, what: str, line: str = "") -> None:
@@ -5382,7 +5385,7 @@ _OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
     ("protocol_versions", "it is a list of whole numbers, each at least 0", ValueError,
      lambda value: isinstance(value, list) and all(map(_is_count, value))),
     ("cwd python", "it is a path", TypeError, _is_path),
-    ("env", "it is a dict, names and values are str", TypeError, _is_environment),
+    ("env", "it is a dict; names and values are str", TypeError, _is_environment),
     ("start_timeout call_timeout", "it is a number of seconds, or None for no limit", ValueError,
      _is_seconds),
     ("restart_window heartbeat idle_timeout", "it is more than 0 seconds, or None", ValueError,
@@ -5961,11 +5964,9 @@ class _Start:
             came.append(what)
             arrival.set()
 
-        door = _Door(greet, arrived)
+        door = _Door(greet, arrived, made=_guardian.watch)
         folder = door.listener.folder
         try:
-            if folder:
-                _guardian.watch(folder)
             run = self._spawn(argv, door.listener, key, arrival)
             in_time = arrival.wait(recipe.start_timeout)
             if run.gone.is_set():
