@@ -71,7 +71,9 @@ if TYPE_CHECKING:  # typing itself is slow to import
     import multiprocessing
     from pathlib import Path
     from types import ModuleType
-    from typing import IO, Any, Callable, Iterable, Mapping, NoReturn, ParamSpec, Sequence, TextIO, TypeVar, Union, overload
+    from typing import IO, Any, Callable, Iterable, Mapping, NoReturn, Sequence, TextIO, TypeVar, Union, overload
+
+    from typing_extensions import ParamSpec  # which type checkers have for every Python
 
     _T = TypeVar("_T")
     _F = TypeVar("_F", bound=Callable[..., Any])
@@ -93,6 +95,10 @@ __all__ = ["AuthenticationError", "Call", "CallTimeout", "ChecksumError", "DeadR
 
 _WINDOWS = os.name == "nt"
 _posix: Any = os  # for what Windows lacks, which type checkers know
+try:
+    _FILE = os.path.abspath(__file__)
+except OSError:  # the current folder is gone
+    _FILE = __file__
 _network: Any = socket
 
 
@@ -1421,8 +1427,8 @@ class _Listener:
     may `accept` while another closes it.
     """
 
-    def __init__(self, address: str = "", name: str = "") -> None:
-        """`name`: what its folder is to be called, where it makes one."""
+    def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
+        """`made` is told of each folder that it has made."""
         self.folder = ""  # the one that it has made
         self._held: list[int] = []  # a descriptor of it
         self.address = ""
@@ -1433,7 +1439,7 @@ class _Listener:
         if _WINDOWS or address:
             self._listener = self._bind(address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}")
         else:
-            self._listener = self._bind_anywhere(name)
+            self._listener = self._bind_anywhere(made)
         _listeners.add(self)
 
     def _bind(self, address: str) -> Any:
@@ -1457,14 +1463,15 @@ class _Listener:
         self.address = address
         return listener
 
-    def _bind_anywhere(self, name: str) -> Any:
+    def _bind_anywhere(self, made: Callable[[str], Any]) -> Any:
         for base in _temp_folders():
-            folder = os.path.join(base, name or _folder_name())
+            folder = os.path.join(base, _folder_name())
             try:
                 if len(os.fsencode(folder)) > 101:  # BSD has 104 for "/s" and NUL too
                     raise OSError("its path is too long for a socket")
                 os.mkdir(folder, 0o700)
                 self.folder = folder  # from here on it is ours to remove
+                made(folder)
                 self._hold()
                 return self._bind(os.path.join(folder, "s"))
             except OSError as error:
@@ -1760,8 +1767,8 @@ class _Door:
     _CROWD = 128  # callers in the handshake at once; past that one of them, whoever chance picks, has to go
 
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
-                 address: str = "", stays: bool = False, name: str = "") -> None:
-        self.listener = _Listener(address, name)
+                 address: str = "", stays: bool = False, made: Callable[[str], Any] = str) -> None:
+        self.listener = _Listener(address, made)
         self.strangers = 0
         self._greet = greet
         self._arrived = arrived
@@ -2327,8 +2334,9 @@ class _Session:
     of the methods whose calls are lost into the exception that they raise.
     """
 
-    __slots__ = ("_called", "_calls", "_drained", "_filled", "_forks", "_garbage", "_half", "_idle", "_inline", "_last_asked", "_late", "_lock",
-                 "_lost", "_lost_calls", "_numbers", "_pack", "_partial", "_queue", "_quiet", "_reader", "_ready",
+    __slots__ = ("_called", "_calls", "_drained", "_filled", "_forks", "_garbage", "_half", "_idle", "_inline", "_last_asked",
+                 "_late",
+                 "_lock", "_lost", "_lost_calls", "_numbers", "_pack", "_partial", "_queue", "_quiet", "_reader", "_ready",
                  "_recv_limit", "_requests", "_room", "_seen", "_serving", "_slots", "_slow", "_taking",
                  "_ticking", "_unattended", "_vacant", "_waiting", "borrowed", "call_timeout", "cause", "channel", "closing",
                  "codec", "ended", "finished", "protocol_version", "references", "sealed", "send_limit")
@@ -4300,6 +4308,7 @@ _ADDRESS, _AUTHKEY, _LOG_LEVEL = "MINIPLUG_ADDRESS", "MINIPLUG_AUTHKEY", "MINIPL
 _PERSIST = "MINIPLUG_PERSIST"  # stay when the host goes
 _ATTACH = "MINIPLUG_ATTACH"  # {NAME: config} as JSON: where a host attaches instead of launching
 _COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
+_LOADING = "MINIPLUG_LOADING"  # what is being started, down to this process, until it serves: see _Recipe.above
 _SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: a bytecode cache holds another file
 _GRACE = 2.0  # seconds that a plugin has to end by itself
 _MAX_MESSAGE = 256 << 20
@@ -4389,6 +4398,7 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
     if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
+    _environment.pop(_LOADING, None)
     _prepare_output()
     try:
         if persist or address is not None:
@@ -4762,19 +4772,18 @@ _SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
 def _popen(argv: Sequence[str], **options: Any) -> Any:
     """A subprocess.Popen, unbuffered. The pipes are made here: what Popen has opened when it finds no
     descriptor for the next, it leaves open."""
-    given = {name: options.pop(name, None) for name in ("stdin", "stdout", "stderr")}
     theirs: list[int] = []
     ours: dict[str, int] = {}
     try:
-        for name, stream in given.items():
+        for name in ("stdin", "stdout", "stderr"):
+            stream = options.get(name)
             if stream == _DEVNULL:
-                given[name] = os.open(os.devnull, os.O_RDWR)
-                theirs.append(given[name])
+                options[name] = os.open(os.devnull, os.O_RDWR)
+                theirs.append(options[name])
             elif stream == _PIPE:
-                reading, writing = os.pipe()
-                given[name], ours[name] = (reading, writing) if name == "stdin" else (writing, reading)
-                theirs.append(given[name])
-        process = _import("subprocess").Popen(argv, bufsize=0, **given, **options)
+                ours[name], options[name] = os.pipe()
+                theirs.append(options[name])
+        process = _import("subprocess").Popen(argv, bufsize=0, **options)
     except BaseException:
         for fd in ours.values():
             os.close(fd)
@@ -4783,7 +4792,7 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
         for fd in theirs:
             os.close(fd)
     for name, fd in ours.items():
-        setattr(process, name, open(fd, "wb" if name == "stdin" else "rb", buffering=0))  # noqa: SIM115
+        setattr(process, name, open(fd, "rb", buffering=0))  # noqa: SIM115
     return process
 
 
@@ -4863,10 +4872,11 @@ class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
 
 
 # What the guardian does. It reads "+PID" of a process that leads a group, "=PID" of one that leads none, and
-# "-PID" when it is not to be ended any more. When the host is gone it removes the doors' folders, gives the
-# processes some time to end by themselves, and kills those that have not, and what is left of their groups.
-# Each is known by its start time as well, so that no later process of its number is meant. (A number that a
-# group has is given to nobody: so what the leader has left behind is killed without a look.)
+# "-PID" when that is not to be ended any more; "/FOLDER" of a door's folder that this host has made, and
+# "!/FOLDER" when that is gone. When the host is gone it removes the folders, gives the processes some time to
+# end by themselves, and kills those that have not, and what is left of their groups. Each is known by when it
+# began as well, so that no later process of its number is meant. (A number that a group has is given to
+# nobody: so what the leader has left behind is killed without a look.)
 _GUARDIAN_SECONDS = 3
 _GUARDIAN = """
 begun() {  # when the process $1 has begun
@@ -4879,24 +4889,30 @@ begun() {  # when the process $1 has begun
         [ $# -gt 0 ] && found=$2-$3-$4-$5
     fi
 }
-folder=$1 rounds=$2
-shift 2
+rounds=$1
+shift
 told=
-while read -r line; do
-    pid=${line#?} others=
-    for each in $told; do
-        case $each in [+=]$pid@*) ;; *) others="$others $each" ;; esac
-    done
-    told=$others
-    case $line in [+=]*) begun "$pid" && told="$told $line@$found" ;; esac
+while IFS= read -r line; do
+    rest=${line#?}
+    case $line in
+    [+=]*) begun "$rest" && told="$told $line@$found" ;;
+    -*) others=
+        for each in $told; do
+            case $each in [+=]$rest@*) ;; *) others="$others $each" ;; esac
+        done
+        told=$others ;;
+    /*) set -- "$@" "$line" ;;
+    !*) for each; do
+            shift
+            [ "$each" = "$rest" ] || set -- "$@" "$each"
+        done ;;
+    esac
 done
-for base; do
-    for each in "$base/$folder"-*; do
-        if [ -d "$each" ]; then
-            rm -f -- "$each/s"
-            rmdir -- "$each"
-        fi
-    done
+for folder; do
+    if [ ! -h "$folder" ]; then
+        rm -f -- "$folder/s"
+        rmdir -- "$folder"
+    fi
 done 2>/dev/null
 runs() { begun "$pid" && [ "$found" = "$start" ]; }
 left() {
@@ -4924,67 +4940,92 @@ done 2>/dev/null
 
 class _Guardian:
     """A process that outlives this host by a moment, and ends what the host was to end. There is one while
-    any plugin runs or starts. Any thread may call this; `_lock` protects all of it."""
+    any plugin runs or starts. Any thread may call this; `_lock` protects all of it, and is held for moments:
+    no write waits. One that somebody has killed or stopped is replaced when it is told something."""
+
+    _FLAGS = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: Any = None
-        self._told: set[int] = set()  # the processes that it is to end
+        self._line: Any = None  # a socket, as a write to it raises no SIGPIPE; its end is the host's
+        self._told: dict[str, str] = {}  # what it is to end or to remove, and the line that said so
         self._users = 0
-        self._numbers = itertools.count(1)
-        self._folder = _folder_name()
 
-    def hire(self) -> str:
-        """Somebody starts a plugin, and will `leave`. Returns the name of a folder for the door."""
+    def hire(self) -> None:
+        """Somebody starts a plugin, and will `leave`."""
         with self._lock:
             self._users += 1
-            if self._process is None and not _WINDOWS:
-                self._process = self._started()
-            return f"{self._folder}-{next(self._numbers)}"
-
-    def _started(self) -> Any:
-        """None where there is no shell: a plugin still ends by itself when its connection does."""
-        rounds = str(_GUARDIAN_SECONDS * 10)
-        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", self._folder, rounds, *_temp_folders()]
-        try:
-            return _popen(argv, stdin=_PIPE, stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
-                          env={"PATH": os.defpath}, start_new_session=True)
-        except OSError:
-            return None
-
-    def watch(self, pid: int, leads: bool) -> None:
-        self._tell(b"%s%d\n" % (b"+" if leads else b"=", pid), self._told.add, pid)
-
-    def forget(self, pid: int) -> None:
-        """To be called while the number is still the process's own."""
-        self._tell(b"-%d\n" % pid, self._told.discard, pid)
-
-    def _tell(self, line: bytes, note: Callable[[int], None], pid: int) -> None:
-        with self._lock:
-            note(pid)
-            try:
-                if self._process is not None and self._process.poll() is None:
-                    self._process.stdin.write(line)
-            except BrokenPipeError:
-                pass  # somebody has just killed it
+            if self._process is None:
+                self._begin()
 
     def leave(self) -> None:
         """The plugin of a `hire` is gone. With the last one the guardian goes."""
         with self._lock:
             self._users -= 1
             if not self._users:
+                self._told.clear()  # a folder that would not do after all
                 self._part()
+
+    def watch(self, what: str, line: str = "") -> None:
+        """`what` is a folder; or the number of a process, and `line` that with the sign before it."""
+        with self._lock:
+            if "\n" not in what:
+                self._told[what] = line or what
+                self._say(self._told[what])
+
+    def forget(self, what: str) -> None:
+        """To be called while the number is still the process's own."""
+        with self._lock:
+            line = self._told.pop(what, "")
+            if line:
+                self._say(f"{'!' if line == what else '-'}{what}")
 
     def at_exit(self) -> None:
         """What is left is its now."""
         with self._lock:
             self._part()
 
+    def _begin(self) -> None:
+        """There is none where there is no shell: a plugin still ends by itself when its connection does.
+        A host that is itself a plugin has its own host's guardian behind it: then this one waits less."""
+        nested = _ADDRESS in _environment or _ADDRESS in os.environ
+        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", str((1 if nested else _GUARDIAN_SECONDS) * 10)]
+        try:
+            self._line, theirs = socket.socketpair()
+        except OSError:  # no descriptor to be had
+            return
+        try:
+            if sys.platform == "darwin":
+                self._line.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE
+            self._process = _popen(argv, stdin=theirs.fileno(), stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
+                                   env={"PATH": os.defpath}, start_new_session=True)
+        except OSError:
+            self._line.close()
+        finally:
+            theirs.close()
+
+    def _say(self, line: str) -> None:
+        if self._process is not None and not self._hears(line):
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+            self._line.close()
+            self._begin()
+            _ = self._process is not None and self._hears("\n".join(self._told.values()))
+
+    def _hears(self, lines: str) -> bool:
+        data = os.fsencode(lines) + b"\n"
+        try:
+            return self._process.poll() is None and self._line.send(data, self._FLAGS) == len(data)
+        except OSError:
+            return False
+
     def _part(self) -> None:
         process, self._process = self._process, None
         if process is None:
             return
-        process.stdin.close()
+        self._line.close()
         try:
             if not self._told:
                 process.wait(1.0)
@@ -4996,7 +5037,7 @@ class _Guardian:
         """In a forked child: let go of what would keep the guardian waiting."""
         if self._process is not None:
             self._process.returncode = 0
-            self._process.stdin.close()
+            self._line.close()
         self.__init__()  # type: ignore[misc]
 
 
@@ -5019,7 +5060,7 @@ class _PosixProcess:
         self.stdout, self.stderr = self._popen.stdout, self._popen.stderr
         self._guarded = True
         _guardian.hire()
-        _guardian.watch(self.pid, self._leads)
+        _guardian.watch(str(self.pid), f"{'+' if self._leads else '='}{self.pid}")
 
     def signal(self, kill: bool) -> None:
         with self._lock:
@@ -5060,7 +5101,7 @@ class _PosixProcess:
     def keep(self) -> None:
         if self._guarded:
             self._guarded = False
-            _guardian.forget(self.pid)
+            _guardian.forget(str(self.pid))
             _guardian.leave()
 
     def disown(self) -> None:
@@ -5479,13 +5520,16 @@ def _is_count(value: Any, least: int = 0) -> bool:
     return type(value) is int and value >= least
 
 
-def _is_output(value: Any, words: Sequence[str] = ("discard", "inherit", "log")) -> bool:
-    return value in words if isinstance(value, str) else value is not None
+def _is_output(value: Any) -> bool:
+    if isinstance(value, str):
+        return value in ("discard", "inherit", "log")
+    return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
 
 
 def _is_environment(env: Any) -> bool:
-    items = env.items() if hasattr(env, "items") else env and [(None,)]
-    return all(isinstance(part, str) for item in items or () for part in item)
+    if not hasattr(env, "items"):
+        return env is None
+    return all(isinstance(part, str) for item in env.items() for part in item)
 
 
 # What the options take. Their defaults are those of Plugin's signature, where type checkers look for them.
@@ -5493,10 +5537,10 @@ _OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
     ("name", "it is a str", TypeError, lambda value: value is None or isinstance(value, str)),
     ("handshake", "it is a miniplug.Handshake", TypeError,
      lambda value: hasattr(value, "magic_cookie_value")),  # that of another copy of this file will do
-    ("protocol_versions", "each of it is a whole number, at least 0", ValueError,
-     lambda value: all(map(_is_count, value))),
+    ("protocol_versions", "it is a list of whole numbers, each at least 0", ValueError,
+     lambda value: isinstance(value, list) and all(map(_is_count, value))),
     ("cwd python", "it is a path", TypeError, _is_path),
-    ("env", "names and values are str", TypeError, _is_environment),
+    ("env", "it is a dict; names and values are str", TypeError, _is_environment),
     ("start_timeout call_timeout", "it is a number of seconds, or None for no limit", ValueError,
      _is_seconds),
     ("restart_window heartbeat idle_timeout", "it is more than 0 seconds, or None", ValueError,
@@ -5505,7 +5549,7 @@ _OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
     ("max_message", f"it is a whole number, at least {_HELLO_LIMIT}", ValueError,
      lambda value: _is_count(value, _HELLO_LIMIT)),
     ("stdin", "it is 'discard', 'inherit', or a file", ValueError,
-     lambda value: _is_output(value, ("discard", "inherit"))),
+     lambda value: value in ("discard", "inherit") if isinstance(value, str) else hasattr(value, "fileno")),
     ("stdout stderr", "it is 'log', 'inherit', 'discard', a function, or a text file", ValueError,
      _is_output),
     ("logger", "it is a logging.Logger (that of a LoggerAdapter is its .logger)", TypeError,
@@ -5516,44 +5560,58 @@ _OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
      lambda value: value is None or callable(value)),
     ("inherit_env managed persist", "it is True or False", TypeError, lambda value: value in (True, False)))
 
-
-# The options that attach() and local() do not take.
-_NO_PROCESS: dict[str, Any] = dict(  # noqa: C408
-    python=None, env=None, idle_timeout=None, on_start=None, on_exit=None, limits=None, stdin="discard",
-    stdout="log", stderr="log", max_restarts=0, restart_window=60.0, inherit_env=True, managed=True,
-    persist=False)
+# What belongs to the host's own interpreter, and would lead another one astray.
+_PYTHONS_OWN = "PYTHONHOME", "PYTHONEXECUTABLE", "PYTHONPATH", "__PYVENV_LAUNCHER__"
+_LIBRARY_PATHS = "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"  # which a frozen application changes
 
 
 class _Recipe:
-    """What a plugin is made from: the options, checked once, as attributes. None of it changes any more, so
-    any thread may read it. `config`: of a process that is attached to. `process`: what starts one."""
+    """What a plugin is made from: the options, checked once, as attributes, and where its paths start. None
+    of it changes any more, so any thread may read it. `config`: of a process that is attached to. `process`:
+    what starts one."""
 
     _process: Callable[..., Any] = _WindowsProcess if _WINDOWS else _PosixProcess
 
-    def __init__(self, command: _Command, handshake: Handshake, protocol_versions: Iterable[int] | None,
-                 sha256: Any = None, config: dict[str, Any] | None = None, **options: Any) -> None:
-        versions = [*protocol_versions] if protocol_versions else [getattr(handshake, "protocol_version", 1)]
-        options.update(handshake=handshake, protocol_versions=versions)
+    def __init__(self, command: _Command, protocol_versions: Any = None, sha256: Any = None,
+                 config: dict[str, Any] | None = None, **options: Any) -> None:
+        given = {**(Plugin.__init__.__kwdefaults__ or {}), **options, "protocol_versions": protocol_versions}
+        if hasattr(protocol_versions, "__iter__"):
+            given["protocol_versions"] = [*protocol_versions]
+        if not (protocol_versions or type(protocol_versions) is int):
+            given["protocol_versions"] = [getattr(given["handshake"], "protocol_version", 1)]
         for names, words, kind, is_right in _OPTIONS:
             for name in names.split():
-                if name in options and not is_right(options[name]):
-                    raise kind(f"{name}={options[name]!r}: {words}")
-        vars(self).update(_NO_PROCESS, **options)
+                if not is_right(given[name]):
+                    raise kind(f"{name}={given[name]!r}: {words}")
+        vars(self).update(given)
         self.config = config
         self.process = type(self)._process
         self.command = _checked_command(command)
         self.sha256 = _checked_digests(sha256, self.command)
-        self.name: str = options["name"] or _default_name(self.command)
-        limit = options.get("start_timeout")
+        self.name: str = given["name"] or _default_name(self.command)
+        limit = given["start_timeout"]
         self.start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
-        self.cwd = None if options.get("cwd") is None else os.fsdecode(options["cwd"])
+        self.cwd = None if given["cwd"] is None else os.fsdecode(given["cwd"])
         try:
             self.folder = os.path.abspath(self.cwd or "")  # what is relative starts there
         except FileNotFoundError:  # the current folder is gone
             self.folder = ""
+        python = os.fsdecode(self.python or sys.executable or "")
+        self.is_own = self.python is None or python == sys.executable  # whether that is this interpreter
+        self.interpreter = os.path.join(self.folder, python) if os.path.dirname(python) else python
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
+
+    def place(self) -> str | None:
+        """The folder to start in; None for that of this process, which may not be there by its name."""
+        try:
+            here = self.cwd is None and self.folder in ("", os.path.abspath(""))
+        except FileNotFoundError:
+            here = self.cwd is None
+        return None if here else self.folder
+
+    # -- what to run
 
     def argv(self) -> list[str]:
         """What to run, once its files are checked. Raises LaunchError if that can be told to fail."""
@@ -5570,20 +5628,33 @@ class _Recipe:
         if not attribute and not path.endswith((".py", ".pyw")):
             return [path]
         what = ["serve", f"{name}={path}:{attribute}"] if attribute else ["run", path]
-        return [*self._interpreter(command), *what]
+        return [*self._loader(command), *what]
 
-    def _interpreter(self, command: str) -> list[str]:
+    def _loader(self, command: str) -> list[str]:
         """What runs Python code by this very file."""
-        python = sys.executable or "" if self.python is None else os.fsdecode(self.python)
+        python = self.interpreter
+        frozen = hasattr(sys, "frozen")
         known = os.path.basename(python).lower().startswith(("python", "pypy", "graalpy"))
-        if self.python is not None or (known and not hasattr(sys, "frozen")):
-            return [python, "-c", _BOOTSTRAP, os.path.abspath(__file__), __name__]
+        if self.python is not None or (known and not frozen):
+            flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
+            return [python, *flags, "-c", _BOOTSTRAP, self._own_file(command), __name__]
         if _frozen_mains:
             return [python, _FROZEN]
-        freeze = ", or call miniplug.freeze_support() first in its main program"
-        freeze = freeze if hasattr(sys, "frozen") else ""
+        freeze = ", or call miniplug.freeze_support() first in its main program" if frozen else ""
         which = f"this application ({python or 'an embedded Python'}) has no interpreter of its own to run it"
         raise self.not_started([command], f"{which}: pass python='/path/to/python'{freeze}")
+
+    def _own_file(self, command: str) -> str:
+        """This file, for another process to load; it may be in a zip file."""
+        for file in (_FILE, _FILE[:-1]):  # .pyc, says PyInstaller
+            path = file
+            while not os.path.exists(path) and path != os.path.dirname(path):
+                path = os.path.dirname(path)
+            if os.path.isfile(path):
+                return file
+        what = f"{_FILE.rstrip('c')} is not there for {self.interpreter} to load"
+        how = "pack it there as a data file; the docstring of freeze_support() tells how"
+        raise self.not_started([command], f"{what}: {how}")
 
     def _whole(self, path: str) -> str:
         whole = os.path.normpath(os.path.join(self.folder, path))
@@ -5600,10 +5671,15 @@ class _Recipe:
         found = None if os.path.dirname(path) else which(path)
         if found is not None:
             return str(found)
-        words = path.split()
-        hint = f"; a program with arguments is a list: {words}" if len(words) > 1 and which(words[0]) else ""
         why = "it is a folder" if os.path.isdir(whole) else "there is no such file"
-        raise self.not_started([path], f"{whole}: {why}{hint}")
+        words = path.split()
+        if len(words) > 1 and which(words[0]):
+            why += f"; a program with arguments is a list: {words}"
+        elif ".py" in path[:-3]:
+            why += "; what is in a file is named after a colon: 'path/to/file.py:Attr'"
+        elif all(part.isidentifier() for part in path.split(".")):
+            why += "; what is in a module is named after a colon: 'module:Attr'"
+        raise self.not_started([path], f"{whole}: {why}")
 
     def _program(self, argv: list[str]) -> str:
         """The file that a single digest is of. A program of an argument list is looked up here, and run by
@@ -5629,10 +5705,19 @@ class _Recipe:
             reason = f"{whole} is not the file expected: its SHA-256 is {actual}, not {expected}"
             raise self.not_started(argv, reason, ChecksumError, path=whole, expected=expected, actual=actual)
 
+    # -- and around it
+
     def environ(self) -> dict[str, str]:
         """What the plugin's environment has beside the address and the key."""
         env = {name: value for name, value in os.environ.items()
                if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
+        if isinstance(self.command, str) and not self.is_own:
+            for name in _PYTHONS_OWN:
+                env.pop(name, None)
+            for name in _LIBRARY_PATHS if hasattr(sys, "frozen") else ():
+                before = env.pop(f"{name}_ORIG", "")
+                if before or getattr(sys, "_MEIPASS", "\0") in env.get(name, ""):
+                    env[name] = before
         env.update((_variable(name), value) for name, value in (self.env or {}).items())
         if self.sha256:
             env[_SOURCE_ONLY] = "1"
@@ -5643,6 +5728,43 @@ class _Recipe:
         env.update({_PERSIST: "1"} if self.persist else {})
         return env
 
+    def above(self) -> list[Any]:
+        """What is being started, from the first host down to this process, while this one does not serve yet:
+        [[the program, None for a spec; where its host listens], ...].
+
+        Raises RuntimeError if this plugin must not be launched there: one whose module launches what imports
+        it would go on for ever.
+        """
+        above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
+        for program, address in above:
+            if program in (None, self._identity()):
+                what = f"the plugin {self.name!r} is not launched: this process is being started as a plugin"
+                how = "A host's module that it imports has to have what launches plugins under"
+                raise RuntimeError(f'{what}, and does not serve yet. {how}  if __name__ == "__main__":')
+            try:
+                if not _WINDOWS and address:
+                    _connect(address, 1.0).close()
+            except OSError:
+                raise RuntimeError("a host above this process, which does not serve yet, is gone") from None
+        return above
+
+    def _identity(self) -> str | None:
+        """By which a program knows itself, whatever its arguments. (A spec's process launches nothing.)"""
+        if isinstance(self.command, str):
+            return None if _split_spec(self.command)[2] else os.path.realpath(self._whole(self.command))
+        script = _script_of(self.command or [""])
+        if script.endswith((".py", ".pyw")):
+            return os.path.realpath(self._whole(script))
+        end = self.command.index("-m") + 2 if "-m" in self.command else len(self.command)
+        return " ".join(self.command[:end])
+
+    def loading(self, above: list[Any], address: str) -> dict[str, str]:
+        """What tells the plugin of that."""
+        return {_LOADING: json.dumps([*above, [self._identity(), address]])}
+
+    def log(self) -> Any:
+        return self.logger or _import("logging").getLogger(f"miniplug.{self.name}")
+
     def attaches_to(self) -> dict[str, Any] | None:
         """The config of the process to attach to, if it is not to be started."""
         text = os.environ.get(_ATTACH)
@@ -5650,12 +5772,19 @@ class _Recipe:
             return self.config
         try:
             configs = json.loads(text)
-            if not isinstance(configs, dict):
-                raise ValueError("it is no object")
-            return _checked_config(configs[self.name]) if self.name in configs else None
+            if not isinstance(configs, dict) or not all(isinstance(each, dict) for each in configs.values()):
+                raise ValueError("it does not name the plugin that it is for")
+            config = _checked_config(configs[self.name]) if self.name in configs else None
         except (ValueError, RecursionError) as error:
             reason = f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}"
             raise self.not_attached(reason) from None
+        if config is None:
+            self.log().info("launched: %s names %s, and not %r", _ATTACH, [*configs], self.name)
+        else:
+            self.log().info("attaching to the process %s: so says %s", config["pid"], _ATTACH)
+        return config
+
+    # -- why it does not start
 
     def not_started(self, argv: list[str], reason: str, kind: type[LaunchError] = LaunchError,
                     **carried: Any) -> LaunchError:
@@ -5665,15 +5794,40 @@ class _Recipe:
     def not_attached(self, reason: str, kind: type[LaunchError] = LaunchError, **carried: Any) -> LaunchError:
         return kind(f"there is no attaching to the plugin {self.name!r}: {reason}", **carried)
 
+    def no_process(self, argv: list[str], error: Exception) -> LaunchError:
+        """Why the operating system did not start it."""
+        known: dict[type, str] = {FileNotFoundError: "there is no such program",
+                                  PermissionError: "it is not executable for this user"}
+        words = f"{argv[0]}: {known.get(type(error), error)}"
+        if self.cwd is not None and not os.path.isdir(self.folder):
+            words = f"cwd={self.cwd!r}: there is no such folder"
+        return self.not_started(argv, words)
+
+    def no_plugin(self, argv: list[str]) -> str:
+        """What to do about a program that has ended well, and was no plugin."""
+        hint = "it is no plugin, or does not call miniplug.serve()"
+        if not isinstance(self.command, str):
+            return hint
+        _, source, attribute = _split_spec(self.command)
+        if len(argv) == 1:
+            hint += f" (what ran is {argv[0]})"
+        elif not attribute:
+            hint += f"; or it has what is to be served, which is named after a colon: '{source}:Attr'"
+        if self.python is not None:
+            hint += f"; or python={self.python!r} is no Python"
+        return hint
+
 
 class _Run:
     """One process of a plugin, from its start to its end: what it says, the session with it, why it ended.
 
-    It is there before its session is (`open`), and over when `ended` is set: then the last line is delivered,
-    the process reaped, `exit_code` known. Who asks for its end sets `asked` first: an end that nobody asked
-    for is a crash. Its threads: a reader for each output stream; a watcher, which waits for the process and
-    is the one that reaps it; and a minder, if there is a heartbeat or an idle timeout. Any thread may call
-    its methods, and none of them waits without a bound. `_claim` is held for good by who ends the run: the
+    It is there before its session is (`open`). When `gone` is set the last line is delivered, the process
+    reaped, `exit_code` known; when `ended` is set all that follows holds: the calls have failed, and the
+    supervisor knows. Who asks for its end sets `asked` first: an end that nobody asked for is a crash.
+
+    Its threads: a reader for each output stream; a watcher, which waits for the process and is the one that
+    reaps it; and a minder, if there is a heartbeat or an idle timeout. Any thread may call its methods, and
+    none of them waits without a bound. `_claim` is held for good by who ends the run: the
     watcher once the process has ended, or else who lets go of that.
     """
 
@@ -5687,7 +5841,7 @@ class _Run:
         self.session: _Session | None = None
         self.asked = False
         self.exit_code: int | None = None
-        self.ended = threading.Event()
+        self.gone, self.ended = threading.Event(), threading.Event()
         self.ended_at = 0.0  # on the monotonic clock
         self._settled = settled or threading.Event()  # set when it has connected, was refused, or has ended
         self._why = ""  # what is said of one that had to be killed
@@ -5720,7 +5874,7 @@ class _Run:
         self.session = session
         if not self.owned:
             session.keep_reading()  # so that the end is seen though nobody calls
-        if self.ended.is_set():  # just before
+        if self.gone.is_set():  # just before
             self._end_session()
         elif self.owned and "persist" in terms.features:
             self._keep(session)
@@ -5739,14 +5893,15 @@ class _Run:
 
     @property
     def takes_calls(self) -> bool:
-        return self.session is not None and self.session.ended is None and not self.asked
+        session = self.session
+        return session is not None and session.ended is None and not (self.asked or self.gone.is_set())
 
     def _mind(self, session: _Session) -> None:
         """See that it answers, and is used. In rounds: that this host stood still for once tells nothing."""
         heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
         pause = min(heartbeat / 4, idle / 8)
         silent = unused = 0.0
-        while not self.ended.wait(pause) and session.ended is None:
+        while not self.gone.wait(pause) and session.ended is None:
             silent = 0.0 if heartbeat == _FOREVER or session.probe() else silent + pause
             if silent >= heartbeat:
                 fate = "killed" if self.owned else "given up"
@@ -5837,11 +5992,14 @@ class _Run:
         self._close_files()
 
     def _over(self) -> None:
-        self.ended.set()
+        self.gone.set()
         _runs.discard(self)
-        self._end_session()
-        self._settled.set()
+        if self.session is not None:
+            self.session.end(EOFError())
         self.supervisor.notice()
+        self._settled.set()
+        self.ended.set()
+        self._end_session()
 
     def _end_session(self) -> None:
         if self.session is not None:
@@ -5868,7 +6026,7 @@ class _Run:
     def disown(self) -> None:
         """In a forked child of the host: nothing here is ours."""
         self.process.disown()
-        self.ended = threading.Event()  # a thread that is not here may hold the lock of the other one
+        self.gone = self.ended = threading.Event()  # a thread that is not here may hold the old ones' locks
         self.ended.set()
         self._close_files()
 
@@ -5877,9 +6035,9 @@ class _Run:
     def _lost(self, cause: BaseException) -> Callable[[list[str]], BaseException]:
         """The connection has ended: find out why, and give what makes the error to raise."""
         hopeless = not self.owned or isinstance(cause, ProtocolError)
-        if hopeless or not (self.asked or self.wait(0.5)):
+        if hopeless or not (self.asked or self.gone.wait(0.5)):
             self.signal(kill=True)
-        self.wait(0.0 if self.asked else 2.0)
+        self.gone.wait(0.0 if self.asked else 2.0)
         if self.asked:
             return lambda calls: PluginClosed(f"the plugin {self.recipe.name!r} was closed")
         return lambda calls: self._crash(cause, calls)
@@ -5919,21 +6077,25 @@ class _Start:
         self.counts = counts  # as a restart
         self.thread = 0
         self.run: _Run | None = None
+        self._above: list[Any] = []
         self.over = False
         self.error: BaseException | None = None
 
     def open(self) -> None:
-        """Raises LaunchError, or PluginClosed."""
+        """Raises LaunchError, PluginClosed, or RuntimeError where nothing may be launched."""
         _set_exit_hooks()
         config = self.recipe.attaches_to()
         if config is not None:
             return self._attach(config)
         guarded = self.recipe.process is _PosixProcess
-        name = _guardian.hire() if guarded else ""
+        if guarded or _WINDOWS:
+            self._above = self.recipe.above()
+        if guarded:
+            _guardian.hire()
         argv: list[str] = []
         try:
             argv = self.recipe.argv()
-            self._launch(argv, name)
+            self._launch(argv)
         except (OSError, RuntimeError) as error:  # no descriptor or thread to be had
             if isinstance(error, PluginError):
                 raise
@@ -5943,7 +6105,7 @@ class _Start:
                 _guardian.leave()
         return None
 
-    def _launch(self, argv: list[str], name: str) -> None:
+    def _launch(self, argv: list[str]) -> None:
         """Start a process, and wait until it has connected, was refused, or has ended."""
         recipe, key = self.recipe, os.urandom(32)
         came: list[tuple[_Channel, Any]] = []
@@ -5957,11 +6119,12 @@ class _Start:
             came.append(what)
             arrival.set()
 
-        door = _Door(greet, arrived, name=name)
+        door = _Door(greet, arrived, made=_guardian.watch)
+        folder = door.listener.folder
         try:
             run = self._spawn(argv, door.listener, key, arrival)
             in_time = arrival.wait(recipe.start_timeout)
-            if run.ended.is_set():
+            if run.gone.is_set():
                 door.settle(0.2)  # it may have been refused just before
             if came and isinstance(came[0][1], _Terms):
                 run.open(*came[0])
@@ -5969,15 +6132,15 @@ class _Start:
                 raise self._failure(run, argv, in_time, door.strangers, came[0][1] if came else None)
         finally:
             door.close()
+            _guardian.forget(folder)
             if self.run is None or self.run.session is None:
                 for channel, _ in came:  # too late
                     channel.close()
 
     def _spawn(self, argv: list[str], listener: _Listener, key: bytes, settled: threading.Event) -> _Run:
-        recipe = self.recipe
-        logger = recipe.logger or _import("logging").getLogger(f"miniplug.{recipe.name}")
+        recipe, logger = self.recipe, self.recipe.log()
         env = {**recipe.environ(), _ADDRESS: listener.address, _AUTHKEY: key.hex(),
-               _LOG_LEVEL: str(logger.getEffectiveLevel())}
+               **recipe.loading(self._above, listener.address), _LOG_LEVEL: str(logger.getEffectiveLevel())}
         for folder in listener.passed_over:
             logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
         if recipe.limits and recipe.limits._not_enforced():
@@ -5988,21 +6151,14 @@ class _Start:
         stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
         try:
             process = recipe.process(argv, recipe.limits, recipe.stdin == "inherit" and os.isatty(0), env=env,
-                                     cwd=recipe.cwd, stdin=stdin, stdout=stdout, stderr=stderr)
+                                     cwd=recipe.place(), stdin=stdin, stdout=stdout, stderr=stderr)
         except (OSError, ValueError) as error:
-            raise recipe.not_started(argv, self._no_process(argv, error)) from None
+            raise recipe.no_process(argv, error) from None
         return self._made(_Run(self.supervisor, process, sinks, settled=settled))
 
     def _made(self, run: _Run) -> _Run:
         self.supervisor.admit(self, run)
         return run
-
-    def _no_process(self, argv: list[str], error: Exception) -> str:
-        if self.recipe.cwd is not None and not os.path.isdir(self.recipe.cwd):
-            return f"cwd={self.recipe.cwd!r}: there is no such folder"
-        known: dict[type, str] = {FileNotFoundError: "there is no such program",
-                                  PermissionError: "it is not executable for this user"}
-        return f"{argv[0]}: {known.get(type(error), error)}"
 
     def _failure(self, run: _Run, argv: list[str], in_time: bool, strangers: int, refusal: Any) -> Exception:
         """Why the plugin did not come up."""
@@ -6020,7 +6176,7 @@ class _Start:
         kind, reason = LaunchError, f"it {run.end_words()[0]}"
         if run.exit_code == 0:
             kind = HandshakeError
-            reason += " without connecting: it is no plugin, or does not call miniplug.serve()"
+            reason += f" without connecting: {recipe.no_plugin(argv)}"
         return recipe.not_started(argv, reason, kind, exit_code=run.exit_code, output=run.tail())
 
     def _attach(self, config: dict[str, Any]) -> None:
@@ -6518,6 +6674,7 @@ class Plugin:
         self._set_up(_Recipe(**options))
 
     def _set_up(self, recipe: _Recipe) -> Plugin:
+        _refuse_monkey_patches()
         self.name = recipe.name
         self._supervisor = _Supervisor(recipe, self)
         return self
@@ -6611,13 +6768,13 @@ class Plugin:
     def running(self) -> bool:
         """Whether the plugin has started and its process has not ended."""
         run = self._supervisor.own_run()
-        return run is not None and run.session is not None and not run.ended.is_set()
+        return run is not None and run.session is not None and not run.gone.is_set()
 
     @property
     def pid(self) -> int | None:
         """The number of the plugin's process, or None without one."""
         run = self._supervisor.own_run()
-        return run.pid if run is not None and not run.ended.is_set() else None
+        return run.pid if run is not None and not run.gone.is_set() else None
 
     @property
     def exit_code(self) -> int | None:
@@ -7132,6 +7289,7 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
     plugins: dict[str, Any] = {}
     how = "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS."
     _refuse_by_hand(address, persist, how)
+    _environment.setdefault(_LOADING, '[[null, ""]]')
     for spec in specs:
         name, source, attribute = _split_spec(spec)
         if not attribute:

@@ -604,7 +604,7 @@ def test_a_host_that_stood_still_several_times_before_it_could_read_the_answer(s
     """However long that was, each time counts as a quarter of the heartbeat."""
     rounds = []
 
-    class Ended:
+    class Gone:
         def wait(self, seconds):
             rounds.append(seconds)
             return len(rounds) > 3
@@ -612,7 +612,7 @@ def test_a_host_that_stood_still_several_times_before_it_could_read_the_answer(s
     with miniplug.launch(shop, heartbeat=1000) as plugin:
         run, proxy = plugin._supervisor.run, plugin.dispense()
         monkeypatch.setattr(type(run.session), "probe", lambda session: False)
-        monkeypatch.setattr(run, "ended", Ended())
+        monkeypatch.setattr(run, "gone", Gone())
         run._mind(run.session)
         monkeypatch.undo()
         assert rounds == [250] * 4 and not run._why and proxy.pid() == plugin.pid
