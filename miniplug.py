@@ -5442,7 +5442,7 @@ class _LogSink:
     def _logger_for(self, name: Any) -> logging.Logger:
         """The logger of a module. One that is made is kept for ever: so those of a plugin are no more than so many, and
         their names no longer. What is over that goes to the plugin's own."""
-        if not isinstance(name, str) or name in ("", "root"):
+        if not isinstance(name, str) or name == "root" or not all(name.split(".")):  # logging goes astray at ".."
             return self._parent
         whole = f"{self._parent.name}.{name}"
         made = _modules.setdefault(self._parent.name, set())

@@ -110,7 +110,7 @@ def json_of(fields):
         return '{"@message":"m","number":%s}' % ("9" * 5000)
 
 
-LINES = st.one_of(JSON_LINES, ODD_TEXT.filter(lambda text: "\n" not in text), st.sampled_from([
+LINES = st.one_of(JSON_LINES, ODD_TEXT.filter(lambda text: "\n" not in text).map(miniplug._clean), st.sampled_from([
     "Traceback (most recent call last):", "  File x", "ValueError: x", "", "  + Exception Group Traceback", "Exception in thread ",
     "The above exception was the direct cause of the following exception:", "{" * 500, '{"@message":' + "[" * 5000]))
 
@@ -118,6 +118,7 @@ LINES = st.one_of(JSON_LINES, ODD_TEXT.filter(lambda text: "\n" not in text), st
 @SETTINGS
 @given(st.lists(LINES, max_size=12))
 @example(['{"@message":"m","@module":"' + "a." * 40000 + '"}'])
+@example(['{"@message":"m","@module":"."}'])
 @example(['{"@message":"m","x":' + "9" * 100000 + "}"])
 @example(['{"@message":"m","x":' + "[" * 100000 + "]" * 100000 + "}"])
 @example(["Traceback (most recent call last):", *["  x"] * 100000])

@@ -444,6 +444,13 @@ def test_a_module_of_many_parts_makes_no_loggers(log):
     assert [record.name for record in log.records] == ["host.plugins.shop"] * 4
 
 
+@pytest.mark.parametrize("module", [".", "..", "a..b", ".a", "a.", "", "root"])
+def test_no_name_leads_past_the_plugins_logger(log, module):
+    """Above two dots the logging module goes on two steps up."""
+    sink()(json.dumps({"@message": "m", "@module": module}))
+    assert [record.name for record in log.records] == ["host.plugins.shop"]
+
+
 def test_the_loggers_that_a_plugin_can_make_are_counted_for_the_hosts_life():
     """A later start of it goes on with the count; those that the host has made itself are free."""
     name = "host.plugins.counted"
