@@ -47,8 +47,7 @@ from __future__ import annotations
 import sys
 
 _AS_PROGRAM = __name__ == "__main__"
-if _AS_PROGRAM:  # what the plugin imports as miniplug must be this module, not a second copy of it
-    sys.modules["miniplug"] = sys.modules["__main__"]
+if _AS_PROGRAM:
     __name__ = "miniplug"
 
 import binascii
@@ -72,7 +71,9 @@ if TYPE_CHECKING:  # typing itself is slow to import
     import multiprocessing
     from pathlib import Path
     from types import ModuleType
-    from typing import IO, Any, Callable, Iterable, Mapping, NoReturn, ParamSpec, Sequence, TextIO, TypeVar, Union, overload
+    from typing import IO, Any, Callable, Iterable, Mapping, NoReturn, Sequence, TextIO, TypeVar, Union, overload
+
+    from typing_extensions import ParamSpec  # which type checkers have for every Python
 
     _T = TypeVar("_T")
     _F = TypeVar("_F", bound=Callable[..., Any])
@@ -94,6 +95,10 @@ __all__ = ["AuthenticationError", "Call", "CallTimeout", "ChecksumError", "DeadR
 
 _WINDOWS = os.name == "nt"
 _posix: Any = os  # for what Windows lacks, which type checkers know
+try:
+    _FILE = os.path.abspath(__file__)
+except OSError:  # the current folder is gone
+    _FILE = __file__
 _network: Any = socket
 
 
@@ -983,8 +988,8 @@ _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
 _LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again: a wake-up may be lost when a handler raises
 _TOGETHER = 32  # so many messages at most leave with one system call
-_BACKLOG = 256  # so many messages may be left to the thread that writes, before others wait for it
-_BACKLOG_LIMIT = 1 << 17  # so many that the other side does not take end the connection
+_MANY_POSTED = 256  # so many messages may be left to the thread that writes, before others wait for it
+_POSTED_LIMIT = 1 << 17  # so many that the other side does not take end the connection
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
 _Message = tuple  # (kind, flags, number, parent, body, buffers)
@@ -1198,9 +1203,9 @@ class _Channel:
 
     def _leave_to_other(self, message: list[_Bytes], wait: bool, deadline: float | None) -> None:
         """Another thread writes, and the message too. Wait while it has too much to do."""
-        if len(self.posted) > _BACKLOG_LIMIT:
+        if len(self.posted) > _POSTED_LIMIT:
             self.shutdown()
-        while wait and len(self.posted) > _BACKLOG:
+        while wait and len(self.posted) > _MANY_POSTED:
             holder = self.writer.holder()
             if not self.writer or _get_ident() in holder:
                 return  # nobody, now; or this thread, which a finalizer or a handler has interrupted
@@ -1556,42 +1561,67 @@ class _PipeChannel(_Channel):
         self._let_go()
 
 
+# -- where a connection begins: every one is made by Listener and Client of multiprocessing.connection, without their
+# own key exchange, which blocks accept() for everybody, can be relayed, and needs MD5 before Python 3.12
+
+_BACKLOG = 4096  # callers that wait to be accepted; the system takes what it allows
+
+
 def _transport(address: str) -> str:
     return "pipe" if address.startswith("\\\\") else "unix" if "/" in address else "tcp"
 
 
-def _endpoint(address: str) -> tuple[int, Any]:
-    """The family of a socket, and where it is connected to. Raises ValueError for what is no address of this machine."""
-    if _transport(address) == "unix":
-        return _network.AF_UNIX, address
+def _endpoint(address: str) -> tuple[str, Any]:
+    """The family of an address, and what Listener and Client call it. Raises ValueError for none of this
+    machine."""
+    if _transport(address) != "tcp":
+        return {"pipe": "AF_PIPE", "unix": "AF_UNIX"}[_transport(address)], address
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     here = host == "::1" or (host.startswith("127.") and host.replace(".", "").isdecimal())
     if not (here and port.isdecimal() and int(port) < 1 << 16):
-        raise ValueError(f"{address!r} is no address: that is a path with a / in it, 127.0.0.1:PORT or [::1]:PORT")
-    return (socket.AF_INET6 if ":" in host else socket.AF_INET), (host, int(port))
+        kinds = "a path with a / in it, 127.0.0.1:PORT or [::1]:PORT"
+        raise ValueError(f"{address!r} is no address: that is {kinds}")
+    return "AF_INET6" if ":" in host else "AF_INET", (host, int(port))
+
+
+def _channel_over(connection: Any) -> _Channel:
+    """The channel that takes over a Connection."""
+    if _WINDOWS:
+        return _PipeChannel(connection)
+    with connection:
+        return _SocketChannel(socket.socket(fileno=os.dup(connection.fileno())))
+
+
+def _client(address: str) -> Any:
+    """A Connection to `address`, however long that takes. Raises OSError."""
+    connection = _import("multiprocessing.connection")
+    family, target = _endpoint(address)
+    if family == "AF_INET6":  # Client knows no such
+        return connection.Connection(socket.create_connection(target).detach())
+    return connection.Client(target, family)
 
 
 def _connect(address: str, timeout: float) -> _Channel:
-    """A channel to `address`: a path, a pipe's name or ``host:port``. Raises OSError."""
-    if _transport(address) == "pipe":
-        return _PipeChannel(_import("multiprocessing.connection").Client(address, "AF_PIPE"))
-    family, target = _endpoint(address)
-    sock = socket.socket(family)
-    try:
-        sock.settimeout(timeout)
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                sock.connect(target)
-                return _SocketChannel(sock)
-            except BlockingIOError:  # Linux says so of a Unix socket whose backlog is full
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.01)
-    except BaseException:
-        sock.close()
-        raise
+    """A channel to `address`: a path, a pipe's name or ``host:port``. Raises OSError, past the timeout
+    TimeoutError."""
+    came: list[Any] = []
+    news = threading.Event()
+
+    def connect() -> None:
+        try:
+            came.append(_client(address))
+        except Exception as error:
+            came.append(error)
+        news.set()
+
+    _import("multiprocessing.connection")
+    _aside("miniplug-connect", connect)  # one that comes too late closes itself
+    if not news.wait(timeout):
+        raise TimeoutError(f"{address} took no connection within {timeout:g} s")
+    if isinstance(came[0], Exception):
+        raise came.pop()
+    return _channel_over(came[0])
 
 
 def _temp_folders() -> list[str]:
@@ -1613,78 +1643,101 @@ _listeners: set[_Listener] = set()  # those that are open: a forked child closes
 class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
-    The folder has mode 0700, so that only this user gets as far as the handshake. `address` is what _connect takes; one
-    that is given is used instead, and the OSError or ValueError raised if it cannot be.
+    The folder has mode 0700, so that only this user gets as far as the handshake. `address` is what _connect
+    takes; one that is given is used instead, and the OSError or ValueError raised if it cannot be. One thread
+    may `accept` while another closes it.
     """
 
-    def __init__(self, address: str = "", name: str = "") -> None:
-        """`name`: what its folder is to be called, where it makes one."""
-        self.folder = ""
+    def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
+        """`made` is told of each folder that it has made."""
+        self.folder = ""  # the one that it has made
+        self._held: list[int] = []  # a descriptor of it
+        self.address = ""
         self.passed_over: list[str] = []  # the temp folders that would not do, and why
-        self.address = address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
         if address and (_transport(address) == "pipe") != _WINDOWS:
-            problem = "here that is the name of a pipe" if _WINDOWS else "that is the name of a pipe of Windows"
-            raise ValueError(f"{address!r} is no address: {problem}")
-        if _WINDOWS:
-            self._listener: Any = _import("multiprocessing.connection").Listener(self.address, "AF_PIPE")
+            kind = "here that is the name of a pipe" if _WINDOWS else "that is the name of a pipe of Windows"
+            raise ValueError(f"{address!r} is no address: {kind}")
+        if _WINDOWS or address:
+            self._listener = self._bind(address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}")
         else:
-            self._listener = self._bind(address) if address else self._bind_anywhere(name or _folder_name())
-            self._listener.setblocking(False)
+            self._listener = self._bind_anywhere(made)
         _listeners.add(self)
 
-    def _bind(self, address: str) -> socket.socket:
+    def _bind(self, address: str) -> Any:
         family, target = _endpoint(address)
-        if _transport(address) == "tcp":
-            sock = socket.create_server(target, family=family)
-            self.address = address[: address.rindex(":")] + f":{sock.getsockname()[1]}"
-            return sock
-        self.address = os.path.abspath(address)
-        _remove_stale(self.address)
-        sock = socket.socket(family)
+        if family == "AF_UNIX":
+            address = target = os.path.abspath(address)
+            _remove_stale(target)
         try:
-            sock.bind(self.address)
-            os.chmod(self.address, 0o600)
-            sock.listen(128)
-            return sock
-        except BaseException as error:
-            sock.close()
-            if not isinstance(error, OSError):
-                raise
+            listener = _import("multiprocessing.connection").Listener(target, family, _BACKLOG)
+            if family == "AF_UNIX":
+                os.chmod(target, 0o600)
+        except OSError as error:
             if error.errno is None:  # the path is too long
                 raise OSError(f"{error}: {address!r}") from None
             raise OSError(error.errno, error.strerror, address) from None  # it has named no file
+        if family in ("AF_INET", "AF_INET6"):
+            address = f"{address.rpartition(':')[0]}:{listener.address[1]}"
+        sock = getattr(getattr(listener, "_listener", None), "_socket", None)
+        if sock is not None:  # who accepts looks now and then whether that is still wanted
+            sock.settimeout(0.5)
+        self.address = address
+        return listener
 
-    def _bind_anywhere(self, name: str) -> socket.socket:
+    def _bind_anywhere(self, made: Callable[[str], Any]) -> Any:
         for base in _temp_folders():
-            self.folder = os.path.join(base, name)
+            folder = os.path.join(base, _folder_name())
             try:
-                if len(os.fsencode(self.folder)) > 101:  # BSD has 104 for "/s" and NUL too
+                if len(os.fsencode(folder)) > 101:  # BSD has 104 for "/s" and NUL too
                     raise OSError("its path is too long for a socket")
-                os.mkdir(self.folder, 0o700)
-                return self._bind(os.path.join(self.folder, "s"))
+                os.mkdir(folder, 0o700)
+                self.folder = folder  # from here on it is ours to remove
+                made(folder)
+                self._hold()
+                return self._bind(os.path.join(folder, "s"))
             except OSError as error:
-                self._remove()
+                self._remove_folder()
                 self.passed_over.append(f"{base} ({error.strerror or error})")
-        self.folder = ""
         return self._bind("127.0.0.1:0")  # no folder to be had: the key alone keeps others out
 
+    def _hold(self) -> None:
+        """Lock the folder as long as this process lives: who gets the lock knows that it does not."""
+        self._held.append(os.open(self.folder, os.O_RDONLY))
+        try:
+            fcntl = _import("fcntl")
+            fcntl.flock(self._held[0], fcntl.LOCK_EX)
+        except OSError:
+            pass  # there are no locks there: then nobody else gets one either
+
     def accept(self) -> _Channel | None:
-        """The next connection; or None, if half a second brings none (on Windows it waits on). Raises OSError when
-        accepting fails."""
-        if _WINDOWS:
-            return _PipeChannel(self._listener.accept())
-        if not _wait_for(self._listener, False, 0.5):
+        """The next connection; or None, if half a second brings none (on Windows it waits on). Raises OSError
+        when accepting fails."""
+        try:
+            return _channel_over(self._listener.accept())
+        except socket.timeout:
             return None
-        return _SocketChannel(self._listener.accept()[0])
+
+    def wake(self) -> None:
+        """Have whoever waits in `accept` return."""
+        try:
+            _connect(self.address, 1.0).close()
+        except OSError:
+            pass  # nobody waits any more; or without a descriptor for this it looks by itself
 
     def close(self) -> None:
         _listeners.discard(self)
-        self._listener.close()
-        self._remove()
+        try:
+            self._listener.close()  # and removes its socket
+        except OSError:
+            pass  # somebody else has
+        self._remove_folder()
 
-    def _remove(self) -> None:
-        if _transport(self.address) == "unix":
-            _remove_socket(self.address, self.folder)
+    def _remove_folder(self) -> None:
+        if self.folder:
+            _remove_socket(os.path.join(self.folder, "s"), self.folder)
+        self.folder = ""
+        while self._held:
+            os.close(self._held.pop())
 
 
 def _remove_socket(path: str, folder: str) -> None:
@@ -1695,42 +1748,87 @@ def _remove_socket(path: str, folder: str) -> None:
             pass
 
 
-def _remove_stale(path: str, seconds: float = 0.0) -> None:
-    """Remove the socket that a process which was killed has left, and the folder if it had made one for it. Others that are
-    being killed may hold it open for that many seconds."""
+def _is_our_folder(folder: str) -> bool:
+    """Whether this user has made it for a socket, and nobody else can have put anything there. Raises
+    OSError."""
+    name, stat = os.path.basename(folder), os.lstat(folder)
+    return (name.startswith("miniplug-") and len(name) == len(_folder_name())
+            and stat.st_uid == _posix.geteuid() and stat.st_mode & 0o170777 == 0o040700)
+
+
+def _remove_stale(path: str, seconds: float = 0.0) -> bool:
+    """Remove the socket that a process which was killed has left, and the folder if it had made one for it.
+    Others that are being killed may hold it open for that many seconds. Whether there was one, and it is
+    gone."""
     deadline = time.monotonic() + seconds
+    is_socket = _import("stat").S_ISSOCK
     try:
-        while _transport(path) == "unix" and _import("stat").S_ISSOCK(os.lstat(path).st_mode):  # and nothing else
+        while _transport(path) == "unix" and is_socket(os.lstat(path).st_mode):  # and nothing else
             try:
                 _connect(path, 1.0).close()
                 if time.monotonic() >= deadline:
-                    return
+                    return False
                 time.sleep(0.01)
             except ConnectionRefusedError:
                 os.unlink(path)
-                folder = os.path.dirname(path)
-                name = os.path.basename(folder)
-                if name.startswith("miniplug-") and len(name) == len(_folder_name()):  # not one of the user's
-                    os.rmdir(folder)
+                if _is_our_folder(os.path.dirname(path)):
+                    os.rmdir(os.path.dirname(path))
+                return True
     except OSError:
         pass  # there is nothing, or somebody else was quicker
+    return False
+
+
+def _remove_left_behind() -> list[str]:
+    """Remove, in the temp folders, what plugins that listened there and were killed have left. Returns the
+    folders."""
+    removed = []
+    for base in () if _WINDOWS else _temp_folders():
+        try:
+            names = os.listdir(base)
+        except OSError:
+            continue  # it is not there, or may not be looked at
+        for folder in [os.path.join(base, name) for name in names if name.startswith("miniplug-")]:
+            try:
+                if _is_our_folder(folder) and _is_dead(folder) and _remove_stale(os.path.join(folder, "s")):
+                    removed.append(folder)
+            except OSError:
+                pass  # it is gone
+    return removed
+
+
+def _is_dead(folder: str) -> bool:
+    """Whether the process that made it is gone: then the lock is to be had. Raises OSError."""
+    fcntl, fd = _import("fcntl"), os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
 
 
 # === 4. handshake =======================================================================================
 #
-# Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both nonces.
+# Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both
+# nonces.
 #
-#     host    {"miniplug": 1, "role": "host", "nonce", "protocol_versions", "codec", "max_message", "features"}
-#     plugin  {"miniplug": 1, "role": "plugin", "nonce", "protocol_versions", "codecs", "max_message", "features", "cookie"}
+#     host    {"miniplug": 1, "role": "host", "nonce", "protocol_versions", "codec", "max_message",
+#              "features"}
+#     plugin  {"miniplug": 1, "role": "plugin", "nonce", "protocol_versions", "codecs", "max_message",
+#              "features", "cookie"}
 #     plugin  {"proof"}
 #     host    {"protocol_version", "codec"}, or {"refusal"}
 #     host    {"proof"}
 #
-# A proof is HMAC-SHA256 over the role's name, the address and all messages before it, each with its length before it,
-# so that nothing can be changed, replayed, reflected, or relayed to another address.
+# A proof is HMAC-SHA256 over the role's name, the address and all messages before it, each with its length
+# before it, so that nothing can be changed, replayed, reflected, or relayed to another address. Until the
+# other side's was right, nothing is read but short JSON in UTF-8.
 
 _HELLO_LIMIT = 4096  # bytes; until the key is proven nothing else is decoded
 _HELLO_SECONDS = 5.0
+_CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
 
 
 class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic_cookie_value",
@@ -1738,12 +1836,16 @@ class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic
     """What a host and its plugins agree on beforehand. Immutable.
 
     `protocol_version` (int, default 1) is the version of the interface that they share; count it up when that
-    changes. `magic_cookie_key` and `magic_cookie_value` (str) name an environment variable and what the host sets it
-    to: they tell a person who starts a plugin by hand, or a host that starts the wrong program, what is wrong. They
-    are no security measure.
+    changes. `magic_cookie_key` and `magic_cookie_value` (str) name an environment variable and what the host
+    sets it to: they tell a person who starts a plugin by hand, or a host that starts the wrong program, what
+    is wrong. They are no security measure.
     """
 
     __slots__ = ()
+    if TYPE_CHECKING:
+        protocol_version: int
+        magic_cookie_key: str
+        magic_cookie_value: str
 
 
 # What a handshake settles; the other side's limit in bytes, and its features.
@@ -1751,12 +1853,12 @@ _Terms = namedtuple("_Terms", "protocol_version codec max_message features", def
 
 
 class _Hello:
-    """One run of the handshake over one channel, for either role. Its methods raise AuthenticationError, HandshakeError,
-    ProtocolError, OSError and EOFError."""
+    """One run of the handshake over one channel, for either role, on one thread. Its methods raise
+    AuthenticationError, HandshakeError, ProtocolError, OSError and EOFError."""
 
     def __init__(self, channel: _Channel, address: str, key: bytes, role: str) -> None:
         self._channel, self._address, self._key, self._role = channel, address, key, role
-        self._said: list[bytes] = []
+        self._said: list[bytes] = []  # all messages of either side
         self._deadline = time.monotonic() + _HELLO_SECONDS
 
     def say(self, **message: Any) -> None:
@@ -1766,16 +1868,17 @@ class _Hello:
     def hear(self) -> dict[str, Any]:
         self._said.append(self._channel.receive_frame(self._deadline))
         try:
-            message = json.loads(self._said[-1])
+            message = json.loads(str(self._said[-1], "utf-8"))  # of bytes it would take UTF-16, too
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             raise ProtocolError("what came is no handshake")
         return message
 
-    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (), **others: Any) -> None:
-        self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(), protocol_versions=list(versions),
-                 max_message=max_message, features=list(features), **others)
+    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (),
+              **others: Any) -> None:
+        self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(),
+                 protocol_versions=list(versions), max_message=max_message, features=list(features), **others)
 
     def hear_greeting(self, role: str) -> dict[str, Any]:
         """The other side's greeting, checked as far as either role needs it."""
@@ -1783,8 +1886,11 @@ class _Hello:
         versions = theirs.get("protocol_versions")
         if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != role:
             raise ProtocolError(f"the other side is no miniplug {role} of wire version {_WIRE_VERSION}")
-        if not isinstance(versions, list) or [*map(type, versions), type(theirs.get("max_message"))] != [int] * (len(versions) + 1):
+        numbers = [*versions, theirs.get("max_message")] if isinstance(versions, list) else [None]
+        if not all(type(number) is int for number in numbers):
             raise ProtocolError("the other side's greeting is incomplete")
+        if not isinstance(theirs.get("features"), list):
+            theirs["features"] = []
         return theirs
 
     def prove(self) -> None:
@@ -1803,28 +1909,33 @@ class _Hello:
             mac.update(struct.pack("!I", len(part)) + part)
         return str(mac.hexdigest())
 
-    def as_host(self, versions: Sequence[int], codec: str, max_message: int) -> _Terms:
-        self.greet(versions, max_message, codec=codec)
+    def as_host(self, versions: Sequence[int], codec: str, max_message: int,
+                features: Sequence[str] = ()) -> _Terms:
+        self.greet(versions, max_message, features, codec=codec)
         theirs = self.hear_greeting("plugin")
         self.check("plugin")
         common = set(versions) & set(theirs["protocol_versions"])
-        cookie = theirs.get("cookie")
-        refusal = ""
-        if isinstance(cookie, dict) and cookie.get("matches") is not True:
-            refusal = (f"it is a plugin for another host: it expects another magic cookie in {cookie.get('key')!r}; "
-                       "is the handshake given to launch() the one that it serves with?")
-        elif not common:
-            older = "plugin" if max(theirs["protocol_versions"], default=0) < max(versions) else "host"
-            refusal = (f"no common protocol version: the host has {list(versions)}, the plugin has "
-                       f"{theirs['protocol_versions']}; the {older} is the older one, bring it up to date")
-        elif codec not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
-            refusal = f"the plugin does not know the codec {codec!r}, only {theirs.get('codecs')}"
+        refusal = self._refusal(versions, codec, theirs)
         self.say(**({"refusal": refusal} if refusal else {"protocol_version": max(common), "codec": codec}))
         self.prove()
         if refusal:
-            raise HandshakeError(refusal, host={"protocol_versions": list(versions), "codec": codec}, plugin=theirs)
-        features = theirs.get("features")
-        return _Terms(max(common), codec, theirs["max_message"], features if isinstance(features, list) else ())
+            ours = {"protocol_versions": list(versions), "codec": codec}
+            raise HandshakeError(refusal, host=ours, plugin=theirs)
+        return _Terms(max(common), codec, theirs["max_message"], theirs["features"])
+
+    def _refusal(self, versions: Sequence[int], codec: str, theirs: Mapping[str, Any]) -> str:
+        """Why this host does not take a plugin that holds the key, if it does not."""
+        cookie, offered = theirs.get("cookie"), theirs["protocol_versions"]
+        if isinstance(cookie, dict) and cookie.get("matches") is not True:
+            return ("it is a plugin for another host: it expects another magic cookie in "
+                    f"{cookie.get('key')!r}; is the handshake given to launch() the one that it serves with?")
+        if not set(versions) & set(offered):
+            older = "plugin" if max(offered, default=0) < max(versions) else "host"
+            return (f"no common protocol version: the host has {list(versions)}, the plugin has {offered}; "
+                    f"the {older} is the older one, bring it up to date")
+        if codec not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
+            return f"the plugin does not know the codec {codec!r}, only {theirs.get('codecs')}"
+        return ""
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
                   features: Sequence[str] = ()) -> _Terms:
@@ -1839,29 +1950,48 @@ class _Hello:
             raise HandshakeError(str(choice["refusal"]), host=theirs)
         if choice.get("protocol_version") not in versions or choice.get("codec") not in [*_CODECS]:
             raise ProtocolError("the host chose what the plugin has not offered")
-        return _Terms(choice["protocol_version"], choice["codec"], theirs["max_message"])
+        return _Terms(choice["protocol_version"], choice["codec"], theirs["max_message"], theirs["features"])
+
+
+def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
+    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who
+    is pushed out there comes again. Raises what `greet` does."""
+    deadline = time.monotonic() + _CROWD_SECONDS
+    while True:
+        channel = None
+        try:
+            channel = _connect(address, _HELLO_SECONDS)
+            return channel, greet(channel)
+        except BaseException as error:
+            if channel is not None:
+                channel.close()
+            pushed = isinstance(error, (EOFError, ConnectionError, TimeoutError)) and not isinstance(
+                error, (PluginError, ConnectionRefusedError))
+            if not pushed or _transport(address) != "tcp" or time.monotonic() >= deadline:
+                raise
 
 
 class _Door:
-    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let in if it holds
-    the key. A wrong, slow or silent caller holds up nobody.
+    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let
+    in if it holds the key. A wrong, slow or silent caller holds up nobody.
 
-    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError, on that thread. The
-    door closes before it is called, and lets in nobody else, unless it `stays` open.
+    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError,
+    on that thread. The door closes before it is called, and lets in nobody else, unless it `stays` open. Any
+    thread may close it. `_lock` protects `_open` and `_callers`.
     """
 
-    _CROWD = 64  # callers in the handshake at once; past that the one that has been there longest has to go
+    _CROWD = 128  # callers in the handshake at once; past that one of them, whoever chance picks, has to go
 
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
-                 address: str = "", stays: bool = False, name: str = "") -> None:
-        self.listener = _Listener(address, name)
+                 address: str = "", stays: bool = False, made: Callable[[str], Any] = str) -> None:
+        self.listener = _Listener(address, made)
         self.strangers = 0
         self._greet = greet
         self._arrived = arrived
         self._stays = stays
-        self._lock = threading.Lock()  # protects the following two
+        self._lock = threading.Lock()
         self._open = True
-        self._callers: dict[int, _Channel] = {}
+        self._callers: list[_Channel] = []
         try:
             self._thread = _start_thread("miniplug-door", self._accept)
         except BaseException:
@@ -1872,7 +2002,7 @@ class _Door:
         channel = None
         while self._open:
             if channel is not None:
-                _aside("miniplug-hello", self._meet, channel)
+                self._admit(channel)
             try:
                 channel = self.listener.accept()
             except OSError:  # out of descriptors, or a caller that left at once
@@ -1882,31 +2012,40 @@ class _Door:
             channel.close()
         self.listener.close()
 
-    def _meet(self, channel: _Channel) -> None:
-        result: Any = None
+    def _admit(self, channel: _Channel) -> None:
+        """Have a thread meet a caller. Where there is a crowd, chance picks who has to go: among strangers
+        who come faster than anybody can speak, the oldest would always be the one who is about to prove the
+        key."""
         with self._lock:
             if len(self._callers) >= self._CROWD:
-                next(iter(self._callers.values())).shutdown()
-            self._callers[id(channel)] = channel
-            if not self._open:
-                channel.shutdown()
+                self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
+            self._callers.append(channel)
+        _aside("miniplug-hello", self._meet, channel)
+
+    def _meet(self, channel: _Channel) -> None:
+        result: Any = None
         try:
-            result = self._greet(channel, self.listener.address)
+            if self._open:
+                result = self._greet(channel, self.listener.address)
         except HandshakeError as error:
             result = error
         except Exception:  # a stranger, whatever it is that he did
             self.strangers += 1
         with self._lock:
-            enters = self._open and result is not None
+            pushed_out = all(each is not channel for each in self._callers)
+            enters = self._open and result is not None and not pushed_out
             self._open = self._open and (self._stays or not enters)
             if enters and not isinstance(result, Exception):
-                del self._callers[id(channel)]  # first: whoever hears of it may close the door, which ends those in it
+                self._forget(channel)  # first: whoever hears of it may close the door, which ends those in it
         if not enters or isinstance(result, Exception):
             channel.close()
         if enters:
             self._arrived(channel, result)
         with self._lock:
-            self._callers.pop(id(channel), None)
+            self._forget(channel)
+
+    def _forget(self, channel: _Channel) -> None:
+        self._callers = [each for each in self._callers if each is not channel]
 
     def settle(self, seconds: float) -> None:
         """Wait until nobody is being greeted, at most that long."""
@@ -1918,13 +2057,10 @@ class _Door:
         """Let nobody in any more; returns when no thread, socket or file is left."""
         with self._lock:
             self._open = False
-            callers = list(self._callers.values())
+            callers = list(self._callers)
         for channel in callers:
             channel.shutdown()
-        try:
-            _connect(self.listener.address, 1.0).close()  # wakes the thread
-        except OSError:
-            pass  # it has closed the listener; or without a descriptor for this it looks by itself
+        self.listener.wake()
         self._thread.join(2.0)
 
 
@@ -3293,6 +3429,7 @@ class _Session:
         self.drained = _gate()  # opens when the last of their calls has ended after that
         self._lost = lost
         self._next_alarm: float | None = None
+        self._last_asked = 0  # the number taken by the last `unused`
         self.reader = _Reader(self)
         self.runner = _Runner(self, slots or _Slots(64))
         self.caller = _Caller(self)
@@ -3431,6 +3568,34 @@ class _Session:
         """Whether any call or stream is under way, or a reference left, either way."""
         return bool(self.calls or self.requests or self.borrowed or self.references.lends)
 
+    def unused(self) -> bool:
+        """Whether it is not busy, and no call has begun since this was asked last. One thread asks."""
+        before, self._last_asked = self._last_asked, next(self._numbers)
+        return self._last_asked == before + 1 and not self.busy()
+
+    def keep_reading(self) -> None:
+        """Have somebody read from now on though nobody calls."""
+        self._unattended.add(-1)
+        self._pass_on()
+
+    def ask_to_end(self, grace: float) -> None:
+        """Tell the plugin to end, within so many seconds."""
+        self.post(_SHUTDOWN, 0, grace)
+
+    def unused(self) -> bool:
+        """Whether it is not busy, and no call has begun since this was asked last. One thread asks."""
+        before, self._last_asked = self._last_asked, next(self.numbers)
+        return self._last_asked == before + 1 and not self.busy()
+
+    def keep_reading(self) -> None:
+        """Have somebody read from now on though nobody calls."""
+        self.reader.unattended.add(-1)
+        self.reader.pass_on()
+
+    def ask_to_end(self, grace: float) -> None:
+        """Tell the plugin to end, within so many seconds."""
+        self.post(_SHUTDOWN, 0, grace)
+
     def seal(self) -> bool:
         """Take no more calls, unless it is busy. Returns whether it takes none. (A call is among `calls` before it looks
         whether it may be sent: so none slips through.)"""
@@ -3526,14 +3691,24 @@ def _no_method(name: str, names: Iterable[str] | None, where: str) -> MethodNotF
 
 
 def _makes_instances(served: Any) -> bool:
-    """Whether what is served is a class or a zero-argument factory, and not the object itself."""
-    if isinstance(served, type) or not callable(served):
+    """Whether what is served is a class or a zero-argument factory, and not the object itself. A function that
+    needs arguments is there to be called; so is one with *args or **kwargs, or in C, if it may take some."""
+    if isinstance(served, type) or type(served).__name__ not in _FUNCTIONS:
         return isinstance(served, type)
-    if not hasattr(type(served), "__code__"):  # no plain function
-        return type(served).__name__ in ("partial", "method", "builtin_function_or_method")
-    code = served.__code__
-    needed = code.co_argcount - len(served.__defaults__ or ()) + code.co_kwonlyargcount - len(served.__kwdefaults__ or ())
-    return bool(needed == 0 and not code.co_flags & 0x0C)  # with *args or **kwargs it is there to be called
+    in_c = type(served).__name__ == "builtin_function_or_method"
+    of_class = isinstance(getattr(served, "func", None), type)  # a partial, which has what the class needs
+    try:
+        parameters = _import("inspect").signature(served).parameters.values()
+    except ValueError:
+        return of_class  # a C function that does not tell
+    for each in parameters:
+        takes_any = each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        if in_c or (not of_class if takes_any else each.default is each.empty):
+            return False
+    return True
+
+
+_FUNCTIONS = "function", "method", "partial", "builtin_function_or_method"
 
 
 class _Loop:
@@ -4286,11 +4461,12 @@ class _Awaitable:
             pass  # cancelled meanwhile, or settled before
 
     def _fail(self, error: BaseException) -> None:
+        """It could not begin."""
         future: Any = self
         try:
             future.set_exception(error)
         except _import("concurrent.futures").InvalidStateError:
-            pass
+            pass  # cancelled meanwhile
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
@@ -4504,7 +4680,8 @@ _ADDRESS, _AUTHKEY, _LOG_LEVEL = "MINIPLUG_ADDRESS", "MINIPLUG_AUTHKEY", "MINIPL
 _PERSIST = "MINIPLUG_PERSIST"  # stay when the host goes
 _ATTACH = "MINIPLUG_ATTACH"  # {NAME: config} as JSON: where a host attaches instead of launching
 _COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
-_SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: what a bytecode cache holds is another file
+_LOADING = "MINIPLUG_LOADING"  # what is being started, down to this process, until it serves: see _Recipe.above
+_SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: a bytecode cache holds another file
 _GRACE = 2.0  # seconds that a plugin has to end by itself
 _MAX_MESSAGE = 256 << 20
 
@@ -4523,51 +4700,86 @@ def _take_environment() -> None:
         _environment[name] = os.environ.pop(name)
 
 
-def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, handshake: Handshake = Handshake(),
-          address: str | None = None, authkey: bytes | str | None = None, persist: bool = False,
-          max_workers: int = 64, max_message: int = _MAX_MESSAGE) -> None:
+# What green threads would take the place of.
+_PATCHED = "socket.socket", "threading.get_ident", "time.sleep", "select.select", "subprocess.Popen"
+
+
+def _refuse_monkey_patches() -> None:
+    """Raises RuntimeError in a process that gevent or eventlet has put green threads into: waiting here would
+    hang it."""
+    for name in _PATCHED:
+        module, _, attribute = name.partition(".")
+        found = getattr(sys.modules.get(module), attribute, None)
+        library = str(getattr(found, "__module__", "")).partition(".")[0]
+        if library in ("gevent", "eventlet"):
+            raise RuntimeError(
+                f"miniplug does not run under the monkey patches of {library} (here: {name}): it needs the "
+                "system's own threads and sockets. Do not patch this process; or let another one, which is "
+                "not patched, have the plugins, and talk to that")
+
+
+def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
+          handshake: Handshake = Handshake(), address: str | None = None, authkey: bytes | str | None = None,
+          persist: bool = False, max_workers: int = 64, max_message: int = _MAX_MESSAGE) -> None:
     """Serve plugins to the host that started this process, until it says stop or is gone; then return.
 
     `plugins` maps a name to an object or a function with arguments, which all callers share; or to a class or
-    zero-argument factory, which makes an instance for each `dispense`. Mapped by int instead, it is one such mapping for
-    each protocol version. An object that is a context manager is entered before its first call and exited at the end.
+    zero-argument factory, which makes an instance for each `dispense`. Mapped by int instead, it is one such
+    mapping for each protocol version. An object that is a context manager is entered before its first call
+    and exited at the end.
 
-    `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at most
-    `max_workers` at once (1: one after another). A message of more than `max_message` bytes (at least 4096) is refused.
+    `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at
+    most `max_workers` at once (1: one after another). A message of more than `max_message` bytes (at least
+    4096) is refused.
 
-    `persist=True`: stay when the host goes, for it or another one to `attach` to, until one of them says stop. Any number
-    of hosts may be there at once. `address` is where they attach: a path with a ``/`` in it, ``127.0.0.1:PORT`` or, on
-    Windows, the name of a pipe; by default a private place of its own. `authkey` is the key that they have to hold: at
-    least 16 bytes, or as many in hexadecimal digits; by default a fresh one.
+    `persist=True`: stay when the host goes, for it or another one to `attach` to, until one of them says
+    stop. Any number of hosts may be there at once. `address` is where they attach: a path with a ``/`` in it,
+    ``127.0.0.1:PORT`` or, on Windows, the name of a pipe; by default a private place of its own. `authkey` is
+    the key that they have to hold: at least 16 bytes, or as many in hexadecimal digits; by default a fresh
+    one.
 
-    Started by hand with `persist` or an `address`, it prints what `attach` needs, as a line of JSON, and serves until
-    Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says on stderr that this is a
-    plugin, and exits with status 1 (SystemExit); so it does when the host refuses the plugin, which the host
-    reports. Raises ValueError or TypeError for what cannot be served, and OSError for an `address` that is not to be had.
+    Started by hand with `persist` or an `address`, it prints what `attach` needs, as a line of JSON, and
+    serves until Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says on
+    stderr that this is a plugin, and exits with status 1 (SystemExit); so it does when the host refuses the
+    plugin, which the host reports.
+
+    Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
+    and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
     """
+    if not hasattr(handshake, "magic_cookie_value"):
+        raise TypeError(f"handshake={handshake!r}: it is a miniplug.Handshake")
+    if not isinstance(address, (str, type(None))):
+        raise TypeError(f"address={address!r}: it is a str, or None")
+    if not isinstance(persist, bool):
+        raise TypeError(f"persist={persist!r}: it is True or False")
     server = _Server(_versions(plugins, handshake), info, max_workers, max_message)
+    secret = os.urandom(32) if authkey is None else _checked_key(authkey)
     _take_environment()
     key = _variable(handshake.magic_cookie_key)
-    cookie = os.environ.pop(key, None) or _environment.pop(key, None)  # it may be set by somebody who is no host
-    _serve(server, {"key": key, "matches": cookie == handshake.magic_cookie_value}, address, authkey, persist)
+    cookie = os.environ.pop(key, None) or _environment.pop(key, None)  # somebody may have set it by hand
+    _serve(server, {"key": key, "matches": cookie == handshake.magic_cookie_value}, address, secret, persist)
 
 
-def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, authkey: bytes | str | None, persist: bool) -> None:
+def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secret: bytes,
+           persist: bool) -> None:
     """The plugin's main loop."""
+    _refuse_monkey_patches()
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
     _refuse_by_hand(address, persist, "In Python, miniplug.launch() with its path and handshake does.")
     if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
+    _environment.pop(_LOADING, None)
     _prepare_output()
     try:
         if persist or address is not None:
-            passed_over = server.listen(address or "", os.urandom(32) if authkey is None else _checked_key(authkey))
+            passed_over = server.listen(address or "", secret)
             _heed_signals(host is not None)
         if host is None:
             for folder in passed_over:
-                print(f"miniplug: it listens at {server.config['address']}, not in {folder}", file=sys.stderr, flush=True)
+                where = server.config["address"]
+                print(f"miniplug: it listens at {where}, not in {folder}", file=sys.stderr, flush=True)
             print(json.dumps(server.config), flush=True)
         else:
             server.serve_launcher(host, key, cookie)
@@ -4580,13 +4792,17 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
 
 
 def _refuse_by_hand(address: str | None, persist: bool, hint: str) -> None:
-    """Exit with a word if there is neither a host that has started this process nor a place for one to attach to."""
+    """Exit with a word if there is neither a host that has started this process nor a place for one to attach
+    to."""
     if _ADDRESS not in _environment and not persist and address is None:
-        sys.exit(f"This program is a plugin: the application that it belongs to starts it, not a person. ({hint})")
+        whose = "the application that it belongs to starts it, not a person"
+        sys.exit(f"This program is a plugin: {whose}. ({hint})")
 
 
 def _checked_key(key: bytes | str) -> bytes:
-    """A key that is given as bytes or in hexadecimal digits. Raises ValueError."""
+    """A key that is given as bytes or in hexadecimal digits. Raises ValueError, or TypeError."""
+    if not isinstance(key, (str, bytes, bytearray)):
+        raise TypeError(f"authkey: it is bytes or hexadecimal digits, and not of type {type(key).__name__}")
     try:
         data = bytes.fromhex(key) if isinstance(key, str) else bytes(key)
     except ValueError as error:
@@ -4604,7 +4820,8 @@ def _checked_config(config: Any) -> dict[str, Any]:
         raise ValueError(f"{takes}, and not a {type(config).__name__}")
     wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
     if wrong:
-        raise ValueError(f"{takes}, and {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or of another type")
+        are = "is" if len(wrong) == 1 else "are"
+        raise ValueError(f"{takes}, and {', '.join(wrong)} {are} missing or of another type")
     if _transport(config["address"]) != config["network"] or (config["network"] == "pipe") != _WINDOWS:
         raise ValueError(f"{config['address']!r} is no address for the network {config['network']!r} here")
     if config["network"] != "pipe":
@@ -4614,27 +4831,35 @@ def _checked_config(config: Any) -> dict[str, Any]:
 
 
 def _heed_signals(launched: bool) -> None:
-    """Of a plugin that listens: SIGTERM ends it orderly, as Ctrl-C does, and the end of its host's terminal does not."""
+    """Of a plugin that listens: SIGTERM ends it orderly, as Ctrl-C does, and its host's terminal's end does
+    not."""
     signal = _import("signal")
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if not _WINDOWS:
             signal.signal(signal.SIGHUP, signal.SIG_IGN if launched else signal.default_int_handler)
 
 
 class _Server:
-    """What this process serves, and the hosts that it serves it to, each over a session of its own."""
+    """What this process serves, and the hosts that it serves it to, each over a session of its own.
 
-    def __init__(self, versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None, max_workers: int,
-                 max_message: int) -> None:
+    The main thread listens, serves the launcher, waits and closes. A thread of the door attends to each host
+    that attaches. Any thread may `stop` it. `_lock` protects `_sessions` to `_over`.
+    """
+
+    def __init__(self, versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None,
+                 max_workers: int, max_message: int) -> None:
         """A version None stands for whatever a host asks for."""
+        if not (info is None or hasattr(info, "keys")):
+            raise TypeError(f"info={info!r}: it is a dict about the plugin, or None")
         self.stays = False  # also when its hosts are gone
         self.config: dict[str, Any] = {}  # what another host needs to attach
         self._served = {version: _Served(plugins, info) for version, plugins in versions.items()}
         self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
         self._slots = _Slots(_checked_count(max_workers, "max_workers", 1))
         self._door: _Door | None = None
-        self._lock = threading.Lock()  # protects the following five
+        self._lock = threading.Lock()
         self._sessions: list[_Session] = []  # those that are not disposed of
         self._threads: list[threading.Thread] = []  # that attend to those who have come through the door
         self._hosts = 0  # how many are there
@@ -4643,7 +4868,8 @@ class _Server:
         self._over = threading.Event()  # set once it is to end
 
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
-        """Run the handshake. From now on this host counts as one that is there: it may know before this side that it is in."""
+        """Run the handshake. From now on this host counts as one that is there: it may know before this side
+        that it is in."""
         versions = None if None in self._served else sorted(self._served)
         hello = _Hello(channel, address, key, "plugin")
         with self._lock:
@@ -4663,13 +4889,16 @@ class _Server:
             self.stop()
 
     def listen(self, address: str, key: bytes) -> list[str]:
-        """Let hosts attach. They need no cookie: it is not they who start this program. Returns the temp folders that would
-        not do, and why."""
+        """Let hosts attach. They need no cookie: it is not they who start this program. Returns the temp
+        folders that would not do, and why."""
+        if not address:
+            _remove_left_behind()
         self._door = _Door(lambda channel, address: self.greet(channel, address, key, {"matches": True}),
                            self._arrived, address, stays=True)
         address = self._door.listener.address
+        version = max((each for each in self._served if each is not None), default=1)
         self.config.update(network=_transport(address), address=address, authkey=key.hex(), pid=os.getpid(),
-                           protocol_version=max((each for each in self._served if each is not None), default=1))
+                           protocol_version=version)
         for served in self._served.values():
             served.config = self.config
         return self._door.listener.passed_over
@@ -4677,15 +4906,16 @@ class _Server:
     def _arrived(self, channel: _Channel, terms: Any) -> None:
         if isinstance(terms, _Terms):  # or the host has refused this plugin
             with self._lock:
-                self._threads = [*(each for each in self._threads if each.is_alive()), threading.current_thread()]
+                alive = [each for each in self._threads if each.is_alive()]
+                self._threads = [*alive, threading.current_thread()]
             self.attend(channel, terms)
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
         gone = _outlet() if self.stays else None
         try:
-            channel = _connect(address, _HELLO_SECONDS)
-            terms = self.greet(channel, address, _checked_key(key), cookie)
+            channel, terms = _come_in(
+                address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
         except HandshakeError as error:
             sys.exit(f"miniplug: the host refused this plugin: {error}")
         except (OSError, EOFError, ValueError, PluginError) as error:
@@ -4695,8 +4925,10 @@ class _Server:
         if not (self.stays or cause is None or orderly):
             sys.exit(f"miniplug: the connection to the host has failed: {type(cause).__name__}: {cause}")
 
-    def attend(self, channel: _Channel, terms: _Terms, gone: Callable[[], None] | None = None) -> BaseException | None:
-        """Serve one host, until it says stop or is gone: then `gone` is called, at once. Returns why the session has ended."""
+    def attend(self, channel: _Channel, terms: _Terms,
+               gone: Callable[[], None] | None = None) -> BaseException | None:
+        """Serve one host, until it says stop or is gone: then `gone` is called, at once. Returns why the
+        session has ended."""
         def lost(cause: BaseException) -> Callable[[list[str]], BaseException]:
             if gone is not None:
                 gone()
@@ -4767,11 +4999,17 @@ def _outlet() -> Callable[[], None]:
 
 def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
     """{version: {name: object, ...}, ...}. Raises ValueError or TypeError for what cannot be served."""
-    versions = plugins if plugins and all(type(key) is int for key in plugins) else {handshake.protocol_version: plugins}
+    by_version = hasattr(plugins, "keys") and plugins and all(type(key) is int for key in plugins)
+    versions = plugins if by_version else {handshake.protocol_version: plugins}
     for version, mapping in versions.items():
         _checked_count(version, "protocol_version")
+        if not hasattr(mapping, "keys"):
+            kind = getattr(mapping, "__name__", type(mapping).__name__)
+            example = f"{{{kind.lower()!r}: {kind}}}"
+            raise TypeError(f"{kind} is no mapping: what is served has a name, such as {example}")
         if not mapping or not all(isinstance(name, str) for name in mapping):
-            raise TypeError("plugins is {name: object, ...}, or {version: {name: object, ...}, ...}, and not empty")
+            takes = "{name: object, ...}, or {version: {name: object, ...}, ...}"
+            raise TypeError(f"plugins is {takes}, and not empty")
         if "system" in mapping:
             raise ValueError("the name 'system' is reserved: give the plugin another one")
     return versions
@@ -4783,7 +5021,8 @@ _LEVELS = {"error": 40, "warn": 30, "info": 20, "debug": 10, "trace": 5}
 
 
 def _prepare_output() -> None:
-    """Have every line leave at once, as UTF-8; a segmentation fault tell where; and logging speak to the host."""
+    """Have every line leave at once, as UTF-8; a crash tell where in Python it was; and logging speak to the
+    host."""
     streams: list[Any] = [sys.stdout, sys.stderr]
     for stream in streams:
         try:
@@ -4791,8 +5030,9 @@ def _prepare_output() -> None:
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
         except (AttributeError, OSError, ValueError):
             pass  # there is none, it is closed, or it is the plugin's own
+    c_stack = {"c_stack": False} if sys.version_info >= (3, 14) else {}  # which is long, and tells little
     try:
-        _import("faulthandler").enable(all_threads=False)
+        _import("faulthandler").enable(all_threads=False, **c_stack)
     except (AttributeError, OSError, ValueError, RuntimeError):
         pass  # no stderr to write to
     level = int(_environment.pop(_LOG_LEVEL, -1))
@@ -4800,13 +5040,15 @@ def _prepare_output() -> None:
         _set_up_logging(sys.modules["logging"], level)
     elif level >= 0:
         sys.meta_path.insert(0, _LoggingHook(level))
-    if level >= 0 and not _WINDOWS and _posix.getpgrp() != os.getpid() and threading.current_thread() is threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if level >= 0 and main and not _WINDOWS and _posix.getpgrp() != os.getpid():
         signal = _import("signal")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it shares the terminal, whose Ctrl-C is the host's
 
 
 class _LoggingHook:
-    """An import hook that sets logging up when somebody imports it, so that nobody pays for it who does not."""
+    """An import hook that sets logging up when somebody imports it, so that nobody pays for it who does
+    not."""
 
     def __init__(self, level: int) -> None:
         self._level = level
@@ -4827,7 +5069,8 @@ class _LoggingHook:
 
 
 def _set_up_logging(logging: Any, level: int) -> None:
-    """Send the root logger's records to the host, unless the plugin has handlers there or calls basicConfig."""
+    """Send the root logger's records to the host, unless the plugin has handlers there or calls
+    basicConfig."""
     root = logging.getLogger()
     if root.handlers:
         return
@@ -4852,18 +5095,34 @@ def _log_line(formatter: Any, record: Any) -> str:
                               "@timestamp": when.isoformat(timespec="microseconds")}
     if _LEVELS[level] != record.levelno:
         fields["@levelno"] = record.levelno
-    trace = [formatter.formatException(record.exc_info) if record.exc_info else record.exc_text, record.stack_info]
-    if any(trace):
-        fields["@traceback"] = "\n".join(filter(None, trace))
-    known = _standard_fields()
-    fields.update((key, value) for key, value in vars(record).items() if key not in known and not key.startswith("@"))
-    return json.dumps(fields, default=repr, skipkeys=True)
+    trace = formatter.formatException(record.exc_info) if record.exc_info else record.exc_text
+    if trace or record.stack_info:
+        fields["@traceback"] = "\n".join(filter(None, (trace, record.stack_info)))
+    more = {key: value for key, value in vars(record).items()
+            if key not in _standard_fields() and not key.startswith("@")}
+    try:
+        return json.dumps({**fields, **more}, default=repr, skipkeys=True)
+    except Exception:  # one of them holds itself, say, or its repr raises
+        return json.dumps({**fields, **{key: _shown(value) for key, value in more.items()}}, default=repr)
 
 
-def _standard_fields() -> set[str]:
-    """The attributes that every log record has, and those that formatting adds: what a plugin's field may not be."""
+def _shown(value: Any) -> Any:
+    """What a log line has of a value: itself if it can be, or else how Python writes it."""
+    try:
+        return json.dumps(value, default=repr, skipkeys=True) and value
+    except Exception:
+        try:
+            return repr(value)
+        except Exception:
+            return f"<{type(value).__name__}>"
+
+
+@lru_cache(maxsize=1)
+def _standard_fields() -> frozenset[str]:
+    """The attributes that every log record has, and those that formatting adds: what a plugin's field may not
+    be."""
     record = _import("logging").makeLogRecord({})
-    return {*vars(record), *dir(type(record)), "message", "asctime"}
+    return frozenset({*vars(record), *dir(type(record)), "message", "asctime"})
 
 
 # === 9. process =======================================================================================
@@ -4885,19 +5144,18 @@ _SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
 def _popen(argv: Sequence[str], **options: Any) -> Any:
     """A subprocess.Popen, unbuffered. The pipes are made here: what Popen has opened when it finds no
     descriptor for the next, it leaves open."""
-    given = {name: options.pop(name, None) for name in ("stdin", "stdout", "stderr")}
     theirs: list[int] = []
     ours: dict[str, int] = {}
     try:
-        for name, stream in given.items():
+        for name in ("stdin", "stdout", "stderr"):
+            stream = options.get(name)
             if stream == _DEVNULL:
-                given[name] = os.open(os.devnull, os.O_RDWR)
-                theirs.append(given[name])
+                options[name] = os.open(os.devnull, os.O_RDWR)
+                theirs.append(options[name])
             elif stream == _PIPE:
-                reading, writing = os.pipe()
-                given[name], ours[name] = (reading, writing) if name == "stdin" else (writing, reading)
-                theirs.append(given[name])
-        process = _import("subprocess").Popen(argv, bufsize=0, **given, **options)
+                ours[name], options[name] = os.pipe()
+                theirs.append(options[name])
+        process = _import("subprocess").Popen(argv, bufsize=0, **options)
     except BaseException:
         for fd in ours.values():
             os.close(fd)
@@ -4906,7 +5164,7 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
         for fd in theirs:
             os.close(fd)
     for name, fd in ours.items():
-        setattr(process, name, open(fd, "wb" if name == "stdin" else "rb", buffering=0))  # noqa: SIM115
+        setattr(process, name, open(fd, "rb", buffering=0))  # noqa: SIM115
     return process
 
 
@@ -4986,10 +5244,11 @@ class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
 
 
 # What the guardian does. It reads "+PID" of a process that leads a group, "=PID" of one that leads none, and
-# "-PID" when it is not to be ended any more. When the host is gone it removes the doors' folders, gives the
-# processes some time to end by themselves, and kills those that have not, and what is left of their groups.
-# Each is known by its start time as well, so that no later process of its number is meant. (A number that a
-# group has is given to nobody: so what the leader has left behind is killed without a look.)
+# "-PID" when that is not to be ended any more; "/FOLDER" of a door's folder that this host has made, and
+# "!/FOLDER" when that is gone. When the host is gone it removes the folders, gives the processes some time to
+# end by themselves, and kills those that have not, and what is left of their groups. Each is known by when it
+# began as well, so that no later process of its number is meant. (A number that a group has is given to
+# nobody: so what the leader has left behind is killed without a look.)
 _GUARDIAN_SECONDS = 3
 _GUARDIAN = """
 begun() {  # when the process $1 has begun
@@ -5002,24 +5261,30 @@ begun() {  # when the process $1 has begun
         [ $# -gt 0 ] && found=$2-$3-$4-$5
     fi
 }
-folder=$1 rounds=$2
-shift 2
+rounds=$1
+shift
 told=
-while read -r line; do
-    pid=${line#?} others=
-    for each in $told; do
-        case $each in [+=]$pid@*) ;; *) others="$others $each" ;; esac
-    done
-    told=$others
-    case $line in [+=]*) begun "$pid" && told="$told $line@$found" ;; esac
+while IFS= read -r line; do
+    rest=${line#?}
+    case $line in
+    [+=]*) begun "$rest" && told="$told $line@$found" ;;
+    -*) others=
+        for each in $told; do
+            case $each in [+=]$rest@*) ;; *) others="$others $each" ;; esac
+        done
+        told=$others ;;
+    /*) set -- "$@" "$line" ;;
+    !*) for each; do
+            shift
+            [ "$each" = "$rest" ] || set -- "$@" "$each"
+        done ;;
+    esac
 done
-for base; do
-    for each in "$base/$folder"-*; do
-        if [ -d "$each" ]; then
-            rm -f -- "$each/s"
-            rmdir -- "$each"
-        fi
-    done
+for folder; do
+    if [ ! -h "$folder" ]; then
+        rm -f -- "$folder/s"
+        rmdir -- "$folder"
+    fi
 done 2>/dev/null
 runs() { begun "$pid" && [ "$found" = "$start" ]; }
 left() {
@@ -5047,67 +5312,92 @@ done 2>/dev/null
 
 class _Guardian:
     """A process that outlives this host by a moment, and ends what the host was to end. There is one while
-    any plugin runs or starts. Any thread may call this; `_lock` protects all of it."""
+    any plugin runs or starts. Any thread may call this; `_lock` protects all of it, and is held for moments:
+    no write waits. One that somebody has killed or stopped is replaced when it is told something."""
+
+    _FLAGS = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: Any = None
-        self._told: set[int] = set()  # the processes that it is to end
+        self._line: Any = None  # a socket, as a write to it raises no SIGPIPE; its end is the host's
+        self._told: dict[str, str] = {}  # what it is to end or to remove, and the line that said so
         self._users = 0
-        self._numbers = itertools.count(1)
-        self._folder = _folder_name()
 
-    def hire(self) -> str:
-        """Somebody starts a plugin, and will `leave`. Returns the name of a folder for the door."""
+    def hire(self) -> None:
+        """Somebody starts a plugin, and will `leave`."""
         with self._lock:
             self._users += 1
-            if self._process is None and not _WINDOWS:
-                self._process = self._started()
-            return f"{self._folder}-{next(self._numbers)}"
-
-    def _started(self) -> Any:
-        """None where there is no shell: a plugin still ends by itself when its connection does."""
-        rounds = str(_GUARDIAN_SECONDS * 10)
-        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", self._folder, rounds, *_temp_folders()]
-        try:
-            return _popen(argv, stdin=_PIPE, stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
-                          env={"PATH": os.defpath}, start_new_session=True)
-        except OSError:
-            return None
-
-    def watch(self, pid: int, leads: bool) -> None:
-        self._tell(b"%s%d\n" % (b"+" if leads else b"=", pid), self._told.add, pid)
-
-    def forget(self, pid: int) -> None:
-        """To be called while the number is still the process's own."""
-        self._tell(b"-%d\n" % pid, self._told.discard, pid)
-
-    def _tell(self, line: bytes, note: Callable[[int], None], pid: int) -> None:
-        with self._lock:
-            note(pid)
-            try:
-                if self._process is not None and self._process.poll() is None:
-                    self._process.stdin.write(line)
-            except BrokenPipeError:
-                pass  # somebody has just killed it
+            if self._process is None:
+                self._begin()
 
     def leave(self) -> None:
         """The plugin of a `hire` is gone. With the last one the guardian goes."""
         with self._lock:
             self._users -= 1
             if not self._users:
+                self._told.clear()  # a folder that would not do after all
                 self._part()
+
+    def watch(self, what: str, line: str = "") -> None:
+        """`what` is a folder; or the number of a process, and `line` that with the sign before it."""
+        with self._lock:
+            if "\n" not in what:
+                self._told[what] = line or what
+                self._say(self._told[what])
+
+    def forget(self, what: str) -> None:
+        """To be called while the number is still the process's own."""
+        with self._lock:
+            line = self._told.pop(what, "")
+            if line:
+                self._say(f"{'!' if line == what else '-'}{what}")
 
     def at_exit(self) -> None:
         """What is left is its now."""
         with self._lock:
             self._part()
 
+    def _begin(self) -> None:
+        """There is none where there is no shell: a plugin still ends by itself when its connection does.
+        A host that is itself a plugin has its own host's guardian behind it: then this one waits less."""
+        nested = _ADDRESS in _environment or _ADDRESS in os.environ
+        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", str((1 if nested else _GUARDIAN_SECONDS) * 10)]
+        try:
+            self._line, theirs = socket.socketpair()
+        except OSError:  # no descriptor to be had
+            return
+        try:
+            if sys.platform == "darwin":
+                self._line.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE
+            self._process = _popen(argv, stdin=theirs.fileno(), stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
+                                   env={"PATH": os.defpath}, start_new_session=True)
+        except OSError:
+            self._line.close()
+        finally:
+            theirs.close()
+
+    def _say(self, line: str) -> None:
+        if self._process is not None and not self._hears(line):
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+            self._line.close()
+            self._begin()
+            _ = self._process is not None and self._hears("\n".join(self._told.values()))
+
+    def _hears(self, lines: str) -> bool:
+        data = os.fsencode(lines) + b"\n"
+        try:
+            return self._process.poll() is None and self._line.send(data, self._FLAGS) == len(data)
+        except OSError:
+            return False
+
     def _part(self) -> None:
         process, self._process = self._process, None
         if process is None:
             return
-        process.stdin.close()
+        self._line.close()
         try:
             if not self._told:
                 process.wait(1.0)
@@ -5119,7 +5409,7 @@ class _Guardian:
         """In a forked child: let go of what would keep the guardian waiting."""
         if self._process is not None:
             self._process.returncode = 0
-            self._process.stdin.close()
+            self._line.close()
         self.__init__()  # type: ignore[misc]
 
 
@@ -5142,7 +5432,7 @@ class _PosixProcess:
         self.stdout, self.stderr = self._popen.stdout, self._popen.stderr
         self._guarded = True
         _guardian.hire()
-        _guardian.watch(self.pid, self._leads)
+        _guardian.watch(str(self.pid), f"{'+' if self._leads else '='}{self.pid}")
 
     def signal(self, kill: bool) -> None:
         with self._lock:
@@ -5183,7 +5473,7 @@ class _PosixProcess:
     def keep(self) -> None:
         if self._guarded:
             self._guarded = False
-            _guardian.forget(self.pid)
+            _guardian.forget(str(self.pid))
             _guardian.leave()
 
     def disown(self) -> None:
@@ -5308,7 +5598,16 @@ class _NoProcess:
 
 _LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces, as it must be kept until its end
 _TAIL_LINES = 30  # how many last lines an error carries
-_RECORD_LIMIT = 1 << 14  # how much of a log record is kept for that
+_TAIL_RECORD = 1 << 14  # how much of a log record is kept for that
+
+# What a plugin's output may cost: a line that is over one of these is logged as text.
+_RECORD_LIMIT = 1 << 20  # characters of a log record
+_RECORD_DEPTH = 20  # of lists and objects in each other
+_TRACE_LIMIT = 1 << 20  # characters of a traceback; then its lines are logged one by one
+_MODULES = 200  # loggers that a plugin may make, in the host's life
+_MODULE_LENGTH = 200  # characters of a logger's name
+_MODULE_DEPTH = 10  # parts of it, between dots
+_modules: dict[str, set[str]] = {}  # the loggers that were made, by the plugin's own
 
 
 class _Lines:
@@ -5320,10 +5619,11 @@ class _Lines:
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._log = deliver if isinstance(deliver, _LogSink) else None
         self._deliver = deliver
-        utf8 = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
-        self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+        self._decoder = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
         self._begun: list[str] = []  # a line, as much of it as has come
         self._size = 0
+        self._returned = False  # whether the last line has ended with a \r, which a \n may follow
+        self._report: list[str] = []  # the head of what faulthandler has written
 
     def read_until(self, ended: Callable[[], bool], wake: int) -> None:
         """Deliver lines until the stream ends, or the process has and nothing more comes: another one may
@@ -5345,14 +5645,21 @@ class _Lines:
             data = os.read(self.file.fileno(), 1 << 16)
         except OSError:
             data = b""
-        first, *others = self._decoder.decode(data, final=not data).split("\n")
+        self._take(data)
+        return bool(data)
+
+    def _take(self, data: bytes) -> None:
+        """Deliver the lines of what has come; at the end, of nothing, what there is."""
+        text = self._decoder.decode(data, final=not data)
+        if text:
+            text, self._returned = text[self._returned and text[0] == "\n" :], text[-1] == "\r"
+        first, *others = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
         self._add(first)
         for text in others:
             self._end_line()
             self._add(text)
         if self._size >= _LINE_LIMIT or (self._size and not data):
             self._end_line()
-        return bool(data)
 
     def _add(self, text: str) -> None:
         self._begun.append(text)
@@ -5360,7 +5667,11 @@ class _Lines:
 
     def _end_line(self) -> None:
         text, self._begun, self._size = "".join(self._begun), [], 0
-        self.tail.append(text[:_RECORD_LIMIT] if text.startswith("{") else _cut(text))
+        self.tail.append(text[:_TAIL_RECORD] if text.startswith("{") else _cut(text))
+        if text.startswith("Fatal Python error: "):
+            self._report = []
+        if text.startswith("Fatal Python error: ") or 0 < len(self._report) < 10:
+            self._report.append(self.tail[-1])
         _guard(self._deliver, text)
 
     def _flush(self) -> None:
@@ -5370,7 +5681,10 @@ class _Lines:
     def last(self) -> list[str]:
         """The last lines, for people: a log record reads as one does in a log."""
         lines = [line for text in self.tail for line in _readable(text).splitlines() or [""]]
-        return [_cut(line) for line in lines[-_TAIL_LINES:]]
+        lines = [_cut(line) for line in lines[-_TAIL_LINES:]]
+        if self._report and self._report[0] not in lines:  # its head tells most: the latest frames come first
+            lines = [*self._report, "...", *lines[-9:]]
+        return lines
 
     def _await_more(self, seconds: float | None, wake: int) -> bool:
         """Wait for something to read, until there is something in `wake`. False if there is nothing."""
@@ -5391,16 +5705,48 @@ class _Lines:
         return True  # without a limit reading itself is what waits
 
 
+def _record_of(line: str) -> dict[str, Any]:
+    """The fields of a log record. Raises ValueError for a line that is none, or one of more than is
+    reasonable."""
+    if not line.startswith("{") or len(line) > _RECORD_LIMIT:
+        raise ValueError("no record, or too long")
+    try:
+        fields = json.loads(line, parse_int=_short_int)
+    except RecursionError:
+        raise ValueError("too deep") from None
+    if not isinstance(fields.get("@message"), str) or not _is_shallow(fields, _RECORD_DEPTH):
+        raise ValueError("no message, or too deep")
+    return {_clean(key): _clean(value) for key, value in fields.items()}
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > 1000:  # to read, print and compare it takes too long
+        raise ValueError("too many digits")
+    return int(digits)
+
+
+def _is_shallow(value: Any, depth: int) -> bool:
+    if isinstance(value, (dict, list)):
+        return depth > 0 and all(_is_shallow(each, depth - 1)
+                                 for each in (value.values() if isinstance(value, dict) else value))
+    return True
+
+
+def _clean(value: Any) -> Any:
+    """Text without lone surrogates, which no file takes."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
 def _readable(line: str) -> str:
     """A log record as text, with its traceback on lines of its own. Any other line is itself."""
     try:
-        fields = json.loads(line) if line.startswith("{") else {}
-        message, level = fields["@message"], str(fields.get("@level", "info"))
-        more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
-        trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
-        return f"[{level.upper()}] {fields.get('@module', '')}: {message}{more}{trace}"
-    except (ValueError, KeyError, RecursionError):
+        fields = _record_of(line)
+    except ValueError:
         return line
+    more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
+    trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
+    level = str(fields.get("@level", "info")).upper()
+    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}{more}{trace}"
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
@@ -5426,14 +5772,16 @@ class _LogSink:
         self._logger = parent.getChild(stream)
         self._stderr = stream == "stderr"
         self.trace: list[str] = []  # the lines of a traceback, which may go on
+        self._room = 0  # how many characters more it may have
 
     def __call__(self, line: str) -> None:
-        if self.trace and self._goes_on(line):
+        self._room -= len(line) + 1
+        if self.trace and self._room >= 0 and self._goes_on(line):
             self.trace.append(line)
             return
         self.flush()
         if self._stderr and line.startswith(self._HEADS):
-            self.trace = [line]
+            self.trace, self._room = [line], _TRACE_LIMIT
         elif not (self._stderr and line.startswith("{") and self._record(line)):
             self._logger.log(30 if self._stderr else 20, "%s", line)
 
@@ -5451,19 +5799,30 @@ class _LogSink:
     def _record(self, line: str) -> bool:
         """Log a line of hclog's JSON with its level, logger and fields. False if it is none."""
         try:
-            fields = json.loads(line)
+            fields = _record_of(line)
             message, level = fields.pop("@message"), fields.pop("@level", "info").lower()
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            return False
-        if not isinstance(message, str):
+        except (ValueError, AttributeError):
             return False
         name, number = fields.pop("@module", ""), fields.pop("@levelno", None)
-        number = number if type(number) is int else _LEVELS.get(level, 20)
-        own = isinstance(name, str) and name not in ("", "root")
-        logger = self._parent.getChild(name) if own else self._parent
+        known = type(number) is int and 0 < number <= 100  # a logger remembers each that it was asked for
+        number = number if known else _LEVELS.get(level, 20)
+        logger = self._logger_for(name)
         if logger.isEnabledFor(number):
             logger.handle(self._made(logger, number, message, fields))
         return True
+
+    def _logger_for(self, name: Any) -> logging.Logger:
+        """The logger of a module. One that is made is kept for ever: so those of a plugin are no more than so many, and
+        their names no longer. What is over that goes to the plugin's own."""
+        if not isinstance(name, str) or name == "root" or not all(name.split(".")):  # logging goes astray at ".."
+            return self._parent
+        whole = f"{self._parent.name}.{name}"
+        made = _modules.setdefault(self._parent.name, set())
+        if whole not in made and not hasattr(self._parent.manager.loggerDict.get(whole), "handlers"):
+            if len(made) >= _MODULES or len(name) > _MODULE_LENGTH or name.count(".") >= _MODULE_DEPTH:
+                return self._parent
+            made.add(whole)
+        return self._parent.getChild(name)
 
     @staticmethod
     def _made(logger: logging.Logger, number: int, message: str, fields: dict[str, Any]) -> logging.LogRecord:
@@ -5533,13 +5892,16 @@ def _is_count(value: Any, least: int = 0) -> bool:
     return type(value) is int and value >= least
 
 
-def _is_output(value: Any, words: Sequence[str] = ("discard", "inherit", "log")) -> bool:
-    return value in words if isinstance(value, str) else value is not None
+def _is_output(value: Any) -> bool:
+    if isinstance(value, str):
+        return value in ("discard", "inherit", "log")
+    return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
 
 
 def _is_environment(env: Any) -> bool:
-    items = env.items() if hasattr(env, "items") else env and [(None,)]
-    return all(isinstance(part, str) for item in items or () for part in item)
+    if not hasattr(env, "items"):
+        return env is None
+    return all(isinstance(part, str) for item in env.items() for part in item)
 
 
 # What the options take. Their defaults are those of Plugin's signature, where type checkers look for them.
@@ -5547,10 +5909,10 @@ _OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
     ("name", "it is a str", TypeError, lambda value: value is None or isinstance(value, str)),
     ("handshake", "it is a miniplug.Handshake", TypeError,
      lambda value: hasattr(value, "magic_cookie_value")),  # that of another copy of this file will do
-    ("protocol_versions", "each of it is a whole number, at least 0", ValueError,
-     lambda value: all(map(_is_count, value))),
+    ("protocol_versions", "it is a list of whole numbers, each at least 0", ValueError,
+     lambda value: isinstance(value, list) and all(map(_is_count, value))),
     ("cwd python", "it is a path", TypeError, _is_path),
-    ("env", "names and values are str", TypeError, _is_environment),
+    ("env", "it is a dict; names and values are str", TypeError, _is_environment),
     ("start_timeout call_timeout", "it is a number of seconds, or None for no limit", ValueError,
      _is_seconds),
     ("restart_window heartbeat idle_timeout", "it is more than 0 seconds, or None", ValueError,
@@ -5559,7 +5921,7 @@ _OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
     ("max_message", f"it is a whole number, at least {_HELLO_LIMIT}", ValueError,
      lambda value: _is_count(value, _HELLO_LIMIT)),
     ("stdin", "it is 'discard', 'inherit', or a file", ValueError,
-     lambda value: _is_output(value, ("discard", "inherit"))),
+     lambda value: value in ("discard", "inherit") if isinstance(value, str) else hasattr(value, "fileno")),
     ("stdout stderr", "it is 'log', 'inherit', 'discard', a function, or a text file", ValueError,
      _is_output),
     ("logger", "it is a logging.Logger (that of a LoggerAdapter is its .logger)", TypeError,
@@ -5570,44 +5932,58 @@ _OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
      lambda value: value is None or callable(value)),
     ("inherit_env managed persist", "it is True or False", TypeError, lambda value: value in (True, False)))
 
-
-# The options that attach() and local() do not take.
-_NO_PROCESS: dict[str, Any] = dict(  # noqa: C408
-    python=None, env=None, idle_timeout=None, on_start=None, on_exit=None, limits=None, stdin="discard",
-    stdout="log", stderr="log", max_restarts=0, restart_window=60.0, inherit_env=True, managed=True,
-    persist=False)
+# What belongs to the host's own interpreter, and would lead another one astray.
+_PYTHONS_OWN = "PYTHONHOME", "PYTHONEXECUTABLE", "PYTHONPATH", "__PYVENV_LAUNCHER__"
+_LIBRARY_PATHS = "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"  # which a frozen application changes
 
 
 class _Recipe:
-    """What a plugin is made from: the options, checked once, as attributes. None of it changes any more, so
-    any thread may read it. `config`: of a process that is attached to. `process`: what starts one."""
+    """What a plugin is made from: the options, checked once, as attributes, and where its paths start. None
+    of it changes any more, so any thread may read it. `config`: of a process that is attached to. `process`:
+    what starts one."""
 
     _process: Callable[..., Any] = _WindowsProcess if _WINDOWS else _PosixProcess
 
-    def __init__(self, command: _Command, handshake: Handshake, protocol_versions: Iterable[int] | None,
-                 sha256: Any = None, config: dict[str, Any] | None = None, **options: Any) -> None:
-        versions = [*protocol_versions] if protocol_versions else [getattr(handshake, "protocol_version", 1)]
-        options.update(handshake=handshake, protocol_versions=versions)
+    def __init__(self, command: _Command, protocol_versions: Any = None, sha256: Any = None,
+                 config: dict[str, Any] | None = None, **options: Any) -> None:
+        given = {**(Plugin.__init__.__kwdefaults__ or {}), **options, "protocol_versions": protocol_versions}
+        if hasattr(protocol_versions, "__iter__"):
+            given["protocol_versions"] = [*protocol_versions]
+        if not (protocol_versions or type(protocol_versions) is int):
+            given["protocol_versions"] = [getattr(given["handshake"], "protocol_version", 1)]
         for names, words, kind, is_right in _OPTIONS:
             for name in names.split():
-                if name in options and not is_right(options[name]):
-                    raise kind(f"{name}={options[name]!r}: {words}")
-        vars(self).update(_NO_PROCESS, **options)
+                if not is_right(given[name]):
+                    raise kind(f"{name}={given[name]!r}: {words}")
+        vars(self).update(given)
         self.config = config
         self.process = type(self)._process
         self.command = _checked_command(command)
         self.sha256 = _checked_digests(sha256, self.command)
-        self.name: str = options["name"] or _default_name(self.command)
-        limit = options.get("start_timeout")
+        self.name: str = given["name"] or _default_name(self.command)
+        limit = given["start_timeout"]
         self.start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
-        self.cwd = None if options.get("cwd") is None else os.fsdecode(options["cwd"])
+        self.cwd = None if given["cwd"] is None else os.fsdecode(given["cwd"])
         try:
             self.folder = os.path.abspath(self.cwd or "")  # what is relative starts there
         except FileNotFoundError:  # the current folder is gone
             self.folder = ""
+        python = os.fsdecode(self.python or sys.executable or "")
+        self.is_own = self.python is None or python == sys.executable  # whether that is this interpreter
+        self.interpreter = os.path.join(self.folder, python) if os.path.dirname(python) else python
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
+
+    def place(self) -> str | None:
+        """The folder to start in; None for that of this process, which may not be there by its name."""
+        try:
+            here = self.cwd is None and self.folder in ("", os.path.abspath(""))
+        except FileNotFoundError:
+            here = self.cwd is None
+        return None if here else self.folder
+
+    # -- what to run
 
     def argv(self) -> list[str]:
         """What to run, once its files are checked. Raises LaunchError if that can be told to fail."""
@@ -5624,20 +6000,33 @@ class _Recipe:
         if not attribute and not path.endswith((".py", ".pyw")):
             return [path]
         what = ["serve", f"{name}={path}:{attribute}"] if attribute else ["run", path]
-        return [*self._interpreter(command), *what]
+        return [*self._loader(command), *what]
 
-    def _interpreter(self, command: str) -> list[str]:
+    def _loader(self, command: str) -> list[str]:
         """What runs Python code by this very file."""
-        python = sys.executable or "" if self.python is None else os.fsdecode(self.python)
+        python = self.interpreter
+        frozen = hasattr(sys, "frozen")
         known = os.path.basename(python).lower().startswith(("python", "pypy", "graalpy"))
-        if self.python is not None or (known and not hasattr(sys, "frozen")):
-            return [python, "-c", _BOOTSTRAP, os.path.abspath(__file__), __name__]
+        if self.python is not None or (known and not frozen):
+            flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
+            return [python, *flags, "-c", _BOOTSTRAP, self._own_file(command), __name__]
         if _frozen_mains:
             return [python, _FROZEN]
-        freeze = ", or call miniplug.freeze_support() first in its main program"
-        freeze = freeze if hasattr(sys, "frozen") else ""
+        freeze = ", or call miniplug.freeze_support() first in its main program" if frozen else ""
         which = f"this application ({python or 'an embedded Python'}) has no interpreter of its own to run it"
         raise self.not_started([command], f"{which}: pass python='/path/to/python'{freeze}")
+
+    def _own_file(self, command: str) -> str:
+        """This file, for another process to load; it may be in a zip file."""
+        for file in (_FILE, _FILE[:-1]):  # .pyc, says PyInstaller
+            path = file
+            while not os.path.exists(path) and path != os.path.dirname(path):
+                path = os.path.dirname(path)
+            if os.path.isfile(path):
+                return file
+        what = f"{_FILE.rstrip('c')} is not there for {self.interpreter} to load"
+        how = "pack it there as a data file; the docstring of freeze_support() tells how"
+        raise self.not_started([command], f"{what}: {how}")
 
     def _whole(self, path: str) -> str:
         whole = os.path.normpath(os.path.join(self.folder, path))
@@ -5654,10 +6043,15 @@ class _Recipe:
         found = None if os.path.dirname(path) else which(path)
         if found is not None:
             return str(found)
-        words = path.split()
-        hint = f"; a program with arguments is a list: {words}" if len(words) > 1 and which(words[0]) else ""
         why = "it is a folder" if os.path.isdir(whole) else "there is no such file"
-        raise self.not_started([path], f"{whole}: {why}{hint}")
+        words = path.split()
+        if len(words) > 1 and which(words[0]):
+            why += f"; a program with arguments is a list: {words}"
+        elif ".py" in path[:-3]:
+            why += "; what is in a file is named after a colon: 'path/to/file.py:Attr'"
+        elif all(part.isidentifier() for part in path.split(".")):
+            why += "; what is in a module is named after a colon: 'module:Attr'"
+        raise self.not_started([path], f"{whole}: {why}")
 
     def _program(self, argv: list[str]) -> str:
         """The file that a single digest is of. A program of an argument list is looked up here, and run by
@@ -5683,10 +6077,19 @@ class _Recipe:
             reason = f"{whole} is not the file expected: its SHA-256 is {actual}, not {expected}"
             raise self.not_started(argv, reason, ChecksumError, path=whole, expected=expected, actual=actual)
 
+    # -- and around it
+
     def environ(self) -> dict[str, str]:
         """What the plugin's environment has beside the address and the key."""
         env = {name: value for name, value in os.environ.items()
                if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
+        if isinstance(self.command, str) and not self.is_own:
+            for name in _PYTHONS_OWN:
+                env.pop(name, None)
+            for name in _LIBRARY_PATHS if hasattr(sys, "frozen") else ():
+                before = env.pop(f"{name}_ORIG", "")
+                if before or getattr(sys, "_MEIPASS", "\0") in env.get(name, ""):
+                    env[name] = before
         env.update((_variable(name), value) for name, value in (self.env or {}).items())
         if self.sha256:
             env[_SOURCE_ONLY] = "1"
@@ -5697,6 +6100,43 @@ class _Recipe:
         env.update({_PERSIST: "1"} if self.persist else {})
         return env
 
+    def above(self) -> list[Any]:
+        """What is being started, from the first host down to this process, while this one does not serve yet:
+        [[the program, None for a spec; where its host listens], ...].
+
+        Raises RuntimeError if this plugin must not be launched there: one whose module launches what imports
+        it would go on for ever.
+        """
+        above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
+        for program, address in above:
+            if program in (None, self._identity()):
+                what = f"the plugin {self.name!r} is not launched: this process is being started as a plugin"
+                how = "A host's module that it imports has to have what launches plugins under"
+                raise RuntimeError(f'{what}, and does not serve yet. {how}  if __name__ == "__main__":')
+            try:
+                if not _WINDOWS and address:
+                    _connect(address, 1.0).close()
+            except OSError:
+                raise RuntimeError("a host above this process, which does not serve yet, is gone") from None
+        return above
+
+    def _identity(self) -> str | None:
+        """By which a program knows itself, whatever its arguments. (A spec's process launches nothing.)"""
+        if isinstance(self.command, str):
+            return None if _split_spec(self.command)[2] else os.path.realpath(self._whole(self.command))
+        script = _script_of(self.command or [""])
+        if script.endswith((".py", ".pyw")):
+            return os.path.realpath(self._whole(script))
+        end = self.command.index("-m") + 2 if "-m" in self.command else len(self.command)
+        return " ".join(self.command[:end])
+
+    def loading(self, above: list[Any], address: str) -> dict[str, str]:
+        """What tells the plugin of that."""
+        return {_LOADING: json.dumps([*above, [self._identity(), address]])}
+
+    def log(self) -> Any:
+        return self.logger or _import("logging").getLogger(f"miniplug.{self.name}")
+
     def attaches_to(self) -> dict[str, Any] | None:
         """The config of the process to attach to, if it is not to be started."""
         text = os.environ.get(_ATTACH)
@@ -5704,12 +6144,19 @@ class _Recipe:
             return self.config
         try:
             configs = json.loads(text)
-            if not isinstance(configs, dict):
-                raise ValueError("it is no object")
-            return _checked_config(configs[self.name]) if self.name in configs else None
+            if not isinstance(configs, dict) or not all(isinstance(each, dict) for each in configs.values()):
+                raise ValueError("it does not name the plugin that it is for")
+            config = _checked_config(configs[self.name]) if self.name in configs else None
         except (ValueError, RecursionError) as error:
             reason = f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}"
             raise self.not_attached(reason) from None
+        if config is None:
+            self.log().info("launched: %s names %s, and not %r", _ATTACH, [*configs], self.name)
+        else:
+            self.log().info("attaching to the process %s: so says %s", config["pid"], _ATTACH)
+        return config
+
+    # -- why it does not start
 
     def not_started(self, argv: list[str], reason: str, kind: type[LaunchError] = LaunchError,
                     **carried: Any) -> LaunchError:
@@ -5719,15 +6166,40 @@ class _Recipe:
     def not_attached(self, reason: str, kind: type[LaunchError] = LaunchError, **carried: Any) -> LaunchError:
         return kind(f"there is no attaching to the plugin {self.name!r}: {reason}", **carried)
 
+    def no_process(self, argv: list[str], error: Exception) -> LaunchError:
+        """Why the operating system did not start it."""
+        known: dict[type, str] = {FileNotFoundError: "there is no such program",
+                                  PermissionError: "it is not executable for this user"}
+        words = f"{argv[0]}: {known.get(type(error), error)}"
+        if self.cwd is not None and not os.path.isdir(self.folder):
+            words = f"cwd={self.cwd!r}: there is no such folder"
+        return self.not_started(argv, words)
+
+    def no_plugin(self, argv: list[str]) -> str:
+        """What to do about a program that has ended well, and was no plugin."""
+        hint = "it is no plugin, or does not call miniplug.serve()"
+        if not isinstance(self.command, str):
+            return hint
+        _, source, attribute = _split_spec(self.command)
+        if len(argv) == 1:
+            hint += f" (what ran is {argv[0]})"
+        elif not attribute:
+            hint += f"; or it has what is to be served, which is named after a colon: '{source}:Attr'"
+        if self.python is not None:
+            hint += f"; or python={self.python!r} is no Python"
+        return hint
+
 
 class _Run:
     """One process of a plugin, from its start to its end: what it says, the session with it, why it ended.
 
-    It is there before its session is (`open`), and over when `ended` is set: then the last line is delivered,
-    the process reaped, `exit_code` known. Who asks for its end sets `asked` first: an end that nobody asked
-    for is a crash. Its threads: a reader for each output stream; a watcher, which waits for the process and
-    is the one that reaps it; and a minder, if there is a heartbeat or an idle timeout. Any thread may call
-    its methods, and none of them waits without a bound. `_claim` is held for good by who ends the run: the
+    It is there before its session is (`open`). When `gone` is set the last line is delivered, the process
+    reaped, `exit_code` known; when `ended` is set all that follows holds: the calls have failed, and the
+    supervisor knows. Who asks for its end sets `asked` first: an end that nobody asked for is a crash.
+
+    Its threads: a reader for each output stream; a watcher, which waits for the process and is the one that
+    reaps it; and a minder, if there is a heartbeat or an idle timeout. Any thread may call its methods, and
+    none of them waits without a bound. `_claim` is held for good by who ends the run: the
     watcher once the process has ended, or else who lets go of that.
     """
 
@@ -5741,7 +6213,7 @@ class _Run:
         self.session: _Session | None = None
         self.asked = False
         self.exit_code: int | None = None
-        self.ended = threading.Event()
+        self.gone, self.ended = threading.Event(), threading.Event()
         self.ended_at = 0.0  # on the monotonic clock
         self._settled = settled or threading.Event()  # set when it has connected, was refused, or has ended
         self._why = ""  # what is said of one that had to be killed
@@ -5773,9 +6245,8 @@ class _Run:
         session.call_timeout = recipe.call_timeout
         self.session = session
         if not self.owned:
-            session.reader.unattended.add(-1)  # so that somebody reads, and sees the end, though nobody calls
-            session.reader.pass_on()
-        if self.ended.is_set():  # just before
+            session.keep_reading()  # so that the end is seen though nobody calls
+        if self.gone.is_set():  # just before
             self._end_session()
         elif self.owned and "persist" in terms.features:
             self._keep(session)
@@ -5794,22 +6265,21 @@ class _Run:
 
     @property
     def takes_calls(self) -> bool:
-        return self.session is not None and self.session.ended is None and not self.asked
+        session = self.session
+        return session is not None and session.ended is None and not (self.asked or self.gone.is_set())
 
     def _mind(self, session: _Session) -> None:
         """See that it answers, and is used. In rounds: that this host stood still for once tells nothing."""
         heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
         pause = min(heartbeat / 4, idle / 8)
         silent = unused = 0.0
-        number = next(session.numbers)
-        while not self.ended.wait(pause) and session.ended is None:
+        while not self.gone.wait(pause) and session.ended is None:
             silent = 0.0 if heartbeat == _FOREVER or session.probe() else silent + pause
             if silent >= heartbeat:
                 fate = "killed" if self.owned else "given up"
                 self._why = f"answered no ping for {heartbeat:g} s and was {fate}"
                 return self.signal(kill=True)
-            before, number = number, next(session.numbers)
-            unused = 0.0 if number != before + 1 or session.busy() else unused + pause
+            unused = unused + pause if session.unused() else 0.0
             if unused >= idle:
                 self.supervisor.retire(self)
         return None
@@ -5826,7 +6296,7 @@ class _Run:
 
     def _say_stop(self, grace: float) -> None:
         if self.session is not None and self.session.ended is None:
-            self.session.post(_SHUTDOWN, 0, grace)
+            self.session.ask_to_end(grace)
 
     def signal(self, kill: bool) -> None:
         self.process.signal(kill)
@@ -5894,11 +6364,14 @@ class _Run:
         self._close_files()
 
     def _over(self) -> None:
-        self.ended.set()
+        self.gone.set()
         _runs.discard(self)
-        self._end_session()
-        self._settled.set()
+        if self.session is not None:
+            self.session.end(EOFError())
         self.supervisor.notice()
+        self._settled.set()
+        self.ended.set()
+        self._end_session()
 
     def _end_session(self) -> None:
         if self.session is not None:
@@ -5925,20 +6398,18 @@ class _Run:
     def disown(self) -> None:
         """In a forked child of the host: nothing here is ours."""
         self.process.disown()
-        self.ended = threading.Event()  # a thread that is not here may hold the lock of the other one
+        self.gone = self.ended = threading.Event()  # a thread that is not here may hold the old ones' locks
         self.ended.set()
         self._close_files()
-        if self.session is not None:
-            self.session.ended = lambda calls: _not_owned(self.recipe.name)
 
     # -- why it ended
 
     def _lost(self, cause: BaseException) -> Callable[[list[str]], BaseException]:
         """The connection has ended: find out why, and give what makes the error to raise."""
         hopeless = not self.owned or isinstance(cause, ProtocolError)
-        if hopeless or not (self.asked or self.wait(0.5)):
+        if hopeless or not (self.asked or self.gone.wait(0.5)):
             self.signal(kill=True)
-        self.wait(0.0 if self.asked else 2.0)
+        self.gone.wait(0.0 if self.asked else 2.0)
         if self.asked:
             return lambda calls: PluginClosed(f"the plugin {self.recipe.name!r} was closed")
         return lambda calls: self._crash(cause, calls)
@@ -5978,21 +6449,25 @@ class _Start:
         self.counts = counts  # as a restart
         self.thread = 0
         self.run: _Run | None = None
+        self._above: list[Any] = []
         self.over = False
         self.error: BaseException | None = None
 
     def open(self) -> None:
-        """Raises LaunchError, or PluginClosed."""
+        """Raises LaunchError, PluginClosed, or RuntimeError where nothing may be launched."""
         _set_exit_hooks()
         config = self.recipe.attaches_to()
         if config is not None:
             return self._attach(config)
         guarded = self.recipe.process is _PosixProcess
-        name = _guardian.hire() if guarded else ""
+        if guarded or _WINDOWS:
+            self._above = self.recipe.above()
+        if guarded:
+            _guardian.hire()
         argv: list[str] = []
         try:
             argv = self.recipe.argv()
-            self._launch(argv, name)
+            self._launch(argv)
         except (OSError, RuntimeError) as error:  # no descriptor or thread to be had
             if isinstance(error, PluginError):
                 raise
@@ -6002,7 +6477,7 @@ class _Start:
                 _guardian.leave()
         return None
 
-    def _launch(self, argv: list[str], name: str) -> None:
+    def _launch(self, argv: list[str]) -> None:
         """Start a process, and wait until it has connected, was refused, or has ended."""
         recipe, key = self.recipe, os.urandom(32)
         came: list[tuple[_Channel, Any]] = []
@@ -6016,11 +6491,12 @@ class _Start:
             came.append(what)
             arrival.set()
 
-        door = _Door(greet, arrived, name=name)
+        door = _Door(greet, arrived, made=_guardian.watch)
+        folder = door.listener.folder
         try:
             run = self._spawn(argv, door.listener, key, arrival)
             in_time = arrival.wait(recipe.start_timeout)
-            if run.ended.is_set():
+            if run.gone.is_set():
                 door.settle(0.2)  # it may have been refused just before
             if came and isinstance(came[0][1], _Terms):
                 run.open(*came[0])
@@ -6028,15 +6504,15 @@ class _Start:
                 raise self._failure(run, argv, in_time, door.strangers, came[0][1] if came else None)
         finally:
             door.close()
+            _guardian.forget(folder)
             if self.run is None or self.run.session is None:
                 for channel, _ in came:  # too late
                     channel.close()
 
     def _spawn(self, argv: list[str], listener: _Listener, key: bytes, settled: threading.Event) -> _Run:
-        recipe = self.recipe
-        logger = recipe.logger or _import("logging").getLogger(f"miniplug.{recipe.name}")
+        recipe, logger = self.recipe, self.recipe.log()
         env = {**recipe.environ(), _ADDRESS: listener.address, _AUTHKEY: key.hex(),
-               _LOG_LEVEL: str(logger.getEffectiveLevel())}
+               **recipe.loading(self._above, listener.address), _LOG_LEVEL: str(logger.getEffectiveLevel())}
         for folder in listener.passed_over:
             logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
         if recipe.limits and recipe.limits._not_enforced():
@@ -6047,21 +6523,14 @@ class _Start:
         stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
         try:
             process = recipe.process(argv, recipe.limits, recipe.stdin == "inherit" and os.isatty(0), env=env,
-                                     cwd=recipe.cwd, stdin=stdin, stdout=stdout, stderr=stderr)
+                                     cwd=recipe.place(), stdin=stdin, stdout=stdout, stderr=stderr)
         except (OSError, ValueError) as error:
-            raise recipe.not_started(argv, self._no_process(argv, error)) from None
+            raise recipe.no_process(argv, error) from None
         return self._made(_Run(self.supervisor, process, sinks, settled=settled))
 
     def _made(self, run: _Run) -> _Run:
         self.supervisor.admit(self, run)
         return run
-
-    def _no_process(self, argv: list[str], error: Exception) -> str:
-        if self.recipe.cwd is not None and not os.path.isdir(self.recipe.cwd):
-            return f"cwd={self.recipe.cwd!r}: there is no such folder"
-        known: dict[type, str] = {FileNotFoundError: "there is no such program",
-                                  PermissionError: "it is not executable for this user"}
-        return f"{argv[0]}: {known.get(type(error), error)}"
 
     def _failure(self, run: _Run, argv: list[str], in_time: bool, strangers: int, refusal: Any) -> Exception:
         """Why the plugin did not come up."""
@@ -6079,7 +6548,7 @@ class _Start:
         kind, reason = LaunchError, f"it {run.end_words()[0]}"
         if run.exit_code == 0:
             kind = HandshakeError
-            reason += " without connecting: it is no plugin, or does not call miniplug.serve()"
+            reason += f" without connecting: {recipe.no_plugin(argv)}"
         return recipe.not_started(argv, reason, kind, exit_code=run.exit_code, output=run.tail())
 
     def _attach(self, config: dict[str, Any]) -> None:
@@ -6157,6 +6626,7 @@ class _Supervisor:
     def session(self, asked: _Call | None = None) -> _Session:
         """The session that this thread is to call on. Waits for a start, at most until the deadline of what
         is asked. Raises PluginClosed, PluginCrashed, or why it did not start."""
+        self._check_owner()
         while True:
             session = self.open
             if session is not None and not session.sealed:
@@ -6173,6 +6643,7 @@ class _Supervisor:
 
     def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
         """Have a submitted call begin in a thread of its own, if it has to wait for a start."""
+        self._check_owner()
         with self.news:
             try:
                 waits = self._mine() is None and self._wanted() is not None
@@ -6187,17 +6658,19 @@ class _Supervisor:
         try:
             begin(seconds)
         except BaseException as error:
-            asked = _Call(0, call._method, None)
-            asked.inbox = ((_ERROR, error),)
-            call._settle(asked)
+            call._fail(error)
 
     def _mine(self) -> _Session | None:
         """The session that this thread may call on now."""
-        if self._owner != os.getpid():
-            raise _not_owned(self.recipe.name)
         start = self.own_start()
         run = start.run if start is not None else self.run if self.state == "up" else None
         return run.session if run is not None and run.takes_calls else None
+
+    def _check_owner(self) -> None:
+        """Before any lock: in a forked child a thread that is not there may hold it."""
+        if self._owner != os.getpid():
+            where = "belongs to the process that this one was forked from: launch another here"
+            raise PluginError(f"the plugin {self.recipe.name!r} {where}")
 
     def own_start(self) -> _Start | None:
         """The start that this thread takes part in: it runs on_start, or what the calls of that call back."""
@@ -6258,8 +6731,7 @@ class _Supervisor:
 
     def start_up(self) -> None:
         """Start it, unless it is up. Who is interrupted while it waits for that ends it."""
-        if self._owner != os.getpid():
-            raise _not_owned(self.recipe.name)
+        self._check_owner()
         if self.own_start() is not None:
             return
         with self.news:
@@ -6278,8 +6750,7 @@ class _Supervisor:
 
     def swap(self) -> _Run | None:
         """Have another run take the place of this one. Returns this one, or None if it was not up."""
-        if self._owner != os.getpid():
-            raise _not_owned(self.recipe.name)
+        self._check_owner()
         if self.own_start() is not None:
             raise RuntimeError("on_start cannot restart the plugin")
         with self.news:
@@ -6429,11 +6900,6 @@ class _Supervisor:
             _guard(self.recipe.on_exit, self._plugin, what="on_exit")
 
 
-def _not_owned(name: str) -> PluginError:
-    where = "belongs to the process that this one was forked from: launch another here"
-    return PluginError(f"the plugin {name!r} {where}")
-
-
 _runs: set[_Run] = set()  # all that have not ended
 _hooks_set: list[bool] = []
 
@@ -6580,6 +7046,7 @@ class Plugin:
         self._set_up(_Recipe(**options))
 
     def _set_up(self, recipe: _Recipe) -> Plugin:
+        _refuse_monkey_patches()
         self.name = recipe.name
         self._supervisor = _Supervisor(recipe, self)
         return self
@@ -6673,13 +7140,13 @@ class Plugin:
     def running(self) -> bool:
         """Whether the plugin has started and its process has not ended."""
         run = self._supervisor.own_run()
-        return run is not None and run.session is not None and not run.ended.is_set()
+        return run is not None and run.session is not None and not run.gone.is_set()
 
     @property
     def pid(self) -> int | None:
         """The number of the plugin's process, or None without one."""
         run = self._supervisor.own_run()
-        return run.pid if run is not None and not run.ended.is_set() else None
+        return run.pid if run is not None and not run.gone.is_set() else None
 
     @property
     def exit_code(self) -> int | None:
@@ -6736,7 +7203,8 @@ class Plugin:
         found = self._ask_system("dispense", (name,), _Remote)
 
         def dispense(session: _Session, seconds: float | None) -> _Target:
-            return self._ask(_Remote, session, 0, "dispense", (name,), {}, seconds)._target  # type: ignore[no-any-return]
+            lent = self._ask(_Remote, session, 0, "dispense", (name,), {}, seconds)
+            return lent._target  # type: ignore[no-any-return]
 
         target = _Dispensed(self._supervisor, dispense, found._target)
         target.label, target.timeout = f"the plugin {name or self.name!r}", seconds
@@ -6832,29 +7300,12 @@ else:
     from zipimport import zipimporter
     folder, name = __import__("os").path.split(sys.argv[1])
     exec(zipimporter(folder).get_code(name[:-3]), vars(module))
-sys.meta_path.insert(0, module._Alias(sys.argv[2]))
-module._run_plugin(*sys.argv[3:])
+module._run_plugin(*sys.argv[2:])
 """
 
 
 _FROZEN = "--miniplug-plugin"  # the first argument of a frozen application that is to be a plugin
 _frozen_mains: list[bool] = []  # not empty: it looks for that
-
-
-class _Alias:
-    """An import hook that gives this very module under the name, too, by which the host has vendored it."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return _import("importlib.machinery").ModuleSpec(name, self) if name == self._name else None
-
-    def create_module(self, spec: Any) -> ModuleType:
-        return sys.modules[__name__]
-
-    def exec_module(self, module: ModuleType) -> None:
-        """It has run."""
 
 
 def _split_spec(command: str) -> tuple[str, str, str]:
@@ -6867,7 +7318,7 @@ def _split_spec(command: str) -> tuple[str, str, str]:
     name, equals, source = head.partition("=")
     if not equals or not name.isidentifier():
         name, source = attribute.rpartition(".")[2].lower(), head
-    if os.path.dirname(source) and not source.endswith(".py"):  # no module: a program with a colon in its name
+    if os.path.dirname(source) and not source.endswith(".py"):  # a program with a colon in its name
         return "", command, ""
     return name, source, attribute
 
@@ -6935,7 +7386,7 @@ del Plugin.__init__.__annotations__["return"]  # or help() would say that launch
 
 @_like(Plugin)
 def launch(command: _Command, **options: Any) -> Plugin:
-    """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin:`` closes it at the end.
+    """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin`` closes it at the end.
 
     `command`: an argument list, run as it is; or the path of a program, a ``.py`` file being run under
     `python`; or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``,
@@ -6999,8 +7450,8 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
     """Connect to a plugin that runs already, and return it, ready to `dispense`. `config` is what its
     `reattach_config` gave.
 
-    The process is not this host's: `close`, the end of a ``with`` and interpreter exit only disconnect; `kill`
-    asks it to end, and then disconnects. What it prints does not come here. After a `close` `start` connects
+    The process is not this host's: `close`, the end of a ``with`` and interpreter exit disconnect; `kill`
+    asks it to end, and disconnects. What it prints does not come here. After a `close` `start` connects
     again. The options are those of `launch` that apply. If the environment variable ``MINIPLUG_ATTACH`` is
     ``{NAME: config}`` as JSON, `launch` attaches in the same way for a plugin of that name.
 
@@ -7062,16 +7513,19 @@ def _serve_here(server: _Server, channel: _Channel, address: str, key: bytes) ->
 def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     """The files in a folder that `launch` can run, sorted, as absolute paths.
 
-    `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*.py"`` the Python files,
-    ``"*/plugin.py"`` one in each folder there. A file can be run that ends with ``.py`` or ``.pyw``, or is
-    executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Folders are none, and what has a name that begins with
-    ``.`` or ``_`` is left out, as is what lies in such a folder: ``__init__.py``, ``__pycache__``, ``.venv``.
-    Nothing is run or imported. ``**`` stands for any folders below, links not followed. For a spec add the attribute:
-    ``f"{path}:Tool"``.
+    `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*.py"`` the Python
+    files, ``"*/plugin.py"`` one in each folder there. A file can be run that ends with ``.py`` or ``.pyw``,
+    or is executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Folders are none, and what has
+    a name that begins with ``.`` or ``_`` is left out, as is what lies in such a folder: ``__init__.py``,
+    ``__pycache__``, ``.venv``. Nothing is run or imported. ``**`` stands for any folders below, links not
+    followed. For a spec add the attribute: ``f"{path}:Tool"``.
 
-    Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder, and ValueError for a pattern that is
-    empty or absolute. What lies in the folder and cannot be looked at is left out.
+    Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder, ValueError for a pattern
+    that is empty or absolute, and TypeError for one that is no str. What lies in the folder and cannot be
+    looked at is left out.
     """
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern={pattern!r}: it is a glob, a str")
     folder = _import("pathlib").Path(directory).absolute()
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file, not a folder")
@@ -7080,13 +7534,15 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     if not parts or os.path.isabs(pattern):
         raise ValueError(f"pattern={pattern!r}: it is a glob relative to the folder")
     programs = (".exe", ".com", ".bat", ".cmd")
-    return sorted(path for path in map(type(folder), set(_matches(str(folder), parts))) if path.suffix in (".py", ".pyw")
+    found = map(type(folder), set(_matches(str(folder), parts)))
+    return sorted(path for path in found if path.suffix in (".py", ".pyw")
                   or (path.suffix.lower() in programs if _WINDOWS else os.access(path, os.X_OK)))
 
 
 def _matches(folder: str, parts: Sequence[str]) -> Iterable[str]:
-    """The files below a folder that match the parts of a pattern, without those that are hidden. (In Path.glob, one link that
-    leads astray, or to where this user may not look, hides others, or is an error, as the Python has it.)"""
+    """The files below a folder that match the parts of a pattern, without those that are hidden. (In
+    Path.glob, one link that leads astray, or to where this user may not look, hides others, or is an error,
+    as the Python has it.)"""
     (part, *rest), fnmatch = parts, _import("fnmatch").fnmatch
     if part == "**":
         yield from _matches(folder, rest or ["*"])
@@ -7108,33 +7564,58 @@ def _matches(folder: str, parts: Sequence[str]) -> Iterable[str]:
                 yield path
 
 
-def discover_entry_points(group: str) -> dict[str, str]:
-    """The installed distributions' entry points of a group: name to spec, such as ``{"csv": "shop.export:Csv"}``.
+def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[str, str]:
+    """The installed distributions' entry points of a group: name to spec, such as ``{"csv":
+    "shop.export:Csv"}``.
 
-    Nothing is imported. Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an
-    import; and of a distribution that is installed twice only the first. A distribution that is broken, and an entry that
-    names no attribute of a module, is left out with a warning in the log.
+    With `python` those of that interpreter's environment, which it is run for a moment to look through;
+    without it those of this one. Nothing is imported. Where two have the same name, that which comes first on
+    ``sys.path`` counts, as it does in an import; and of a distribution that is installed twice only the
+    first. A distribution that is broken, and an entry that names no attribute of a module, is left out with a
+    warning in the log.
+
+    Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
+    if not isinstance(group, str):
+        raise TypeError(f"group={group!r}: it is the name of a group, a str")
+    if python is not None:
+        look = launch("miniplug:discover_entry_points", name="entry_points", python=python)
+        with look as plugin:
+            return dict(plugin.dispense()(group))
     found: dict[str, str] = {}
     logger = _import("logging").getLogger("miniplug")
     for distribution in _import("importlib.metadata").distributions():
         try:
-            entries = [entry for entry in distribution.entry_points if entry.group == group]
-            for entry in entries if entries and not _is_hidden(distribution) else ():
-                spec = "".join(entry.value.partition("[")[0].split())  # without the extras that it may name
+            entries = list(_entries(distribution.read_text("entry_points.txt") or "", group))
+            for name, value in entries if entries and not _is_hidden(distribution) else ():
+                spec = "".join(value.partition("[")[0].split())  # without the extras that it may name
                 _, source, attribute = _split_spec(spec)
-                if attribute and all(part.isidentifier() for part in source.split(".")):
-                    found.setdefault(entry.name, spec)
+                if name and attribute and all(part.isidentifier() for part in source.split(".")):
+                    found.setdefault(name, spec)
                 else:
-                    logger.warning("the entry point %r names no attribute of a module: %s", entry.name, entry.value)
+                    logger.warning("the entry point %r names no attribute of a module: %s", name, value)
         except Exception as error:  # whatever is wrong with it
             where = getattr(distribution, "_path", "a distribution")
-            logger.warning("the entry points of %s cannot be read: %s: %s", where, type(error).__name__, error)
+            kind = type(error).__name__
+            logger.warning("the entry points of %s cannot be read: %s: %s", where, kind, error)
     return found
 
 
+def _entries(text: str, group: str) -> Iterable[tuple[str, str]]:
+    """The names and values of a group. (With some Pythons one bad entry hides all others of its
+    distribution.)"""
+    section = None
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("["):
+            section = line.strip("[]").strip()
+        elif section == group and line and not line.startswith(("#", ";")):
+            name, _, value = line.partition("=")
+            yield name.strip(), value.strip()
+
+
 def _is_hidden(distribution: Any) -> bool:
-    """Whether another of its name comes before it on sys.path, so that what it names is not there to import."""
+    """Whether another of its name comes before it on sys.path, so that what it names is not there to
+    import."""
     try:
         name = distribution.metadata["Name"]
         first = _import("importlib.metadata").distribution(name) if name else distribution
@@ -7145,8 +7626,10 @@ def _is_hidden(distribution: Any) -> bool:
 
 # === 12. command line ===================================================================================
 
-def _run_plugin(verb: str, *arguments: str, **options: Any) -> None:
-    """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug."""
+def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
+    """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
+    a host has imported it."""
+    sys.meta_path.insert(0, _OneModule(name))
     sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
@@ -7156,7 +7639,8 @@ def _run_plugin(verb: str, *arguments: str, **options: Any) -> None:
 
 def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
     """As sys.excepthook: the traceback without the frames of miniplug and of importing that come first."""
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((_show_error.__code__.co_filename, "<")):
+    here = _show_error.__code__.co_filename
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((here, "<")):
         frames = frames.tb_next
     sys.__excepthook__(kind, error.with_traceback(frames), frames)
 
@@ -7171,26 +7655,31 @@ def _run_script(path: str) -> None:
         exec(compile(file.read(), path, "exec", dont_inherit=True), vars(main))  # not this file's __future__
 
 
-def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None, persist: bool = False) -> None:
+def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None,
+                 persist: bool = False) -> None:
     """Serve what the specs name, under whatever cookie and version the host asks for."""
     plugins: dict[str, Any] = {}
-    _refuse_by_hand(address, persist, "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS.")
+    how = "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS."
+    _refuse_by_hand(address, persist, how)
+    _environment.setdefault(_LOADING, '[[null, ""]]')
     for spec in specs:
         name, source, attribute = _split_spec(spec)
         if not attribute:
             sys.exit(f"miniplug: {spec!r} is no spec: write module:Attr or path/to/file.py:Attr")
         if name == "system" or name in plugins:
-            sys.exit(f"miniplug: the name {name!r} is {'reserved' if name == 'system' else 'taken'}: write name={spec}")
+            why = "reserved" if name == "system" else "taken"
+            sys.exit(f"miniplug: the name {name!r} is {why}: write name={spec}")
         plugins[name] = _load(source, attribute)
     try:
-        authkey = _read_key(authkey_file) if authkey_file else None
-        _serve(_Server({None: plugins}, None, 64, _MAX_MESSAGE), {"matches": True}, address, authkey, persist)
+        secret = _read_key(authkey_file) if authkey_file else os.urandom(32)
+        _serve(_Server({None: plugins}, None, 64, _MAX_MESSAGE), {"matches": True}, address, secret, persist)
     except (OSError, ValueError) as error:
         sys.exit(f"miniplug: {error}")
 
 
 def _read_key(path: str) -> bytes:
-    """The key in a file, in hexadecimal digits. Raises OSError or ValueError, which name the file and not what is in it."""
+    """The key in a file, in hexadecimal digits. Raises OSError or ValueError, which name the file and not
+    what is in it."""
     with open(path, "rb") as file:
         text = file.read(1 << 16).decode("ascii", "replace").strip()
     try:
@@ -7199,66 +7688,121 @@ def _read_key(path: str) -> bytes:
         raise ValueError(f"{path}: {error}") from None
 
 
+class _OneModule:
+    """An import hook that gives this very module under every name that leads to its file, and that by which
+    the host has vendored it, where it need not lie: in another copy nothing would be registered, served or
+    cancelled."""
+
+    def __init__(self, name: str) -> None:
+        self._names = {"miniplug", name}
+        self._file = os.path.abspath(__file__)
+        self._last = os.path.splitext(os.path.basename(__file__))[0]
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in self._names and name.rpartition(".")[2] != self._last:
+            return None
+        machinery = _import("importlib.machinery")
+        found = None if name in self._names else machinery.PathFinder.find_spec(name, path)
+        here = name in self._names or (found and found.origin and self._is_this_file(found.origin))
+        return machinery.ModuleSpec(name, self) if here else None
+
+    def _is_this_file(self, path: str) -> bool:
+        try:
+            return path == self._file or os.path.samefile(path, self._file)
+        except OSError:
+            return False  # one of them is in a zip file
+
+    def create_module(self, spec: Any) -> ModuleType:
+        return sys.modules["miniplug"]
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has run."""
+
+
 class _StandardLibrary:
-    """An import hook that finds the standard library first. Else a new file in a folder of plugins, called string.py or
-    calendar.py, would break what it imports itself, and its neighbours."""
+    """An import hook that finds the standard library first. Else a new file in a folder of plugins, called
+    string.py or calendar.py, would break what it imports itself, and its neighbours."""
 
     def __init__(self) -> None:
         library = os.path.dirname(getattr(os, "__file__", ""))
         self._path = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return None if path is not None else _import("importlib.machinery").PathFinder.find_spec(name, self._path)
+        if path is not None:
+            return None
+        return _import("importlib.machinery").PathFinder.find_spec(name, self._path)
 
 
 def _load(source: str, attribute: str) -> Any:
     """Import a spec's module, by path or by name, and get the attribute."""
-    if source.endswith(".py"):
-        path = os.path.abspath(source)
-        name = os.path.splitext(os.path.basename(path))[0]
-        standard = _StandardLibrary()
-        if name in sys.modules or standard.find_spec(name):
-            name = f"_plugin_{name}"
-        sys.meta_path.insert(sys.meta_path.index(_import("importlib.machinery").PathFinder), standard)
-        sys.path.insert(0, os.path.dirname(path))
-        util = _import("importlib.util")
-        spec = util.spec_from_file_location(name, path)
-        found = sys.modules[name] = util.module_from_spec(spec)
-        if _SOURCE_ONLY in _environment:
-            exec(spec.loader.source_to_code(spec.loader.get_data(path), path), vars(found))
-        else:
-            spec.loader.exec_module(found)
-    else:
-        try:
-            sys.path.insert(0, os.getcwd())
-        except OSError:
-            pass  # it is gone
-        found = _import(source)
+    found = _load_file(os.path.abspath(source)) if source.endswith(".py") else _load_module(source)
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [name for name in dir(found) if not name.startswith("_")]
             matches = _import("difflib").get_close_matches(part, public)
-            sys.exit(f"miniplug: {source} has no attribute {attribute!r}" + (f"; did you mean {matches[0]!r}?" if matches else ""))
+            hint = f"; did you mean {matches[0]!r}?" if matches else ""
+            sys.exit(f"miniplug: {source} has no attribute {attribute!r}{hint}")
         found = getattr(found, part)
     return found
 
 
+def _load_file(path: str) -> ModuleType:
+    if not os.path.isfile(path):
+        sys.exit(f"miniplug: there is no file {path}")
+    name = os.path.splitext(os.path.basename(path))[0]
+    standard = _StandardLibrary()
+    if name in sys.modules or name in sys.builtin_module_names or standard.find_spec(name):
+        name = f"_plugin_{name}"
+    sys.meta_path.insert(sys.meta_path.index(_import("importlib.machinery").PathFinder), standard)
+    sys.path.insert(0, os.path.dirname(path))
+    util = _import("importlib.util")
+    spec = util.spec_from_file_location(name, path)
+    module: ModuleType = util.module_from_spec(spec)
+    sys.modules[name] = module
+    if _SOURCE_ONLY in _environment:
+        exec(spec.loader.source_to_code(spec.loader.get_data(path), path), vars(module))
+    else:
+        spec.loader.exec_module(module)
+    return module
+
+
+def _load_module(name: str) -> ModuleType:
+    folder = ""
+    try:
+        folder = os.getcwd()
+        sys.path.insert(0, folder)
+    except OSError:
+        pass  # it is gone
+    try:
+        return _import(name)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{name}.".startswith(f"{error.name}."):
+            raise  # it lacks something itself
+        sys.exit(f"miniplug: there is no module {error.name!r} in {folder or 'the current folder'}, nor among "
+                 f"the packages of {sys.executable}; cwd or PYTHONPATH can name another folder, and a file is "
+                 "given as path/to/file.py:Attr")
+
+
 def freeze_support() -> None:
-    """Let a frozen application serve its own plugins: the first statement of its main program, as multiprocessing's is.
+    """Let a frozen application serve its own plugins: the first statement of its main program, as
+    multiprocessing's is.
 
-    Without an interpreter beside it (no `python=`), such an application starts its own executable again for a spec or a
-    ``.py`` file. There this function is the plugin's main loop, and does not return; otherwise it does nothing. The plugin
-    can import what is frozen into the application, and what lies beside its own file.
+    Without an interpreter beside it (no `python=`), such an application starts its own executable again for a
+    spec or a ``.py`` file. There this function is the plugin's main loop, and does not return; otherwise it
+    does nothing. The plugin can import what is frozen into the application, and what lies beside its own
+    file.
 
-    (With `python=`, put ``miniplug.py`` beside the frozen application as a data file, for that interpreter to load.)
+    With `python=` that interpreter loads this file itself, from where ``miniplug.__file__`` says: pack it
+    there as a data file, too. For PyInstaller that is ``--add-data miniplug.py:.``, and of a copy that is
+    vendored as ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``.
     """
     if not hasattr(sys, "frozen"):
         return
     if sys.argv[1:2] != [_FROZEN]:
         _frozen_mains.append(True)
         return
-    sys.meta_path.insert(0, _Alias("miniplug"))  # it may be vendored under another name
-    _run_plugin(*sys.argv[2:])
+    sys.modules["miniplug"] = sys.modules[__name__]  # it may be vendored under another name
+    _run_plugin(__name__, *sys.argv[2:])
     sys.exit()
 
 
@@ -7306,8 +7850,8 @@ def _opened(given: Any) -> Plugin:
         _import("logging").basicConfig(format="%(name)s %(levelname)s: %(message)s")
         _import("logging").getLogger("miniplug").setLevel(given.verbose)
     output = "log" if given.verbose else "discard"
-    return launch(given.plugin, handshake=Handshake(given.protocol_version, *given.cookie), python=given.python,
-                  stdout=output, stderr=output)
+    handshake = Handshake(given.protocol_version, *given.cookie)
+    return launch(given.plugin, handshake=handshake, python=given.python, stdout=output, stderr=output)
 
 
 def _one_line(error: BaseException) -> str:
@@ -7315,7 +7859,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, RemoteError):
         return f"{error.type_name}: {error.message}".partition("\n")[0].rstrip(": ")
     output = [line for line in getattr(error, "output", ()) if line.strip()]
-    fatal = [line for line in output if line.startswith("Fatal Python error: ")]  # of what comes after it, no line says much
+    fatal = [line for line in output if line.startswith("Fatal Python error: ")]  # no later line says more
     return " ".join([str(error).partition("\n")[0], *(fatal or output)[-1:]])
 
 
@@ -7323,7 +7867,8 @@ def _doctor(given: Any) -> int:
     checks = list(_examine(given.python))
     healthy = checks[-1][1] is True
     if given.json:
-        print(json.dumps({"ok": healthy, "checks": [dict(zip(("check", "ok", "detail"), each)) for each in checks]}, indent=2))
+        rows = [dict(zip(("check", "ok", "detail"), each)) for each in checks]
+        print(json.dumps({"ok": healthy, "checks": rows}, indent=2))
     else:
         for what, works, detail in checks:
             print(f"{'-' if works is None else 'ok' if works else 'no':<4}{what:<16}{detail}")
@@ -7334,45 +7879,62 @@ def _examine(python: str | None) -> Iterable[tuple[str, bool | None, str]]:
     """What this machine allows: (what, whether it does, more about it). The last is whether a plugin runs."""
     yield "miniplug", True, f"{__version__}, {os.path.abspath(__file__)}"
     found = _import("shutil").which(python or sys.executable) is not None
-    yield "interpreter", found, f"{python or sys.executable}, under {sys.version.split()[0]} on {sys.platform}"
-    try:
-        listener = _Listener()
-        listener.close()
-        kind = "a named pipe" if _WINDOWS else "a Unix socket" if listener.folder else "a TCP port that the key alone guards"
-        yield "transport", True, f"{kind}, {listener.address}"
-        for folder in listener.passed_over:
-            yield "temp folder", False, folder
-        if listener.folder:
-            yield "temp folder", True, os.path.dirname(listener.folder)
-    except OSError as error:
-        yield "transport", False, str(error)
-    try:
-        socket.create_server(("127.0.0.1", 0)).close()
-        yield "loopback TCP", True, "127.0.0.1"
-    except OSError as error:
-        yield "loopback TCP", False, str(error)
+    version = f"under {sys.version.split()[0]} on {sys.platform}"
+    yield "interpreter", found, f"{python or sys.executable}, {version}"
+    yield from _examine_transports()
     try:
         _import("hashlib").md5(b"")
         yield "FIPS mode", None, "off"
     except ValueError:
         yield "FIPS mode", True, "on: no MD5, and miniplug needs none"
-    yield "process groups", None if _WINDOWS else True, "none on Windows" if _WINDOWS else "one for each plugin"
-    yield "job objects", True if _WINDOWS else None, "one for each plugin" if _WINDOWS else "only on Windows"
+    each = "one for each plugin"
+    yield "process groups", None if _WINDOWS else True, "none on Windows" if _WINDOWS else each
+    yield "job objects", True if _WINDOWS else None, each if _WINDOWS else "only on Windows"
     if not _WINDOWS:
         found = os.path.exists(_SHELL)
-        yield "guardian", found, f"{_SHELL}{'' if found else ' is not there: no guardian if the host is killed, and no limits'}"
+        lack = "" if found else " is not there: no guardian if the host is killed, and no limits"
+        yield "guardian", found, f"{_SHELL}{lack}"
     start = time.monotonic()
     try:
-        with launch("doctor=os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
+        with launch("doctor=os:path", python=python, start_timeout=20.0, stdout="discard",
+                    stderr="discard") as plugin:
             plugin.dispense(timeout=20.0).basename("a/b")
             seconds = time.monotonic() - start
-            yield "a plugin", True, f"runs: {seconds * 1e3:.0f} ms to the first answer, {plugin.ping() * 1e6:.0f} µs a ping"
+            ping = plugin.ping()
+        times = f"{seconds * 1e3:.0f} ms to the first answer, {ping * 1e6:.0f} µs a ping"
+        yield "a plugin", True, f"runs: {times}"
     except PluginError as error:
         yield "a plugin", False, _one_line(error)
 
 
+def _examine_transports() -> Iterable[tuple[str, bool | None, str]]:
+    for folder in _remove_left_behind():
+        yield "left behind", True, f"{folder}, by a plugin that was killed: removed"
+    try:
+        listener = _Listener()
+        folder = os.path.dirname(listener.folder)
+        listener.close()
+        kind = "a named pipe" if _WINDOWS else "a Unix socket" if folder else "TCP, guarded by the key alone"
+        yield "transport", True, f"{kind}, {listener.address}"
+        for passed_over in listener.passed_over:
+            yield "temp folder", False, passed_over
+        if folder:
+            yield "temp folder", True, folder
+    except OSError as error:
+        yield "transport", False, str(error)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, \
+                socket.create_connection(server.getsockname(), 2.0) as one, server.accept()[0] as other:
+            one.sendall(b"x")
+            other.settimeout(2.0)
+            yield "loopback TCP", other.recv(1) == b"x", "127.0.0.1"
+    except OSError as error:
+        yield "loopback TCP", False, str(error)
+
+
 def _parser(argparse: Any) -> Any:
-    """The command line. Each verb sets `run`, which is called with what was given and returns the exit status."""
+    """The command line. Each verb sets `run`, which is called with what was given and returns the exit
+    status."""
 
     class Parser(argparse.ArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> None:
@@ -7386,17 +7948,22 @@ def _parser(argparse: Any) -> Any:
     def version(text: str) -> int:
         return _checked_count(int(text), "N")
 
-    parser = Parser(prog="python -m miniplug", description="Plugins that run as subprocesses and are called like local objects.")
+    what = "Plugins that run as subprocesses and are called like local objects."
+    parser = Parser(prog="python -m miniplug", description=what)
     parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name")
-    serve.add_argument("specs", metavar="SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
-    serve.add_argument("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
-    serve.add_argument("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
+    serve.add_argument("specs", metavar="SPEC", nargs="+",
+                       help="module:Attr, path/to/file.py:Attr or NAME=one of these")
+    serve.add_argument("--listen", metavar="ADDRESS",
+                       help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
+    serve.add_argument("--authkey-file", metavar="FILE",
+                       help="has the key that they must hold, in hexadecimal digits")
     serve.add_argument("--persist", action="store_true", help="stay when the last host is gone")
-    serve.set_defaults(run=lambda given: _run_plugin("serve", *given.specs, address=given.listen, persist=given.persist,
-                                                     authkey_file=given.authkey_file))
+    serve.set_defaults(run=lambda given: _run_plugin(
+        __name__, "serve", *given.specs, address=given.listen, persist=given.persist,
+        authkey_file=given.authkey_file))
 
     call = verbs.add_parser("call", help="run a plugin, call it once, print the result")
     inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do")
@@ -7404,12 +7971,16 @@ def _parser(argparse: Any) -> Any:
     for verb in (call, inspect, doctor):
         verb.add_argument("--python", metavar="PATH", help="the interpreter for the plugin")
     for verb in (call, inspect):
-        verb.add_argument("--verbose", "-v", action="store_const", const="DEBUG", help="what the plugin writes goes to stderr")
-        verb.add_argument("--cookie", metavar="KEY=VALUE", type=cookie, default=(), help="the magic cookie, if it wants one")
+        verb.add_argument("--verbose", "-v", action="store_const", const="DEBUG",
+                          help="what the plugin writes goes to stderr")
+        verb.add_argument("--cookie", metavar="KEY=VALUE", type=cookie, default=(),
+                          help="the magic cookie, if it wants one")
         verb.add_argument("--protocol-version", metavar="N", type=version, default=1)
-        verb.add_argument("plugin", metavar="PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
+        verb.add_argument("plugin", metavar="PLUGIN",
+                          help="a program, a .py file or a spec such as path/to/file.py:Attr")
     call.add_argument("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
-    call.add_argument("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- it may begin with a dash")
+    call.add_argument("arguments", metavar="ARG", nargs="*",
+                      help="JSON, or else a string; after -- it may begin with a dash")
     doctor.add_argument("--json", action="store_true")
     for verb, run in ((call, _call_once), (inspect, _inspect), (doctor, _doctor)):
         verb.set_defaults(run=run)
@@ -7420,7 +7991,8 @@ def _main(arguments: Sequence[str]) -> None:
     given = _parser(_import("argparse")).parse_args(arguments)
     if given.verb == "serve":  # whose errors are the plugin's own
         sys.exit(given.run(given))
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- it was closed: nobody reads
+    if sys.stdout is None:  # it was closed: nobody reads
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         status = given.run(given)
@@ -7435,5 +8007,10 @@ def _main(arguments: Sequence[str]) -> None:
         sys.exit(130)
 
 
-if _AS_PROGRAM:
-    _main(sys.argv[1:])
+if _AS_PROGRAM:  # what the plugin imports as miniplug must be this module, and no second copy of it
+    _this: Any = sys.modules["__main__"]
+    for _each in [*sys.modules.values()]:
+        if _each is not _this and getattr(_each, "__dict__", {}).get("__file__") == __file__:
+            _this = _each  # the package that holds this file has imported it already
+    sys.modules["miniplug"] = _this
+    _this._main(sys.argv[1:])

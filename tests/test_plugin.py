@@ -373,7 +373,8 @@ def test_an_import_error(write):
 
 
 def test_a_missing_module_and_a_missing_attribute(write):
-    assert fails("no_such_module:Attr").output == ["ModuleNotFoundError: No module named 'no_such_module'"]
+    (line,) = fails("no_such_module:Attr").output
+    assert line.startswith(f"miniplug: there is no module 'no_such_module' in {os.getcwd()}, nor ")
     error = fails(write("plugin.py", "class Greeter: pass\n") + ":Greater")
     assert "has no attribute 'Greater'; did you mean 'Greeter'?" in str(error)
 
@@ -477,11 +478,11 @@ def test_bad_options():
                 miniplug.Plugin(WORKSHOP, **{option: value})
     for option, value in (("max_message", 0), ("max_message", "1"), ("protocol_versions", "12"), ("protocol_versions", [1, -1]),
                           ("handshake", miniplug.Handshake(1.0))):
-        with pytest.raises(ValueError, match="it is a whole number, at least"):
+        with pytest.raises(ValueError, match="whole numbers?, (each )?at least"):
             miniplug.Plugin(WORKSHOP, **{option: value})
     with pytest.raises(TypeError, match=r"handshake=3: it is a miniplug\.Handshake"):
         miniplug.Plugin("x", handshake=3)
-    with pytest.raises(TypeError, match=r"env=\{'A': 1\}: names and values are str"):
+    with pytest.raises(TypeError, match=r"env=\{'A': 1\}: it is a dict; names and values are str"):
         miniplug.Plugin("x", env={"A": 1})
     for command in (None, dict, ["python", 3]):
         with pytest.raises(TypeError, match=r"it is a path, a spec such as 'path/to/file\.py:Attr', or a list"):

@@ -319,7 +319,7 @@ def test_asyncio_is_not_blocked_while_it_restarts(shop, monkeypatch):
             with pytest.raises(miniplug.PluginCrashed):
                 await proxy.die.submit()
             ticks = 0
-            calls = [asyncio.ensure_future(asyncio.wrap_future(proxy.pid.submit())) for _ in range(200)]
+            calls = [asyncio.ensure_future(asyncio.wrap_future(proxy.pid.submit())) for _ in range(20)]
             while not all(call.done() for call in calls):
                 ticks += 1
                 await asyncio.sleep(0.01)
@@ -604,7 +604,7 @@ def test_a_host_that_stood_still_several_times_before_it_could_read_the_answer(s
     """However long that was, each time counts as a quarter of the heartbeat."""
     rounds = []
 
-    class Ended:
+    class Gone:
         def wait(self, seconds):
             rounds.append(seconds)
             return len(rounds) > 3
@@ -612,7 +612,7 @@ def test_a_host_that_stood_still_several_times_before_it_could_read_the_answer(s
     with miniplug.launch(shop, heartbeat=1000) as plugin:
         run, proxy = plugin._supervisor.run, plugin.dispense()
         monkeypatch.setattr(type(run.session), "probe", lambda session: False)
-        monkeypatch.setattr(run, "ended", Ended())
+        monkeypatch.setattr(run, "gone", Gone())
         run._mind(run.session)
         monkeypatch.undo()
         assert rounds == [250] * 4 and not run._why and proxy.pid() == plugin.pid
@@ -973,10 +973,16 @@ def test_the_host_may_exit_at_any_of_these_moments(write, shop):
             thing.die()
         except miniplug.PluginCrashed:
             calls.append(thing.pid.submit())  # waits in the pause
-        third = miniplug.Plugin({shop!r}, on_start=lambda plugin: (print(plugin.pid, flush=True), threading.Event().wait()))
+        configured = threading.Event()
+
+        def on_start(plugin):
+            print(plugin.pid, flush=True)
+            configured.set()
+            threading.Event().wait()
+
+        third = miniplug.Plugin({shop!r}, on_start=on_start)
         threading.Thread(target=third.start, daemon=True).start()
-        while third.pid is None or not third.running:
-            pass
+        configured.wait()
         sys.stdout.flush()
     """)
     begun = time.monotonic()
