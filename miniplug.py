@@ -58,6 +58,7 @@ import itertools
 import json
 import json.encoder
 import os
+import re
 import socket
 import struct
 import threading
@@ -80,7 +81,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Command = Union[_Path, Sequence[_Path]]
     _Output = Union[str, Callable[[str], Any], TextIO]
     _Bytes = Union[bytes, bytearray, memoryview]
-    _Content = tuple[bytes, Sequence[_Bytes], bool, Sequence[int]]  # a value as bytes, those beside it, tagged?, what it lends
+    _Content = tuple[bytes, Sequence[_Bytes], int, Sequence[int]]  # a value as bytes, those beside it, tagged?, what it lends
 
 __version__ = "0.1.0"
 
@@ -186,9 +187,9 @@ class MessageTooLarge(PluginError, ValueError):
 
 
 class RemoteError(PluginError):
-    """A method raised. `type_name`: the exception's type. `message`: its text. `remote_traceback`: the plugin's own, as
-    text. A builtin exception arrives as its own type too: ``except ValueError`` and ``except RemoteError`` both
-    catch a plugin's ValueError."""
+    """A method raised. `type_name`: the exception's type. `message`: its text; that of this error begins with the type.
+    `remote_traceback`: the plugin's own, as text. A builtin or registered exception arrives as its own type too, with
+    its own text: ``except ValueError`` and ``except RemoteError`` both catch a plugin's ValueError."""
 
     type_name: str = ""
     message: str = ""
@@ -196,7 +197,7 @@ class RemoteError(PluginError):
     _body: Any = None  # what it was made from
 
     def __reduce__(self) -> Any:
-        return _decode_error, (self._body or {"message": str(self)},)
+        return _reduce_error(self)
 
 
 class _RemoteTraceback(Exception):
@@ -276,40 +277,102 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 
 # === 2. codec ===========================================================================================
 #
-# JSON that keeps Python's types. What JSON has goes as it is, written by the json module's own encoder in C. What it has
-# not is tagged: an object with one key, which begins with "$"; an object that looks like a tag by itself goes as a "$dict".
-# docs/protocol.md lists the tags. The table _TAGS says what travels, register() adds to it, and both codecs go by it.
+# JSON that keeps Python's types, read and written by the json module's parts in C. What JSON has goes as it is. What
+# it has not is tagged: an object with one key, which begins with "$". docs/protocol.md lists the tags, _TAGS says
+# what travels, and register() adds to it. Before the encoder runs, `fit` looks, at C speed, for what that would change
+# without a word, and copies with tags only there; what the encoder does not know it asks its hook for (`tag`).
 
 _SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly: RFC 8259, section 6
-_SHORT = 3 << 10  # bytes of a value that may go the quick way
+_MAX_BITS = 1 << 15  # of an integer: to print, compare or convert one takes a millisecond or two at most
+_MAX_DIGITS = 10000  # of a Decimal, and how far its exponent goes either way
+_MAX_ALIKE = 16  # values of a set, or keys, that may have one hash: each is compared with each
+_MAX_COMBINATIONS = 1 << 14  # of an enum's flags: Python keeps each for ever
+_MANY = 32  # items of a list that goes in a shorter form, where the other side knows that
 _INLINE = 2048  # bytes up to this many go in base64, longer ones in a frame beside the message
 _MAX_BUFFERS = 1 << 16  # that go beside one message; what is over goes in base64 again
-_ATOMS = frozenset((str, bool, type(None), int, float))
+_FINE = frozenset((str, bool, type(None), float))  # the encoder changes none (it fails at NaN and lone surrogates)
+_CONSTANTS = frozenset((bool, type(None)))
+_ATOMS = _FINE | {int}
+_TEXTS = frozenset((str,))
+_BASES = (str, int, float, list, tuple, dict)  # the encoder takes instances of their subclasses for theirs
 _HEAP = 1 << 9  # the flag of a class that a class statement made
-_ERROR_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "path")
+_flatten = itertools.chain.from_iterable
 
 
 class _Undecodable(Exception):
-    """What arrived is well-formed, and yet its value cannot be made here, for the reason that is its argument. That fails one
-    call, not the session."""
+    """What arrived is well-formed, and yet its value cannot be made here, for the reason that is its argument.
+    That fails one call, not the session."""
+
+
+@lru_cache(None)
+def _found(path: Any) -> Any:
+    """What a path such as "datetime.date.fromisoformat" names; its module is imported only now."""
+    if type(path) is not str:
+        return path
+    module, *names = path.split(".")
+    return reduce(getattr, names, _import(module))
 
 
 def _call(path: str, *arguments: Any) -> Any:
-    """Call what `path` names, such as "datetime.date.fromisoformat", which is imported only now."""
-    module, *names = path.split(".")
-    return reduce(getattr, names, _import(module))(*arguments)
+    return _found(path)(*arguments)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 1000 else text[:1000] + "..."
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _cut(repr(value))
+    except Exception:  # a __repr__ that fails
+        return "'?'"
 
 
 def _base64(data: _Bytes) -> str:
     return binascii.b2a_base64(data, newline=False).decode()
 
 
-def _flat(value: memoryview) -> _Bytes:
-    """A view's bytes, not copied if they lie in a row."""
+def _flat(view: memoryview) -> _Bytes:
+    """Its bytes, not copied if they lie in a row."""
     try:
-        return value.cast("B") if value.c_contiguous else value.tobytes()
+        return view.cast("B") if view.c_contiguous else view.tobytes()
     except TypeError:  # an empty one, or an unusual format
-        return value.tobytes()
+        return view.tobytes()
+
+
+def _bounded(value: int) -> int:
+    if value.bit_length() > _MAX_BITS:
+        raise NotSerializable(f"integers of more than {_MAX_BITS} bits do not travel: send the bytes, or hex()")
+    return value
+
+
+def _told_apart(values: list[Any]) -> list[Any]:
+    """The values for a set, or the keys. To tell many with the same hash apart would take quadratic time."""
+    if len(values) > _MAX_ALIKE and len(values) - len(set(map(hash, values))) >= _MAX_ALIKE:
+        if max(_call("collections.Counter", map(hash, values)).values()) > _MAX_ALIKE:
+            raise NotSerializable(f"more than {_MAX_ALIKE} of its values have the same hash")
+    return values
+
+
+def _make_dict(state: list[Any]) -> dict[Any, Any]:
+    if len(state) % 2:
+        raise ValueError("a dict is keys and values by turns")
+    return dict(zip(_told_apart(state[::2]), state[1::2]))
+
+
+def _make_numbers(state: list[Any]) -> list[Any]:
+    code, data = state
+    if code not in ("q", "d") or type(data) is not bytes:
+        raise ValueError('numbers are "q" or "d", and bytes')
+    return [*struct.unpack(f"<{len(data) // 8}{code}", data)]
+
+
+def _make_each(state: list[Any]) -> list[Any]:
+    tag, states = state
+    if tag not in _EACH or type(states) is not list:
+        raise ValueError("no tag that each may have, and states")
+    makes, kinds = _makes_of(tag), set(map(type, states))
+    return [*map(makes[kinds.pop()], states)] if len(kinds) == 1 else [makes[type(held)](held) for held in states]
 
 
 def _make_array(state: list[Any]) -> Any:
@@ -324,9 +387,12 @@ def _make_array(state: list[Any]) -> Any:
     return array
 
 
-def _moment(value: Any) -> list[Any]:
-    """The state of a datetime or time: what it reads without its zone, its fold, and its zone."""
-    return [value.replace(tzinfo=None).isoformat(), value.fold, value.tzinfo]
+def _moment(value: Any) -> str | list[Any]:
+    """A datetime or time as one text, if that says all; else what it reads without its zone, its fold, its zone."""
+    zone = value.tzinfo
+    if not value.fold and (zone is None or _way_of(type(zone)).tag == "$timezone" and len(zone.__getinitargs__()) == 1):
+        return str(value.isoformat())
+    return [value.replace(tzinfo=None).isoformat(), value.fold, zone]
 
 
 def _make_moment(name: str, state: list[Any]) -> Any:
@@ -338,15 +404,29 @@ def _make_zone(key: str) -> Any:
     try:
         return _call("zoneinfo.ZoneInfo", key)
     except (ImportError, LookupError, OSError) as error:  # Python 3.8, or no tzdata
-        raise NotSerializable(f"the time zone {key!r} is not to be had here: {error!r}") from None
+        raise NotSerializable(f"the time zone {_shown(key)} is not to be had here: {_shown(error)}") from None
+
+
+def _decimal(value: Any) -> str:
+    text = str(value)
+    if len(text) > _MAX_DIGITS or not -_MAX_DIGITS <= value.adjusted() <= _MAX_DIGITS:
+        raise NotSerializable(f"decimals of more than {_MAX_DIGITS} digits, or with such an exponent, do not travel")
+    return text
+
+
+def _make_decimal(text: str) -> Any:
+    value = _call("decimal.Decimal", text)
+    if len(text) > _INLINE or "E" in text or "e" in text:
+        _decimal(value)
+    return value
 
 
 def _make_fraction(state: list[Any]) -> Any:
-    """In lowest terms as it was sent: to reduce two numbers as long as a message would take hours."""
+    """In lowest terms as it was sent: to reduce it would take longer than to read it."""
     numerator, denominator = state
     if type(numerator) is not int or type(denominator) is not int or denominator < 1:
         raise ValueError("a fraction is two integers")
-    fraction = object.__new__(_import("fractions").Fraction)
+    fraction = object.__new__(_found("fractions.Fraction"))
     fraction._numerator, fraction._denominator = numerator, denominator
     return fraction
 
@@ -356,70 +436,106 @@ def _make_registered(state: list[Any]) -> Any:
     if type(name) is not str:
         raise ValueError("a registered type goes by its name")
     if name not in _registered:
-        raise NotSerializable(f"a value of the type {name!r} has come, which is not registered here: "
+        raise NotSerializable(f"a value of the type {_shown(name)} has come, which is not registered here: "
                               "both sides have to call miniplug.register for it")
     try:
         return _registered[name][1](held)
     except BaseException as error:
         if _is_ctrl_c(error):
             raise
-        raise NotSerializable(f"a value of the registered type {name!r} cannot be made from what came: {error!r}") from error
+        why = f"a value of the registered type {name!r} cannot be made from what came: {_shown(error)}"
+        raise NotSerializable(why) from error
 
 
-# A type, what its state is on the wire, what gives that (to be packed in turn), and the way back from it. A path of the
-# other platform arrives as a pure one: a WindowsPath cannot exist on POSIX, nor the reverse.
-_Row = namedtuple("_Row", "type wire state make")
-_TAGS = {
-    "$int": _Row("builtins.int", str, hex, lambda text: int(text, 16)),
-    "$float": _Row("builtins.float", str, repr, float),
-    "$str": _Row("builtins.str", str, lambda text: _base64(text.encode("utf-8", "surrogatepass")),
-                 lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")),
-    "$tuple": _Row("builtins.tuple", list, list, tuple),
-    "$set": _Row("builtins.set", list, list, set),
-    "$frozenset": _Row("builtins.frozenset", list, list, frozenset),
-    "$dict": _Row("builtins.dict", list, None, lambda pairs: dict(map(list.copy, pairs))),  # of lists, that is
-    "$complex": _Row("builtins.complex", list, lambda z: [z.real, z.imag], lambda state: complex(*state)),
-    "$ellipsis": _Row("", list, None, lambda _: ...),
-    "$range": _Row("builtins.range", list, lambda r: [r.start, r.stop, r.step], lambda state: range(*state)),
-    "$slice": _Row("builtins.slice", list, lambda r: [r.start, r.stop, r.step], lambda state: slice(*state)),
-    "$array": _Row("array.array", list, lambda a: [a.typecode, a.itemsize, sys.byteorder, memoryview(a)], _make_array),
-    "$date": _Row("datetime.date", str, str, partial(_call, "datetime.date.fromisoformat")),
-    "$datetime": _Row("datetime.datetime", list, _moment, partial(_make_moment, "datetime")),
-    "$time": _Row("datetime.time", list, _moment, partial(_make_moment, "time")),
-    "$timedelta": _Row("datetime.timedelta", list, lambda d: [d.days, d.seconds, d.microseconds],
-                       lambda state: _call("datetime.timedelta", *state)),
-    "$timezone": _Row("datetime.timezone", list, lambda zone: list(zone.__getinitargs__()),
-                      lambda state: _call("datetime.timezone", *state)),
-    "$zone": _Row("zoneinfo.ZoneInfo", str, lambda zone: zone.__reduce__()[1][0], _make_zone),
-    "$decimal": _Row("decimal.Decimal", str, str, partial(_call, "decimal.Decimal")),
-    "$fraction": _Row("fractions.Fraction", list, lambda f: [f.numerator, f.denominator], _make_fraction),
-    "$uuid": _Row("uuid.UUID", str, str, partial(_call, "uuid.UUID")),
-    "$posixpath": _Row("pathlib.PosixPath", str, str, partial(_call, f"pathlib.{'Pure' if _WINDOWS else ''}PosixPath")),
-    "$windowspath": _Row("pathlib.WindowsPath", str, str, partial(_call, f"pathlib.{'' if _WINDOWS else 'Pure'}WindowsPath")),
-    "$pureposixpath": _Row("pathlib.PurePosixPath", str, str, partial(_call, "pathlib.PurePosixPath")),
-    "$purewindowspath": _Row("pathlib.PureWindowsPath", str, str, partial(_call, "pathlib.PureWindowsPath")),
-    "$type": _Row("", list, None, _make_registered),  # each registered type has its own state
-}
-_WAYS: dict[type, tuple[str, Callable[[Any], Any]]] = {  # by the type: its tag, and what gives its state
-    bytes: ("$bytes", lambda data: data), memoryview: ("$bytes", _flat),
-    type(...): ("$ellipsis", lambda _: []),
-    bytearray: ("$bytearray", memoryview)}  # a view, so that nobody resizes what is being sent
+def _bounds(value: Any) -> list[Any]:
+    return [value.start, value.stop, value.step]
 
 
-def _way_of(kind: type) -> tuple[str, Callable[[Any], Any]] | None:
-    """The tag of a type and what gives its state, or None. A type of a module that nobody has imported cannot turn up."""
-    if kind not in _WAYS:
-        for tag, row in _TAGS.items():
-            module, _, name = row.type.partition(".")
-            found = getattr(sys.modules.get(module), name, None)
-            if isinstance(found, type):
-                _WAYS[found] = (tag, row.state)
-    return _WAYS.get(kind)
+# By the tag: the type; what gives its state, to be packed in turn; and by the type of that on the wire, the way
+# back. A path is looked up on first use. A file path of the other platform arrives as a pure one: a WindowsPath
+# cannot exist on POSIX, nor the reverse.
+_Row = namedtuple("_Row", "type state make")
+_TAGS = {tag: _Row(*row) for tag, row in {
+    "$int": ("", None, {str: lambda text: _bounded(int(text, 16))}),
+    "$float": ("", None, {str: float}),
+    "$str": ("", None, {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
+    "$tuple": ("", None, {list: tuple}),
+    "$dict": ("", None, {list: _make_dict}),
+    "$numbers": ("", None, {list: _make_numbers}),
+    "$each": ("", None, {list: _make_each}),
+    "$bytes": ("builtins.bytes", bytes, {str: binascii.a2b_base64}),
+    "$bytearray": ("builtins.bytearray", memoryview,  # a view, so that nobody resizes what is being sent
+                   {str: lambda text: bytearray(binascii.a2b_base64(text))}),
+    "$set": ("builtins.set", lambda held: _told_apart([*held]), {list: lambda held: set(_told_apart(held))}),
+    "$frozenset": ("builtins.frozenset", lambda held: _told_apart([*held]),
+                   {list: lambda held: frozenset(_told_apart(held))}),
+    "$complex": ("builtins.complex", lambda z: [z.real, z.imag], {list: lambda state: complex(*state)}),
+    "$ellipsis": ("builtins.ellipsis", lambda _: [], {list: lambda _: ...}),
+    "$range": ("builtins.range", _bounds, {list: lambda state: range(*state)}),
+    "$slice": ("builtins.slice", _bounds, {list: lambda state: slice(*state)}),
+    "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, memoryview(a)], {list: _make_array}),
+    "$date": ("datetime.date", "datetime.date.isoformat", {str: "datetime.date.fromisoformat"}),
+    "$datetime": ("datetime.datetime", _moment,
+                  {str: "datetime.datetime.fromisoformat", list: partial(_make_moment, "datetime")}),
+    "$time": ("datetime.time", _moment, {str: "datetime.time.fromisoformat", list: partial(_make_moment, "time")}),
+    "$timedelta": ("datetime.timedelta", lambda d: [d.days, d.seconds, d.microseconds],
+                   {list: lambda state: _call("datetime.timedelta", *state)}),
+    "$timezone": ("datetime.timezone", lambda zone: [*zone.__getinitargs__()],
+                  {list: lambda state: _call("datetime.timezone", *state)}),
+    "$zone": ("zoneinfo.ZoneInfo", lambda zone: zone.__reduce__()[1][0], {str: _make_zone}),
+    "$decimal": ("decimal.Decimal", _decimal, {str: _make_decimal}),
+    "$fraction": ("fractions.Fraction", lambda f: [f.numerator, f.denominator], {list: _make_fraction}),
+    "$uuid": ("uuid.UUID", lambda value: f"{value.int:032x}", {str: "uuid.UUID"}),
+    "$posixpath": ("pathlib.PosixPath", str, {str: f"pathlib.{'Pure' if _WINDOWS else ''}PosixPath"}),
+    "$windowspath": ("pathlib.WindowsPath", str, {str: f"pathlib.{'' if _WINDOWS else 'Pure'}WindowsPath"}),
+    "$pureposixpath": ("pathlib.PurePosixPath", str, {str: "pathlib.PurePosixPath"}),
+    "$purewindowspath": ("pathlib.PureWindowsPath", str, {str: "pathlib.PureWindowsPath"}),
+    "$type": ("", None, {list: _make_registered}),  # each registered type has its own state
+}.items()}
+_OF_TYPE = {row.type: tag for tag, row in _TAGS.items()}
+_EACH = frozenset((  # what "$each" may hold: nothing that is much longer than its state
+    "$tuple", "$dict", "$bytes", "$date", "$datetime", "$time", "$timedelta", "$decimal", "$uuid", "$type"))
+_Way = namedtuple("_Way", "tag state")
+_NO_WAY = _Way("", None)
+_WAYS: dict[type, Any] = {memoryview: _Way("$bytes", _flat)}  # by the type: its tag, and what gives its state
+_ASKED: set[type] = {memoryview}  # those for which the encoder asks its hook
+_MAKES: dict[str, dict[type, Callable[[Any], Any]]] = {}  # by the tag, and the type of its state: what makes the value
+
+
+def _way_of(kind: type) -> Any:
+    """The _Way of a type, or _NO_WAY. (That is not kept: the type may be registered later.)"""
+    tag = _OF_TYPE.get(f"{kind.__module__}.".partition(".")[0] + "." + kind.__qualname__)
+    if kind in _WAYS or tag is None or kind is not type(...) and _found(_TAGS[tag].type) is not kind:
+        return _WAYS.get(kind, _NO_WAY)
+    return _set_way(kind, _Way(tag, _found(_TAGS[tag].state)))
+
+
+def _set_way(kind: type, way: Any) -> Any:
+    _WAYS[kind] = way
+    if not issubclass(kind, _BASES):
+        _ASKED.add(kind)
+    return way
+
+
+def _makes_of(tag: str) -> dict[type, Callable[[Any], Any]]:
+    """What makes the values of a tag, by the type of its state."""
+    if tag not in _MAKES:
+        _MAKES[tag] = {kind: _found(make) for kind, make in _TAGS[tag].make.items()}
+    return _MAKES[tag]
 
 
 # -- registered types
 
-_registered: dict[str, tuple[type, Callable[[Any], Any]]] = {}  # by the name on the wire: the class, and what makes one
+_registered: dict[str, tuple[type, Callable[[Any], Any]]] = {}  # by the name on the wire: the class, what makes one
+
+
+if TYPE_CHECKING:  # a decorated class keeps its type
+    @overload
+    def register(cls: type[_T], *, name: str | None = None, encode: Callable[[Any], Any] | None = None,
+                 decode: Callable[[Any], Any] | None = None) -> type[_T]: ...
+    @overload
+    def register(cls: None = None, *, name: str | None = None, encode: Callable[[Any], Any] | None = None,
+                 decode: Callable[[Any], Any] | None = None) -> Callable[[type[_T]], type[_T]]: ...
 
 
 def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any], Any] | None = None,
@@ -427,14 +543,15 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
     """Let instances of `cls` travel by value. Both sides call it, usually in a module that they share. Returns `cls`,
     or without one a decorator: ``@register``, ``@register(name="user")``.
 
-    - `cls` (a class): dataclasses, enums, named tuples and exceptions know their own state, and come back without a call
-      of ``__init__`` or ``__post_init__``. Any other class needs `encode` and `decode`. Subclasses are not meant.
+    - `cls` (a class): dataclasses, enums, named tuples and exceptions know their own state, and come back without a
+      call of ``__init__`` or ``__post_init__``. Any other class needs `encode` and `decode`. Subclasses are not meant.
     - `name` (str, default ``module.qualname``): what the wire calls it, the same on both sides.
     - `encode` (default None): a function from an instance to whatever can travel itself. `decode`: the way back; it
-      gets what the other side sent, so what it does not expect it should refuse by raising. Both or neither.
+      gets what the other side sent, so what it does not expect it should refuse by raising. Both or neither. With
+      ``encode=miniplug.ref`` instances are lent: `decode` gets a proxy.
 
-    To register a class again is harmless, and the last word on how it is sent. A class of the same module and qualified
-    name takes the former's place, as after ``importlib.reload``.
+    To register a class again is harmless, and the last word on how it is sent. A class of the same module and
+    qualified name takes the former's place, as after ``importlib.reload``.
 
     Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that another
     class has, a class in ``__main__`` without `name`, and a type that travels anyway.
@@ -444,10 +561,10 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
     if not isinstance(cls, type):
         raise TypeError(f"register takes a class, not {cls!r}")
     if name is None and cls.__module__ == "__main__":
-        raise ValueError(f"{cls.__qualname__} is defined in __main__, which is another module on the other side: give name=")
+        raise ValueError(f"{cls.__qualname__} is in __main__, which is another module on the other side: give name=")
     if (encode is None) != (decode is None):
         raise TypeError("encode and decode go together")
-    if cls in _ATOMS or cls is list or (_way_of(cls) or ("$type",))[0] != "$type":
+    if cls in _ATOMS or cls in _BASES or _way_of(cls).tag not in ("", "$type"):
         raise ValueError(f"{cls.__qualname__} travels by itself")
     name = name or f"{cls.__module__}.{cls.__qualname__}"
     former = _registered.get(name, (cls,))[0]
@@ -456,23 +573,24 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
     state, make = (encode, decode) if encode and decode else _own_state(cls)
     _registered[name] = (cls, make)
     _WAYS.pop(former, None)
-    _WAYS[cls] = ("$type", lambda value: [name, state(value)])
+    _ASKED.discard(former)
+    _set_way(cls, _Way("$type", lambda value: [name, state(value)]))
     return cls
 
 
 def _own_state(cls: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     """What gives the state of a class's instances, and makes one from it. Raises TypeError if that is not known."""
-    if issubclass(cls, _import("enum").Enum):
+    if issubclass(cls, _found("enum.Enum")):
         # a member goes by its name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
-                lambda state: cls[state] if type(state) is str else cls(state))
+                partial(_make_member, cls))
     fields: Any = None
     if issubclass(cls, BaseException):
         fields = []
     elif issubclass(cls, tuple):
         fields = getattr(cls, "_fields", None)
-    elif hasattr(cls, "__dataclass_fields__") and all(base.__flags__ & _HEAP for base in cls.__mro__[:-1]):  # not one of dict
-        fields = [field.name for field in _call("dataclasses.fields", cls)]
+    elif hasattr(cls, "__dataclass_fields__") and all(base.__flags__ & _HEAP for base in cls.__mro__[:-1]):
+        fields = [field.name for field in _call("dataclasses.fields", cls)]  # and it is none of dict
     slots = {slot for base in cls.__mro__ for slot in vars(base).get("__slots__", ())} - {"__dict__", "__weakref__"}
     if fields is None or not slots <= {*fields}:
         raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
@@ -481,11 +599,24 @@ def _own_state(cls: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     return partial(_record_state, fields), partial(_make_record, cls, fields)
 
 
+def _make_member(cls: Any, state: Any) -> Any:
+    if type(state) is str:
+        return cls[state]
+    if type(state) is not int or not issubclass(cls, _found("enum.Flag")):
+        raise ValueError("a member of an enum goes by its name")
+    if state not in cls._value2member_map_ and len(cls._value2member_map_) >= _MAX_COMBINATIONS:
+        raise ValueError(f"there are {_MAX_COMBINATIONS} combinations of its flags already")
+    member = cls(state)
+    if member._value_ != state:  # the enum, or this Python, leaves out what it has no name for
+        raise ValueError(f"it has no flags for {state}")
+    return member
+
+
 def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
     """The fields of a dataclass or named tuple, if they are all that it holds."""
     others = {*getattr(value, "__dict__", ())}.difference(fields)
     if others:
-        raise NotSerializable(f"its attribute {min(others)!r} is not one of its fields: register it with encode and decode")
+        raise NotSerializable(f"its attribute {min(others)!r} is no field: register it with encode and decode")
     return dict(zip(fields, value if isinstance(value, tuple) else [getattr(value, name) for name in fields]))
 
 
@@ -500,175 +631,265 @@ def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
     return value
 
 
-def _error_base(cls: type) -> tuple[Any, dict[str, Any]]:
-    """The builtin exception that a class comes from, and those of its fields that may be of any type: a
-    UnicodeDecodeError whose `object` is set to a number reads foreign memory when it is printed."""
-    base = next(base for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
-    return base, {name: getattr(base, name) for name in _ERROR_FIELDS if hasattr(base, name)}
-
-
-def _error_state(error: Any) -> dict[str, Any]:
-    """An exception's arguments and attributes, without those that it has for being a RemoteError."""
-    told = {name: field.__get__(error) for name, field in _error_base(type(error))[1].items()}
-    state = {name: held for name, held in told.items() if held is not None}
-    state.update(vars(error), args=list(error.args))
-    hidden = ("type_name", "remote_traceback", "_body") if isinstance(error, RemoteError) else ()
-    return {name: held for name, held in state.items() if name not in hidden}
-
-
-def _make_error(cls: Any, state: Any) -> Any:
-    """An exception from its state, without a call of any __init__ but the builtin base's."""
-    base, fields = _error_base(cls)
-    if type(state) is not dict or type(state.get("args")) is not list:
-        raise ValueError("the state of an exception is its args and attributes")
-    error = base.__new__(cls, *state["args"])
-    base.__init__(error, *state["args"])
-    BaseException.__setattr__(error, "args", tuple(state["args"]))
-    for name, held in state.items():
-        if name in fields:
-            fields[name].__set__(error, held)
-        elif name != "args":
-            vars(error)[name] = held  # where it cannot reach what the interpreter relies on
-    return error
-
-
 # -- encoding
 
-def _is_plain(value: Any) -> bool:
-    """Whether JSON keeps a value exactly, types and all, so that it needs no packing."""
-    kind = type(value)
-    if kind is dict:
-        if not _has_plain_keys(value):
-            return False
-        value = value.values()
-    elif kind is not list:
-        return kind in _ATOMS and (kind is not int or -_SAFE_INTEGER <= value <= _SAFE_INTEGER)
-    if len(value) > 64 and set(map(type, value)) <= _ATOMS - {int}:
-        return True  # at C speed; in short ones this takes longer than to look at each
-    for item in value:
-        kind = type(item)
-        if kind is int:
-            if not -_SAFE_INTEGER <= item <= _SAFE_INTEGER:
-                return False
-        elif kind not in _ATOMS and not ((kind is list or kind is dict) and (not item or _is_plain(item))):
-            return False
-    return True
-
-
 def _has_plain_keys(mapping: dict[Any, Any]) -> bool:
-    return set(map(type, mapping)) <= {str} and not (len(mapping) == 1 and next(iter(mapping)).startswith("$"))
+    return _TEXTS.issuperset(map(type, mapping)) and not (len(mapping) == 1 and next(iter(mapping))[:1] == "$")
 
 
-def _is_plain_atom(value: Any) -> bool:
-    """The same of one value, with a look at what _is_plain leaves to the encoder to trip over: NaN, lone surrogates."""
-    if type(value) is str:
-        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
-    return type(value) in _ATOMS and _is_plain(value) and (type(value) is not float or value - value == 0.0)
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+        return True
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+
+
+def _are_fine(values: Sequence[Any]) -> bool:
+    """Whether they are atoms of which the encoder changes none; at C speed."""
+    kinds = set(map(type, values))
+    if int not in kinds:
+        return kinds <= _FINE
+    if not kinds <= _ATOMS:
+        return False
+    integers = [value for value in values if type(value) is int]
+    return -_SAFE_INTEGER <= min(integers) and max(integers) <= _SAFE_INTEGER
 
 
 class _Packer:
-    """Turns one value into what JSON keeps: itself where it `is_plain`, else a tagged copy.
+    """One value on its way out, of one thread. `fit` gives what the encoder is to write for it, `tag` is the
+    encoder's hook. `careful`: the encoder has tripped over it, as it does over NaN and lone surrogates."""
 
-    `buffers` collects the bytes that go beside the message, `lent` the numbers of what was lent; `tagged` says whether
-    there is any tag. A place in the value is a label, or (the place of what holds it, how a part is called, its index or key).
-    """
+    __slots__ = ("_arrays", "_fine", "_lend", "buffers", "lent", "tagged")
 
-    def __init__(self, lend: Callable[[Any, list[int]], tuple[str, Any] | None], is_plain: Callable[[Any], bool]) -> None:
-        self.buffers: list[_Bytes] = []
-        self.lent: list[int] = []
-        self.tagged = False
-        self._lend = lend
-        self._is_plain = is_plain
+    def __init__(self, codec: _Codec, careful: bool = False) -> None:
+        self.buffers: list[_Bytes] = []  # that go beside the message
+        self.lent: list[int] = []  # the numbers of what was lent
+        self.tagged = 0
+        self._fine = _CONSTANTS if careful else _FINE  # what goes as it is
+        self._arrays = codec.arrays
+        self._lend = codec.lend
 
-    def pack(self, value: Any, place: Any) -> Any:
-        """Raises NotSerializable for what cannot travel."""
-        if self._is_plain(value):
-            return value
+    def tag(self, value: Any) -> dict[str, Any]:
+        """What JSON does not have, with its tag. Raises NotSerializable, and whatever an `encode` raises."""
+        self.tagged = 1
         kind = type(value)
-        if kind is list:
-            return [self.pack(part, (place, "{}[{}]", index)) for index, part in enumerate(value)]
-        if kind is dict:
-            return self._mapping(value, place, "{}[{!r}]")
-        tag, state = self._taken_apart(value, place)
-        self.tagged = True
-        if tag == "$type" and type(state[1]) is dict:
-            return {tag: [state[0], self._mapping(state[1], place, "{}.{}")]}
+        if kind is bytes and len(value) <= _INLINE:
+            return {"$bytes": binascii.b2a_base64(value, newline=False).decode()}
+        way = _WAYS.get(kind) or _way_of(kind)
+        if way is _NO_WAY:
+            loan = self._lend(value, self.lent)
+            if loan is None:
+                raise NotSerializable(_advice(kind))
+            return dict((loan,))
+        tag, state = way[0], way[1](value)
+        if type(state) in self._fine:
+            return {tag: state}
         if tag != "$bytes" and tag != "$bytearray":
-            return {tag: self.pack(state, place)}
+            return {tag: self.fit(state)}
         if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
             return {tag: _base64(state)}
         self.buffers.append(state)
         return {tag: len(self.buffers) - 1}
 
-    def _taken_apart(self, value: Any, place: Any) -> tuple[str, Any]:
-        """The tag and state of what JSON does not have."""
-        way = _way_of(type(value))
+    def fit(self, value: Any) -> Any:
+        """The value, or where the encoder would change it without a word, a copy with tags."""
+        kind, tagged = type(value), None
+        if kind is list:
+            return self._fit_list(value)
+        if kind is dict:
+            return self._fit_dict(value)
+        if kind is tuple:
+            tagged = {"$tuple": self._fit_list(value)}
+        elif kind is int:
+            if not -_SAFE_INTEGER <= value <= _SAFE_INTEGER:
+                tagged = {"$int": hex(_bounded(value))}
+        elif kind is float:
+            if value - value != 0.0:
+                tagged = {"$float": repr(value)}
+        elif kind is str:
+            if not _is_text(value):
+                tagged = {"$str": _base64(value.encode("utf-8", "surrogatepass"))}
+        elif issubclass(kind, _BASES):
+            return self.tag(value)
+        if tagged is None:
+            return value  # as it is, or the encoder asks for it
+        self.tagged = 1
+        return tagged
+
+    def _fit_list(self, values: Sequence[Any]) -> Any:
+        """The same of a list, or of a tuple's items."""
+        if len(values) >= _MANY:
+            fitted = self._fit_many(values)
+            if fitted is not None:
+                return fitted
+        return values if self._fine.issuperset(map(type, values)) else self._fit_each(values)
+
+    def _fit_each(self, values: Any) -> Any:
+        fine, copy = self._fine, None
+        for index, part in enumerate(values):
+            kind = type(part)
+            if kind in fine or kind is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER or kind in _ASKED:
+                continue
+            fitted = self.fit(part)
+            if fitted is not part:
+                copy = [*values] if copy is None else copy
+                copy[index] = fitted
+        return values if copy is None else copy
+
+    def _fit_many(self, values: Sequence[Any]) -> Any:
+        """The same of a long list by one look at all that it holds; None if each item has to be looked at."""
+        kinds: list[Any] = [*map(type, values)]
+        kind = kinds[0]
+        alike = kinds.count(kind) == len(kinds)
+        if alike and self._arrays and (kind is int or kind is float):
+            return self._fit_numbers("q" if kind is int else "d", values)
+        if self._fine is not _FINE:
+            return None
+        if not alike or kind in _ATOMS:
+            return values if _are_fine(values) else None
+        if kind is tuple:
+            return self._fit_rows("$tuple", values)
+        if kind is dict and str not in map(type, _flatten(values)):
+            return self._fit_rows("$dict", [[*_flatten(row.items())] for row in values])
+        if kind not in _ASKED:
+            return None
+        way = _way_of(kind)
+        if kind is bytes and self._arrays and max(map(len, values)) <= _INLINE:
+            return self._each("$bytes", [*map(_base64, values)])
+        if not self._arrays or way.tag not in _EACH or way.tag == "$bytes":
+            return values
+        return self._each(way.tag, self._fit_list([*map(way.state, values)]))
+
+    def _fit_numbers(self, code: str, values: Sequence[Any]) -> Any:
         try:
-            reduced = (way[0], way[1](value)) if way else self._lend(value, self.lent)
-        except RecursionError:
-            raise
-        except NotSerializable as error:
-            raise _refusal(value, place, str(error)) from error.__cause__
-        except Exception as error:
-            raise _refusal(value, place, f"its state could not be told: {error!r}") from error
-        if reduced is None:
-            raise _refusal(value, place)
-        return reduced
+            data = struct.pack(f"<{len(values)}{code}", *values)
+        except struct.error:  # beyond 64 bits
+            return None
+        self.tagged = 1
+        return {"$numbers": [code, data]}
 
-    def _mapping(self, value: dict[Any, Any], place: Any, form: str) -> Any:
-        if _has_plain_keys(value) and (self._is_plain is _is_plain or all(map(_is_plain_atom, value))):
-            return {key: self.pack(part, (place, form, key)) for key, part in value.items()}
-        self.tagged = True
-        return {"$dict": [[self.pack(key, (place, "a key of {}", key)), self.pack(part, (place, form, key))]
-                          for key, part in value.items()]}
+    def _fit_rows(self, tag: str, rows: Sequence[Any]) -> Any:
+        short = max(map(len, rows)) < _MANY
+        return self._each(tag, rows) if short and _are_fine([*_flatten(rows)]) else None
 
+    def _each(self, tag: str, states: Any) -> Any:
+        """A list whose items all have one tag."""
+        self.tagged = 1
+        return {"$each": [tag, states]} if self._arrays else [{tag: state} for state in states]
 
-def _refusal(value: Any, place: Any, why: str = "") -> NotSerializable:
-    """The error that names the place of what cannot travel."""
-    path = _path(place).replace("call[2]", "args", 1).replace("call[3]", "kwargs", 1)
-    kind = type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
-    return NotSerializable(f"{path} is of type {name}: {why or _advice(kind)}", path=path, type_name=name)
-
-
-def _path(place: Any) -> str:
-    if type(place) is str:
-        return place
-    holder, form, key = place
-    try:
-        return str(form.format(_path(holder), key))
-    except Exception:  # a __repr__ that fails
-        return str(form.format(_path(holder), "?"))
+    def _fit_dict(self, value: dict[Any, Any]) -> Any:
+        if value and not (_has_plain_keys(value) and (self._fine is _FINE or all(map(_is_text, value)))):
+            self.tagged = 1
+            _told_apart([*value])
+            return {"$dict": self._fit_list([*_flatten(value.items())])}
+        values = value.values()
+        if self._fine.issuperset(map(type, values)):
+            return value
+        fitted = self._fit_each(values)
+        return value if fitted is values else dict(zip(value, fitted))
 
 
 def _advice(kind: type) -> str:
     """What to do with a value that cannot travel."""
-    base = next((base for base in kind.__mro__ if base in _ATOMS or base is list or base in _WAYS), None)
     if hasattr(kind, "__next__") and kind.__module__ != "_io":
         return "send list(...) of it"
-    if base is not None:
-        return f"it would lose its type; register it with miniplug.register, or send {base.__name__}(...) of it"
+    for base in kind.__mro__:
+        if base in _BASES or _way_of(base).tag not in ("", "$type"):
+            return f"it would lose its type; register it with miniplug.register, or send {base.__name__}(...) of it"
     return "register it with miniplug.register, pass miniplug.ref(...) to lend it, or send plain data"
 
 
-_encode: Callable[[Any], str] = json.JSONEncoder(
-    ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")).encode
-_quote: Callable[[str], str] = json.encoder.encode_basestring
+def _parts(value: Any, path: str) -> list[tuple[str, Any]]:
+    """What a value is made of: the place of each part, and the part."""
+    kind = type(value)
+    if kind is dict:
+        keys = [(f"a key of {path}", key) for key in value]
+        return keys + [(f"{path}[{_shown(key)}]", part) for key, part in value.items()]
+    if kind is not list and kind is not tuple:
+        way = _way_of(kind)
+        value = () if way is _NO_WAY else way.state(value)
+        if way.tag == "$type":
+            value = value[1]
+            if type(value) is dict:
+                return [(f"{path}.{name}", part) for name, part in value.items()]
+        if type(value) is not list:
+            return [(path, value)] if way.tag == "$type" else []
+    return [(f"{path}[{index}]", part) for index, part in enumerate(value)]
 
 
-def _write_integer(value: int) -> str:
-    if -_SAFE_INTEGER <= value <= _SAFE_INTEGER:
-        return str(value)
-    raise KeyError  # it takes a tag
+def _writer(hook: Any) -> Callable[[Any], str]:
+    """What writes JSON, and asks `hook` for what JSON does not have."""
+    make: Any = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:  # not CPython
+        return json.JSONEncoder(default=hook, ensure_ascii=False, check_circular=False, allow_nan=False,
+                                separators=(",", ":")).encode
+    # called directly: json's own setup for every value costs more than its work
+    encode = make(None, hook, json.encoder.encode_basestring, None, ":", ",", False, False, False)
+    return lambda value: "".join(encode(value, 0))
 
 
-_WRITERS: dict[type, Callable[[Any], str]] = {str: _quote, int: _write_integer}
-_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
-if _make_encoder is not None:  # the C part called directly: its setup for every value costs more than its work
-    _c_encode = _make_encoder(  # markers, default, encoder, indent, separators, sort, skip, allow_nan
-        None, repr, _quote, None, ":", ",", False, False, False)
-    _encode = lambda value: "".join(_c_encode(value, 0))  # noqa: E731
+_encode = _writer(None)
 
+
+# -- decoding
+
+_LONG_NUMBER = re.compile("[0-9]{%d}" % (_MAX_DIGITS // 2))  # to read one takes quadratic time
+
+
+def _refuse(*what: Any) -> NoReturn:
+    raise ValueError("this is not data")
+
+
+def _make_integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+def _scanner(hook: Any, integers: Any = None) -> Callable[[str, int], tuple[Any, int]]:
+    """What reads JSON: gives the value that begins at an index, and where it ends."""
+    decoder: Any = json.JSONDecoder
+    return decoder(object_hook=hook, parse_int=integers, parse_constant=_refuse).scan_once  # type: ignore[no-any-return]
+
+
+_scan = _scanner(None)
+
+
+class _Unpacker:
+    """What the tags of a message stand for, on its way in; of any number of messages that have no buffers. A tag's
+    state must be of a type that _TAGS names: what that holds is not run."""
+
+    def __init__(self, borrow: Callable[[str, Any], Any], buffers: Sequence[_Bytes] = ()) -> None:
+        self._borrow = borrow
+        self._buffers = dict(enumerate(buffers))  # each is taken once, or a short message could fill the memory
+
+    def unmark(self, mapping: dict[str, Any]) -> Any:
+        """What an object stands for."""
+        if len(mapping) != 1:
+            return mapping
+        tag, state = mapping.popitem()
+        try:
+            make = _MAKES[tag][type(state)]
+        except KeyError:
+            return self._unmark_rare(tag, state)
+        return make(state)
+
+    def _unmark_rare(self, tag: str, state: Any) -> Any:
+        """The same of what is no tag, or one of the session or this message, or comes for the first time."""
+        if tag[:1] != "$":
+            return {tag: state}
+        if tag == "$ref" or tag == "$own":
+            return self._borrow(tag, state)
+        if type(state) is int and (tag == "$bytes" or tag == "$bytearray"):
+            return (bytes if tag == "$bytes" else bytearray)(self._buffers.pop(state))
+        makes = _makes_of(tag)
+        if type(state) not in makes:
+            raise ValueError(f"{tag} of a {type(state).__name__}")
+        return makes[type(state)](state)
+
+
+# -- the codec
 
 def _is_deep() -> bool:
     """Whether most of this thread's stack is used up."""
@@ -678,278 +899,334 @@ def _is_deep() -> bool:
         return False
 
 
-def _refuse(*what: Any) -> NoReturn:
-    raise ValueError("this is not data")
-
-
 class _Codec:
-    """Values to bytes and back. `lend`, `unlend` and `borrow` are what the session does with references: `lend` gives
-    the tag and plain state of a value that goes by reference, or None, and appends the loan's number to a list, which
-    `unlend` takes back; `borrow` gives the value for a tag and state."""
+    """Values to bytes and back, for any number of threads. `lend`, `unlend` and `borrow` are what the session does
+    with references: `lend` gives the tag and plain state of a value that goes by reference, or None, and appends the
+    loan's number to a list, which `unlend` takes back; `borrow` gives the value for a tag and state.
+    `arrays`: whether the other side has said that it knows "$numbers" and "$each"."""
 
-    joins = True  # whether bytes of several values make a list of them
-    _goes_as_it_is = staticmethod(_is_plain)
-    _is_exact = staticmethod(_is_plain_atom)  # what packing goes by if the encoder has tripped over something
-
-    def __init__(self, lend: Callable[[Any, list[int]], tuple[str, Any] | None], unlend: Callable[[list[int]], Any],
+    def __init__(self, lend: Callable[[Any, list[int]], tuple[str, Any] | None], unlend: Callable[[Any], Any],
                  borrow: Callable[[str, Any], Any]) -> None:
-        self._lend = lend
-        self._unlend = unlend
-        self._borrow = borrow
-        self._buffers: dict[int, _Bytes] = {}  # of the message that is being decoded, those not taken yet
-        decoder: Any = json.JSONDecoder
-        self._scan = decoder(parse_constant=_refuse).scan_once
-        self._scan_tagged = decoder(parse_constant=_refuse, object_hook=self._unmark).scan_once
+        self.lend, self.unlend, self.borrow = lend, unlend, borrow
+        self.arrays = False
+        self._scan = _scanner(_Unpacker(borrow).unmark)
 
     def dumps(self, value: Any, label: str) -> _Content:
-        """The bytes, the buffers beside them, whether there are tags, and the numbers of what was lent.
-        Raises NotSerializable, naming the place."""
+        """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent.
+        Raises NotSerializable, naming the place; `label` names the value."""
         try:
-            if self._goes_as_it_is(value):
-                return self._write(value), (), False, ()
-            return self._pack(value, label, _is_plain)
-        except (ValueError, RecursionError):  # ValueError: a NaN, an infinity, or a lone surrogate
-            return self._pack(value, label, self._is_exact)
+            if type(value) in _FINE:
+                return _encode(value).encode(), (), 0, ()
+            return self._pack(_Packer(self), value)
+        except Exception:
+            return self._pack_carefully(value, label)
 
-    def dumps_short(self, value: Any, label: str) -> bytes | _Content:
-        """As `dumps`; the bytes alone of what is plain and short."""
-        kind = type(value)
-        if kind in _WRITERS and (kind is not str or len(value) < _SHORT):
-            try:
-                return _WRITERS[kind](value).encode()
-            except (KeyError, UnicodeEncodeError):
-                pass  # a long integer, or a lone surrogate
-        content = self.dumps(value, label)
-        return content[0] if len(content[0]) <= _SHORT and not (content[1] or content[2] or content[3]) else content
-
-    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bytes | _Content:
-        """The same of a call. The usual ones, of a few short texts and numbers, are put together here."""
-        if not kwargs and len(args) < 5:
-            try:
-                texts = ",".join([_WRITERS[type(value)](value) for value in args])
-                if len(texts) < _SHORT:
-                    return f'[{target},{_quote(method)},[{texts}],{{}}]'.encode()
-            except (KeyError, UnicodeEncodeError):
-                pass  # it is none of them; or a lone surrogate
-        return self.dumps_short([target, method, list(args), kwargs], "call")
-
-    def _pack(self, value: Any, label: str, is_plain: Callable[[Any], bool]) -> _Content:
-        packer = _Packer(self._lend, is_plain)
+    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> _Content:
+        """The same of a call."""
         try:
-            return self._write(packer.pack(value, label)), packer.buffers, packer.tagged, packer.lent
-        except BaseException as error:
-            self._unlend(packer.lent)
-            if isinstance(error, RecursionError) and not _is_deep():
-                raise NotSerializable(f"{label} is nested too deeply, or contains itself", path=label) from None
+            if not kwargs and _FINE.issuperset(map(type, args)):
+                return _encode((target, method, args, kwargs)).encode(), (), 0, ()
+            return self._pack(_Packer(self), [target, method, [*args], kwargs])
+        except Exception:
+            return self._pack_carefully([target, method, [*args], kwargs], "call")
+
+    def _pack(self, packer: _Packer, value: Any) -> _Content:
+        try:
+            text = _writer(packer.tag)(packer.fit(value))
+            return text.encode(), packer.buffers, packer.tagged, packer.lent
+        except BaseException:
+            self.unlend(packer.lent)
             raise
 
-    def join(self, values: Sequence[bytes]) -> bytes:
-        return b"[" + b",".join(values) + b"]"
-
-    def _write(self, packed: Any) -> bytes:
-        return _encode(packed).encode()
-
-    def loads(self, data: _Bytes, buffers: list[Any], tagged: bool) -> Any:
-        """The value. Raises ProtocolError for whatever is not well-formed, _Undecodable for what cannot be made here."""
+    def _pack_carefully(self, value: Any, label: str) -> _Content:
+        """The same of what the encoder has tripped over, or what cannot be written at all."""
         try:
-            self._buffers = dict(enumerate(buffers)) if buffers else {}
-            return self._read(data, tagged)
+            return self._pack(_Packer(self, careful=True), value)
+        except RecursionError:
+            if _is_deep():
+                raise
+            raise NotSerializable(f"{label} is nested too deeply, or contains itself", path=label) from None
+        except Exception as error:
+            path, kind, cause = self._blame(label, value, error)
+        why = str(cause)
+        if type(cause) is not NotSerializable:
+            why = f"its state could not be told: {_shown(cause)}"
+        else:
+            cause = cause.__cause__
+        path = path.replace("call[2]", "args", 1).replace("call[3]", "kwargs", 1)
+        name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
+        raise NotSerializable(f"{path} is of type {name}: {why}", path=path, type_name=name) from cause
+
+    def _blame(self, path: str, value: Any, error: Any) -> tuple[str, type, Any]:
+        """Which part of a value cannot travel: its place, its type, and why."""
+        try:
+            parts = _parts(value, path)
+        except Exception:
+            parts = []
+        for place, part in parts:
+            try:
+                self.unlend(self._pack(_Packer(self, careful=True), part)[3])
+            except Exception as reason:
+                return self._blame(place, part, reason)
+        return path, type(value), error
+
+    def loads(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int) -> Any:
+        """The value. Raises ProtocolError for what is not well-formed, _Undecodable for what cannot be made here."""
+        try:
+            text = str(body, "utf-8").strip(" \t\r\n")
+            long = len(text) > _MAX_DIGITS and any(map(_LONG_NUMBER.match, itertools.repeat(text),
+                                                       range(0, len(text), _MAX_DIGITS // 2)))
+            scan = self._scan if tagged else _scan
+            if buffers or long:
+                hook = _Unpacker(self.borrow, buffers).unmark if tagged else None
+                scan = _scanner(hook, _make_integer if long else None)
+            value, end = scan(text, 0)
+            if end != len(text):
+                raise ValueError("more than one value")
+            return value
         except (NotSerializable, DeadReference, MethodNotFound) as error:  # the latter two of what comes home
             raise _Undecodable(error) from error
         except Exception as error:
             if isinstance(error, RecursionError) and _is_deep():
                 raise  # it is the caller's stack that is full
-            raise ProtocolError(f"a malformed value: {error!r}") from None
+            raise ProtocolError(f"a malformed value: {_shown(error)}") from None
+
+    joins = True  # until the session is rebuilt: this, and what follows
+
+    def dumps_short(self, value: Any, label: str) -> Any:
+        content = self.dumps(value, label)
+        return content[0] if len(content[0]) <= 3072 and not (content[1] or content[2] or content[3]) else content
 
     def loads_plain(self, data: bytes) -> Any:
-        """The same of a value without tags and buffers, which is the usual case."""
-        try:
-            text = data.decode()
-            value, end = self._scan(text, 0)
-            if end == len(text):
-                return value
-        except (ValueError, StopIteration, RecursionError):
-            pass
-        return self.loads(data, [], False) if data else None  # it knows what is wrong
+        return self.loads(data, (), 0) if data else None
 
-    def _read(self, data: _Bytes, tagged: bool) -> Any:
-        text = str(data, "utf-8").strip(" \t\r\n")
-        value, end = (self._scan_tagged if tagged else self._scan)(text, 0)
-        if end != len(text):
-            raise ValueError("more than one value")
-        return value
-
-    def _unmark(self, mapping: dict[str, Any]) -> Any:
-        """What an object stands for. A tag's state must be of its type: what that holds is not run."""
-        if len(mapping) != 1:
-            return mapping
-        ((tag, state),) = mapping.items()
-        if not tag.startswith("$"):
-            return mapping
-        if tag == "$bytes" or tag == "$bytearray":
-            return (bytes if tag == "$bytes" else bytearray)(self._taken(state))
-        if tag == "$ref" or tag == "$own":
-            return self._borrow(tag, state)
-        row = _TAGS[tag]
-        if type(state) is not row.wire:
-            raise ValueError(f"{tag} of a {type(state).__name__}")
-        return row.make(state)
-
-    def _taken(self, state: Any) -> _Bytes:
-        """What the tag of some bytes stands for. A buffer is taken once, or a short message could fill the memory."""
-        if type(state) is int:
-            return self._buffers.pop(state)
-        if type(state) is not str:
-            raise ValueError("bytes are base64, or the number of a buffer")
-        return binascii.a2b_base64(state)
-
-
-class _PickleCodec(_Codec):
-    """The same in pickle, for a trusted plugin that moves large structured data: it is faster there, but a pickle that
-    means harm can freeze or end the process that reads it. What pickle has by itself goes at C speed. A value with
-    anything else in it is packed as for JSON first, so a pickle holds nothing but data."""
-
-    joins = False
-    _goes_as_it_is = staticmethod(lambda value: True)  # or the pickler says so
-    _is_exact = staticmethod(_is_plain)
-
-    def __init__(self, *references: Any) -> None:
-        super().__init__(*references)
-        pickle = _import("pickle")  # imported, and its classes made, only where it is asked for
-        self._pickler = type("_Pickler", (pickle.Pickler,), {"reducer_override": _refuse})
-        self._unpickler = type("_Unpickler", (pickle.Unpickler,), {"find_class": _refuse})
-
-    def _write(self, packed: Any) -> bytes:
-        file = io.BytesIO()
-        pickler: Any = self._pickler(file, 5, buffer_callback=_refuse)
-        pickler.fast = True  # by value: no memo
-        pickler.dump(packed)
-        return file.getvalue()
-
-    def _read(self, data: _Bytes, tagged: bool) -> Any:
-        value = self._unpickler(io.BytesIO(data)).load()
-        return self._unmark_all(value) if tagged else value
-
-    def loads_plain(self, data: bytes) -> Any:
-        return self.loads(data, [], False) if data else None
-
-    dumps_short = _Codec.dumps
-
-    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bytes | _Content:
-        return self.dumps([target, method, list(args), kwargs], "call")
-
-    def _unmark_all(self, value: Any) -> Any:
-        if type(value) is list:
-            return value if set(map(type, value)) <= _ATOMS else [*map(self._unmark_all, value)]
-        if type(value) is dict:
-            return self._unmark(dict(zip(value, map(self._unmark_all, value.values()))))
-        return value
-
-
-_CODECS = {"json": _Codec, "pickle": _PickleCodec}
+    def join(self, values: Sequence[bytes]) -> bytes:
+        return b"[" + b",".join(values) + b"]"
 
 
 # -- exceptions
 
+_MAX_PARTS = 1000  # of an exception group, all together
+_MAX_LEVELS = 30  # of groups in groups
+_MAX_COLUMN = 10000  # at which a SyntaxError may be: it is printed with a mark below
+_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "path")  # that are not in __dict__
+
+
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this in the host: what ends a loop, a task or a process may not, nor what says that the
-    plugin itself is in trouble: another plugin's trouble is not this plugin's."""
+    """Whether a call may raise this in the host: what ends a loop, a task or a process may not, nor what says that
+    the plugin itself is in trouble: another plugin's trouble is not this plugin's."""
     own = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
     ending = {"StopIteration", "StopAsyncIteration", "CancelledError"}.intersection(base.__name__ for base in kind.__mro__)
     return issubclass(kind, Exception) and not own and not ending
 
 
+_GROUP: Any = getattr(builtins, "ExceptionGroup", None)  # new in Python 3.11
 _BUILTIN_ERRORS: dict[str, type[Exception]] = {
     name: value for name, value in vars(builtins).items()
-    if isinstance(value, type) and issubclass(value, Exception) and _can_be_raised(value) and not name.endswith("Group")}
+    if isinstance(value, type) and issubclass(value, Exception) and _can_be_raised(value) and value is not _GROUP}
 _OWN_ERRORS: dict[str, type[PluginError]] = {kind.__name__: kind for kind in (
     DeadReference, MessageTooLarge, MethodNotFound, NotSerializable, PluginClosed, PluginNotFound)}
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 1000 else text[:1000] + "..."
-
-
 def _encode_error(error: BaseException, own: bool = False, bare: bool = False) -> dict[str, Any]:
-    """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: no more than its type
-    and as much of its text as goes into any message."""
+    """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: no more than its
+    type and as much of its text as goes into any message."""
     if type(error) is _Undecodable:
         error = error.args[0]
-    kind = type(error)
+    kind, cut = type(error), _cut if bare else str
     try:
-        message = str(error)
+        message = cut(str(error))
     except BaseException:  # a __str__ of its own that fails
         message = "(its text could not be made)"
-    cut = _cut if bare else str
     if own:
-        return {"type": kind.__name__, "message": cut(message), "own": True, "state": {} if bare else _carried(kind, vars(error))}
+        state = {} if bare else _carried(kind, vars(error))
+        return {"type": kind.__name__, "message": message, "own": True, "state": state}
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    body = {"type": getattr(error, "type_name", "") if isinstance(error, RemoteError) else name,
-            "message": cut(message), "traceback": cut(_format_traceback(error))}
-    if not _can_be_raised(kind):
-        return body
-    registered = next((base for base in kind.__mro__ if _WAYS.get(base, ("",))[0] == "$type"), None)
-    if registered is not None and not bare:
-        body["registered"] = _WAYS[registered][1](error)
-    nearest = next((base for base in kind.__mro__ if _BUILTIN_ERRORS.get(base.__name__) is base), Exception)
-    if nearest is not Exception:
-        state = {} if bare else {key: held for key, held in _error_state(error).items() if key[0] != "_" or key == "__notes__"}
-        body.update(kind=nearest.__name__, args=state.pop("args", [cut(message)]), state=state)
+    body: dict[str, Any] = {"type": name, "message": message, "traceback": cut(_format_traceback(error))}
+    if isinstance(error, RemoteError):  # it goes on, from another process
+        body["type"] = error.type_name or name
+        if kind is RemoteError:
+            body["message"] = error.message or message
+    if _GROUP is not None and isinstance(error, builtins.BaseExceptionGroup) and not bare:
+        parts: Any = [*map(_encode_error, error.exceptions)]
+        return {**body, "kind": "ExceptionGroup", "args": [error.message], "parts": parts}
+    if _can_be_raised(kind):
+        _add_type(body, error, bare)
     return body
 
 
-def _carried(kind: type, attributes: dict[str, Any]) -> dict[str, Any]:
-    """What an error of miniplug's carries by its class, of some attributes."""
-    return {key: held for key, held in attributes.items() if key in vars(kind).get("__annotations__", ())}
+def _add_type(body: dict[str, Any], error: Any, bare: bool) -> None:
+    """Tell an exception's registered or builtin type, and its state."""
+    mro = type(error).__mro__
+    registered = next((base for base in mro if _WAYS.get(base, _NO_WAY).tag == "$type"), None)
+    if registered is not None and not bare:
+        body["registered"] = _WAYS[registered].state(error)
+    nearest = next((base for base in mro if _BUILTIN_ERRORS.get(base.__name__) is base), Exception)
+    if nearest is not Exception:
+        state = {} if bare else _error_state(error)
+        body.update(kind=nearest.__name__, args=state.pop("args", [body["message"]]), state={
+            key: held for key, held in state.items() if key[0] != "_" or key == "__notes__"})
+
+
+def _carried(kind: type, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What an error of miniplug's carries by its class, of some attributes, if it is of the right type."""
+    carried = {}
+    for name in vars(kind).get("__annotations__", ()):
+        held: Any = attributes.get(name)
+        default = getattr(kind, name)
+        if type(held) in (list, tuple):
+            fits = default == () and _TEXTS.issuperset(map(type, held))
+        else:
+            fits = type(held) is type(default) and (type(held) is str or _is_small(held))
+        if fits:
+            carried[name] = held
+    return carried
+
+
+def _is_small(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def _format_traceback(error: BaseException) -> str:
     frames = error.__traceback__
-    if frames is not None and frames.tb_frame.f_code is _Session.run.__code__:
-        frames = frames.tb_next  # miniplug's own
+    while frames is not None and frames.tb_frame.f_globals is globals():  # miniplug's own
+        frames = frames.tb_next
     try:
-        return "".join(_import("traceback").format_exception(type(error), error, frames))
+        return "".join(_call("traceback.format_exception", type(error), error, frames))
     except BaseException as failure:  # such as a __repr__ that calls sys.exit()
         return f"(a traceback that could not be made: {type(failure).__name__})"
 
 
-def _decode_error(body: Any) -> Any:
-    """The exception to raise for the body of an error message, whatever is wrong with that."""
-    body = body if isinstance(body, dict) else {}
-    message = str(body.get("message", "the plugin failed and did not say how"))
-    state = body["state"] if isinstance(body.get("state"), dict) else {}
-    own = _OWN_ERRORS.get(str(body.get("type"))) if body.get("own") else None
-    if own is not None:
-        return own(message, **_carried(own, state))
-    error = _raised_error(body, state, message)
-    traceback = str(body.get("traceback", ""))
-    if error.args == ("",) and type(error) is RemoteError:
-        error.args = (str(body.get("type", "")),)  # such as SystemExit: no text would say nothing
-    told = {"type_name": str(body.get("type", "unknown")), "message": message, "remote_traceback": traceback, "_body": body}
-    vars(error).update({**told, **vars(error), "_body": body})  # its own attributes win
-    BaseException.__setattr__(error, "__cause__", _RemoteTraceback(traceback) if traceback else None)  # it may be frozen
+def _error_base(cls: type) -> Any:
+    """The builtin exception that a class comes from."""
+    return next(base for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
+
+
+def _error_state(error: Any) -> dict[str, Any]:
+    """An exception's arguments and attributes, without those that it has for being a RemoteError."""
+    base = _error_base(type(error))
+    state = {name: getattr(base, name).__get__(error) for name in _FIELDS if hasattr(base, name)}
+    state = {name: held for name, held in state.items() if held is not None}
+    state.update(vars(error), args=[*error.args])
+    hidden = ("type_name", "remote_traceback", "_body") if isinstance(error, RemoteError) else ()
+    return {name: held for name, held in state.items() if name not in hidden}
+
+
+def _make_error(cls: Any, state: Any) -> Any:
+    """An exception from its state, without a call of any __init__ but the builtin base's. Left out is what would make
+    it dear or impossible to raise, print or copy."""
+    if type(state) is not dict or type(state.get("args")) is not list:
+        raise ValueError("the state of an exception is its args and attributes")
+    base, args = _error_base(cls), state["args"]
+    known = _place_of(args) if issubclass(base, SyntaxError) else args
+    error = base.__new__(cls, *known)
+    base.__init__(error, *known)
+    BaseException.__setattr__(error, "args", tuple(args))
+    for name, held in state.items():
+        kind = type(held)
+        if name in _FIELDS and hasattr(base, name):
+            if kind in _FINE or kind is bytes or _is_small(held) or _way_of(kind).tag[-4:] == "path":
+                getattr(base, name).__set__(error, held)
+        elif name == "__notes__":
+            if kind is list and _TEXTS.issuperset(map(type, held)):
+                vars(error)[name] = held
+        elif type(name) is str and name[:2] != "__" and name != "args" and not callable(getattr(cls, name, None)):
+            vars(error)[name] = held  # where it cannot reach what the interpreter relies on
     return error
+
+
+def _place_of(args: list[Any]) -> list[Any]:
+    """The arguments of a SyntaxError, with no more of its place than can be printed."""
+    place: Any = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
+    for held, kind, limit in zip(place, (str, int, int, str), (0, 2**31, _MAX_COLUMN, 0)):
+        if held is not None and (type(held) is not kind or type(held) is int and not 0 <= held <= limit):
+            place = ()
+    return [args[0], tuple(place)] if len(place) == 4 else args[:1]
 
 
 @lru_cache(None)
 def _remote_type(kind: Any) -> Any:
-    """The type that is an exception's own and RemoteError at once."""
+    """The type that is an exception's own and RemoteError at once. It can be printed whatever came."""
+    def printed(method: Callable[[Any], str]) -> Callable[[Any], str]:
+        def text(self: Any) -> str:
+            try:
+                return "" + method(self)
+            except Exception:  # an integer that is too long for it, or an attribute that is not there
+                return str(self._body["message"]) if self._body else ""
+        return text
+
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (kind, RemoteError), {**body, "__reduce__": RemoteError.__reduce__})
+    body.update(__reduce__=RemoteError.__reduce__, __str__=printed(kind.__str__), __repr__=printed(kind.__repr__))
+    return type(kind.__name__, (kind, RemoteError), body)
 
 
-def _raised_error(body: Mapping[str, Any], state: Mapping[str, Any], message: str) -> Any:
-    """An instance of the registered or builtin exception that a body names, which is a RemoteError too; or a plain one."""
-    kind: Any
+def _decode_error(body: Any) -> Any:
+    """The exception to raise for the body of an error message, whatever is wrong with that."""
+    body = body if type(body) is dict else {}
+    texts = {key: body[key] if type(body.get(key)) is str else "" for key in ("type", "message", "traceback")}
+    body = {**body, **texts}
+    name, message, traceback = texts.values()
+    state = body["state"] if type(body.get("state")) is dict else {}
+    if body.get("own") and name in _OWN_ERRORS:
+        return _OWN_ERRORS[name](message, **_carried(_OWN_ERRORS[name], state))
+    error = _raised_error(body, state)
+    if error is None:
+        told = ": ".join(filter(None, (name.rpartition(".")[2], message)))
+        error = RemoteError(told or "the plugin failed and did not say how")
+    known = {"type_name": name or "unknown", "message": message, "remote_traceback": traceback, **vars(error)}
+    vars(error).update(known, _body=body)  # its own attributes win
+    cause = _RemoteTraceback(traceback) if traceback else None
+    BaseException.__setattr__(error, "__cause__", cause)  # it may be frozen
+    return error
+
+
+def _raised_error(body: dict[str, Any], state: dict[str, Any]) -> Any:
+    """An instance of the registered or builtin exception that a body names, which is a RemoteError too; or None."""
+    kind: Any = None
     try:
-        error = _make_registered(body["registered"])
-        kind, state = type(error), _error_state(error)
+        if "parts" in body:
+            if _GROUP is not None and _is_printable(body):
+                kind, state = _GROUP, {"args": [body["args"][0], [*map(_decode_error, body["parts"])]]}
+        else:
+            error = _make_registered(body["registered"])
+            kind, state = type(error), _error_state(error)
     except Exception:  # none, or one that is not registered here
-        kind, state = _BUILTIN_ERRORS.get(str(body.get("kind")), RemoteError), {**state, "args": body.get("args")}
+        kind, state = _BUILTIN_ERRORS.get(str(body.get("kind"))), {**state, "args": body.get("args")}
     try:
-        return _make_error(_remote_type(kind), state) if _can_be_raised(kind) else RemoteError(message)
-    except Exception:  # not what it takes; or kind is RemoteError
-        return RemoteError(message)
+        return _make_error(_remote_type(kind), state) if kind is not None and _can_be_raised(kind) else None
+    except Exception:  # not what it takes
+        return None
+
+
+def _is_printable(group: dict[str, Any]) -> bool:
+    """Whether a group of exceptions has few enough parts in few enough levels."""
+    level, count = [group], 0
+    for _ in range(_MAX_LEVELS):
+        level = [part for held in level for part in held.get("parts", ()) if type(part) is dict]
+        count += len(level)
+        if not level or count > _MAX_PARTS:
+            return not level
+    return False
+
+
+_portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # for what no connection has a part in
+
+
+def _reduce_error(error: RemoteError) -> tuple[Any, ...]:
+    """What copy and pickle keep of an error: the body that it was made from, as on the wire."""
+    texts = {"type": error.type_name, "message": error.message or str(error), "traceback": error.remote_traceback}
+    try:
+        body, buffers, tagged, _ = _portable.dumps(error._body or texts, "")
+        return _restore_error, (texts, body, [*map(bytes, buffers)], tagged)
+    except NotSerializable:  # there is a reference in it
+        return _decode_error, (texts,)
+
+
+def _restore_error(texts: dict[str, str], *content: Any) -> Any:
+    try:
+        return _decode_error(_portable.loads(*content))
+    except (ProtocolError, _Undecodable):  # a type in it is not registered in this process
+        return _decode_error(texts)
 
 
 # === 3. channel =========================================================================================
@@ -1525,7 +1802,8 @@ class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic
 
 
 # What a handshake settles; the other side's limit in bytes, and its features.
-_Terms = namedtuple("_Terms", "protocol_version codec max_message features", defaults=((),))
+_Terms = namedtuple("_Terms", "protocol_version max_message features", defaults=((),))
+_FEATURES = ("arrays",)  # what each side tells that it knows, beside those of a plugin alone
 
 
 class _Hello:
@@ -1557,7 +1835,7 @@ class _Hello:
 
     def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (), **others: Any) -> None:
         self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(), protocol_versions=list(versions),
-                 max_message=max_message, features=list(features), **others)
+                 max_message=max_message, features=[*_FEATURES, *features], **others)
 
     def hear_greeting(self, role: str) -> dict[str, Any]:
         """The other side's greeting, checked as far as either role needs it."""
@@ -1567,6 +1845,7 @@ class _Hello:
             raise ProtocolError(f"the other side is no miniplug {role} of wire version {_WIRE_VERSION}")
         if not isinstance(versions, list) or [*map(type, versions), type(theirs.get("max_message"))] != [int] * (len(versions) + 1):
             raise ProtocolError("the other side's greeting is incomplete")
+        theirs["features"] = theirs["features"] if isinstance(theirs.get("features"), list) else []
         return theirs
 
     def prove(self) -> None:
@@ -1585,8 +1864,8 @@ class _Hello:
             mac.update(struct.pack("!I", len(part)) + part)
         return str(mac.hexdigest())
 
-    def as_host(self, versions: Sequence[int], codec: str, max_message: int) -> _Terms:
-        self.greet(versions, max_message, codec=codec)
+    def as_host(self, versions: Sequence[int], max_message: int) -> _Terms:
+        self.greet(versions, max_message, codec="json")
         theirs = self.hear_greeting("plugin")
         self.check("plugin")
         common = set(versions) & set(theirs["protocol_versions"])
@@ -1599,29 +1878,28 @@ class _Hello:
             older = "plugin" if max(theirs["protocol_versions"], default=0) < max(versions) else "host"
             refusal = (f"no common protocol version: the host has {list(versions)}, the plugin has "
                        f"{theirs['protocol_versions']}; the {older} is the older one, bring it up to date")
-        elif codec not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
-            refusal = f"the plugin does not know the codec {codec!r}, only {theirs.get('codecs')}"
-        self.say(**({"refusal": refusal} if refusal else {"protocol_version": max(common), "codec": codec}))
+        elif "json" not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
+            refusal = f"the plugin does not know the codec 'json', only {theirs.get('codecs')}"
+        self.say(**({"refusal": refusal} if refusal else {"protocol_version": max(common), "codec": "json"}))
         self.prove()
         if refusal:
-            raise HandshakeError(refusal, host={"protocol_versions": list(versions), "codec": codec}, plugin=theirs)
-        features = theirs.get("features")
-        return _Terms(max(common), codec, theirs["max_message"], features if isinstance(features, list) else ())
+            raise HandshakeError(refusal, host={"protocol_versions": list(versions), "codec": "json"}, plugin=theirs)
+        return _Terms(max(common), theirs["max_message"], theirs["features"])
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
                   features: Sequence[str] = ()) -> _Terms:
         """`versions` None: whatever the host has."""
         theirs = self.hear_greeting("host")
         versions = theirs["protocol_versions"] if versions is None else versions
-        self.greet(versions, max_message, features, codecs=list(_CODECS), cookie=dict(cookie))
+        self.greet(versions, max_message, features, codecs=["json"], cookie=dict(cookie))
         self.prove()
         choice = self.hear()
         self.check("host")
         if "refusal" in choice:
             raise HandshakeError(str(choice["refusal"]), host=theirs)
-        if choice.get("protocol_version") not in versions or choice.get("codec") not in [*_CODECS]:
+        if choice.get("protocol_version") not in versions or choice.get("codec") != "json":
             raise ProtocolError("the host chose what the plugin has not offered")
-        return _Terms(choice["protocol_version"], choice["codec"], theirs["max_message"])
+        return _Terms(choice["protocol_version"], theirs["max_message"], theirs["features"])
 
 
 class _Door:
@@ -2220,7 +2498,8 @@ class _Session:
         self.finished = _Gate()  # opens when the other side says stop or is gone
         self._forks = _forks
         self._garbage: deque[tuple[int, int]] = deque()  # (kind, number) of messages that finalizers want sent
-        self.codec = _CODECS[terms.codec](self._lend, references.unlend, lambda tag, state: borrow(self, tag, state))
+        self.codec = _Codec(self._lend, references.unlend, lambda tag, state: borrow(self, tag, state))
+        self.codec.arrays = "arrays" in terms.features
         self.send_limit: int = terms.max_message
         channel.gone = lambda error: None if self.ended is not None else self.end(error)
         self._pack: Callable[..., bytes] = _PREFIXED.pack if channel.prefixed else lambda size, *fields: _HEADER.pack(*fields)
@@ -2262,8 +2541,10 @@ class _Session:
         after `timeout` seconds, and what `lost` said when the connection ends."""
         if _loop_threads and threading.get_ident() in _loop_threads:
             raise RuntimeError(f"{method}() would block the event loop of the async methods: await {method}.submit(...)")
-        content = self.codec.dumps_call(target, method, args, kwargs)
+        content: Any = self.codec.dumps_call(target, method, args, kwargs)
         number = next(self._numbers)
+        if len(content[0]) <= 3072 and not (content[1] or content[2] or content[3]):  # until the session is rebuilt
+            content = content[0]
         if type(content) is bytes and timeout is None and not self._reader and _current.get() is None:
             value = self._call_alone((number, method), content)
             return self._ask(value, _CALL, content) if type(value) is _Call else value
@@ -5609,13 +5890,11 @@ class Plugin:
                  idle_timeout: float | None = None, on_start: Callable[[Plugin], Any] | None = None,
                  on_exit: Callable[[Plugin], Any] | None = None,
                  sha256: str | Mapping[_Path, str] | None = None, limits: Limits | None = None,
-                 managed: bool = True, persist: bool = False, codec: str = "json", max_message: int = _MAX_MESSAGE) -> None:
+                 managed: bool = True, persist: bool = False, max_message: int = _MAX_MESSAGE) -> None:
         for stream, value in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
             words = ("discard", "inherit", "log")[: 2 if stream == "stdin" else 3]
             if isinstance(value, str) and value not in words:
                 raise ValueError(f"{stream}={value!r}: it is one of {words}, or a file")
-        if codec not in _CODECS:
-            raise ValueError(f"codec={codec!r}: it is one of {tuple(_CODECS)}")
         if logger is not None and not hasattr(logger, "getChild"):
             raise TypeError(f"logger={logger!r}: it is a logging.Logger (that of a LoggerAdapter is its .logger)")
         if limits is not None and not isinstance(limits, Limits):
@@ -5650,7 +5929,6 @@ class Plugin:
         self._managed = managed
         self._persist = persist
         self._config: dict[str, Any] | None = None  # of a process that is attached to
-        self._codec = codec
         self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
         self._max_restarts = _checked_count(max_restarts, "max_restarts")
         self._restart_window = _checked_timeout(restart_window, "restart_window") or 0.0
@@ -6124,7 +6402,7 @@ class Plugin:
         came: list[tuple[_Channel, Any]] = []
 
         def greet(channel: _Channel, address: str) -> _Terms:
-            return _Hello(channel, address, key, "host").as_host(self._versions, self._codec, self._max_message)
+            return _Hello(channel, address, key, "host").as_host(self._versions, self._max_message)
 
         def arrived(channel: _Channel, result: Any) -> None:
             came.append((channel, result))
@@ -6184,7 +6462,7 @@ class Plugin:
         try:
             tree = _PeerTree(channel, config["pid"])
             hello = _Hello(channel, address, bytes.fromhex(config["authkey"]), "host")
-            terms = hello.as_host(self._versions, self._codec, self._max_message)
+            terms = hello.as_host(self._versions, self._max_message)
             run = _AttachedRun(self, tree, (), threading.Event())
             run.config, run.stays = config, True
             run.open(channel, terms, self._max_message, self._call_timeout)
@@ -6474,9 +6752,6 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `managed` (bool, default True): closed at interpreter exit at the latest.
     - `persist` (bool, default False): it stays when this host goes, also by interpreter exit, unless this one closes it,
       and can be attached to: see `attach`.
-    - `codec`: ``"json"`` (default), which keeps Python's types and runs no code; or ``"pickle"``, faster for large
-      structured data, and only for a plugin that is trusted as this program is: reading a pickle runs none of its code,
-      but one that means harm can freeze or end the process that reads it.
     - `max_message` (bytes, default 256 MiB, at least 4096): the longest message the host takes.
 
     Raises LaunchError, HandshakeError, ChecksumError or PluginClosed, and what `on_start` raises; ValueError for an option
@@ -6492,7 +6767,7 @@ def attach(config: Mapping[str, Any], **options: Any) -> Plugin:
     end; what does not is killed if the operating system proves that it is the plugin (on Linux and Windows), and a process
     that merely has its number never is. What it prints does not come here. After a `close` `start` connects again.
 
-    The options are those of `launch` that apply: `name`, `handshake` (for its version), `protocol_versions`, `codec`,
+    The options are those of `launch` that apply: `name`, `handshake` (for its version), `protocol_versions`,
     `max_message`, `call_timeout`, `heartbeat`, `logger`. If the environment variable ``MINIPLUG_ATTACH`` is
     ``{NAME: config}`` as JSON, `launch` attaches in the same way for a plugin of that name.
 
@@ -6508,7 +6783,7 @@ def attach(config: Mapping[str, Any], **options: Any) -> Plugin:
 
 def _applicable(function: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of `launch`, if they go without a process. Raises TypeError."""
-    known = {"name", "handshake", "protocol_versions", "codec", "max_message", "call_timeout", "logger", "heartbeat"}
+    known = {"name", "handshake", "protocol_versions", "max_message", "call_timeout", "logger", "heartbeat"}
     if not options.keys() <= known:
         raise TypeError(f"{function}() takes no {', '.join(sorted(options.keys() - known))}: it starts no process")
     return options
@@ -6565,7 +6840,7 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
     """Serve plugins in this very process, for tests: over the same session and codec, started and ready to `dispense`.
 
     `plugins`, `info` and `max_workers` are those of `serve`; the options those of `launch` that apply: `name`,
-    `handshake`, `protocol_versions`, `codec`, `max_message`, `call_timeout`, `logger`, `heartbeat`. What a plugin prints or
+    `handshake`, `protocol_versions`, `max_message`, `call_timeout`, `logger`, `heartbeat`. What a plugin prints or
     logs goes where the process's own does, and what ends a process (``os._exit``, a crash) ends this one.
 
     Raises what `serve` and `launch` raise.
@@ -6798,10 +7073,10 @@ def _call_once(given: Any) -> int:
 def _printable(value: Any) -> str:
     """A value as JSON if it is JSON, else as Python writes it."""
     try:
-        if _is_plain(value):
+        if not _portable.dumps(value, "")[2]:
             return json.dumps(value, ensure_ascii=sys.stdout.encoding.lower() != "utf-8", allow_nan=False)
-    except ValueError:
-        pass  # a NaN, say
+    except NotSerializable:
+        pass
     return repr(value)
 
 
