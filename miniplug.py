@@ -1043,29 +1043,33 @@ def _encode_error(error: BaseException, own: bool = False, bare: bool = False) -
         return {"type": kind.__name__, "message": message, "own": True, "state": state}
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     body: dict[str, Any] = {"type": name, "message": message, "traceback": cut(_format_traceback(error))}
-    if isinstance(error, RemoteError):  # it goes on, from another process
-        body["type"] = error.type_name or name
+    if isinstance(error, RemoteError) and error._body:  # it goes on, from another process
+        body["type"] = cut(str(error.type_name))
         if kind is RemoteError:
-            body["message"] = error.message or message
-    if _GROUP is not None and isinstance(error, builtins.BaseExceptionGroup) and not bare:
-        parts: Any = [*map(_encode_error, error.exceptions)]
-        return {**body, "kind": "ExceptionGroup", "args": [error.message], "parts": parts}
-    if _can_be_raised(kind):
+            body["message"] = cut(str(error.message))
+    if _is_group(error) or _can_be_raised(kind):
         _add_type(body, error, bare)
     return body
+
+
+def _is_group(error: BaseException) -> bool:
+    return _GROUP is not None and isinstance(error, builtins.BaseExceptionGroup)
 
 
 def _add_type(body: dict[str, Any], error: Any, bare: bool) -> None:
     """Tell an exception's registered or builtin type, and its state."""
     mro = type(error).__mro__
     registered = next((base for base in mro if _WAYS.get(base, _NO_WAY).tag == "$type"), None)
-    if registered is not None and not bare:
+    if registered is not None and not bare and not _is_group(error):  # a group's parts are no data
         body["registered"] = _WAYS[registered].state(error)
     nearest = next((base for base in mro if _BUILTIN_ERRORS.get(base.__name__) is base), Exception)
-    if nearest is not Exception:
-        state = {} if bare else _error_state(error)
-        body.update(kind=nearest.__name__, args=state.pop("args", [body["message"]]), state={
-            key: held for key, held in state.items() if key[0] != "_" or key == "__notes__"})
+    if nearest is Exception and not _is_group(error):
+        return
+    state = {} if bare else _error_state(error)
+    body.update(kind=nearest.__name__, args=state.pop("args", [body["message"]]), state={
+        key: held for key, held in state.items() if key[0] != "_" or key == "__notes__"})
+    if _is_group(error) and not bare:
+        body.update(kind="ExceptionGroup", args=[error.message], parts=[*map(_encode_error, error.exceptions)])
 
 
 def _carried(kind: type, attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -1186,7 +1190,7 @@ def _raised_error(body: dict[str, Any], state: dict[str, Any]) -> Any:
     try:
         if "parts" in body:
             if _GROUP is not None and _is_printable(body):
-                kind, state = _GROUP, {"args": [body["args"][0], [*map(_decode_error, body["parts"])]]}
+                kind, state = _GROUP, {**state, "args": [body["args"][0], [*map(_decode_error, body["parts"])]]}
         else:
             error = _make_registered(body["registered"])
             kind, state = type(error), _error_state(error)
@@ -1201,8 +1205,8 @@ def _raised_error(body: dict[str, Any], state: dict[str, Any]) -> Any:
 def _is_printable(group: dict[str, Any]) -> bool:
     """Whether a group of exceptions has few enough parts in few enough levels."""
     level, count = [group], 0
-    for _ in range(_MAX_LEVELS):
-        level = [part for held in level for part in held.get("parts", ()) if type(part) is dict]
+    for _ in range(_MAX_LEVELS + 1):
+        level = [part for held in level if type(held) is dict for part in held.get("parts", ())]
         count += len(level)
         if not level or count > _MAX_PARTS:
             return not level
