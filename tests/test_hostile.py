@@ -182,7 +182,7 @@ def test_a_bad_tag_ends_the_plugin(body):
 
 
 def test_a_zone_is_no_path():
-    codec = miniplug._CODECS["json"](None, None, None)
+    codec = miniplug._Codec(None, None, None)
     with pytest.raises((miniplug.ProtocolError, miniplug._Undecodable)):  # the latter without a zoneinfo, in Python 3.8
         codec.loads(b'{"$zone":"../../etc/passwd"}', [], True)
 
@@ -498,7 +498,7 @@ def test_a_launch_that_only_strangers_came_to_says_so(doors, write):
 def greeted(key, tell, address=None):
     """A door that lets in who holds the key."""
     def greet(channel, its_address):
-        return miniplug._Hello(channel, address or its_address, key, "host").as_host([1], "json", LIMIT)
+        return miniplug._Hello(channel, address or its_address, key, "host").as_host([1], LIMIT)
     return miniplug._Door(greet, lambda channel, result: tell.append((channel, result)))
 
 

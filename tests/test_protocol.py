@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import threading
 import uuid
 
@@ -151,7 +152,7 @@ def served():
 def hello(channel, role, key=KEY, address=ADDRESS):
     made = miniplug._Hello(channel, address, key, role)
     if role == "host":
-        return made.as_host([1, 2], "json", 256 << 20)
+        return made.as_host([1, 2], 256 << 20)
     return made.as_plugin([1], 1 << 20, {"key": "MINIPLUG_COOKIE", "matches": True})
 
 
@@ -343,9 +344,11 @@ def test_the_own_errors_carry_what_the_table_says():
         kind = getattr(miniplug, name.strip("`"))
         carried = re.findall(r"`(\w+)`", state)
         assert sorted(carried) == sorted(kind.__dict__.get("__annotations__", {}))
-        body = {"type": kind.__name__, "own": True, "message": "m", "state": dict.fromkeys(carried, "x")}
-        error = miniplug._decode_error(body)
-        assert type(error) is kind and all(getattr(error, key) == "x" for key in carried)
+        state = {key: {str: "x", int: 5, tuple: ["x"]}[type(getattr(kind, key))] for key in carried}
+        error = miniplug._decode_error({"type": kind.__name__, "own": True, "message": "m", "state": state})
+        assert type(error) is kind and {key: getattr(error, key) for key in carried} == state
+        error = miniplug._decode_error({"type": kind.__name__, "own": True, "message": "m", "state": dict.fromkeys(carried, {})})
+        assert type(error) is kind and {key: getattr(error, key) for key in carried} == {key: getattr(kind, key) for key in carried}
 
 
 # -- the codec
@@ -416,7 +419,45 @@ def test_a_value_goes_as_the_table_says_and_comes_back(tag, python, wire):
 
 
 def test_the_table_has_every_tag():
-    assert {row[0] for row in VALUES} >= {*miniplug._TAGS, "$dict", "$int", "$float", "$str", "$bytes", "$bytearray"}
+    assert {row[0] for row in VALUES} - {"none"} == {*miniplug._TAGS} - {"$each", "$numbers"}
+
+
+@pytest.mark.parametrize(("name", "value"), [("numbers", [1, -2] * 16), ("each", [(0, "a")] * 32)])
+def test_a_long_list_goes_as_the_document_says_to_a_side_that_knows_it(name, value):
+    wire = blocks("json")[name].strip()
+    asked = codec()
+    asked.arrays = True
+    assert (asked.dumps(value, "value")[0].decode(), asked.dumps(value, "value")[2]) == (wire, 1)
+    assert same(value, codec().loads(wire.encode(), [], True))
+    assert "32 or more items" in DOC and miniplug._MANY == 32
+    assert f'"${name}"' not in codec().dumps(value, "value")[0].decode()
+    assert asked.dumps(value[:31], "value")[0] == codec().dumps(value[:31], "value")[0]
+
+
+def test_what_each_may_have_is_what_the_document_says():
+    told = re.search(r"It may be (.*?)\.\n", DOC, re.DOTALL).group(1)
+    assert {*re.findall(r"`(\$\w+)`", told)} == miniplug._EACH
+
+
+def test_the_bounds_are_those_of_the_document():
+    table = {row[1]: row[0] for row in rows("bound", "of")}
+    assert [int(re.findall(r"\d+", bound)[0]) for bound in table.values()] == [
+        miniplug._MAX_BITS, miniplug._MAX_DIGITS, miniplug._MAX_ALIKE, miniplug._MAX_COMBINATIONS]
+    assert f"more than {miniplug._MAX_PARTS} exceptions, or more than {miniplug._MAX_LEVELS} levels" in DOC
+    assert f"at a column above\n{miniplug._MAX_COLUMN}." in DOC
+
+
+def test_a_group_arrives_as_the_document_says():
+    body = json.loads(blocks("json")["group"])
+    error = miniplug._decode_error(body)
+    if sys.version_info < (3, 11):
+        assert type(error) is miniplug.RemoteError and str(error) == "ExceptionGroup: two things (2 sub-exceptions)"
+        return
+    assert isinstance(error, ExceptionGroup) and isinstance(error, miniplug.RemoteError)  # noqa: F821
+    assert str(error) == "two things (2 sub-exceptions)"
+    first, second = error.exceptions
+    assert isinstance(first, ValueError) and isinstance(first, miniplug.RemoteError) and first.args == ("no name",)
+    assert (type(second), str(second), second.type_name) == (miniplug.RemoteError, "Closed: until May", "shop.Closed")
 
 
 def test_buffers_begin_above_the_length_that_the_document_says():
@@ -445,7 +486,8 @@ def test_the_error_that_a_foreign_plugin_sends():
 
 def test_the_least_error_and_the_empty_one():
     error = miniplug._decode_error({"type": "Oops", "message": "it broke"})
-    assert (type(error), error.type_name, str(error)) == (miniplug.RemoteError, "Oops", "it broke")
+    assert (type(error), error.type_name, str(error)) == (miniplug.RemoteError, "Oops", "Oops: it broke")
+    assert error.message == "it broke"
     assert type(miniplug._decode_error({})) is miniplug.RemoteError
 
 

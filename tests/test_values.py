@@ -1,4 +1,4 @@
-"""Registered types, both codecs, and what is refused: what arrives is exactly what was sent, or somebody says why not."""
+"""Registered types, and what is refused: what arrives is exactly what was sent, or somebody says why not."""
 
 import array
 import collections
@@ -46,16 +46,15 @@ def borrow(tag, state):
 loans = []
 
 
-def codec(name="json"):
-    return miniplug._CODECS[name](lend, unlend, borrow)
+def codec(arrays=True):
+    made = miniplug._Codec(lend, unlend, borrow)
+    made.arrays = arrays
+    return made
 
 
-def trip(value, name="json"):
-    data, buffers, tagged, _ = codec(name).dumps(value, "value")
-    return codec(name).loads(data, [bytes(buffer) for buffer in buffers], tagged)
-
-
-both = pytest.mark.parametrize("name", ["json", "pickle"])
+def trip(value, arrays=True):
+    data, buffers, tagged, _ = codec(arrays).dumps(value, "value")
+    return codec(arrays).loads(data, [bytes(buffer) for buffer in buffers], tagged)
 
 
 @pytest.fixture(autouse=True)
@@ -168,26 +167,21 @@ def shown(value):
 @quick
 @given(st.lists(atoms | st.lists(atoms, max_size=2), max_size=6), st.dictionaries(st.text(max_size=3), atoms, max_size=2),
        st.text(max_size=5), st.integers(0, 2**53 - 1))
-def test_the_quick_way_of_a_call_is_the_same(args, kwargs, method, target):
-    for content, whole in ((codec().dumps_call(target, method, args, kwargs), [target, method, args, kwargs]),
-                           *((codec().dumps_short(value, "result"), value) for value in args)):
-        data, buffers, tagged, _ = (content, (), False, ()) if type(content) is bytes else content
-        assert data == codec().dumps(whole, "call")[0]
-        back = codec().loads_plain(data) if type(content) is bytes else codec().loads(data, list(map(bytes, buffers)), tagged)
-        assert picture(back) == picture(whole)
+def test_a_call_is_an_array_of_four(args, kwargs, method, target):
+    data, buffers, tagged, _ = codec().dumps_call(target, method, args, kwargs)
+    assert data == codec().dumps([target, method, args, kwargs], "call")[0]
+    assert picture(codec().loads(data, list(map(bytes, buffers)), tagged)) == picture([target, method, args, kwargs])
 
 
-@both
 @quick
 @given(inner_values)
-def test_what_arrives_is_what_was_sent(name, value):
-    assert shown(trip(value, name)) == shown(value)
+def test_what_arrives_is_what_was_sent(value):
+    assert shown(trip(value)) == shown(value)
 
 
-@both
 @quick
 @given(inner_values, st.lists(st.sampled_from(["list", "tuple", "dict", "point", "pair", "error"]), max_size=5))
-def test_what_cannot_travel_is_named_wherever_it_sits(name, beside, around):
+def test_what_cannot_travel_is_named_wherever_it_sits(beside, around):
     value, path = object(), ""
     for kind in around:
         if kind == "list":
@@ -203,17 +197,16 @@ def test_what_cannot_travel_is_named_wherever_it_sits(name, beside, around):
         else:
             value, path = AppError(value), f".code{path}"
     with pytest.raises(miniplug.NotSerializable, match="is of type object: ") as caught:
-        codec(name).dumps([1, "method", [value], {}], "call")
+        codec().dumps([1, "method", [value], {}], "call")
     assert caught.value.path == f"args[0]{path}" and caught.value.type_name == "object"
 
 
-@both
 @quick
 @given(data=st.binary(max_size=60), at=st.integers(0, 200), cut=st.integers(0, 60))
-def test_garbage_is_refused(name, data, at, cut):
-    whole, _, tagged, _ = codec(name).dumps([Point(1, b"x"), {"a": (1, 2)}, Perm.R | Perm.W, datetime.timezone.utc], "value")
+def test_garbage_is_refused(data, at, cut):
+    whole, _, tagged, _ = codec().dumps([Point(1, b"x"), {"a": (1, 2)}, Perm.R | Perm.W, datetime.timezone.utc], "value")
     try:
-        codec(name).loads(whole[:at] + data + whole[at + cut :], [], tagged)
+        codec().loads(whole[:at] + data + whole[at + cut :], [], tagged)
     except (miniplug.ProtocolError, miniplug._Undecodable):
         pass
 
@@ -221,8 +214,7 @@ def test_garbage_is_refused(name, data, at, cut):
 # -- the shapes that know their own state
 
 
-@both
-def test_dataclasses_of_every_kind(name):
+def test_dataclasses_of_every_kind():
     @miniplug.register(name="base")
     @dataclasses.dataclass
     class Base:
@@ -240,19 +232,18 @@ def test_dataclasses_of_every_kind(name):
         b: list = dataclasses.field(default_factory=list)
 
     base = Base(1)
-    back = trip([base, Child(2, 3, [(4,)])], name)
+    back = trip([base, Child(2, 3, [(4,)])])
     assert back == [base, Child(2, 3, [(4,)])] and list(map(type, back)) == [Base, Child] and back[0].total == 5
     base.extra = 1
-    with pytest.raises(miniplug.NotSerializable, match="'extra' is not one of its fields"):
-        trip(base, name)
+    with pytest.raises(miniplug.NotSerializable, match="'extra' is no field"):
+        trip(base)
     if sys.version_info >= (3, 10):
         slotted = dataclasses.make_dataclass("Slots", ["a", "b"], slots=True, frozen=True)
         miniplug.register(slotted, name="slots")
-        assert trip(slotted(1, (2,)), name) == slotted(1, (2,))
+        assert trip(slotted(1, (2,))) == slotted(1, (2,))
 
 
-@both
-def test_an_unregistered_subclass_is_refused(name):
+def test_an_unregistered_subclass_is_refused():
     class Sub(Point):
         pass
 
@@ -261,35 +252,32 @@ def test_an_unregistered_subclass_is_refused(name):
 
     for value in (Sub(1), SubPair(1), SubError(1), enum.IntEnum("Other", "A").A):
         with pytest.raises(miniplug.NotSerializable, match=r"miniplug.register"):
-            trip([value], name)
+            trip([value])
 
 
-@both
-def test_enums(name):
+def test_enums():
     for value in (*Color, *Level, *Word, *Perm, Perm(0), Perm.R | Perm.X):
-        back = trip(value, name)
+        back = trip(value)
         assert back is value or (back == value and type(back) is type(value))
-    assert trip({Level.LOW: Level.HIGH}, name) == {Level.LOW: Level.HIGH}
-    assert type(next(iter(trip({Level.LOW: 1}, name)))) is Level
+    assert trip({Level.LOW: Level.HIGH}) == {Level.LOW: Level.HIGH}
+    assert type(next(iter(trip({Level.LOW: 1})))) is Level
 
 
-@both
-def test_exceptions_as_values(name):
+def test_exceptions_as_values():
     error = AppError(5, ("detail",))
     error.more = {1: 2}
-    back = trip([error], name)[0]
+    back = trip([error])[0]
     assert type(back) is AppError and back.args == ("failed with 5",)
     assert vars(back) == {"code": 5, "_detail": ("detail",), "more": {1: 2}}
-    back = trip(BadFile(2, "gone", "a", None, "b"), name)
+    back = trip(BadFile(2, "gone", "a", None, "b"))
     assert (back.errno, back.strerror, back.filename, back.filename2, back.args) == (2, "gone", "a", "b", (2, "gone"))
-    assert str(trip(BadFile(2, "gone"), name)) == "[Errno 2] gone"
+    assert str(trip(BadFile(2, "gone"))) == "[Errno 2] gone"
 
 
-@both
-def test_any_class_with_encode_and_decode(name):
+def test_any_class_with_encode_and_decode():
     miniplug.register(collections.OrderedDict, encode=lambda table: list(table.items()), decode=collections.OrderedDict)
     table = collections.OrderedDict([((1, 2), Slotted(Point(1)))])
-    back = trip({"t": table}, name)["t"]
+    back = trip({"t": table})["t"]
     assert type(back) is collections.OrderedDict and back[1, 2].value == Point(1)
 
 
@@ -363,7 +351,7 @@ def test_what_is_malformed_is_a_protocol_error(text):
 
 
 def test_a_fraction_of_huge_numbers_is_not_reduced_by_the_receiver():
-    value = fractions.Fraction(3**400000, 2**600000)
+    value = fractions.Fraction(3**20000, 2**32000)
     back = trip(value)
     assert back == value and type(back) is fractions.Fraction and hash(back) == hash(value) and back + 1 == value + 1
 
@@ -390,23 +378,16 @@ def test_an_argument_that_cannot_be_made_is_told_to_the_caller():
     assert type(back) is miniplug.NotSerializable and "app.User" in str(back)
 
 
-@pytest.mark.parametrize("body", [b"cos\nsystem\n(S'true'\ntR.", b"cbuiltins\neval\n.", b"\x80\x05Pabc\n.", b"c__main__\nPoint\n."])
-def test_a_pickle_of_anything_else_is_refused(body):
-    with pytest.raises(miniplug.ProtocolError):
-        codec("pickle").loads(body, [], False)
-
-
 # -- buffers and arrays
 
 
-@both
 @pytest.mark.parametrize("code", "bBhHiIlLqQfd")
-def test_arrays(name, code):
+def test_arrays(code):
     for items in ([], [0, 1, 100], range(100)):
         value = array.array(code, items)
-        back = trip([value, {"deep": (value * 100,)}], name)
+        back = trip([value, {"deep": (value * 100,)}])
         assert back == [value, {"deep": (value * 100,)}] and back[0].typecode == code
-    assert shown(trip(array.array("d", [-0.0, float("inf")]), name)) == "array('d', [-0.0, inf])"
+    assert shown(trip(array.array("d", [-0.0, float("inf")]))) == "array('d', [-0.0, inf])"
 
 
 def test_an_array_of_another_platform():
@@ -417,32 +398,29 @@ def test_an_array_of_another_platform():
         codec().loads(b'{"$array":["h",4,"little",{"$bytes":"AAABAA=="}]}', [], True)
 
 
-@both
-def test_buffers_are_not_copied_by_the_sender(name):
+def test_buffers_are_not_copied_by_the_sender():
     big = bytearray(100000)
     numbers = array.array("d", bytes(80000))
     view = memoryview(b"x" * 50000)
-    _, buffers, _, _ = codec(name).dumps({"deep": [numbers, (view,)]}, "value")
+    _, buffers, _, _ = codec().dumps({"deep": [numbers, (view,)]}, "value")
     assert [len(buffer) for buffer in buffers] == [80000, 50000]
     numbers[0] = 1.5
     assert bytes(buffers[0][:8]) == array.array("d", [1.5]).tobytes()
-    back = trip([big, numbers, view, view[::2]], name)
+    back = trip([big, numbers, view, view[::2]])
     assert back == [big, numbers, bytes(view), bytes(view[::2])] and list(map(type, back)) == [bytearray, array.array, bytes, bytes]
 
 
-@both
-def test_more_buffers_than_a_message_takes_go_in_it(name, monkeypatch):
+def test_more_buffers_than_a_message_takes_go_in_it(monkeypatch):
     monkeypatch.setattr(miniplug, "_MAX_BUFFERS", 3)
     value = [memoryview(bytes([number]) * 3000) for number in range(5)]
-    assert len(codec(name).dumps(value, "value")[1]) == 3 and trip(value, name) == value
+    assert len(codec().dumps(value, "value")[1]) == 3 and trip(value) == value
 
 
-@both
-def test_a_released_view_is_refused(name):
+def test_a_released_view_is_refused():
     view = memoryview(b"abc")
     view.release()
     with pytest.raises(miniplug.NotSerializable, match=r"value\[0\] is of type memoryview: .*released"):
-        codec(name).dumps([view], "value")
+        codec().dumps([view], "value")
 
 
 def test_views_of_every_shape_arrive_as_bytes():
@@ -450,8 +428,7 @@ def test_views_of_every_shape_arrive_as_bytes():
 
     for view in (memoryview(b""), memoryview((ctypes.c_int * 3)(1, 2, 3)), memoryview(bytes(12)).cast("B", (3, 4)),
                  memoryview(bytearray(4000)).cast("I")[::-1]):
-        for name in ("json", "pickle"):
-            assert trip(view, name) == view.tobytes()
+        assert trip(view) == view.tobytes()
 
 
 # -- what is refused
@@ -465,8 +442,7 @@ class Stubborn:
         return 1
 
 
-@both
-def test_refusals_say_what_to_do(name, tmp_path):
+def test_refusals_say_what_to_do(tmp_path):
     with open(__file__) as file:
         for value, advice in (
                 (file, "lend"), (threading.Lock(), "lend"), (sys, "lend"), (int, "lend"), ((x for x in ()), "list"),
@@ -476,75 +452,70 @@ def test_refusals_say_what_to_do(name, tmp_path):
                 (enum.IntEnum("Other", "A").A, "int"), (io.BytesIO(), "lend"), (datetime.datetime.now, "lend")):
             for held, path in (([value], "[0]"), ((1, {"k": value}), "[1]['k']"), (Point(value), ".x"), (Slotted(value), "")):
                 with pytest.raises(miniplug.NotSerializable, match=advice) as caught:
-                    codec(name).dumps(held, "value")
+                    codec().dumps(held, "value")
                 assert type(value).__qualname__ in caught.value.type_name
                 assert caught.value.path == "value" + path or not path
     miniplug.register(Stubborn, encode=vars, decode=lambda state: Stubborn())
     with pytest.raises(miniplug.NotSerializable, match=r"value\['\?'\] is of type object"):
-        codec(name).dumps({Stubborn(): object()}, "value")
+        codec().dumps({Stubborn(): object()}, "value")
 
 
-@both
-def test_cycles_are_refused(name):
+def test_cycles_are_refused():
     cycle, table, point = [], {}, Point(1)
     cycle.append((cycle,))
     table[1] = [table]
     point.y = point
     for value in (cycle, table, point):
         with pytest.raises(miniplug.NotSerializable, match="nested too deeply, or contains itself"):
-            codec(name).dumps(value, "value")
+            codec().dumps(value, "value")
 
 
-@both
-def test_shared_lists_arrive_as_two(name):
+def test_shared_lists_arrive_as_two():
     inner = [1, (2,)]
-    one, two = trip([inner, inner], name)
+    one, two = trip([inner, inner])
     assert one == two == inner and one is not two
 
 
-@both
-def test_an_encode_that_fails_is_named(name):
+def test_an_encode_that_fails_is_named():
     miniplug.register(Slotted, encode=lambda value: 1 / 0, decode=Slotted)
     with pytest.raises(miniplug.NotSerializable, match=r"value\[1\] is of type .*Slotted: .*ZeroDivisionError"):
-        codec(name).dumps([1, Slotted(1)], "value")
+        codec().dumps([1, Slotted(1)], "value")
 
 
 # -- references
 
 
-@both
-def test_what_is_lent_is_told_and_taken_back_on_failure(name):
+def test_what_is_lent_is_told_and_taken_back_on_failure():
     def function():
         pass
 
     loans.clear()
-    _, _, _, lent = codec(name).dumps([function, {"f": (function,)}], "value")
-    assert lent == [1, 2] and trip([function], name) == [function]
+    _, _, _, lent = codec().dumps([function, {"f": (function,)}], "value")
+    assert lent == [1, 2] and trip([function]) == [function]
     loans.clear()
     for bad in (object(), [object()]):
         with pytest.raises(miniplug.NotSerializable):
-            codec(name).dumps([function, float("nan"), bad], "value")
+            codec().dumps([function, float("nan"), bad], "value")
     assert loans and not any(loans)
 
 
 # -- errors
 
 
-def raised(error, name="json"):
+def raised(error):
     try:
         raise error
     except BaseException as caught:
         body = miniplug._encode_error(caught)
-    return miniplug._decode_error(trip(body, name))
+    return miniplug._decode_error(trip(body))
 
 
-@both
-def test_a_registered_exception_arrives_as_itself_and_as_remote_error(name):
-    back = raised(AppError(7, ("x",)), name)
+def test_a_registered_exception_arrives_as_itself_and_as_remote_error():
+    back = raised(AppError(7, ("x",)))
     assert isinstance(back, AppError) and isinstance(back, miniplug.RemoteError) and type(back).__name__ == "AppError"
     assert (back.code, back._detail, back.args, str(back)) == (7, ("x",), ("failed with 7",), "failed with 7")
     assert back.type_name == "test_values.AppError" and "Traceback" in back.remote_traceback
-    again = raised(back, name)  # through a plugin, from a callback
+    again = raised(back)  # through a plugin, from a callback
     assert isinstance(again, AppError) and again.code == 7 and again.type_name == "test_values.AppError"
     twin = copy.copy(back)
     assert isinstance(twin, AppError) and twin.code == 7 and twin.remote_traceback == back.remote_traceback
@@ -630,8 +601,7 @@ def test_the_state_of_an_error_cannot_reach_what_the_interpreter_relies_on(state
 # -- over a connection
 
 
-@both
-def test_registered_types_over_a_connection(name, write):
+def test_registered_types_over_a_connection(write):
     write("shared_types.py", """
         import dataclasses, miniplug
         @miniplug.register
@@ -655,7 +625,7 @@ def test_registered_types_over_a_connection(name, write):
     sys.path.insert(0, path.rsplit("plugin.py", 1)[0])
     try:
         import shared_types
-        with miniplug.launch(path + ":P", codec=name) as plugin:
+        with miniplug.launch(path + ":P") as plugin:
             proxy, user = plugin.dispense(), shared_types.User("a", [(1, b"x" * 9000)])
             assert proxy.older(user) == shared_types.User("a!", [user]) and proxy.echo({1: {user.name}}) == {1: {"a"}}
             with pytest.raises(shared_types.Denied, match="a may not") as caught:
@@ -669,8 +639,3 @@ def test_registered_types_over_a_connection(name, write):
     finally:
         sys.path.pop(0)
         sys.modules.pop("shared_types", None)
-
-
-def test_the_codec_is_json_or_pickle():
-    with pytest.raises(ValueError, match="codec='yaml'"):
-        miniplug.Plugin("x.py:P", codec="yaml")
