@@ -1,4 +1,4 @@
-"""The host: starts the plugin, which is in another language, and calls it like any other."""
+"""The host: starts the plugin, which is in JavaScript, and calls it like any other."""
 
 import itertools
 import logging
