@@ -13,6 +13,7 @@ from textwrap import dedent
 import pytest
 from conftest import until
 from readme import follow, run
+from test_foreign import go_plugin, node_plugin, python_plugin
 from test_host_end import on_a_terminal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,14 @@ def test_greeter_plugin_started_by_hand_says_what_it_is(clone):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("This program is a plugin")
     assert len(done.stderr.splitlines()) == 1
+
+
+# -- python, node, go: tests/test_foreign.py checks the plugins
+
+@pytest.mark.parametrize("language, plugin", [("python", python_plugin), ("node", node_plugin), ("go", go_plugin)])
+def test_a_language_does_what_its_readme_shows(clone, language, plugin):
+    plugin(clone)  # which skips where it cannot be
+    follow(ROOT / "examples" / language / "README.md", clone)
 
 
 # -- toolbox

@@ -6,6 +6,7 @@
 import { createHmac, randomBytes, timingSafeEqual } from "node:crypto";
 import { writeSync } from "node:fs";
 import { connect } from "node:net";
+import { overPipe } from "./pipe.mjs";
 
 const CALL = 1, NOTIFY = 2, RESULT = 3, ERROR = 4, ITEM = 5, END = 6, CREDIT = 7, CANCEL = 8, RELEASE = 9, PING = 10,
   PONG = 11, SHUTDOWN = 12;
@@ -227,8 +228,9 @@ function settle(kind, number, text, flags) {
 /** Serve objects by name until the host says stop, or is gone; then end the process. `info`: plain data about it. */
 export async function serve(plugins, info = {}) {
   if (!address) die("This program is a plugin: its application starts it, not a person.");
-  const [, host, port] = /^\[?(.*?)\]?:(\d+)$/.exec(address) ?? [];
-  socket = connect(address.includes("/") ? { path: address } : { host, port: Number(port) });
+  const [, host, port] = /^\[?([^/]*?)\]?:(\d+)$/.exec(address) ?? []; // else it is a path
+  socket = connect(host === undefined ? { path: address } : { host, port: Number(port) });
+  if (address.startsWith("\\\\.\\pipe\\")) socket = overPipe(socket);
   for (const event of ["readable", "end", "close"]) socket.on(event, () => wake());
   socket.on("error", () => {}); // "close" follows
   await shakeHands();
