@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from textwrap import dedent
 
@@ -15,6 +16,8 @@ from conftest import until
 from readme import follow, run
 from test_foreign import go_plugin, node_plugin, python_plugin
 from test_host_end import on_a_terminal
+
+import miniplug
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_INDEX = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
@@ -244,6 +247,36 @@ def test_kv_says_in_one_line_what_is_wrong(clone, arguments, status, error):
 def test_kv_plugin_started_by_hand_says_what_it_is(clone):
     done = run(clone, "examples/kv/plugin.py")
     assert done.returncode == 1 and done.stderr.startswith("This program is a plugin")
+
+
+# -- two-versions
+
+def test_two_versions_does_what_its_readme_shows(clone):
+    follow(ROOT / "examples" / "two-versions" / "README.md", clone)
+    written = json.loads((clone / "examples" / "two-versions" / "accounts.json").read_text(encoding="utf-8"))
+    assert written["format"] == 2 and written["entries"][1] == {"name": "coffee and cake", "cents": 1250}
+
+
+def test_two_versions_are_those_of_the_environments(clone):
+    folder = clone / "examples" / "two-versions"
+    (folder / "libraries" / "ledger-1.0" / "ledger-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: ledger\nVersion: 1.7\n", encoding="utf-8")
+    done = run(clone, folder / "host.py")
+    assert done.stdout.splitlines()[-1] == "both versions are still there: 1.7 and 2.0", done.stderr
+
+
+def test_a_c_extension_crashes_alone(clone):
+    folder = clone / "examples" / "two-versions"
+    done = run(clone, folder / "host.py")
+    assert done.returncode == 0, done.stderr
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    with miniplug.launch(f"{folder / 'native' / 'plugin.py'}:Native", env={"PYTHONPATH": str(folder / ".venv")},
+                         stderr="discard") as plugin:
+        native = plugin.dispense()
+        assert native.kind() == ("compiled" if shutil.which("cc") and os.path.exists(header) else "ctypes")
+        with pytest.raises(miniplug.PluginCrashed) as caught:
+            native.at(0)
+        assert caught.value.signal_name == "SIGSEGV" if os.name != "nt" else caught.value.exit_code
 
 
 # -- streaming

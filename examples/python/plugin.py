@@ -21,7 +21,7 @@ class Counter:
 
 class Numbers:
     def __init__(self) -> None:
-        self._counters: "weakref.WeakSet[Counter]" = weakref.WeakSet()
+        self._counters: weakref.WeakSet[Counter] = weakref.WeakSet()
 
     def divide(self, one: float, other: float, digits: int = 2) -> float:
         """A plain method, and an error."""
