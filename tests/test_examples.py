@@ -1,5 +1,6 @@
 """The examples, each run as its README says, in a copy of the repository where nothing is installed."""
 
+import gc
 import hashlib
 import json
 import os
@@ -277,6 +278,49 @@ def test_a_c_extension_crashes_alone(clone):
         with pytest.raises(miniplug.PluginCrashed) as caught:
             native.at(0)
         assert caught.value.signal_name == "SIGSEGV" if os.name != "nt" else caught.value.exit_code
+
+
+# -- lent-tree
+
+def test_lent_tree_does_what_its_readme_shows(clone):
+    follow(ROOT / "examples" / "lent-tree" / "README.md", clone)
+
+
+def test_a_lent_tree_lives_as_long_as_the_host_has_it(clone, write, monkeypatch):
+    folder = clone / "examples" / "lent-tree"
+    monkeypatch.syspath_prepend(str(folder))
+    import host
+    monkeypatch.delitem(sys.modules, "host")
+    documents = write("documents.py", f"""
+        import gc, sys, xml.etree.ElementTree as ET
+        sys.path.insert(0, {str(folder)!r})
+        import plugin
+
+        class Documents(plugin.Documents):
+            def numbers(self, count):
+                root = ET.Element("numbers")
+                for number in range(count):
+                    ET.SubElement(root, "number").text = str(number)
+                return plugin.Element(root)
+
+            def alive(self):
+                return sum(type(thing) is plugin.Element for thing in gc.get_objects())
+        """)
+    with miniplug.launch(f"{documents}:Documents") as plugin:
+        documents = plugin.dispense()
+        root = documents.numbers(1000)
+        children = list(root)
+        assert [child.text for child in children[:3]] == ["0", "1", "2"] and {type(child) for child in children} == {host.Element}
+        assert documents.alive() == 1001
+        first, second = children[:2]
+        del children
+        until(lambda: gc.collect() is not None and documents.alive() == 3)
+        root.move(first, second)  # they go home
+        assert [child.text for child in second] == ["0"]
+        with pytest.raises(ValueError):
+            root.move(first, second)
+        assert root.find("500").text == "500"
+        until(lambda: gc.collect() is not None and documents.alive() == 3)
 
 
 # -- streaming
