@@ -1,5 +1,4 @@
 // The protocol of docs/protocol.md, sections 6 to 9, for a plugin in Go: calls, references, streams, the end.
-// Copy this file and wire.go, and serve objects of your own.
 
 package main
 
@@ -137,15 +136,14 @@ func (c *Call) run(m message) (any, error) {
 	loan, there := lent[target]
 	ending := stopping
 	state.Unlock()
-	function := loan.Object[method]
 	if ending {
 		return nil, own("PluginClosed", "the plugin is ending", Fields{})
 	} else if !there {
 		return nil, own("DeadReference", fmt.Sprintf("reference %d is not lent", target), Fields{})
-	} else if function == nil {
+	} else if loan.Object[method] == nil {
 		return nil, own("MethodNotFound", "no method "+method, Fields{"name": method, "matches": []string{}})
 	}
-	return function(c)
+	return loan.Object[method](c)
 }
 
 func (c *Call) answer(m message) {
@@ -222,7 +220,9 @@ func Serve(plugins map[string]Object, info Fields) {
 	if address == "" {
 		die("This program is a plugin: its application starts it, not a person.")
 	}
-	dial(address)
+	if err := dial(address); err != nil {
+		die("The host cannot be reached:", err)
+	}
 	shakeHands(address, key)
 	lent[0] = Loan{system(plugins, info), nil, 0}
 	for m := next(); m.kind != 0; m = next() {
@@ -253,8 +253,7 @@ func system(plugins map[string]Object, info Fields) Object { // what a plugin te
 func handle(m message) {
 	state.Lock()
 	defer state.Unlock()
-	c, reply := calls[m.number], asked[m.number]
-	loan := lent[m.number]
+	c, reply, loan := calls[m.number], asked[m.number], lent[m.number]
 	switch {
 	case m.kind == kCall || m.kind == kNotify:
 		c = &Call{number: m.number, credit: make(chan bool, 2*window)}

@@ -75,17 +75,15 @@ func Log(level, module, text string, fields Fields) {
 	os.Stderr.Write(append(line, '\n')) // in one piece
 }
 
-func dial(address string) {
-	network := "tcp"
+func dial(address string) (err error) {
 	if strings.HasPrefix(address, `\\.\pipe\`) {
-		die("This plugin needs a socket, and the host has a named pipe.")
+		connection, err = dialPipe(address)
 	} else if strings.Contains(address, "/") {
-		network = "unix"
+		connection, err = net.Dial("unix", address)
+	} else {
+		connection, err = net.Dial("tcp", address)
 	}
-	var err error
-	if connection, err = net.Dial(network, address); err != nil {
-		die("The host cannot be reached:", err)
-	}
+	return err
 }
 
 func receive(most int32) []byte { // nil when the connection has ended
