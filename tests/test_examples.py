@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -64,6 +65,12 @@ def furnished(tmp_path_factory):
     assert (made.returncode, made.stdout) == (0, "<p><em>once</em></p>\n")
     assert made.stderr == "markdown: making its virtual environment, this once\n"
     return folder
+
+
+def test_the_list_of_examples_is_whole():
+    folder = ROOT / "examples"
+    listed = re.findall(r"\]\(([\w-]+)/README\.md\)", (folder / "README.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(path.parent.name for path in folder.glob("*/README.md"))
 
 
 # -- greeter
