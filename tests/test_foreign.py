@@ -193,6 +193,12 @@ def test_it_passes_an_exception_of_the_hosts_on(numbers):
     assert "refuse" in caught.value.remote_traceback
 
 
+def test_it_calls_back_on_behalf_of_the_call(numbers):
+    threads = []
+    assert numbers.find([7], lambda item: threads.append(threading.get_ident()) or True) == 7
+    assert threads[0] == threading.get_ident()  # the thread that waits for the call runs what is asked for it
+
+
 def test_it_calls_the_plugin_through_the_host(numbers):
     assert list(numbers.each([1, 2], lambda item: numbers.divide(item, 2))) == [0.5, 1]
     assert list(numbers.each([3], lambda item: list(numbers.each([item], lambda inner: inner + 1)))) == [[4]]
