@@ -1,19 +1,25 @@
 """The examples, each run as its README says, in a copy of the repository where nothing is installed."""
 
+import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 from conftest import until
 from readme import follow, run
+from test_foreign import go_plugin, node_plugin, python_plugin
 from test_host_end import on_a_terminal
+
+import miniplug
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_INDEX = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
@@ -61,6 +67,12 @@ def furnished(tmp_path_factory):
     return folder
 
 
+def test_the_list_of_examples_is_whole():
+    folder = ROOT / "examples"
+    listed = re.findall(r"\]\(([\w-]+)/README\.md\)", (folder / "README.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(path.parent.name for path in folder.glob("*/README.md"))
+
+
 # -- greeter
 
 def test_greeter_does_what_its_readme_shows(clone):
@@ -79,6 +91,14 @@ def test_greeter_plugin_started_by_hand_says_what_it_is(clone):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("This program is a plugin")
     assert len(done.stderr.splitlines()) == 1
+
+
+# -- python, node, go: tests/test_foreign.py checks the plugins
+
+@pytest.mark.parametrize("language, plugin", [("python", python_plugin), ("node", node_plugin), ("go", go_plugin)])
+def test_a_language_does_what_its_readme_shows(clone, language, plugin):
+    plugin(clone)  # which skips where it cannot be
+    follow(ROOT / "examples" / language / "README.md", clone)
 
 
 # -- toolbox
@@ -235,6 +255,79 @@ def test_kv_says_in_one_line_what_is_wrong(clone, arguments, status, error):
 def test_kv_plugin_started_by_hand_says_what_it_is(clone):
     done = run(clone, "examples/kv/plugin.py")
     assert done.returncode == 1 and done.stderr.startswith("This program is a plugin")
+
+
+# -- two-versions
+
+def test_two_versions_does_what_its_readme_shows(clone):
+    follow(ROOT / "examples" / "two-versions" / "README.md", clone)
+    written = json.loads((clone / "examples" / "two-versions" / "accounts.json").read_text(encoding="utf-8"))
+    assert written["format"] == 2 and written["entries"][1] == {"name": "coffee and cake", "cents": 1250}
+
+
+def test_two_versions_are_those_of_the_environments(clone):
+    folder = clone / "examples" / "two-versions"
+    (folder / "libraries" / "ledger-1.0" / "ledger-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: ledger\nVersion: 1.7\n", encoding="utf-8")
+    done = run(clone, folder / "host.py")
+    assert done.stdout.splitlines()[-1] == "both versions are still there: 1.7 and 2.0", done.stderr
+
+
+def test_a_c_extension_crashes_alone(clone):
+    folder = clone / "examples" / "two-versions"
+    done = run(clone, folder / "host.py")
+    assert done.returncode == 0, done.stderr
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    with miniplug.launch(f"{folder / 'native' / 'plugin.py'}:Native", env={"PYTHONPATH": str(folder / ".venv")},
+                         stderr="discard") as plugin:
+        native = plugin.dispense()
+        assert native.kind() == ("compiled" if shutil.which("cc") and os.path.exists(header) else "ctypes")
+        with pytest.raises(miniplug.PluginCrashed) as caught:
+            native.at(0)
+        assert caught.value.signal_name == "SIGSEGV" if os.name != "nt" else caught.value.exit_code
+
+
+# -- lent-tree
+
+def test_lent_tree_does_what_its_readme_shows(clone):
+    follow(ROOT / "examples" / "lent-tree" / "README.md", clone)
+
+
+def test_a_lent_tree_lives_as_long_as_the_host_has_it(clone, write, monkeypatch):
+    folder = clone / "examples" / "lent-tree"
+    monkeypatch.syspath_prepend(str(folder))
+    import host
+    monkeypatch.delitem(sys.modules, "host")
+    documents = write("documents.py", f"""
+        import gc, sys, xml.etree.ElementTree as ET
+        sys.path.insert(0, {str(folder)!r})
+        import plugin
+
+        class Documents(plugin.Documents):
+            def numbers(self, count):
+                root = ET.Element("numbers")
+                for number in range(count):
+                    ET.SubElement(root, "number").text = str(number)
+                return plugin.Element(root)
+
+            def alive(self):
+                return sum(type(thing) is plugin.Element for thing in gc.get_objects())
+        """)
+    with miniplug.launch(f"{documents}:Documents") as plugin:
+        documents = plugin.dispense()
+        root = documents.numbers(1000)
+        children = list(root)
+        assert [child.text for child in children[:3]] == ["0", "1", "2"] and {type(child) for child in children} == {host.Element}
+        assert documents.alive() == 1001
+        first, second = children[:2]
+        del children
+        until(lambda: gc.collect() is not None and documents.alive() == 3)
+        root.move(first, second)  # they go home
+        assert [child.text for child in second] == ["0"]
+        with pytest.raises(ValueError):
+            root.move(first, second)
+        assert root.find("500").text == "500"
+        until(lambda: gc.collect() is not None and documents.alive() == 3)
 
 
 # -- streaming

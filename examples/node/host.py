@@ -1,0 +1,36 @@
+"""The host: starts the plugin, which is in JavaScript, and calls it like any other."""
+
+import itertools
+import logging
+import os
+import sys
+
+try:
+    import miniplug
+except ImportError:  # not installed, as in a fresh clone: it is the one file two folders up
+    sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+    import miniplug
+
+PLUGIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plugin.mjs")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="[%(levelname)s] %(name)s: %(message)s")
+    with miniplug.launch(["node", PLUGIN], name="node") as plugin:
+        numbers = plugin.dispense()
+        print("a third:", numbers.divide(1, 3, digits=4))
+        try:
+            numbers.divide(1, 0)
+        except ZeroDivisionError as error:
+            print("no way:", error)
+        with numbers.primes() as primes:  # there is no end of them
+            print("primes:", *itertools.islice(primes, 10))
+        print("doubled:", *numbers.each(["a", "b"], lambda item: 2 * item))
+        print("found:", numbers.find(list(range(100)), lambda number: number * number > 2000))
+        counter = numbers.counter(41)
+        print("counted:", counter.next(), counter.next())
+        print("it is in", plugin.info["language"])
+
+
+if __name__ == "__main__":
+    main()
