@@ -6932,7 +6932,7 @@ def _parser(argparse: Any) -> Any:
     return parser
 
 
-def _main(arguments: Sequence[str]) -> None:
+def _main(arguments: Sequence[str] | None = None) -> None:
     given = _parser(_import("argparse")).parse_args(arguments)
     if given.verb == "serve":  # whose errors are the plugin's own
         sys.exit(given.run(given))
@@ -6952,4 +6952,4 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 if _AS_PROGRAM:
-    _main(sys.argv[1:])
+    _main()
