@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -119,12 +118,6 @@ def test_a_plugin_that_does_not_compile_fails_the_check(clone):
 
 # -- as process 1
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def fields(pid):
     """What the kernel tells of a process: {name: value}. Empty if it is gone, with its zombie."""
     try:
@@ -144,11 +137,10 @@ class Container:
     """A running one. `first`: process 1, as its number is out here."""
 
     def __init__(self, folder, root, command, user="65532:65532", env=(), bound=(), tmp="rw"):
-        self.port = free_port()
         (folder / "root").mkdir()
         self.process = subprocess.Popen(
             ["unshare", "--mount", "--propagation", "private", "--pid", "--ipc", "--uts", "--fork", "--kill-child",
-             "sh", "-c", ENGINE, "engine", str(root), str(folder / "root"), user, tmp, *bound, "--", *command, str(self.port)],
+             "sh", "-c", ENGINE, "engine", str(root), str(folder / "root"), user, tmp, *bound, "--", *command, "0"],
             cwd="/", env={"PATH": PATH, **dict(env)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, encoding="utf-8")
         self.said, self.first = [], None
@@ -159,13 +151,16 @@ class Container:
         for line in self.process.stderr:
             self.said.append(line)
 
-    def await_word(self, word):
-        until(lambda: any(word in line for line in self.said) or self.process.poll() is not None, 20)
-        assert any(word in line for line in self.said), "".join(self.said)
+    def await_word(self, pattern):
+        """Wait until it has said that, and return the match."""
+        until(lambda: re.search(pattern, "".join(self.said)) or self.process.poll() is not None, 20)
+        found = re.search(pattern, "".join(self.said))
+        assert found, "".join(self.said)
+        return found
 
     def __enter__(self):
         try:
-            self.await_word("listening on port")
+            self.port = int(self.await_word(r"listening on port (\d+)").group(1))
             (self.first,) = children(self.process.pid)
         except BaseException:
             self.__exit__()
@@ -248,10 +243,10 @@ def test_process_1_serves_reaps_and_ends_orderly(tmp_path, tmp):
 
 
 @namespaces
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGUSR1, 128 + signal.SIGUSR1)])
-def test_process_1_passes_signals_on_and_ends_as_the_application(tmp_path, number, status):
+@pytest.mark.parametrize("name, status", [("SIGINT", 0), ("SIGUSR1", 128 + 10)])
+def test_process_1_passes_signals_on_and_ends_as_the_application(tmp_path, name, status):
     with Container(tmp_path, **in_this_root(tmp_path)) as container:
-        os.kill(container.first, number)
+        os.kill(container.first, getattr(signal, name))
         assert container.process.wait(20) == status
 
 
