@@ -8281,7 +8281,7 @@ def _parser(argparse: Any) -> Any:
     return parser
 
 
-def _main(arguments: Sequence[str]) -> None:
+def _main(arguments: Sequence[str] | None = None) -> None:
     given = _parser(_import("argparse")).parse_args(arguments)
     if given.verb == "serve":  # whose errors are the plugin's own
         sys.exit(given.run(given))
@@ -8307,4 +8307,4 @@ if _AS_PROGRAM:  # what the plugin imports as miniplug must be this module, and 
         if _each is not _this and getattr(_each, "__dict__", {}).get("__file__") == __file__:
             _this = _each  # the package that holds this file has imported it already
     sys.modules["miniplug"] = _this
-    _this._main(sys.argv[1:])
+    _this._main()
