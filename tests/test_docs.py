@@ -21,6 +21,7 @@ PAGES = [ROOT / "README.md", *(ROOT / name for name in ("CHANGELOG.md", "CONTRIB
 # What the pages promise and the library or the repository has not yet: part, or link, to reason. To be emptied.
 NOT_YET = {
     "Callbacks on the loop": "callbacks of a submitted call run in a thread or on a loop of miniplug's, without its context",
+    "By its path": "a vendored copy that is run by its path is a second copy",
     "examples/two-versions": "is being written",
     "examples/container": "is being written",
     "examples/dask": "is being written",
@@ -29,7 +30,7 @@ NOT_YET = {
 }
 
 NEEDS = {"Tk": "tkinter", "Qt": "PySide6", "Numbers and large data": "numpy"}  # what a part imports: skipped without
-POSIX_ONLY = {"Debugging": "the command is one for a POSIX shell"}
+POSIX_ONLY = ("Debugging", "Where to put it", "By its path")  # the commands are some for a POSIX shell
 
 
 def parts():
@@ -61,12 +62,16 @@ def installed(folder, project):
 def test_a_part_shows_what_really_happens(page, number, found, tmp_path, monkeypatch):
     heading = sections(page)[number][0]
     if heading in POSIX_ONLY and os.name == "nt":
-        pytest.skip(POSIX_ONLY[heading])
+        pytest.skip("its commands are for a POSIX shell")
     if heading in NEEDS and not importlib.util.find_spec(NEEDS[heading]):
         pytest.skip(f"{NEEDS[heading]} is not installed")
     if heading == "Tk" and sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         pytest.skip("there is no display")
     shutil.copy(str(ROOT / "miniplug.py"), str(tmp_path))
+    if page.stem == "vendoring" and number:  # what its first part's command does
+        for place in ("__init__.py", "_vendor/__init__.py", "_vendor/miniplug.py"):
+            (tmp_path / "app" / place).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "app" / place).write_bytes((ROOT / "miniplug.py").read_bytes() if "mini" in place else b"")
     for _, earlier in sections(page)[:number]:
         for kind, text in earlier:
             if kind in FILES:
