@@ -18,7 +18,8 @@ sys.path.insert(0, str(HERE.parent))
 import miniplug
 
 GROUPS = {
-    "In a host": ["launch", "Plugin", "attach", "local", "discover", "discover_entry_points", "Limits", "MethodInfo", "freeze_support"],
+    "In a host": ["launch", "Plugin", "attach", "local", "discover", "discover_entry_points", "Limits", "MethodInfo",
+                  "freeze_support"],
     "What a host calls": ["Call", "Stream"],
     "In a plugin": ["serve", "cancelled"],
     "On both sides": ["Handshake", "register", "ref", "release"],
@@ -27,9 +28,16 @@ GROUPS = {
                "InterfaceMismatch", "NotSerializable", "MessageTooLarge", "RemoteError"],
 }
 MADE_BY_USERS = ("Limits", "Handshake")  # of the other classes nobody calls the constructor
+HEAD = """\
+# Reference
+
+Every public name of `miniplug.py`, from its docstrings: `python docs/make_reference.py` writes this page.
+[The guide](guide.md) says what they are for.
+"""
 INTRODUCTIONS = {
     "What a host calls": """\
-`plugin.dispense(...)` gives a *proxy*, which has the plugin's public methods. Of a method `m` of a proxy, and of a function that was lent:
+`plugin.dispense(...)` gives a *proxy*, which has the plugin's public methods. Of a method `m` of a proxy, and of a
+function that was lent:
 
 - `m(*args, **kwargs)` waits for the result, and raises what the method raised.
 - `m.submit(*args, **kwargs)` does not wait: it gives a `Call`. That of a streaming method resolves to the `Stream`.
@@ -111,9 +119,9 @@ def reference() -> str:
     grouped = [name for names in GROUPS.values() for name in names]
     if sorted([*grouped, "__version__"]) != sorted(miniplug.__all__):
         raise ValueError(f"in one of GROUPS and __all__ alone: {set(grouped) ^ set(miniplug.__all__) - {'__version__'}}")
-    contents = [f"- {group}: " + ", ".join(f"[{name}](#{name.lower()})" for name in names) for group, names in GROUPS.items()]
-    parts = ["# Reference\n", "Every public name of `miniplug.py`, from its docstrings: `python docs/make_reference.py` writes this page.\n"
-             "[The guide](guide.md) says what they are for.\n", "\n".join(contents) + "\n"]
+    contents = [f"- {group}: " + ", ".join(f"[{name}](#{name.lower()})" for name in names)
+                for group, names in GROUPS.items()]
+    parts = [HEAD, "\n".join(contents) + "\n"]
     for group, names in GROUPS.items():
         parts += [f"## {group}\n", *filter(None, [INTRODUCTIONS.get(group)])]
         for name in names:

@@ -22,9 +22,8 @@ def sections(path):
     heading, found, text = path.stem, [], path.read_text(encoding="utf-8")
     at = [(match.start(), match.groups()) for match in BLOCK.finditer(text)]
     inside = [range(match.start(), match.end()) for match in BLOCK.finditer(text)]
-    for match in re.finditer(r"^#{1,3} (.*)$", text, re.MULTILINE):
-        if not any(match.start() in block for block in inside):
-            at.append((match.start(), match.group(1)))
+    at += [(match.start(), match.group(1)) for match in re.finditer(r"^#{1,3} (.*)$", text, re.MULTILINE)
+           if not any(match.start() in block for block in inside)]
     for _, content in sorted(at, key=lambda item: item[0]):
         if isinstance(content, str):
             heading = content

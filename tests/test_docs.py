@@ -102,6 +102,13 @@ def test_links_lead_somewhere(page):
         assert not anchor or target.suffix != ".md" or anchor in headings(target), f"{name}#{anchor}"
 
 
+def test_files_that_contributing_names_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?:tests|docs|benchmarks|\.ci)/[\w./*-]*\w", text)
+    assert len(named) > 30
+    assert [name for name in named if not list(ROOT.glob(name))] == []
+
+
 def test_reference_is_made_of_the_docstrings_as_they_are():
     spec = importlib.util.spec_from_file_location("make_reference", str(ROOT / "docs" / "make_reference.py"))
     maker = importlib.util.module_from_spec(spec)

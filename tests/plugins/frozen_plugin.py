@@ -34,7 +34,7 @@ def shake_hands(connection, address, key, greeting):
 
 
 def same(body, known):
-    return body == known or bool(body and known) and json.loads(body) == json.loads(known)
+    return body == known or (bool(body and known) and json.loads(body) == json.loads(known))
 
 
 def serve(connection, frozen, heard):
