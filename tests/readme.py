@@ -123,8 +123,8 @@ class Follower:
     def compare(self, text):
         """What the last command has printed; on stdout and stderr together in any order."""
         shown, printed = text.splitlines(), (self.done.stdout + self.done.stderr).splitlines()
-        if printed != shown and (not self.done.stderr or sorted(printed) != sorted(shown)):
-            assert printed == shown
+        in_order = printed == shown
+        assert in_order or (self.done.stderr and sorted(printed) == sorted(shown)), "it printed:\n" + "\n".join(printed)
 
     def follow(self, found, elsewhere=()):
         for kind, text in found:

@@ -7,10 +7,10 @@ import importlib.util
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import WINDOWS, WINE
 from readme import BLOCK, FILES, Follower, headings, links, sections, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,13 +59,13 @@ def installed(folder, project):
 
 
 @pytest.mark.parametrize("page, number, found", parts())
-def test_a_part_shows_what_really_happens(page, number, found, tmp_path, monkeypatch):
+def test_a_part_shows_what_really_happens(page, number, found, tmp_path):
     heading = sections(page)[number][0]
-    if heading in POSIX_ONLY and os.name == "nt":
+    if heading in POSIX_ONLY and WINDOWS:
         pytest.skip("its commands are for a POSIX shell")
     if heading in NEEDS and not importlib.util.find_spec(NEEDS[heading]):
         pytest.skip(f"{NEEDS[heading]} is not installed")
-    if heading == "Tk" and sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
+    if heading == "Tk" and not (os.environ.get("DISPLAY") or (WINDOWS and not WINE)):
         pytest.skip("there is no display")
     shutil.copy(str(ROOT / "miniplug.py"), str(tmp_path))
     if page.stem == "vendoring" and number:  # what its first part's command does
