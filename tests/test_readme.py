@@ -35,7 +35,7 @@ def test_readme_is_short():
     text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition("<!-- begin: written by benchmarks/run.py -->")
     table, _, after = rest.partition("<!-- end -->")
-    assert table and len((before + after).splitlines()) <= 125
+    assert table and len((before + after).splitlines()) <= 130
 
 
 def test_ci_runs_the_command_that_the_readme_gives():
