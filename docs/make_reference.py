@@ -98,8 +98,8 @@ def entry(name: str) -> Iterator[str]:
     yield f"### {name}\n"
     if is_class and issubclass(obj, Exception) and obj is not miniplug.PluginError:
         own = [f"[{base.__name__}](#{base.__name__.lower()})" for base in obj.__bases__ if base.__module__ == miniplug.__name__]
-        others = [f"\\[{base.__name__}]" for base in obj.__bases__ if base.__module__ != miniplug.__name__]
-        yield ", ".join(own + others) + "\n"
+        others = dict.fromkeys(f"\\[{base.__name__}]" for base in obj.__bases__ if base.__module__ != miniplug.__name__)
+        yield ", ".join([*own, *others]) + "\n"  # before 3.11 a timeout is one of asyncio's, too, by the same name
     if name == "Plugin":
         yield "```text\nPlugin(command, **options)\n```\n"  # those of launch
     elif not is_class or name in MADE_BY_USERS:
