@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 from plugins.frozen_plugin import message, proof, same
+from test_docs import NOT_YET
 
 import miniplug
 
 HERE = Path(__file__).resolve().parent
 WIRES = sorted(HERE.glob("wire-*.json"))
 KEY = bytes(range(32))
+not_yet = pytest.mark.xfail("tests/wire-0.1.json" in NOT_YET, reason=NOT_YET.get("tests/wire-0.1.json", ""), strict=True)
 
 
 @pytest.fixture(params=WIRES, ids=lambda path: path.stem)
@@ -36,6 +38,7 @@ def launched(wire, part, tmp_path, **options):
     return miniplug.launch(command, name="frozen", call_timeout=30.0, **options), log
 
 
+@not_yet
 def test_this_host_and_a_plugin_of_then(wire, tmp_path):
     plugin, log = launched(wire, "plugin", tmp_path)
     with plugin:
@@ -53,6 +56,7 @@ def test_this_host_and_a_plugin_of_then(wire, tmp_path):
         plain = [None, True, 7, 1.5, "café", [1], {"a": {}}]
         assert greeter.echo(*plain) == plain
         assert greeter.echo((1, {2: "b"})) == (1, {2: "b"})
+        assert greeter.echo(list(range(40))) == list(range(40))
         assert greeter.things() == [
             {1}, 2**53, float("inf"), b"\x00\xff", datetime.date(2026, 1, 31), datetime.timedelta(1, 2, 3), decimal.Decimal("1.10"),
             uuid.UUID(int=1), datetime.datetime(2026, 1, 31, 12, 5)]
@@ -155,6 +159,7 @@ def part_of(answer, known):
     return {key: answer.get(key) for key in known} if isinstance(known, dict) and isinstance(answer, dict) else answer
 
 
+@not_yet
 def test_this_plugin_and_a_host_of_then(wire, tmp_path):
     frozen = json.loads(wire.read_text(encoding="utf-8"))["host"]
     script = tmp_path / "greeter.py"
@@ -165,7 +170,7 @@ def test_this_plugin_and_a_host_of_then(wire, tmp_path):
             host.say("0101000000000000", '[0,"dispense",["greeter"],{}]')
             head, body = host.hear()
             target, methods, callable_ = body["$ref"][:3]
-            assert (head, methods, callable_) == ("0103000100000000", ["count", "echo", "greet", "kinds"], False)
+            assert (head, sorted(methods), callable_) == ("0103000100000000", ["count", "echo", "greet", "kinds"], False)
             for each in frozen["calls"]:
                 head, body = each["ask"]
                 host.say(head, body.replace("TARGET", str(target)))
