@@ -182,13 +182,13 @@ class Service:
         return True
 
     def left(self):
-        """What of it is still there; the call that asks left out."""
+        """What of it is still there, but for the call that asks, and for the instance that was made to be described."""
         gc.collect()
         session, = sessions()
         found = still_open(session)
         found["requests"] -= 1
         lent = sum(each() is not None for each in self.lent)
-        return {**found, "running": len(self.running), "lent": lent, "instances": Instance.entered}
+        return {**found, "running": len(self.running), "lent": lent, "instances": max(0, Instance.entered - 1)}
 
     def holds(self):
         session, = sessions()
@@ -240,11 +240,11 @@ class Striker:
         self.chance = chance
         self.left = 0
         self.raised = []
-        self.reach = 0.0004  # seconds; about how long an operation takes
+        self.reach = 0.0  # seconds; about how long the operation takes
 
     def moment(self):
         """How long until the next strike."""
-        return self.chance.uniform(1e-6, self.chance.choice([self.reach, 4 * self.reach]))
+        return self.chance.uniform(1e-6, 1e-6 + 1.5 * self.reach)
 
     def strikes(self):
         return self.chance.choices(range(1, 1 + MOST), [7, 2, 1])[0]
@@ -283,8 +283,9 @@ class Async(Striker):
         self.gate = threading.Lock()  # protects `left`
         self.armed, self.over = threading.Event(), False
         self.starting = []  # when threads were started that do not run yet
-        self.before = threading._start_new_thread
-        threading._start_new_thread = _thread.start_new_thread = self.start_new_thread
+        self.before = _thread.start_new_thread
+        if sys.version_info < (3, 12):
+            threading._start_new_thread = _thread.start_new_thread = self.start_new_thread
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
         return self
@@ -293,10 +294,11 @@ class Async(Striker):
         self.over = True
         self.armed.set()
         self.thread.join()
-        threading._start_new_thread = _thread.start_new_thread = self.before
+        if sys.version_info < (3, 12):
+            threading._start_new_thread = _thread.start_new_thread = self.before
 
     def start_new_thread(self, function, args, kwargs={}):  # noqa: B006 -- it is only read
-        """Before 3.12 a thread that does not run yet has the id of the one that starts it, and would be struck instead."""
+        """There a thread that does not run yet has the id of the one that starts it, and would be struck instead."""
         begun = [time.monotonic()]
 
         def run():
@@ -341,27 +343,32 @@ class Storm:
         self.described = plugin.describe()
         self.kinds = [getattr(self, name) for name in sorted(dir(self)) if name.startswith("do_")]
         self.lent = []  # weak references to all that was lent
-        self.step = self.hits = self.done = self.slow = 0
+        self.step = self.beat = self.hits = self.done = self.slow = 0
         self.marked = set()  # the numbers of calls that were made
         self.given_up = set()  # and of those that were given up
         self.stray, self.strays = [], 0  # what was raised in finalizers, from where nothing can get to the caller
         self.endless, self.next, self.gap = None, 0, 0
-        self.now = ""
+        self.now, self.lasts = "", {}  # the kind of operation that runs, and how long each takes
 
     def run(self, count):
         while self.hits < count:
             self.step += 1
+            self.beat += 1
             kind = self.chance.choice(self.kinds)
             self.now = kind.__name__
             self.caught, self.failure = [], None
+            self.striker.reach = self.lasts[self.now]
             begun = time.monotonic()
             self.struck(kind, 1 + MOST)
-            self.slow += time.monotonic() - begun > 0.9
+            lasted = time.monotonic() - begun
             if self.failure is not None:
                 raise self.failure
+            self.slow += lasted > 0.9
             self.hits += bool(self.caught)
             self.gap += len(self.caught)
             self.done += not self.caught
+            if not self.caught:
+                self.lasts[self.now] += (lasted - self.lasts[self.now]) / 5
             self.account()
 
     def struck(self, kind, depth):
@@ -501,7 +508,11 @@ class Storm:
         """One of each, undisturbed, and as many calls at once as there are workers."""
         for kind in self.kinds * 3:
             self.step += 1
+            self.beat += 1
+            self.now = kind.__name__
+            begun = time.monotonic()
             kind()
+            self.lasts[self.now] = time.monotonic() - begun
         for number in range(300):
             assert self.service.echo(number) == number
         for call in [self.service.meet.submit() for _ in range(WORKERS)]:
@@ -512,6 +523,7 @@ class Storm:
         assert not self.given_up & set(outlasted), "the plugin was not told that a call was given up"
 
     def left(self):
+        self.beat += 1
         gc.collect()
         session, = sessions()
         lent = sum(each() is not None for each in self.lent)
@@ -526,9 +538,21 @@ class Storm:
         while any(count > self.strays for side in self.left().values() for count in side.values()):
             assert time.monotonic() < end, f"left: {self.left()}, {self.holds()} of {before}; {self.strays} in finalizers"
             time.sleep(0.02)
-        for now, then in zip(self.holds(), before):
-            assert now["slots"] == then["slots"], (now, then)
-            assert now["objects"] <= then["objects"] + self.strays, (now, then)
+        while not self.holds_no_more_than(before):
+            assert time.monotonic() < end, f"held: {self.holds()}, before: {before}; {self.strays} in finalizers"
+            time.sleep(0.02)
+
+    def holds_no_more_than(self, before):
+        return all(now["slots"] == then["slots"] and now["objects"] <= then["objects"] + self.strays
+                   for now, then in zip(self.holds(), before))
+
+    def steadily_holds(self):
+        """What is held when all that just ended has."""
+        looks = [None]
+        while looks[-5:] != [looks[-1]] * 5:
+            time.sleep(0.01)
+            looks.append(self.holds())
+        return looks[-1]
 
     def holds(self):
         gc.collect()
@@ -549,12 +573,13 @@ def other_calls(service, over, errors):
         raise
 
 
-def watch(storm, plugin, over):
+def watch(storm, plugin):
     """Ends this process if nothing goes on."""
     seen = None
-    while not over.wait(STUCK * 1.5):
-        if seen == storm.step:
-            print(f"STUCK in {storm.now}, step {seen}", file=sys.stderr)
+    while True:
+        time.sleep(STUCK * 1.2)
+        if seen == storm.beat:
+            print(f"STUCK in {storm.now}, step {storm.step}", file=sys.stderr)
             for session in sessions():
                 print({name: getattr(session, name) for name in fields(session)}, file=sys.stderr)
             faulthandler.dump_traceback(all_threads=True)
@@ -562,7 +587,7 @@ def watch(storm, plugin, over):
                 os.kill(plugin.pid, signal.SIGUSR1)
                 time.sleep(1)
             os._exit(3)
-        seen = storm.step
+        seen = storm.beat
 
 
 def main():
@@ -581,13 +606,13 @@ def main():
         storm = Storm(plugin, striker, chance)
         sys.unraisablehook = lambda what: storm.stray.append(what.exc_value)
         storm.check_all()
-        before = storm.holds()
+        before = storm.steadily_holds()
         if options.only:
             storm.kinds = [getattr(storm, f"do_{options.only}")]
         others = [threading.Thread(target=other_calls, args=(storm.service, over, errors)) for _ in range(2 * options.threads)]
         for thread in others:
             thread.start()
-        threading.Thread(target=watch, args=(storm, plugin, over), daemon=True).start()
+        threading.Thread(target=watch, args=(storm, plugin), daemon=True).start()
         begun = time.monotonic()
         try:
             storm.run(options.count)
