@@ -37,7 +37,7 @@ PATIENCE = 2.0  # seconds that a call waits for being given up
 # -- what is looked at inside of a session: the only names of internals here. Each by the names that it may have.
 
 CALLS, REQUESTS, SLEEPERS = ("calls", "_calls"), ("requests", "_requests"), ("sleepers", "_waiting")
-OBJECTS, SLOTS, SESSION = ("objects", "_loans"), ("slots", "_slots"), "_Session"
+OBJECTS, SLOTS, SESSION = ("objects", "_objects", "_loans"), ("free", "slots", "_slots"), "_Session"
 
 
 def sessions():
@@ -47,11 +47,14 @@ def sessions():
 
 
 def inside(session, names):
-    """What has one of these names in a session, or in an object of miniplug's that it is made of."""
-    for part in [session, *filter(is_part, map(session.__getattribute__, fields(session)))]:
+    """What has one of these names, and a length, in a session or in what it is made of."""
+    parts = [session]
+    for part in parts:
         for name in names:
-            if hasattr(part, name):
+            if hasattr(getattr(part, name, None), "__len__"):
                 return getattr(part, name)
+        if len(parts) < 100:
+            parts += filter(is_part, map(part.__getattribute__, fields(part)))
     raise LookupError(f"a session has no {names}: say in tests/storm.py what it is called now")
 
 
@@ -401,7 +404,7 @@ class Storm:
         lost = [error for error in self.striker.raised if id(error) not in known]
         if len(self.striker.raised) > 1 and len(lost) < len(self.striker.raised):
             lost = []  # `raise ... from None`, or an `except` that ends well: the caller was told of the other
-        assert not lost, f"{self.now}: {lost} did not arrive"
+        assert not lost, f"{self.now}: of {self.striker.raised} {lost} did not arrive, but {self.caught}"
         self.strays += len(self.stray)
         self.stray.clear()
 
