@@ -31,10 +31,6 @@ from called import MANY, record, values
 from measure import PROC, children, rss
 from peers.common import use_library
 
-use_library(sys.argv)
-
-import miniplug
-
 CORE = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 THREADS = 16
 AT_ONCE = 50
@@ -59,6 +55,8 @@ class Side:
 
 class Miniplug(Side):
     def __init__(self):
+        import miniplug  # whichever is measured
+
         self.plugin = miniplug.launch(SPEC)
         super().__init__(self.plugin.dispense())
         self.hurried = self.greet.timeout(60)
@@ -292,6 +290,7 @@ def parse():
 
 def main():
     options = parse()
+    use_library(sys.argv)
     if CORE is not None:
         os.sched_setaffinity(0, {CORE})
     wanted = options.only or [*ROWS, "turn"]
