@@ -9,7 +9,6 @@ import contextlib
 import functools
 import glob
 import importlib
-import itertools
 import json
 import os
 import statistics
@@ -18,15 +17,12 @@ import sys
 import threading
 import time
 
+from peers.common import library
 from peers.served import NAP, RECORD
 
 THREADS = 16
 MIB = 1 << 20
 BATCH = 100  # submitted calls in flight
-PAYLOADS = [4 ** n for n in range(2, 13)]  # 16 B to 16 MiB
-CROWDS = [1, 2, 4, 8, 16, 32, 64]
-PLUGINS = [1, 10, 100]
-FLIGHTS = [1, 10, 100, 1000, 10000]
 
 
 @contextlib.contextmanager
@@ -163,7 +159,7 @@ def start(Peer, calls, seconds):
 
 def imports(Peer, calls, seconds):
     """What an import adds to a bare interpreter's life; in milliseconds."""
-    run = functools.partial(subprocess.run, cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), check=True)
+    run = functools.partial(subprocess.run, cwd=library(), check=True)
     programs = {"bare": "pass", "miniplug": "import miniplug", "connection": "import multiprocessing.connection"}
     found = {name: [] for name in programs}
     for _ in range(max(calls // 500, 1)):
@@ -179,27 +175,6 @@ def memory(Peer, calls, seconds):
         return {"host": rss([os.getpid()]), "plugin": rss(others())}
 
 
-def soak(Peer, calls, seconds):
-    """What is there after many calls, and after many launches, that was not there after half of them."""
-    def calling(peer, count):
-        for _ in range(count):
-            peer.greet("world")
-        return held([os.getpid(), *others()])
-
-    def launching(count):
-        for _ in range(count):
-            with started(Peer()) as peer:
-                peer.greet("world")
-        return held([os.getpid()])
-
-    launches = max(calls // 20, 1)
-    with started(Peer()) as peer:
-        grown = {"calls": [calling(peer, calls * 50) for _ in range(2)]}
-    grown["launches"] = [launching(launches) for _ in range(2)]
-    return {"calls": calls * 100, "launches": launches * 2,
-            **{f"{what} by {cause}": late[what] - early[what] for cause, (early, late) in grown.items() for what in early}}
-
-
 def backlog(Peer, calls, seconds):
     """What an endless stream that nobody reads comes to hold, on both sides."""
     with started(Peer()) as peer:
@@ -211,52 +186,6 @@ def backlog(Peer, calls, seconds):
         after = rss([os.getpid(), *others()])
         items.close()
     return {"MiB": after - before} if PROC else {}
-
-
-# -- how the cost of a call grows
-
-def payloads(Peer, calls, seconds):
-    with started(Peer()) as peer:
-        return {str(size): median(timed(min(calls, 64 * MIB // size), seconds / 4, peer.echo, b"x" * size)) for size in PAYLOADS}
-
-
-def crowds(Peer, calls, seconds):
-    with started(Peer(connections=sum(CROWDS))) as peer:
-        return {str(count): 1e6 / crowd(peer, count, calls, seconds / 4, "greet", "world") for count in CROWDS}
-
-
-def flights(Peer, calls, seconds):
-    with started(Peer()) as peer:
-        return {str(count): median(timed(calls // count, seconds / 4, in_flight, peer, count)) / count
-                for count in FLIGHTS if count <= calls}
-
-
-def call_next(turns):
-    next(turns)("world")
-
-
-def plugins(Peer, calls, seconds):
-    """Calls to each in turn, and then all of them idle."""
-    found, peers = {}, []
-    with contextlib.ExitStack() as stack:
-        for count in PLUGINS:
-            if count <= calls:
-                peers += [stack.enter_context(started(Peer())) for _ in range(count - len(peers))]
-                turns = itertools.cycle([peer.greet for peer in peers])
-                found[str(count)] = median(timed(calls, seconds / 4, call_next, turns))
-        return {**found, "idle": len(peers), **idle(len(peers), seconds * 3)}
-
-
-def idle(count, seconds):
-    """The share of one core that they use, host included; and memory."""
-    if not PROC:
-        return {}
-    time.sleep(seconds)  # what still goes on may end
-    each = others()
-    before, own = processor(each), time.process_time()
-    time.sleep(seconds)
-    own, after = time.process_time() - own, processor(each)
-    return {"cpu": (own + after - before) / seconds, "host": rss([os.getpid()]), "each": rss(each) / count}
 
 
 # -- what processes hold, where /proc tells
@@ -272,36 +201,33 @@ def read(path):
         return ""
 
 
+def children():
+    """The processes that this one has started."""
+    return [pid for pid, parent in all_processes().items() if parent == os.getpid()]
+
+
 def others():
-    """The processes that this one has started, and those that they have."""
-    parents = {}
-    for path in glob.glob("/proc/[0-9]*/stat"):
-        parent = read(path).rpartition(")")[2].split()[1:2]
-        if parent:
-            parents[int(path.split("/")[2])] = int(parent[0])
+    """The same, and those that they have."""
+    parents = all_processes()
     found = [os.getpid()]
     for pid in found:
         found += [each for each, parent in parents.items() if parent == pid]
     return found[1:]
 
 
+def all_processes():
+    """{pid: that of its parent}."""
+    parents = {}
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        parent = read(path).rpartition(")")[2].split()[1:2]
+        if parent:
+            parents[int(path.split("/")[2])] = int(parent[0])
+    return parents
+
+
 def rss(pids):
     """Memory in MiB; pages that processes share are counted in each."""
     return sum(int(read(f"/proc/{pid}/statm").split()[1]) for pid in pids) * os.sysconf("SC_PAGE_SIZE") / MIB if PROC else None
-
-
-def processor(pids):
-    """Seconds of processor time of their threads."""
-    return sum(int((read(path) or "0").split()[0]) for pid in pids for path in glob.glob(f"/proc/{pid}/task/*/schedstat")) / 1e9
-
-
-def held(pids):
-    if not PROC:
-        return {}
-    time.sleep(0.2)  # what is ending may end
-    return {"descriptors": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
-            "threads": sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids),
-            "MiB": rss(pids)}
 
 
 def main():

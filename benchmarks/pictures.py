@@ -1,13 +1,11 @@
-"""Draws latency.svg and scale.svg from what run.py has measured."""
+"""Draws latency.svg and calls.svg from what run.py has measured."""
 
+import calls
 import matplotlib
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter
 
 OWN, STOCK, OTHER = "#c2410c", "#475569", "#94a3b8"
 COLOURS = {"miniplug": OWN, "connection": STOCK}
-SCALE = (("payloads", "bytes echoed"), ("crowds", "threads calling one plugin"), ("plugins", "plugins, called in turn"),
-         ("flights", "calls in flight"))
 
 matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.hashsalt": "miniplug", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -16,7 +14,8 @@ matplotlib.rcParams.update({"svg.hashsalt": "miniplug", "font.size": 9, "axes.sp
 
 def draw(folder, results, titles):
     draw_latency(folder / "latency.svg", results, titles)
-    draw_scale(folder / "scale.svg", results, titles)
+    if results.calls:
+        draw_calls(folder / "calls.svg", results)
 
 
 def draw_latency(path, results, titles):
@@ -34,33 +33,19 @@ def draw_latency(path, results, titles):
     save(figure, path)
 
 
-def draw_scale(path, results, titles):
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 6), layout="constrained")
-    for each, (work, label) in zip(axes.flat, SCALE):
-        for name in titles:
-            points = [int(key) for key in results.results[name].get(work, {}) if key.isdigit()]
-            if points:
-                each.plot(points, [results.number(name, work, str(point)) for point in points], "o-", markersize=4,
-                          color=COLOURS.get(name, OTHER), label=titles[name])
-                each.legend(frameon=False)
-        each.set_xscale("log", base=2 if work in ("payloads", "crowds") else 10)
-        if work == "payloads":
-            each.set_yscale("log")
-        else:
-            each.set_ylim(bottom=0)
-        each.xaxis.set_major_formatter(FuncFormatter(count))
-        each.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} µs" if value < 1000 else f"{value / 1000:g} ms"))
-        each.set_xlabel(label)
-        each.grid(alpha=0.3)
-    figure.suptitle("time per call", x=0.01, ha="left")
+def draw_calls(path, results):
+    """How many times BaseManager's each call costs."""
+    rows = [(title.replace("`", ""), ratio) for title, _, _, ratio, _, beside in calls.rows(results.calls) if beside == "manager"]
+    titles, ratios = zip(*rows[::-1])
+    figure, axes = plt.subplots(figsize=(9.5, 0.22 * len(rows) + 1), layout="constrained")
+    bars = axes.barh(titles, ratios, color=OWN)
+    axes.bar_label(bars, [f"{ratio:.2f} \u00d7" for ratio in ratios], padding=3)
+    axes.axvline(1, color=STOCK, linewidth=1)
+    axes.set_title("processor time of a call, in those of BaseManager's", loc="left")
+    axes.spines["bottom"].set_visible(False)
+    axes.set_xticks([])
+    axes.margins(x=0.1, y=0.01)
     save(figure, path)
-
-
-def count(value, _):
-    for unit, size in (("Mi", 1 << 20), ("Ki", 1 << 10)):
-        if value >= size and value % size == 0:
-            return f"{value / size:g} {unit}"
-    return f"{value:,g}"
 
 
 def save(figure, path):

@@ -1,14 +1,16 @@
-"""Measures miniplug beside its peers, and writes results.md, latency.svg, scale.svg and the README's section.
+"""Measures miniplug beside its peers, and writes results.md, calls.svg, latency.svg and the README's section.
 
     python3 benchmarks/run.py              everything, in a virtual environment of its own, benchmarks/.venv
     python3 benchmarks/run.py --quick      under a minute: miniplug and the standard library's own
+    python3 benchmarks/run.py --library PATH --output FOLDER        the same of another miniplug.py, to compare with
 
-Only a whole run rewrites those files; what a quick one or one with --only finds is printed, and written with --output.
+Only a whole run of the library here rewrites those files; what another one finds is printed, and written with --output.
 
-Each round runs each peer once at each work, in a process of its own (measure.py), beginning with another peer each time. What
-is told is medians over the rounds; a ratio is the median of the rounds' ratios. Where latency is measured, host and plugin share
-one core. go-plugin is measured where Go and its packages are installed (Debian: golang-go,
-golang-github-hashicorp-go-plugin-dev, golang-google-grpc-dev, golang-goprotobuf-dev).
+What calls of each kind cost, in processor time, is what calls.py measures. The rest is by the clock: each round runs each peer
+once at each work, in a process of its own (measure.py), beginning with another peer each time. What is told is medians over the
+rounds; a ratio is the median of the rounds' ratios. Where latency is measured, host and plugin share one core. go-plugin is
+measured where Go and its packages are installed (Debian: golang-go, golang-github-hashicorp-go-plugin-dev,
+golang-google-grpc-dev, golang-goprotobuf-dev). What leaks, soak.py tells.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+
+import calls
+from peers.common import use_library
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -57,7 +62,6 @@ WORKS = {
     "memory": (FREE, PEERS), "backlog": (PINNED, OWN), "greet": (PINNED, PEERS), "record": (PINNED, PEERS),
     "mib1": (PINNED, PEERS), "mib64": (PINNED, PEERS), "submit": (PINNED, PEERS), "stream": (PINNED, PEERS),
     "nap": (FREE, PEERS), "threads": (FREE, PEERS), "start": (FREE, PEERS), "imports": (PINNED, OWN),
-    "payloads": (PINNED, BOTH), "crowds": (FREE, BOTH), "flights": (PINNED, OWN), "plugins": (PINNED, BOTH), "soak": (FREE, OWN),
 }
 
 
@@ -66,14 +70,16 @@ WORKS = {
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="only the standard library's peers, and few calls")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", choices=[*PEERS, *WORKS],
-                        help=f"a peer or a work, and no other; may be repeated: {', '.join([*PEERS, *WORKS])}")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", choices=[*PEERS, *WORKS, "calls"],
+                        help=f"a peer or a work, and no other; may be repeated: {', '.join([*PEERS, *WORKS])}, calls")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--calls", type=int, help="how many small calls a round makes; of others accordingly fewer")
+    parser.add_argument("--plugins", type=int, help="how many are called in turn")
+    parser.add_argument("--library", metavar="PATH", help="measure this miniplug.py, or the one in this folder")
     parser.add_argument("--seconds", type=float, help="about how long a work may take in one round")
     parser.add_argument("--output", type=Path, help="a folder to write to; the README stays as it is")
     options = parser.parse_args(arguments)
-    for name, quick, full in (("rounds", 2, 7), ("calls", 400, 10000), ("seconds", 0.1, 1.0)):
+    for name, quick, full in (("rounds", 2, 7), ("calls", 400, 10000), ("plugins", 3, 100), ("seconds", 0.1, 1.0)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else full)
     return options
@@ -164,6 +170,12 @@ def measure(name, works, pinned, options):
     return json.loads(command(*program, options.calls, options.seconds, *works, cwd=str(HERE), preexec_fn=pin, timeout=1200))
 
 
+def measure_calls(options):
+    """What calls.py has found. Its rounds are short: there are twice as many."""
+    return json.loads(command(sys.executable, HERE / "calls.py", "--json", "--rounds", 2 * options.rounds, "--plugins",
+                              options.plugins, "--calls", max(options.calls // 25, 1), cwd=str(HERE), timeout=3600))
+
+
 def plan(names, works, options):
     """What one round runs: (peer, works, pinned). Each work has a process of its own, so that what one did to the memory does
     not tell on the next; in a quick run only the echoes have."""
@@ -185,7 +197,7 @@ def run(names, works, options):
     results, well = {name: {} for name in names}, True
     for turn in range(options.rounds):
         rotated = names[turn % len(names):] + names[:turn % len(names)]
-        for name, some, pinned in plan(rotated, [work for work in works if work != "soak" or turn == 0], options):
+        for name, some, pinned in plan(rotated, works, options):
             if not some:
                 continue
             say(f"round {turn + 1} of {options.rounds}: {plain(name)}: {', '.join(some)}")
@@ -202,10 +214,11 @@ def run(names, works, options):
 
 
 class Results:
-    """Asked for numbers: None where there is none."""
+    """Asked for numbers: None where there is none. `calls` is what calls.py has found, or nothing."""
 
-    def __init__(self, results):
+    def __init__(self, results, calls):
         self.results = results
+        self.calls = calls
 
     def rounds(self, name, work, key):
         return self.results.get(name, {}).get(work, {}).get(key, [])
@@ -219,11 +232,6 @@ class Results:
         pairs = zip(self.rounds(*one), self.rounds(*other))
         found = [mine / theirs for mine, theirs in pairs if mine is not None and theirs]
         return statistics.median(found) if found else None
-
-    def best(self, prefix, work, key):
-        """Of several ways of one peer the one with the highest number."""
-        names = [name for name in self.results if name.startswith(prefix) and self.number(name, work, key) is not None]
-        return max(names, key=lambda name: self.number(name, work, key), default=None)
 
 
 # -- the figures to reach
@@ -239,42 +247,33 @@ def figures(results):
         reached = None if found is None else found <= limit if at_most else found >= limit
         return what, f"{sign} {limit:g} {TIMES}", found and f"{found:.2f} {TIMES}", reached
 
-    yield ratio("small call, against the stock echo", of("greet", "median"), of("greet", "median", "connection"), 1.15)
-    for name in ("goplugin netrpc", "goplugin grpc", "rpyc", "pyro5", "manager", "grpc"):
+    for title, own, _, found, reach, _ in map(tuple, calls.rows(results.calls)) if results.calls else ():
+        if reach:
+            yield f"{title}, processor time", f"≤ {reach:g} {TIMES}", f"{micro(own)}, {found:.2f} {TIMES}", found <= reach
+    for name in ("goplugin netrpc", "goplugin grpc", "rpyc", "pyro5", "grpc"):
         found = results.ratio(of("greet", "median", name), of("greet", "median"))
         yield (f"small call, against {plain(name)}", "faster", found and f"{found:.2f} {TIMES} as fast",
                None if found is None else found > 1)
-    yield ratio("1 MiB echo, throughput against the stock echo", of("mib1", "median", "connection"), of("mib1", "median"), 3, False)
-    yield ratio("64 MiB echo, the same", of("mib64", "median", "connection"), of("mib64", "median"), 1.5, False)
+    for work, title, limit in (("mib1", "1 MiB", 2.5), ("mib64", "64 MiB", 1.5)):
+        stock, own = of(work, "median", "connection"), of(work, "median")
+        yield ratio(f"{title} echo, throughput against the stock echo", stock, own, limit, False)
     overlap = results.number("miniplug", "nap", "overlap")
     yield ("16 threads in a method that sleeps 10 ms", "≥ 0.9 of 16-fold overlap", overlap and f"{overlap / 16:.2f} of 16-fold",
            None if overlap is None else overlap >= 0.9 * 16)
-    yield ratio("16 threads, against one", of("threads", "rate"), of("threads", "one"), 1, False)
-    go, rate = results.best("goplugin", "threads", "rate"), of("threads", "rate")
-    if go:
-        yield ratio(f"16 threads, against {plain(go)}", rate, of("threads", "rate", go), 1, False)
-    else:
-        stock = of("threads", "rate", "connection")
-        yield ratio("16 threads, against the stock echo's, a connection each", rate, stock, 1.75, False)
-    yield ratio("pipelined submit, against one by one", of("submit", "rate"), of("submit", "one by one"), 2, False)
+    yield ratio("pipelined submit, against one by one", of("submit", "rate"), of("submit", "one by one"), 1, False)
     yield ratio("stream of small items, against calls", of("stream", "rate"), of("stream", "one by one"), 5, False)
     held = results.number("miniplug", "backlog", "MiB")
     yield ("the memory of a stream that nobody reads", "bounded (≤ 16 MiB)", None if held is None else f"{held:.1f} MiB",
            None if held is None else held <= 16)
     yield ratio("launch to first reply to closed, against the stock echo", of("start", "ms"), of("start", "ms", "connection"), 1.25)
+    yield ratio("the same, against BaseManager", of("start", "ms"), of("start", "ms", "manager"), 0.8)
     yield ratio("`import miniplug`, against `import multiprocessing.connection`", of("imports", "miniplug"),
                 of("imports", "connection"), 1.4)
-    for cause in ("launches", "calls"):
-        count = results.number("miniplug", "soak", cause)
-        grown = {what: results.number("miniplug", "soak", f"{what} by {cause}") for what in ("descriptors", "threads", "MiB")}
-        known = None not in grown.values()
-        yield (f"{cause}: growth over the second half of them", "none (memory: ≤ 1 MiB)",
-               f"{count:,.0f} {cause}: " + ", ".join(f"{n:+.2g} {what}" for what, n in grown.items()) if known else None,
-               grown["descriptors"] <= 0 and grown["threads"] <= 0 and grown["MiB"] <= 1 if known else None)
-    busy = results.number("miniplug", "plugins", "cpu")
-    count = results.number("miniplug", "plugins", "idle")
-    yield (f"{count or 100:.0f} idle plugins: processor time, all together", "none (≤ 1 % of a core)",
-           None if busy is None else f"{busy:.1%}", None if busy is None else busy <= 0.01)
+    they = results.calls.get("plugins", {})
+    yield (f"{they.get('count', 100)} plugins: guardians", "1", shown(they.get("guardians")),
+           they["guardians"] == 1 if "guardians" in they else None)
+    yield (f"{they.get('count', 100)} idle plugins: processor time, all together", "none (≤ 1 % of a core)",
+           shown(they.get("idle"), "{:.1%}"), they["idle"] <= 0.01 if "idle" in they else None)
 
 
 # -- what is written
@@ -333,16 +332,25 @@ def figures_table(results):
     return table(["figure", "reach", "measured", ""], rows)
 
 
-def scale_tables(results):
-    for work, title in (("payloads", "bytes"), ("crowds", "threads"), ("plugins", "plugins"), ("flights", "calls in flight")):
-        names = [name for name in results.results if work in results.results[name]]
-        points = [key for key in results.results[names[0]][work] if key.isdigit()] if names else []
-        if points:
-            yield table([title, *points], [[PEERS[name].title, *(micro(results.number(name, work, point)) for point in points)]
-                                           for name in names])
-    count, host, each = (results.number("miniplug", "plugins", key) for key in ("idle", "host", "each"))
-    if host is not None:
-        yield f"{count:.0f} plugins: {host:.0f} MiB the host, {each:.0f} MiB each of them; shared pages are counted in each.\n"
+def calls_table(results, reach=True):
+    """Of each kind of call, the dear ones too."""
+    lines = []
+    for title, own, other, ratio, limit, beside in calls.rows(results.calls):
+        note = {"greet": "the plain call"}.get(beside, "")
+        lines.append([title, micro(own), f"{micro(other)}{' (' + note + ')' if note else ''}", shown(ratio, f"{{:.2f}} {TIMES}"),
+                      *([f"≤ {limit:g} {TIMES}" if limit else ""] if reach else [])])
+    return table(["call", "miniplug", "BaseManager", "ratio", *(["reach"] if reach else [])], lines)
+
+
+def many(results):
+    """What it takes to have them."""
+    found = results.calls.get("plugins", {})
+    if "guardians" not in found:
+        return ""
+    return (f"{found['count']} plugins: {found['launch ms']:.0f} ms to launch each on one core, "
+            f"{found['launch ms, of which the host']:.1f} ms of which the host's; "
+            f"{found['plugin MiB']:.1f} MiB each, {found['host MiB']:.0f} MiB the host; guardians: {found['guardians']}, "
+            f"{found['guardians MiB']:.1f} MiB. (Pages that processes share are counted in each.)\n")
 
 
 def machine(names):
@@ -371,29 +379,39 @@ def debian(package):
         return "of unknown version"
 
 
-ABOUT = """Medians of {rounds} interleaved rounds; {times} is against the stock `Connection` that echoes bytes, in the same round.
-Calls, echoes, submitted calls and streams ran with host and plugin on one core{unpinned}; threads and launches on all.
-`16 threads` make the small call on one plugin. The pool has one process.
-
-{machine}.
+CALLS = """Processor time of host and plugin together, for one call, both on one core{unpinned}; medians of {rounds} rounds in which
+both sides took turns. A BaseManager has no deadline, no cancelling, no callback, no stream and no safe codec; what it has not is
+beside miniplug's own plain call.
+"""
+ABOUT = """By the clock: medians of {rounds} interleaved rounds; {times} is against the stock `Connection` that echoes bytes,
+in the same round. Calls, echoes, submitted calls and streams ran with host and plugin on one core{unpinned};
+threads and launches on all. `16 threads` make the small call on one plugin. The pool has one process.
 """
 
 
-def about(results, options):
+def about(text, options, rounds):
     unpinned = "" if hasattr(os, "sched_setaffinity") else " (not here: this system has no way to)"
-    return ABOUT.format(times=TIMES, rounds=options.rounds, machine=machine(results.results), unpinned=unpinned)
+    return text.format(times=TIMES, rounds=rounds, unpinned=unpinned)
+
+
+def by_calls(results, options, reach=True):
+    if not results.calls:
+        return ""
+    return "\n".join([calls_table(results, reach), about(CALLS, options, 2 * options.rounds)])
 
 
 def document(results, missing, options):
     left_out = "".join(f"Left out: {PEERS[name].title}: {reason}.\n" for name, reason in missing.items())
-    return "\n".join(["# How fast\n", "`python3 benchmarks/run.py` has written this.\n", about(results, options), left_out,
-                      main_table(results), other_table(results), "## Figures to reach\n", figures_table(results),
-                      "## How the cost of a call grows\n", *scale_tables(results)])
+    return "\n".join(["# How fast\n", f"`python3 benchmarks/run.py` has written this. {machine(results.results)}.\n",
+                      "## What a call costs\n", by_calls(results, options), many(results), "## By the clock\n",
+                      main_table(results), other_table(results), about(ABOUT, options, options.rounds), left_out,
+                      "## Figures to reach\n", figures_table(results)])
 
 
 def write(folder, results, missing, options):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results.results, indent=1), encoding="utf-8")
+    both = {"calls": results.calls, "peers": results.results}
+    (folder / "results.json").write_text(json.dumps(both, indent=1), encoding="utf-8")
     (folder / "results.md").write_text(document(results, missing, options), encoding="utf-8")
     try:
         import pictures
@@ -408,26 +426,29 @@ def write_readme(results, options):
     after = rest.partition(END)[2]
     assert begin, "the README has no place for it"
     picture = "![the time of a small call, with miniplug and its peers](benchmarks/latency.svg)\n"
-    README.write_text(before + BEGIN + "\n".join([picture, main_table(results), about(results, options)]) + END + after,
-                      encoding="utf-8")
+    parts = [by_calls(results, options, reach=False), picture, about(ABOUT, options, options.rounds),
+             machine(results.results) + ".\n"]
+    README.write_text(before + BEGIN + "\n".join(parts) + END + after, encoding="utf-8")
 
 
 def main(arguments):
     options = parse(arguments)
+    use_library(arguments)
     if not options.quick and Path(sys.prefix).resolve() != VENV:
         python = prepare_venv()
         if python != sys.executable:
             return subprocess.call([python, __file__, *arguments], env=environment())
     names = [name for name in (STANDARD if options.quick else PEERS) if name in options.only or not set(options.only) & set(PEERS)]
-    works = [work for work in WORKS if work in options.only or not set(options.only) & set(WORKS)]
+    works = [work for work in WORKS if work in options.only or not set(options.only) & {*WORKS, "calls"}]
     names, missing = available(names)
-    found, well = run(names, works, options)
-    results = Results(found)
-    print("\n".join([main_table(results), other_table(results), figures_table(results), *scale_tables(results),
-                     about(results, options)]))
+    found = measure_calls(options) if "calls" in options.only or not options.only else {}
+    results, well = run(names, works, options)
+    results = Results(results, found)
+    print("\n".join([by_calls(results, options), many(results), main_table(results), other_table(results), figures_table(results),
+                     about(ABOUT, options, options.rounds)]))
     if options.output:
         write(options.output, results, missing, options)
-    elif not options.quick and not options.only:
+    elif not options.quick and not options.only and not options.library:
         write(HERE, results, missing, options)
         write_readme(results, options)
     return 0 if well else 1

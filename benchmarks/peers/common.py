@@ -1,11 +1,31 @@
 """What the peers share."""
 
+import atexit
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def library():
+    """The folder of the miniplug.py that is measured."""
+    return os.environ.get("BENCHMARK_LIBRARY", ROOT)
+
+
+def use_library(arguments=()):
+    """Have `import miniplug` find it: the one that these arguments give with --library, or that of an earlier process, or ours."""
+    if "--library" in arguments:
+        given = os.path.abspath(arguments[arguments.index("--library") + 1])
+        if os.path.isfile(given) and os.path.basename(given) != "miniplug.py":
+            folder = tempfile.mkdtemp(prefix="bench-")
+            atexit.register(shutil.rmtree, folder, True)
+            given = shutil.copy(given, os.path.join(folder, "miniplug.py"))
+        os.environ["BENCHMARK_LIBRARY"] = os.path.dirname(given) if os.path.isfile(given) else given
+    sys.path.insert(0, library())
 
 
 class Peer:

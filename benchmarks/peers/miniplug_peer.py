@@ -1,12 +1,12 @@
 """miniplug itself."""
 
 import os
-import sys
 
 from peers.common import Peer as Base
+from peers.common import use_library
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.append(os.path.dirname(os.path.dirname(HERE)))
+use_library()
 
 import miniplug
 
