@@ -3772,8 +3772,14 @@ def _describe(function: Any) -> list[Any]:
 
 # === 7. proxies =========================================================================================
 
-MethodInfo = namedtuple("MethodInfo", "name signature doc")
-MethodInfo.__doc__ = "What `Plugin.describe` tells of a method: `name`, `signature` (text, or None) and `doc` (text, or None)."
+class MethodInfo(namedtuple("MethodInfo", "name signature doc")):
+    """What `Plugin.describe` tells of a method: `name`, `signature` (text, or None) and `doc` (text, or None)."""
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+        name: str
+        signature: str | None
+        doc: str | None
 
 
 class _Method(_Remote):
@@ -4734,6 +4740,10 @@ class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
     """
 
     __slots__ = ()
+    if TYPE_CHECKING:
+        memory: int | None
+        cpu_seconds: float | None
+        open_files: int | None
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
