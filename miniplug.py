@@ -47,8 +47,7 @@ from __future__ import annotations
 import sys
 
 _AS_PROGRAM = __name__ == "__main__"
-if _AS_PROGRAM:  # what the plugin imports as miniplug must be this module, not a second copy of it
-    sys.modules["miniplug"] = sys.modules["__main__"]
+if _AS_PROGRAM:
     __name__ = "miniplug"
 
 import binascii
@@ -1352,14 +1351,16 @@ def _transport(address: str) -> str:
 
 
 def _endpoint(address: str) -> tuple[str, Any]:
-    """The family of an address, and what Listener and Client call it. Raises ValueError for none of this machine."""
+    """The family of an address, and what Listener and Client call it. Raises ValueError for none of this
+    machine."""
     if _transport(address) != "tcp":
         return {"pipe": "AF_PIPE", "unix": "AF_UNIX"}[_transport(address)], address
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     here = host == "::1" or (host.startswith("127.") and host.replace(".", "").isdecimal())
     if not (here and port.isdecimal() and int(port) < 1 << 16):
-        raise ValueError(f"{address!r} is no address: that is a path with a / in it, 127.0.0.1:PORT or [::1]:PORT")
+        kinds = "a path with a / in it, 127.0.0.1:PORT or [::1]:PORT"
+        raise ValueError(f"{address!r} is no address: that is {kinds}")
     return "AF_INET6" if ":" in host else "AF_INET", (host, int(port))
 
 
@@ -1381,7 +1382,8 @@ def _client(address: str) -> Any:
 
 
 def _connect(address: str, timeout: float) -> _Channel:
-    """A channel to `address`: a path, a pipe's name or ``host:port``. Raises OSError, past the timeout TimeoutError."""
+    """A channel to `address`: a path, a pipe's name or ``host:port``. Raises OSError, past the timeout
+    TimeoutError."""
     came: list[Any] = []
     news = threading.Event()
 
@@ -1420,9 +1422,9 @@ _listeners: set[_Listener] = set()  # those that are open: a forked child closes
 class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
-    The folder has mode 0700, so that only this user gets as far as the handshake. `address` is what _connect takes;
-    one that is given is used instead, and the OSError or ValueError raised if it cannot be. One thread may `accept`
-    while another closes it.
+    The folder has mode 0700, so that only this user gets as far as the handshake. `address` is what _connect
+    takes; one that is given is used instead, and the OSError or ValueError raised if it cannot be. One thread
+    may `accept` while another closes it.
     """
 
     def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
@@ -1432,8 +1434,8 @@ class _Listener:
         self.address = ""
         self.passed_over: list[str] = []  # the temp folders that would not do, and why
         if address and (_transport(address) == "pipe") != _WINDOWS:
-            problem = "here that is the name of a pipe" if _WINDOWS else "that is the name of a pipe of Windows"
-            raise ValueError(f"{address!r} is no address: {problem}")
+            kind = "here that is the name of a pipe" if _WINDOWS else "that is the name of a pipe of Windows"
+            raise ValueError(f"{address!r} is no address: {kind}")
         if _WINDOWS or address:
             self._listener = self._bind(address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}")
         else:
@@ -1487,8 +1489,8 @@ class _Listener:
             pass  # there are no locks there: then nobody else gets one either
 
     def accept(self) -> _Channel | None:
-        """The next connection; or None, if half a second brings none (on Windows it waits on). Raises OSError when
-        accepting fails."""
+        """The next connection; or None, if half a second brings none (on Windows it waits on). Raises OSError
+        when accepting fails."""
         try:
             return _channel_over(self._listener.accept())
         except socket.timeout:
@@ -1526,18 +1528,21 @@ def _remove_socket(path: str, folder: str) -> None:
 
 
 def _is_our_folder(folder: str) -> bool:
-    """Whether this user has made it for a socket, and nobody else can have put anything there. Raises OSError."""
+    """Whether this user has made it for a socket, and nobody else can have put anything there. Raises
+    OSError."""
     name, stat = os.path.basename(folder), os.lstat(folder)
-    return (name.startswith("miniplug-") and len(name) == len(_folder_name()) and stat.st_uid == _posix.geteuid()
-            and stat.st_mode & 0o170777 == 0o040700)
+    return (name.startswith("miniplug-") and len(name) == len(_folder_name())
+            and stat.st_uid == _posix.geteuid() and stat.st_mode & 0o170777 == 0o040700)
 
 
 def _remove_stale(path: str, seconds: float = 0.0) -> bool:
-    """Remove the socket that a process which was killed has left, and the folder if it had made one for it. Others that
-    are being killed may hold it open for that many seconds. Whether there was one, and it is gone."""
+    """Remove the socket that a process which was killed has left, and the folder if it had made one for it.
+    Others that are being killed may hold it open for that many seconds. Whether there was one, and it is
+    gone."""
     deadline = time.monotonic() + seconds
+    is_socket = _import("stat").S_ISSOCK
     try:
-        while _transport(path) == "unix" and _import("stat").S_ISSOCK(os.lstat(path).st_mode):  # and nothing else
+        while _transport(path) == "unix" and is_socket(os.lstat(path).st_mode):  # and nothing else
             try:
                 _connect(path, 1.0).close()
                 if time.monotonic() >= deadline:
@@ -1554,7 +1559,8 @@ def _remove_stale(path: str, seconds: float = 0.0) -> bool:
 
 
 def _remove_left_behind() -> list[str]:
-    """Remove, in the temp folders, what plugins that listened there and were killed have left. Returns the folders."""
+    """Remove, in the temp folders, what plugins that listened there and were killed have left. Returns the
+    folders."""
     removed = []
     for base in () if _WINDOWS else _temp_folders():
         try:
@@ -1584,18 +1590,20 @@ def _is_dead(folder: str) -> bool:
 
 # === 4. handshake =======================================================================================
 #
-# Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both nonces.
+# Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both
+# nonces.
 #
-#     host    {"miniplug": 1, "role": "host", "nonce", "protocol_versions", "codec", "max_message", "features"}
-#     plugin  {"miniplug": 1, "role": "plugin", "nonce", "protocol_versions", "codecs", "max_message", "features",
-#              "cookie"}
+#     host    {"miniplug": 1, "role": "host", "nonce", "protocol_versions", "codec", "max_message",
+#              "features"}
+#     plugin  {"miniplug": 1, "role": "plugin", "nonce", "protocol_versions", "codecs", "max_message",
+#              "features", "cookie"}
 #     plugin  {"proof"}
 #     host    {"protocol_version", "codec"}, or {"refusal"}
 #     host    {"proof"}
 #
-# A proof is HMAC-SHA256 over the role's name, the address and all messages before it, each with its length before it,
-# so that nothing can be changed, replayed, reflected, or relayed to another address. Until the other side's was right,
-# nothing is read but short JSON in UTF-8.
+# A proof is HMAC-SHA256 over the role's name, the address and all messages before it, each with its length
+# before it, so that nothing can be changed, replayed, reflected, or relayed to another address. Until the
+# other side's was right, nothing is read but short JSON in UTF-8.
 
 _HELLO_LIMIT = 4096  # bytes; until the key is proven nothing else is decoded
 _HELLO_SECONDS = 5.0
@@ -1608,9 +1616,9 @@ class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic
     """What a host and its plugins agree on beforehand. Immutable.
 
     `protocol_version` (int, default 1) is the version of the interface that they share; count it up when that
-    changes. `magic_cookie_key` and `magic_cookie_value` (str) name an environment variable and what the host sets it
-    to: they tell a person who starts a plugin by hand, or a host that starts the wrong program, what is wrong. They
-    are no security measure.
+    changes. `magic_cookie_key` and `magic_cookie_value` (str) name an environment variable and what the host
+    sets it to: they tell a person who starts a plugin by hand, or a host that starts the wrong program, what
+    is wrong. They are no security measure.
     """
 
     __slots__ = ()
@@ -1625,8 +1633,8 @@ _Terms = namedtuple("_Terms", "protocol_version codec max_message features", def
 
 
 class _Hello:
-    """One run of the handshake over one channel, for either role, on one thread. Its methods raise AuthenticationError,
-    HandshakeError, ProtocolError, OSError and EOFError."""
+    """One run of the handshake over one channel, for either role, on one thread. Its methods raise
+    AuthenticationError, HandshakeError, ProtocolError, OSError and EOFError."""
 
     def __init__(self, channel: _Channel, address: str, key: bytes, role: str) -> None:
         self._channel, self._address, self._key, self._role = channel, address, key, role
@@ -1644,16 +1652,17 @@ class _Hello:
         self._said.append(bytes(frame))
         self._channel.state = self._channel.next
         try:
-            message = json.loads(str(self._said[-1], "utf-8"))  # of bytes it would take UTF-16 and UTF-32, too
+            message = json.loads(str(self._said[-1], "utf-8"))  # of bytes it would take UTF-16, too
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             raise ProtocolError("what came is no handshake")
         return message
 
-    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (), **others: Any) -> None:
-        self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(), protocol_versions=list(versions),
-                 max_message=max_message, features=list(features), **others)
+    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (),
+              **others: Any) -> None:
+        self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(),
+                 protocol_versions=list(versions), max_message=max_message, features=list(features), **others)
 
     def hear_greeting(self, role: str) -> dict[str, Any]:
         """The other side's greeting, checked as far as either role needs it."""
@@ -1684,7 +1693,8 @@ class _Hello:
             mac.update(struct.pack("!I", len(part)) + part)
         return str(mac.hexdigest())
 
-    def as_host(self, versions: Sequence[int], codec: str, max_message: int, features: Sequence[str] = ()) -> _Terms:
+    def as_host(self, versions: Sequence[int], codec: str, max_message: int,
+                features: Sequence[str] = ()) -> _Terms:
         self.greet(versions, max_message, features, codec=codec)
         theirs = self.hear_greeting("plugin")
         self.check("plugin")
@@ -1693,15 +1703,16 @@ class _Hello:
         self.say(**({"refusal": refusal} if refusal else {"protocol_version": max(common), "codec": codec}))
         self.prove()
         if refusal:
-            raise HandshakeError(refusal, host={"protocol_versions": list(versions), "codec": codec}, plugin=theirs)
+            ours = {"protocol_versions": list(versions), "codec": codec}
+            raise HandshakeError(refusal, host=ours, plugin=theirs)
         return _Terms(max(common), codec, theirs["max_message"], theirs["features"])
 
     def _refusal(self, versions: Sequence[int], codec: str, theirs: Mapping[str, Any]) -> str:
         """Why this host does not take a plugin that holds the key, if it does not."""
         cookie, offered = theirs.get("cookie"), theirs["protocol_versions"]
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
-            return (f"it is a plugin for another host: it expects another magic cookie in {cookie.get('key')!r}; "
-                    "is the handshake given to launch() the one that it serves with?")
+            return ("it is a plugin for another host: it expects another magic cookie in "
+                    f"{cookie.get('key')!r}; is the handshake given to launch() the one that it serves with?")
         if not set(versions) & set(offered):
             older = "plugin" if max(offered, default=0) < max(versions) else "host"
             return (f"no common protocol version: the host has {list(versions)}, the plugin has {offered}; "
@@ -1727,8 +1738,8 @@ class _Hello:
 
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who is pushed
-    out there comes again. Raises what `greet` does."""
+    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who
+    is pushed out there comes again. Raises what `greet` does."""
     deadline = time.monotonic() + _CROWD_SECONDS
     while True:
         channel = None
@@ -1745,12 +1756,12 @@ def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channe
 
 
 class _Door:
-    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let in if it
-    holds the key. A wrong, slow or silent caller holds up nobody.
+    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let
+    in if it holds the key. A wrong, slow or silent caller holds up nobody.
 
-    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError, on that
-    thread. The door closes before it is called, and lets in nobody else, unless it `stays` open. Any thread may close
-    it. `_lock` protects `_open` and `_callers`.
+    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError,
+    on that thread. The door closes before it is called, and lets in nobody else, unless it `stays` open. Any
+    thread may close it. `_lock` protects `_open` and `_callers`.
     """
 
     _CROWD = 128  # callers in the handshake at once; past that one of them, whoever chance picks, has to go
@@ -1786,8 +1797,9 @@ class _Door:
         self.listener.close()
 
     def _admit(self, channel: _Channel) -> None:
-        """Have a thread meet a caller. Where there is a crowd, chance picks who has to go: among strangers who come faster
-        than anybody can speak, the oldest would always be the one who is about to prove the key."""
+        """Have a thread meet a caller. Where there is a crowd, chance picks who has to go: among strangers
+        who come faster than anybody can speak, the oldest would always be the one who is about to prove the
+        key."""
         with self._lock:
             if len(self._callers) >= self._CROWD:
                 self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
@@ -3343,14 +3355,24 @@ def _no_method(name: str, names: Iterable[str] | None, where: str) -> MethodNotF
 
 
 def _makes_instances(served: Any) -> bool:
-    """Whether what is served is a class or a zero-argument factory, and not the object itself."""
-    if isinstance(served, type) or not callable(served):
+    """Whether what is served is a class or a zero-argument factory, and not the object itself. A function that
+    needs arguments is there to be called; so is one with *args or **kwargs, or in C, if it may take some."""
+    if isinstance(served, type) or type(served).__name__ not in _FUNCTIONS:
         return isinstance(served, type)
-    if not hasattr(type(served), "__code__"):  # no plain function
-        return type(served).__name__ in ("partial", "method", "builtin_function_or_method")
-    code = served.__code__
-    needed = code.co_argcount - len(served.__defaults__ or ()) + code.co_kwonlyargcount - len(served.__kwdefaults__ or ())
-    return bool(needed == 0 and not code.co_flags & 0x0C)  # with *args or **kwargs it is there to be called
+    in_c = type(served).__name__ == "builtin_function_or_method"
+    of_class = isinstance(getattr(served, "func", None), type)  # a partial, which has what the class needs
+    try:
+        parameters = _import("inspect").signature(served).parameters.values()
+    except ValueError:
+        return of_class  # a C function that does not tell
+    for each in parameters:
+        takes_any = each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        if in_c or (not of_class if takes_any else each.default is each.empty):
+            return False
+    return True
+
+
+_FUNCTIONS = "function", "method", "partial", "builtin_function_or_method"
 
 
 class _Loop:
@@ -4294,7 +4316,7 @@ _ATTACH = "MINIPLUG_ATTACH"  # {NAME: config} as JSON: where a host attaches ins
 _COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
 _LOADING = "MINIPLUG_LOADING"  # what is being started, down to this process, until it serves: see _Recipe.above
 _NO_STDIN = "MINIPLUG_NO_STDIN"  # it is discarded
-_SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: what a bytecode cache holds is another file
+_SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: a bytecode cache holds another file
 _GRACE = 2.0  # seconds that a plugin has to end by itself
 _MAX_MESSAGE = 256 << 20
 
@@ -4331,37 +4353,52 @@ def _refuse_monkey_patches() -> None:
                 "not patched, have the plugins, and talk to that")
 
 
-def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, handshake: Handshake = Handshake(),
-          address: str | None = None, authkey: bytes | str | None = None, persist: bool = False,
-          max_workers: int = 64, max_message: int = _MAX_MESSAGE) -> None:
+def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
+          handshake: Handshake = Handshake(), address: str | None = None, authkey: bytes | str | None = None,
+          persist: bool = False, max_workers: int = 64, max_message: int = _MAX_MESSAGE) -> None:
     """Serve plugins to the host that started this process, until it says stop or is gone; then return.
 
     `plugins` maps a name to an object or a function with arguments, which all callers share; or to a class or
-    zero-argument factory, which makes an instance for each `dispense`. Mapped by int instead, it is one such mapping for
-    each protocol version. An object that is a context manager is entered before its first call and exited at the end.
+    zero-argument factory, which makes an instance for each `dispense`. Mapped by int instead, it is one such
+    mapping for each protocol version. An object that is a context manager is entered before its first call
+    and exited at the end.
 
-    `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at most
-    `max_workers` at once (1: one after another). A message of more than `max_message` bytes (at least 4096) is refused.
+    `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at
+    most `max_workers` at once (1: one after another). A message of more than `max_message` bytes (at least
+    4096) is refused.
 
-    `persist=True`: stay when the host goes, for it or another one to `attach` to, until one of them says stop. Any number
-    of hosts may be there at once. `address` is where they attach: a path with a ``/`` in it, ``127.0.0.1:PORT`` or, on
-    Windows, the name of a pipe; by default a private place of its own. `authkey` is the key that they have to hold: at
-    least 16 bytes, or as many in hexadecimal digits; by default a fresh one.
+    `persist=True`: stay when the host goes, for it or another one to `attach` to, until one of them says
+    stop. Any number of hosts may be there at once. `address` is where they attach: a path with a ``/`` in it,
+    ``127.0.0.1:PORT`` or, on Windows, the name of a pipe; by default a private place of its own. `authkey` is
+    the key that they have to hold: at least 16 bytes, or as many in hexadecimal digits; by default a fresh
+    one.
 
-    Started by hand with `persist` or an `address`, it prints what `attach` needs, as a line of JSON, and serves until
-    Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says on stderr that this is a
-    plugin, and exits with status 1 (SystemExit); so it does when the host refuses the plugin, which the host
-    reports. Raises ValueError or TypeError for what cannot be served, and OSError for an `address` that is not to be had.
+    Started by hand with `persist` or an `address`, it prints what `attach` needs, as a line of JSON, and
+    serves until Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says on
+    stderr that this is a plugin, and exits with status 1 (SystemExit); so it does when the host refuses the
+    plugin, which the host reports.
+
+    Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
+    and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
     """
+    if not hasattr(handshake, "magic_cookie_value"):
+        raise TypeError(f"handshake={handshake!r}: it is a miniplug.Handshake")
+    if not isinstance(address, (str, type(None))):
+        raise TypeError(f"address={address!r}: it is a str, or None")
+    if not isinstance(persist, bool):
+        raise TypeError(f"persist={persist!r}: it is True or False")
     server = _Server(_versions(plugins, handshake), info, max_workers, max_message)
+    secret = os.urandom(32) if authkey is None else _checked_key(authkey)
     _take_environment()
     key = _variable(handshake.magic_cookie_key)
-    cookie = os.environ.pop(key, None) or _environment.pop(key, None)  # it may be set by somebody who is no host
-    _serve(server, {"key": key, "matches": cookie == handshake.magic_cookie_value}, address, authkey, persist)
+    cookie = os.environ.pop(key, None) or _environment.pop(key, None)  # somebody may have set it by hand
+    _serve(server, {"key": key, "matches": cookie == handshake.magic_cookie_value}, address, secret, persist)
 
 
-def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, authkey: bytes | str | None, persist: bool) -> None:
+def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secret: bytes,
+           persist: bool) -> None:
     """The plugin's main loop."""
+    _refuse_monkey_patches()
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
     _refuse_by_hand(address, persist, "In Python, miniplug.launch() with its path and handshake does.")
@@ -4372,11 +4409,12 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
     _prepare_output()
     try:
         if persist or address is not None:
-            passed_over = server.listen(address or "", os.urandom(32) if authkey is None else _checked_key(authkey))
+            passed_over = server.listen(address or "", secret)
             _heed_signals(host is not None)
         if host is None:
             for folder in passed_over:
-                print(f"miniplug: it listens at {server.config['address']}, not in {folder}", file=sys.stderr, flush=True)
+                where = server.config["address"]
+                print(f"miniplug: it listens at {where}, not in {folder}", file=sys.stderr, flush=True)
             print(json.dumps(server.config), flush=True)
         else:
             server.serve_launcher(host, key, cookie)
@@ -4389,13 +4427,17 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, auth
 
 
 def _refuse_by_hand(address: str | None, persist: bool, hint: str) -> None:
-    """Exit with a word if there is neither a host that has started this process nor a place for one to attach to."""
+    """Exit with a word if there is neither a host that has started this process nor a place for one to attach
+    to."""
     if _ADDRESS not in _environment and not persist and address is None:
-        sys.exit(f"This program is a plugin: the application that it belongs to starts it, not a person. ({hint})")
+        whose = "the application that it belongs to starts it, not a person"
+        sys.exit(f"This program is a plugin: {whose}. ({hint})")
 
 
 def _checked_key(key: bytes | str) -> bytes:
-    """A key that is given as bytes or in hexadecimal digits. Raises ValueError."""
+    """A key that is given as bytes or in hexadecimal digits. Raises ValueError, or TypeError."""
+    if not isinstance(key, (str, bytes, bytearray)):
+        raise TypeError(f"authkey: it is bytes or hexadecimal digits, and not of type {type(key).__name__}")
     try:
         data = bytes.fromhex(key) if isinstance(key, str) else bytes(key)
     except ValueError as error:
@@ -4413,7 +4455,8 @@ def _checked_config(config: Any) -> dict[str, Any]:
         raise ValueError(f"{takes}, and not a {type(config).__name__}")
     wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
     if wrong:
-        raise ValueError(f"{takes}, and {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or of another type")
+        are = "is" if len(wrong) == 1 else "are"
+        raise ValueError(f"{takes}, and {', '.join(wrong)} {are} missing or of another type")
     if _transport(config["address"]) != config["network"] or (config["network"] == "pipe") != _WINDOWS:
         raise ValueError(f"{config['address']!r} is no address for the network {config['network']!r} here")
     if config["network"] != "pipe":
@@ -4423,27 +4466,35 @@ def _checked_config(config: Any) -> dict[str, Any]:
 
 
 def _heed_signals(launched: bool) -> None:
-    """Of a plugin that listens: SIGTERM ends it orderly, as Ctrl-C does, and the end of its host's terminal does not."""
+    """Of a plugin that listens: SIGTERM ends it orderly, as Ctrl-C does, and its host's terminal's end does
+    not."""
     signal = _import("signal")
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if not _WINDOWS:
             signal.signal(signal.SIGHUP, signal.SIG_IGN if launched else signal.default_int_handler)
 
 
 class _Server:
-    """What this process serves, and the hosts that it serves it to, each over a session of its own."""
+    """What this process serves, and the hosts that it serves it to, each over a session of its own.
 
-    def __init__(self, versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None, max_workers: int,
-                 max_message: int) -> None:
+    The main thread listens, serves the launcher, waits and closes. A thread of the door attends to each host
+    that attaches. Any thread may `stop` it. `_lock` protects `_sessions` to `_over`.
+    """
+
+    def __init__(self, versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None,
+                 max_workers: int, max_message: int) -> None:
         """A version None stands for whatever a host asks for."""
+        if not (info is None or hasattr(info, "keys")):
+            raise TypeError(f"info={info!r}: it is a dict about the plugin, or None")
         self.stays = False  # also when its hosts are gone
         self.config: dict[str, Any] = {}  # what another host needs to attach
         self._served = {version: _Served(plugins, info) for version, plugins in versions.items()}
         self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
         self._slots = _Slots(_checked_count(max_workers, "max_workers", 1))
         self._door: _Door | None = None
-        self._lock = threading.Lock()  # protects the following five
+        self._lock = threading.Lock()
         self._sessions: list[_Session] = []  # those that are not disposed of
         self._threads: list[threading.Thread] = []  # that attend to those who have come through the door
         self._hosts = 0  # how many are there
@@ -4452,7 +4503,8 @@ class _Server:
         self._over = threading.Event()  # set once it is to end
 
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
-        """Run the handshake. From now on this host counts as one that is there: it may know before this side that it is in."""
+        """Run the handshake. From now on this host counts as one that is there: it may know before this side
+        that it is in."""
         versions = None if None in self._served else sorted(self._served)
         hello = _Hello(channel, address, key, "plugin")
         with self._lock:
@@ -4472,13 +4524,16 @@ class _Server:
             self.stop()
 
     def listen(self, address: str, key: bytes) -> list[str]:
-        """Let hosts attach. They need no cookie: it is not they who start this program. Returns the temp folders that would
-        not do, and why."""
+        """Let hosts attach. They need no cookie: it is not they who start this program. Returns the temp
+        folders that would not do, and why."""
+        if not address:
+            _remove_left_behind()
         self._door = _Door(lambda channel, address: self.greet(channel, address, key, {"matches": True}),
                            self._arrived, address, stays=True)
         address = self._door.listener.address
+        version = max((each for each in self._served if each is not None), default=1)
         self.config.update(network=_transport(address), address=address, authkey=key.hex(), pid=os.getpid(),
-                           protocol_version=max((each for each in self._served if each is not None), default=1))
+                           protocol_version=version)
         for served in self._served.values():
             served.config = self.config
         return self._door.listener.passed_over
@@ -4486,14 +4541,16 @@ class _Server:
     def _arrived(self, channel: _Channel, terms: Any) -> None:
         if isinstance(terms, _Terms):  # or the host has refused this plugin
             with self._lock:
-                self._threads = [*(each for each in self._threads if each.is_alive()), threading.current_thread()]
+                alive = [each for each in self._threads if each.is_alive()]
+                self._threads = [*alive, threading.current_thread()]
             self.attend(channel, terms)
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
         gone = _outlet() if self.stays else None
         try:
-            channel, terms = _come_in(address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
+            channel, terms = _come_in(
+                address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
         except HandshakeError as error:
             sys.exit(f"miniplug: the host refused this plugin: {error}")
         except (OSError, EOFError, ValueError, PluginError) as error:
@@ -4503,8 +4560,10 @@ class _Server:
         if not (self.stays or cause is None or orderly):
             sys.exit(f"miniplug: the connection to the host has failed: {type(cause).__name__}: {cause}")
 
-    def attend(self, channel: _Channel, terms: _Terms, gone: Callable[[], None] | None = None) -> BaseException | None:
-        """Serve one host, until it says stop or is gone: then `gone` is called, at once. Returns why the session has ended."""
+    def attend(self, channel: _Channel, terms: _Terms,
+               gone: Callable[[], None] | None = None) -> BaseException | None:
+        """Serve one host, until it says stop or is gone: then `gone` is called, at once. Returns why the
+        session has ended."""
         def lost(cause: BaseException) -> Callable[[list[str]], BaseException]:
             if gone is not None:
                 gone()
@@ -4575,11 +4634,17 @@ def _outlet() -> Callable[[], None]:
 
 def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
     """{version: {name: object, ...}, ...}. Raises ValueError or TypeError for what cannot be served."""
-    versions = plugins if plugins and all(type(key) is int for key in plugins) else {handshake.protocol_version: plugins}
+    by_version = hasattr(plugins, "keys") and plugins and all(type(key) is int for key in plugins)
+    versions = plugins if by_version else {handshake.protocol_version: plugins}
     for version, mapping in versions.items():
         _checked_count(version, "protocol_version")
+        if not hasattr(mapping, "keys"):
+            kind = getattr(mapping, "__name__", type(mapping).__name__)
+            example = f"{{{kind.lower()!r}: {kind}}}"
+            raise TypeError(f"{kind} is no mapping: what is served has a name, such as {example}")
         if not mapping or not all(isinstance(name, str) for name in mapping):
-            raise TypeError("plugins is {name: object, ...}, or {version: {name: object, ...}, ...}, and not empty")
+            takes = "{name: object, ...}, or {version: {name: object, ...}, ...}"
+            raise TypeError(f"plugins is {takes}, and not empty")
         if "system" in mapping:
             raise ValueError("the name 'system' is reserved: give the plugin another one")
     return versions
@@ -4591,7 +4656,8 @@ _LEVELS = {"error": 40, "warn": 30, "info": 20, "debug": 10, "trace": 5}
 
 
 def _prepare_output() -> None:
-    """Have every line leave at once, as UTF-8; a segmentation fault tell where; and logging speak to the host."""
+    """Have every line leave at once, as UTF-8; a crash tell where in Python it was; and logging speak to the
+    host."""
     streams: list[Any] = [sys.stdout, sys.stderr]
     for stream in streams:
         try:
@@ -4599,8 +4665,9 @@ def _prepare_output() -> None:
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
         except (AttributeError, OSError, ValueError):
             pass  # there is none, it is closed, or it is the plugin's own
+    c_stack = {"c_stack": False} if sys.version_info >= (3, 14) else {}  # which is long, and tells little
     try:
-        _import("faulthandler").enable(all_threads=False)
+        _import("faulthandler").enable(all_threads=False, **c_stack)
     except (AttributeError, OSError, ValueError, RuntimeError):
         pass  # no stderr to write to
     if _environment.pop(_NO_STDIN, "") and "PYTHONBREAKPOINT" not in os.environ:
@@ -4610,7 +4677,8 @@ def _prepare_output() -> None:
         _set_up_logging(sys.modules["logging"], level)
     elif level >= 0:
         sys.meta_path.insert(0, _LoggingHook(level))
-    if level >= 0 and not _WINDOWS and _posix.getpgrp() != os.getpid() and threading.current_thread() is threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if level >= 0 and main and not _WINDOWS and _posix.getpgrp() != os.getpid():
         signal = _import("signal")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it shares the terminal, whose Ctrl-C is the host's
 
@@ -4621,7 +4689,8 @@ def _no_breakpoint(*args: Any, **kwargs: Any) -> None:
 
 
 class _LoggingHook:
-    """An import hook that sets logging up when somebody imports it, so that nobody pays for it who does not."""
+    """An import hook that sets logging up when somebody imports it, so that nobody pays for it who does
+    not."""
 
     def __init__(self, level: int) -> None:
         self._level = level
@@ -4642,7 +4711,8 @@ class _LoggingHook:
 
 
 def _set_up_logging(logging: Any, level: int) -> None:
-    """Send the root logger's records to the host, unless the plugin has handlers there or calls basicConfig."""
+    """Send the root logger's records to the host, unless the plugin has handlers there or calls
+    basicConfig."""
     root = logging.getLogger()
     if root.handlers:
         return
@@ -4667,18 +4737,34 @@ def _log_line(formatter: Any, record: Any) -> str:
                               "@timestamp": when.isoformat(timespec="microseconds")}
     if _LEVELS[level] != record.levelno:
         fields["@levelno"] = record.levelno
-    trace = [formatter.formatException(record.exc_info) if record.exc_info else record.exc_text, record.stack_info]
-    if any(trace):
-        fields["@traceback"] = "\n".join(filter(None, trace))
-    known = _standard_fields()
-    fields.update((key, value) for key, value in vars(record).items() if key not in known and not key.startswith("@"))
-    return json.dumps(fields, default=repr, skipkeys=True)
+    trace = formatter.formatException(record.exc_info) if record.exc_info else record.exc_text
+    if trace or record.stack_info:
+        fields["@traceback"] = "\n".join(filter(None, (trace, record.stack_info)))
+    more = {key: value for key, value in vars(record).items()
+            if key not in _standard_fields() and not key.startswith("@")}
+    try:
+        return json.dumps({**fields, **more}, default=repr, skipkeys=True)
+    except Exception:  # one of them holds itself, say, or its repr raises
+        return json.dumps({**fields, **{key: _shown(value) for key, value in more.items()}}, default=repr)
 
 
-def _standard_fields() -> set[str]:
-    """The attributes that every log record has, and those that formatting adds: what a plugin's field may not be."""
+def _shown(value: Any) -> Any:
+    """What a log line has of a value: itself if it can be, or else how Python writes it."""
+    try:
+        return json.dumps(value, default=repr, skipkeys=True) and value
+    except Exception:
+        try:
+            return repr(value)
+        except Exception:
+            return f"<{type(value).__name__}>"
+
+
+@lru_cache(maxsize=1)
+def _standard_fields() -> frozenset[str]:
+    """The attributes that every log record has, and those that formatting adds: what a plugin's field may not
+    be."""
     record = _import("logging").makeLogRecord({})
-    return {*vars(record), *dir(type(record)), "message", "asctime"}
+    return frozenset({*vars(record), *dir(type(record)), "message", "asctime"})
 
 
 # === 9. process =======================================================================================
@@ -5159,7 +5245,16 @@ class _NoProcess:
 
 _LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces, as it must be kept until its end
 _TAIL_LINES = 30  # how many last lines an error carries
-_RECORD_LIMIT = 1 << 14  # how much of a log record is kept for that
+_TAIL_RECORD = 1 << 14  # how much of a log record is kept for that
+
+# What a plugin's output may cost: a line that is over one of these is logged as text.
+_RECORD_LIMIT = 1 << 20  # characters of a log record
+_RECORD_DEPTH = 20  # of lists and objects in each other
+_TRACE_LIMIT = 1 << 20  # characters of a traceback; then its lines are logged one by one
+_MODULES = 200  # loggers that a plugin may make, in the host's life
+_MODULE_LENGTH = 200  # characters of a logger's name
+_MODULE_DEPTH = 10  # parts of it, between dots
+_modules: dict[str, set[str]] = {}  # the loggers that were made, by the plugin's own
 
 
 class _Lines:
@@ -5171,10 +5266,11 @@ class _Lines:
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._log = deliver if isinstance(deliver, _LogSink) else None
         self._deliver = deliver
-        utf8 = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
-        self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+        self._decoder = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
         self._begun: list[str] = []  # a line, as much of it as has come
         self._size = 0
+        self._returned = False  # whether the last line has ended with a \r, which a \n may follow
+        self._report: list[str] = []  # the head of what faulthandler has written
 
     def read_until(self, ended: Callable[[], bool], wake: int) -> None:
         """Deliver lines until the stream ends, or the process has and nothing more comes: another one may
@@ -5196,14 +5292,21 @@ class _Lines:
             data = os.read(self.file.fileno(), 1 << 16)
         except OSError:
             data = b""
-        first, *others = self._decoder.decode(data, final=not data).split("\n")
+        self._take(data)
+        return bool(data)
+
+    def _take(self, data: bytes) -> None:
+        """Deliver the lines of what has come; at the end, of nothing, what there is."""
+        text = self._decoder.decode(data, final=not data)
+        if text:
+            text, self._returned = text[self._returned and text[0] == "\n" :], text[-1] == "\r"
+        first, *others = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
         self._add(first)
         for text in others:
             self._end_line()
             self._add(text)
         if self._size >= _LINE_LIMIT or (self._size and not data):
             self._end_line()
-        return bool(data)
 
     def _add(self, text: str) -> None:
         self._begun.append(text)
@@ -5211,7 +5314,11 @@ class _Lines:
 
     def _end_line(self) -> None:
         text, self._begun, self._size = "".join(self._begun), [], 0
-        self.tail.append(text[:_RECORD_LIMIT] if text.startswith("{") else _cut(text))
+        self.tail.append(text[:_TAIL_RECORD] if text.startswith("{") else _cut(text))
+        if text.startswith("Fatal Python error: "):
+            self._report = []
+        if text.startswith("Fatal Python error: ") or 0 < len(self._report) < 10:
+            self._report.append(self.tail[-1])
         _guard(self._deliver, text)
 
     def _flush(self) -> None:
@@ -5221,7 +5328,10 @@ class _Lines:
     def last(self) -> list[str]:
         """The last lines, for people: a log record reads as one does in a log."""
         lines = [line for text in self.tail for line in _readable(text).splitlines() or [""]]
-        return [_cut(line) for line in lines[-_TAIL_LINES:]]
+        lines = [_cut(line) for line in lines[-_TAIL_LINES:]]
+        if self._report and self._report[0] not in lines:  # its head tells most: the latest frames come first
+            lines = [*self._report, "...", *lines[-9:]]
+        return lines
 
     def _await_more(self, seconds: float | None, wake: int) -> bool:
         """Wait for something to read, until there is something in `wake`. False if there is nothing."""
@@ -5242,16 +5352,48 @@ class _Lines:
         return True  # without a limit reading itself is what waits
 
 
+def _record_of(line: str) -> dict[str, Any]:
+    """The fields of a log record. Raises ValueError for a line that is none, or one of more than is
+    reasonable."""
+    if not line.startswith("{") or len(line) > _RECORD_LIMIT:
+        raise ValueError("no record, or too long")
+    try:
+        fields = json.loads(line, parse_int=_short_int)
+    except RecursionError:
+        raise ValueError("too deep") from None
+    if not isinstance(fields.get("@message"), str) or not _is_shallow(fields, _RECORD_DEPTH):
+        raise ValueError("no message, or too deep")
+    return {_clean(key): _clean(value) for key, value in fields.items()}
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > 1000:  # to read, print and compare it takes too long
+        raise ValueError("too many digits")
+    return int(digits)
+
+
+def _is_shallow(value: Any, depth: int) -> bool:
+    if isinstance(value, (dict, list)):
+        return depth > 0 and all(_is_shallow(each, depth - 1)
+                                 for each in (value.values() if isinstance(value, dict) else value))
+    return True
+
+
+def _clean(value: Any) -> Any:
+    """Text without lone surrogates, which no file takes."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
 def _readable(line: str) -> str:
     """A log record as text, with its traceback on lines of its own. Any other line is itself."""
     try:
-        fields = json.loads(line) if line.startswith("{") else {}
-        message, level = fields["@message"], str(fields.get("@level", "info"))
-        more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
-        trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
-        return f"[{level.upper()}] {fields.get('@module', '')}: {message}{more}{trace}"
-    except (ValueError, KeyError, RecursionError):
+        fields = _record_of(line)
+    except ValueError:
         return line
+    more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
+    trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
+    level = str(fields.get("@level", "info")).upper()
+    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}{more}{trace}"
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
@@ -5277,14 +5419,16 @@ class _LogSink:
         self._logger = parent.getChild(stream)
         self._stderr = stream == "stderr"
         self.trace: list[str] = []  # the lines of a traceback, which may go on
+        self._room = 0  # how many characters more it may have
 
     def __call__(self, line: str) -> None:
-        if self.trace and self._goes_on(line):
+        self._room -= len(line) + 1
+        if self.trace and self._room >= 0 and self._goes_on(line):
             self.trace.append(line)
             return
         self.flush()
         if self._stderr and line.startswith(self._HEADS):
-            self.trace = [line]
+            self.trace, self._room = [line], _TRACE_LIMIT
         elif not (self._stderr and line.startswith("{") and self._record(line)):
             self._logger.log(30 if self._stderr else 20, "%s", line)
 
@@ -5302,19 +5446,30 @@ class _LogSink:
     def _record(self, line: str) -> bool:
         """Log a line of hclog's JSON with its level, logger and fields. False if it is none."""
         try:
-            fields = json.loads(line)
+            fields = _record_of(line)
             message, level = fields.pop("@message"), fields.pop("@level", "info").lower()
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            return False
-        if not isinstance(message, str):
+        except (ValueError, AttributeError):
             return False
         name, number = fields.pop("@module", ""), fields.pop("@levelno", None)
-        number = number if type(number) is int else _LEVELS.get(level, 20)
-        own = isinstance(name, str) and name not in ("", "root")
-        logger = self._parent.getChild(name) if own else self._parent
+        known = type(number) is int and 0 < number <= 100  # a logger remembers each that it was asked for
+        number = number if known else _LEVELS.get(level, 20)
+        logger = self._logger_for(name)
         if logger.isEnabledFor(number):
             logger.handle(self._made(logger, number, message, fields))
         return True
+
+    def _logger_for(self, name: Any) -> logging.Logger:
+        """The logger of a module. One that is made is kept for ever: so those of a plugin are no more than so many, and
+        their names no longer. What is over that goes to the plugin's own."""
+        if not isinstance(name, str) or name == "root" or not all(name.split(".")):  # logging goes astray at ".."
+            return self._parent
+        whole = f"{self._parent.name}.{name}"
+        made = _modules.setdefault(self._parent.name, set())
+        if whole not in made and not hasattr(self._parent.manager.loggerDict.get(whole), "handlers"):
+            if len(made) >= _MODULES or len(name) > _MODULE_LENGTH or name.count(".") >= _MODULE_DEPTH:
+                return self._parent
+            made.add(whole)
+        return self._parent.getChild(name)
 
     @staticmethod
     def _made(logger: logging.Logger, number: int, message: str, fields: dict[str, Any]) -> logging.LogRecord:
@@ -6801,29 +6956,12 @@ else:
     from zipimport import zipimporter
     folder, name = __import__("os").path.split(sys.argv[1])
     exec(zipimporter(folder).get_code(name[:-3]), vars(module))
-sys.meta_path.insert(0, module._Alias(sys.argv[2]))
-module._run_plugin(*sys.argv[3:])
+module._run_plugin(*sys.argv[2:])
 """
 
 
 _FROZEN = "--miniplug-plugin"  # the first argument of a frozen application that is to be a plugin
 _frozen_mains: list[bool] = []  # not empty: it looks for that
-
-
-class _Alias:
-    """An import hook that gives this very module under the name, too, by which the host has vendored it."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return _import("importlib.machinery").ModuleSpec(name, self) if name == self._name else None
-
-    def create_module(self, spec: Any) -> ModuleType:
-        return sys.modules[__name__]
-
-    def exec_module(self, module: ModuleType) -> None:
-        """It has run."""
 
 
 def _split_spec(command: str) -> tuple[str, str, str]:
@@ -7032,16 +7170,19 @@ def _serve_here(server: _Server, channel: _Channel, address: str, key: bytes) ->
 def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     """The files in a folder that `launch` can run, sorted, as absolute paths.
 
-    `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*.py"`` the Python files,
-    ``"*/plugin.py"`` one in each folder there. A file can be run that ends with ``.py`` or ``.pyw``, or is
-    executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Folders are none, and what has a name that begins with
-    ``.`` or ``_`` is left out, as is what lies in such a folder: ``__init__.py``, ``__pycache__``, ``.venv``.
-    Nothing is run or imported. ``**`` stands for any folders below, links not followed. For a spec add the attribute:
-    ``f"{path}:Tool"``.
+    `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*.py"`` the Python
+    files, ``"*/plugin.py"`` one in each folder there. A file can be run that ends with ``.py`` or ``.pyw``,
+    or is executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Folders are none, and what has
+    a name that begins with ``.`` or ``_`` is left out, as is what lies in such a folder: ``__init__.py``,
+    ``__pycache__``, ``.venv``. Nothing is run or imported. ``**`` stands for any folders below, links not
+    followed. For a spec add the attribute: ``f"{path}:Tool"``.
 
-    Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder, and ValueError for a pattern that is
-    empty or absolute. What lies in the folder and cannot be looked at is left out.
+    Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder, ValueError for a pattern
+    that is empty or absolute, and TypeError for one that is no str. What lies in the folder and cannot be
+    looked at is left out.
     """
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern={pattern!r}: it is a glob, a str")
     folder = _import("pathlib").Path(directory).absolute()
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file, not a folder")
@@ -7050,13 +7191,15 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     if not parts or os.path.isabs(pattern):
         raise ValueError(f"pattern={pattern!r}: it is a glob relative to the folder")
     programs = (".exe", ".com", ".bat", ".cmd")
-    return sorted(path for path in map(type(folder), set(_matches(str(folder), parts))) if path.suffix in (".py", ".pyw")
+    found = map(type(folder), set(_matches(str(folder), parts)))
+    return sorted(path for path in found if path.suffix in (".py", ".pyw")
                   or (path.suffix.lower() in programs if _WINDOWS else os.access(path, os.X_OK)))
 
 
 def _matches(folder: str, parts: Sequence[str]) -> Iterable[str]:
-    """The files below a folder that match the parts of a pattern, without those that are hidden. (In Path.glob, one link that
-    leads astray, or to where this user may not look, hides others, or is an error, as the Python has it.)"""
+    """The files below a folder that match the parts of a pattern, without those that are hidden. (In
+    Path.glob, one link that leads astray, or to where this user may not look, hides others, or is an error,
+    as the Python has it.)"""
     (part, *rest), fnmatch = parts, _import("fnmatch").fnmatch
     if part == "**":
         yield from _matches(folder, rest or ["*"])
@@ -7078,33 +7221,58 @@ def _matches(folder: str, parts: Sequence[str]) -> Iterable[str]:
                 yield path
 
 
-def discover_entry_points(group: str) -> dict[str, str]:
-    """The installed distributions' entry points of a group: name to spec, such as ``{"csv": "shop.export:Csv"}``.
+def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[str, str]:
+    """The installed distributions' entry points of a group: name to spec, such as ``{"csv":
+    "shop.export:Csv"}``.
 
-    Nothing is imported. Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an
-    import; and of a distribution that is installed twice only the first. A distribution that is broken, and an entry that
-    names no attribute of a module, is left out with a warning in the log.
+    With `python` those of that interpreter's environment, which it is run for a moment to look through;
+    without it those of this one. Nothing is imported. Where two have the same name, that which comes first on
+    ``sys.path`` counts, as it does in an import; and of a distribution that is installed twice only the
+    first. A distribution that is broken, and an entry that names no attribute of a module, is left out with a
+    warning in the log.
+
+    Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
+    if not isinstance(group, str):
+        raise TypeError(f"group={group!r}: it is the name of a group, a str")
+    if python is not None:
+        look = launch("miniplug:discover_entry_points", name="entry_points", python=python)
+        with look as plugin:
+            return dict(plugin.dispense()(group))
     found: dict[str, str] = {}
     logger = _import("logging").getLogger("miniplug")
     for distribution in _import("importlib.metadata").distributions():
         try:
-            entries = [entry for entry in distribution.entry_points if entry.group == group]
-            for entry in entries if entries and not _is_hidden(distribution) else ():
-                spec = "".join(entry.value.partition("[")[0].split())  # without the extras that it may name
+            entries = list(_entries(distribution.read_text("entry_points.txt") or "", group))
+            for name, value in entries if entries and not _is_hidden(distribution) else ():
+                spec = "".join(value.partition("[")[0].split())  # without the extras that it may name
                 _, source, attribute = _split_spec(spec)
-                if attribute and all(part.isidentifier() for part in source.split(".")):
-                    found.setdefault(entry.name, spec)
+                if name and attribute and all(part.isidentifier() for part in source.split(".")):
+                    found.setdefault(name, spec)
                 else:
-                    logger.warning("the entry point %r names no attribute of a module: %s", entry.name, entry.value)
+                    logger.warning("the entry point %r names no attribute of a module: %s", name, value)
         except Exception as error:  # whatever is wrong with it
             where = getattr(distribution, "_path", "a distribution")
-            logger.warning("the entry points of %s cannot be read: %s: %s", where, type(error).__name__, error)
+            kind = type(error).__name__
+            logger.warning("the entry points of %s cannot be read: %s: %s", where, kind, error)
     return found
 
 
+def _entries(text: str, group: str) -> Iterable[tuple[str, str]]:
+    """The names and values of a group. (With some Pythons one bad entry hides all others of its
+    distribution.)"""
+    section = None
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("["):
+            section = line.strip("[]").strip()
+        elif section == group and line and not line.startswith(("#", ";")):
+            name, _, value = line.partition("=")
+            yield name.strip(), value.strip()
+
+
 def _is_hidden(distribution: Any) -> bool:
-    """Whether another of its name comes before it on sys.path, so that what it names is not there to import."""
+    """Whether another of its name comes before it on sys.path, so that what it names is not there to
+    import."""
     try:
         name = distribution.metadata["Name"]
         first = _import("importlib.metadata").distribution(name) if name else distribution
@@ -7115,8 +7283,10 @@ def _is_hidden(distribution: Any) -> bool:
 
 # === 12. command line ===================================================================================
 
-def _run_plugin(verb: str, *arguments: str, **options: Any) -> None:
-    """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug."""
+def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
+    """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
+    a host has imported it."""
+    sys.meta_path.insert(0, _OneModule(name))
     sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
@@ -7126,7 +7296,8 @@ def _run_plugin(verb: str, *arguments: str, **options: Any) -> None:
 
 def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
     """As sys.excepthook: the traceback without the frames of miniplug and of importing that come first."""
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((_show_error.__code__.co_filename, "<")):
+    here = _show_error.__code__.co_filename
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((here, "<")):
         frames = frames.tb_next
     sys.__excepthook__(kind, error.with_traceback(frames), frames)
 
@@ -7141,27 +7312,31 @@ def _run_script(path: str) -> None:
         exec(compile(file.read(), path, "exec", dont_inherit=True), vars(main))  # not this file's __future__
 
 
-def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None, persist: bool = False) -> None:
+def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None,
+                 persist: bool = False) -> None:
     """Serve what the specs name, under whatever cookie and version the host asks for."""
     plugins: dict[str, Any] = {}
-    _refuse_by_hand(address, persist, "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS.")
+    how = "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS."
+    _refuse_by_hand(address, persist, how)
     _environment.setdefault(_LOADING, '[[null, ""]]')
     for spec in specs:
         name, source, attribute = _split_spec(spec)
         if not attribute:
             sys.exit(f"miniplug: {spec!r} is no spec: write module:Attr or path/to/file.py:Attr")
         if name == "system" or name in plugins:
-            sys.exit(f"miniplug: the name {name!r} is {'reserved' if name == 'system' else 'taken'}: write name={spec}")
+            why = "reserved" if name == "system" else "taken"
+            sys.exit(f"miniplug: the name {name!r} is {why}: write name={spec}")
         plugins[name] = _load(source, attribute)
     try:
-        authkey = _read_key(authkey_file) if authkey_file else None
-        _serve(_Server({None: plugins}, None, 64, _MAX_MESSAGE), {"matches": True}, address, authkey, persist)
+        secret = _read_key(authkey_file) if authkey_file else os.urandom(32)
+        _serve(_Server({None: plugins}, None, 64, _MAX_MESSAGE), {"matches": True}, address, secret, persist)
     except (OSError, ValueError) as error:
         sys.exit(f"miniplug: {error}")
 
 
 def _read_key(path: str) -> bytes:
-    """The key in a file, in hexadecimal digits. Raises OSError or ValueError, which name the file and not what is in it."""
+    """The key in a file, in hexadecimal digits. Raises OSError or ValueError, which name the file and not
+    what is in it."""
     with open(path, "rb") as file:
         text = file.read(1 << 16).decode("ascii", "replace").strip()
     try:
@@ -7170,66 +7345,121 @@ def _read_key(path: str) -> bytes:
         raise ValueError(f"{path}: {error}") from None
 
 
+class _OneModule:
+    """An import hook that gives this very module under every name that leads to its file, and that by which
+    the host has vendored it, where it need not lie: in another copy nothing would be registered, served or
+    cancelled."""
+
+    def __init__(self, name: str) -> None:
+        self._names = {"miniplug", name}
+        self._file = os.path.abspath(__file__)
+        self._last = os.path.splitext(os.path.basename(__file__))[0]
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in self._names and name.rpartition(".")[2] != self._last:
+            return None
+        machinery = _import("importlib.machinery")
+        found = None if name in self._names else machinery.PathFinder.find_spec(name, path)
+        here = name in self._names or (found and found.origin and self._is_this_file(found.origin))
+        return machinery.ModuleSpec(name, self) if here else None
+
+    def _is_this_file(self, path: str) -> bool:
+        try:
+            return path == self._file or os.path.samefile(path, self._file)
+        except OSError:
+            return False  # one of them is in a zip file
+
+    def create_module(self, spec: Any) -> ModuleType:
+        return sys.modules["miniplug"]
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has run."""
+
+
 class _StandardLibrary:
-    """An import hook that finds the standard library first. Else a new file in a folder of plugins, called string.py or
-    calendar.py, would break what it imports itself, and its neighbours."""
+    """An import hook that finds the standard library first. Else a new file in a folder of plugins, called
+    string.py or calendar.py, would break what it imports itself, and its neighbours."""
 
     def __init__(self) -> None:
         library = os.path.dirname(getattr(os, "__file__", ""))
         self._path = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return None if path is not None else _import("importlib.machinery").PathFinder.find_spec(name, self._path)
+        if path is not None:
+            return None
+        return _import("importlib.machinery").PathFinder.find_spec(name, self._path)
 
 
 def _load(source: str, attribute: str) -> Any:
     """Import a spec's module, by path or by name, and get the attribute."""
-    if source.endswith(".py"):
-        path = os.path.abspath(source)
-        name = os.path.splitext(os.path.basename(path))[0]
-        standard = _StandardLibrary()
-        if name in sys.modules or standard.find_spec(name):
-            name = f"_plugin_{name}"
-        sys.meta_path.insert(sys.meta_path.index(_import("importlib.machinery").PathFinder), standard)
-        sys.path.insert(0, os.path.dirname(path))
-        util = _import("importlib.util")
-        spec = util.spec_from_file_location(name, path)
-        found = sys.modules[name] = util.module_from_spec(spec)
-        if _SOURCE_ONLY in _environment:
-            exec(spec.loader.source_to_code(spec.loader.get_data(path), path), vars(found))
-        else:
-            spec.loader.exec_module(found)
-    else:
-        try:
-            sys.path.insert(0, os.getcwd())
-        except OSError:
-            pass  # it is gone
-        found = _import(source)
+    found = _load_file(os.path.abspath(source)) if source.endswith(".py") else _load_module(source)
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [name for name in dir(found) if not name.startswith("_")]
             matches = _import("difflib").get_close_matches(part, public)
-            sys.exit(f"miniplug: {source} has no attribute {attribute!r}" + (f"; did you mean {matches[0]!r}?" if matches else ""))
+            hint = f"; did you mean {matches[0]!r}?" if matches else ""
+            sys.exit(f"miniplug: {source} has no attribute {attribute!r}{hint}")
         found = getattr(found, part)
     return found
 
 
+def _load_file(path: str) -> ModuleType:
+    if not os.path.isfile(path):
+        sys.exit(f"miniplug: there is no file {path}")
+    name = os.path.splitext(os.path.basename(path))[0]
+    standard = _StandardLibrary()
+    if name in sys.modules or name in sys.builtin_module_names or standard.find_spec(name):
+        name = f"_plugin_{name}"
+    sys.meta_path.insert(sys.meta_path.index(_import("importlib.machinery").PathFinder), standard)
+    sys.path.insert(0, os.path.dirname(path))
+    util = _import("importlib.util")
+    spec = util.spec_from_file_location(name, path)
+    module: ModuleType = util.module_from_spec(spec)
+    sys.modules[name] = module
+    if _SOURCE_ONLY in _environment:
+        exec(spec.loader.source_to_code(spec.loader.get_data(path), path), vars(module))
+    else:
+        spec.loader.exec_module(module)
+    return module
+
+
+def _load_module(name: str) -> ModuleType:
+    folder = ""
+    try:
+        folder = os.getcwd()
+        sys.path.insert(0, folder)
+    except OSError:
+        pass  # it is gone
+    try:
+        return _import(name)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{name}.".startswith(f"{error.name}."):
+            raise  # it lacks something itself
+        sys.exit(f"miniplug: there is no module {error.name!r} in {folder or 'the current folder'}, nor among "
+                 f"the packages of {sys.executable}; cwd or PYTHONPATH can name another folder, and a file is "
+                 "given as path/to/file.py:Attr")
+
+
 def freeze_support() -> None:
-    """Let a frozen application serve its own plugins: the first statement of its main program, as multiprocessing's is.
+    """Let a frozen application serve its own plugins: the first statement of its main program, as
+    multiprocessing's is.
 
-    Without an interpreter beside it (no `python=`), such an application starts its own executable again for a spec or a
-    ``.py`` file. There this function is the plugin's main loop, and does not return; otherwise it does nothing. The plugin
-    can import what is frozen into the application, and what lies beside its own file.
+    Without an interpreter beside it (no `python=`), such an application starts its own executable again for a
+    spec or a ``.py`` file. There this function is the plugin's main loop, and does not return; otherwise it
+    does nothing. The plugin can import what is frozen into the application, and what lies beside its own
+    file.
 
-    (With `python=`, put ``miniplug.py`` beside the frozen application as a data file, for that interpreter to load.)
+    With `python=` that interpreter loads this file itself, from where ``miniplug.__file__`` says: pack it
+    there as a data file, too. For PyInstaller that is ``--add-data miniplug.py:.``, and of a copy that is
+    vendored as ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``.
     """
     if not hasattr(sys, "frozen"):
         return
     if sys.argv[1:2] != [_FROZEN]:
         _frozen_mains.append(True)
         return
-    sys.meta_path.insert(0, _Alias("miniplug"))  # it may be vendored under another name
-    _run_plugin(*sys.argv[2:])
+    sys.modules["miniplug"] = sys.modules[__name__]  # it may be vendored under another name
+    _run_plugin(__name__, *sys.argv[2:])
     sys.exit()
 
 
@@ -7277,8 +7507,8 @@ def _opened(given: Any) -> Plugin:
         _import("logging").basicConfig(format="%(name)s %(levelname)s: %(message)s")
         _import("logging").getLogger("miniplug").setLevel(given.verbose)
     output = "log" if given.verbose else "discard"
-    return launch(given.plugin, handshake=Handshake(given.protocol_version, *given.cookie), python=given.python,
-                  stdout=output, stderr=output)
+    handshake = Handshake(given.protocol_version, *given.cookie)
+    return launch(given.plugin, handshake=handshake, python=given.python, stdout=output, stderr=output)
 
 
 def _one_line(error: BaseException) -> str:
@@ -7286,7 +7516,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, RemoteError):
         return f"{error.type_name}: {error.message}".partition("\n")[0].rstrip(": ")
     output = [line for line in getattr(error, "output", ()) if line.strip()]
-    fatal = [line for line in output if line.startswith("Fatal Python error: ")]  # of what comes after it, no line says much
+    fatal = [line for line in output if line.startswith("Fatal Python error: ")]  # no later line says more
     return " ".join([str(error).partition("\n")[0], *(fatal or output)[-1:]])
 
 
@@ -7294,7 +7524,8 @@ def _doctor(given: Any) -> int:
     checks = list(_examine(given.python))
     healthy = checks[-1][1] is True
     if given.json:
-        print(json.dumps({"ok": healthy, "checks": [dict(zip(("check", "ok", "detail"), each)) for each in checks]}, indent=2))
+        rows = [dict(zip(("check", "ok", "detail"), each)) for each in checks]
+        print(json.dumps({"ok": healthy, "checks": rows}, indent=2))
     else:
         for what, works, detail in checks:
             print(f"{'-' if works is None else 'ok' if works else 'no':<4}{what:<16}{detail}")
@@ -7305,45 +7536,62 @@ def _examine(python: str | None) -> Iterable[tuple[str, bool | None, str]]:
     """What this machine allows: (what, whether it does, more about it). The last is whether a plugin runs."""
     yield "miniplug", True, f"{__version__}, {os.path.abspath(__file__)}"
     found = _import("shutil").which(python or sys.executable) is not None
-    yield "interpreter", found, f"{python or sys.executable}, under {sys.version.split()[0]} on {sys.platform}"
-    try:
-        listener = _Listener()
-        listener.close()
-        kind = "a named pipe" if _WINDOWS else "a Unix socket" if listener.folder else "a TCP port that the key alone guards"
-        yield "transport", True, f"{kind}, {listener.address}"
-        for folder in listener.passed_over:
-            yield "temp folder", False, folder
-        if listener.folder:
-            yield "temp folder", True, os.path.dirname(listener.folder)
-    except OSError as error:
-        yield "transport", False, str(error)
-    try:
-        socket.create_server(("127.0.0.1", 0)).close()
-        yield "loopback TCP", True, "127.0.0.1"
-    except OSError as error:
-        yield "loopback TCP", False, str(error)
+    version = f"under {sys.version.split()[0]} on {sys.platform}"
+    yield "interpreter", found, f"{python or sys.executable}, {version}"
+    yield from _examine_transports()
     try:
         _import("hashlib").md5(b"")
         yield "FIPS mode", None, "off"
     except ValueError:
         yield "FIPS mode", True, "on: no MD5, and miniplug needs none"
-    yield "process groups", None if _WINDOWS else True, "none on Windows" if _WINDOWS else "one for each plugin"
-    yield "job objects", True if _WINDOWS else None, "one for each plugin" if _WINDOWS else "only on Windows"
+    each = "one for each plugin"
+    yield "process groups", None if _WINDOWS else True, "none on Windows" if _WINDOWS else each
+    yield "job objects", True if _WINDOWS else None, each if _WINDOWS else "only on Windows"
     if not _WINDOWS:
         found = os.path.exists(_SHELL)
-        yield "guardian", found, f"{_SHELL}{'' if found else ' is not there: no guardian if the host is killed, and no limits'}"
+        lack = "" if found else " is not there: no guardian if the host is killed, and no limits"
+        yield "guardian", found, f"{_SHELL}{lack}"
     start = time.monotonic()
     try:
-        with launch("doctor=os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
+        with launch("doctor=os:path", python=python, start_timeout=20.0, stdout="discard",
+                    stderr="discard") as plugin:
             plugin.dispense(timeout=20.0).basename("a/b")
             seconds = time.monotonic() - start
-            yield "a plugin", True, f"runs: {seconds * 1e3:.0f} ms to the first answer, {plugin.ping() * 1e6:.0f} µs a ping"
+            ping = plugin.ping()
+        times = f"{seconds * 1e3:.0f} ms to the first answer, {ping * 1e6:.0f} µs a ping"
+        yield "a plugin", True, f"runs: {times}"
     except PluginError as error:
         yield "a plugin", False, _one_line(error)
 
 
+def _examine_transports() -> Iterable[tuple[str, bool | None, str]]:
+    for folder in _remove_left_behind():
+        yield "left behind", True, f"{folder}, by a plugin that was killed: removed"
+    try:
+        listener = _Listener()
+        folder = os.path.dirname(listener.folder)
+        listener.close()
+        kind = "a named pipe" if _WINDOWS else "a Unix socket" if folder else "TCP, guarded by the key alone"
+        yield "transport", True, f"{kind}, {listener.address}"
+        for passed_over in listener.passed_over:
+            yield "temp folder", False, passed_over
+        if folder:
+            yield "temp folder", True, folder
+    except OSError as error:
+        yield "transport", False, str(error)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, \
+                socket.create_connection(server.getsockname(), 2.0) as one, server.accept()[0] as other:
+            one.sendall(b"x")
+            other.settimeout(2.0)
+            yield "loopback TCP", other.recv(1) == b"x", "127.0.0.1"
+    except OSError as error:
+        yield "loopback TCP", False, str(error)
+
+
 def _parser(argparse: Any) -> Any:
-    """The command line. Each verb sets `run`, which is called with what was given and returns the exit status."""
+    """The command line. Each verb sets `run`, which is called with what was given and returns the exit
+    status."""
 
     class Parser(argparse.ArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> None:
@@ -7357,17 +7605,22 @@ def _parser(argparse: Any) -> Any:
     def version(text: str) -> int:
         return _checked_count(int(text), "N")
 
-    parser = Parser(prog="python -m miniplug", description="Plugins that run as subprocesses and are called like local objects.")
+    what = "Plugins that run as subprocesses and are called like local objects."
+    parser = Parser(prog="python -m miniplug", description=what)
     parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name")
-    serve.add_argument("specs", metavar="SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
-    serve.add_argument("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
-    serve.add_argument("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
+    serve.add_argument("specs", metavar="SPEC", nargs="+",
+                       help="module:Attr, path/to/file.py:Attr or NAME=one of these")
+    serve.add_argument("--listen", metavar="ADDRESS",
+                       help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
+    serve.add_argument("--authkey-file", metavar="FILE",
+                       help="has the key that they must hold, in hexadecimal digits")
     serve.add_argument("--persist", action="store_true", help="stay when the last host is gone")
-    serve.set_defaults(run=lambda given: _run_plugin("serve", *given.specs, address=given.listen, persist=given.persist,
-                                                     authkey_file=given.authkey_file))
+    serve.set_defaults(run=lambda given: _run_plugin(
+        __name__, "serve", *given.specs, address=given.listen, persist=given.persist,
+        authkey_file=given.authkey_file))
 
     call = verbs.add_parser("call", help="run a plugin, call it once, print the result")
     inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do")
@@ -7375,12 +7628,16 @@ def _parser(argparse: Any) -> Any:
     for verb in (call, inspect, doctor):
         verb.add_argument("--python", metavar="PATH", help="the interpreter for the plugin")
     for verb in (call, inspect):
-        verb.add_argument("--verbose", "-v", action="store_const", const="DEBUG", help="what the plugin writes goes to stderr")
-        verb.add_argument("--cookie", metavar="KEY=VALUE", type=cookie, default=(), help="the magic cookie, if it wants one")
+        verb.add_argument("--verbose", "-v", action="store_const", const="DEBUG",
+                          help="what the plugin writes goes to stderr")
+        verb.add_argument("--cookie", metavar="KEY=VALUE", type=cookie, default=(),
+                          help="the magic cookie, if it wants one")
         verb.add_argument("--protocol-version", metavar="N", type=version, default=1)
-        verb.add_argument("plugin", metavar="PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
+        verb.add_argument("plugin", metavar="PLUGIN",
+                          help="a program, a .py file or a spec such as path/to/file.py:Attr")
     call.add_argument("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
-    call.add_argument("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- it may begin with a dash")
+    call.add_argument("arguments", metavar="ARG", nargs="*",
+                      help="JSON, or else a string; after -- it may begin with a dash")
     doctor.add_argument("--json", action="store_true")
     for verb, run in ((call, _call_once), (inspect, _inspect), (doctor, _doctor)):
         verb.set_defaults(run=run)
@@ -7391,7 +7648,8 @@ def _main(arguments: Sequence[str]) -> None:
     given = _parser(_import("argparse")).parse_args(arguments)
     if given.verb == "serve":  # whose errors are the plugin's own
         sys.exit(given.run(given))
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- it was closed: nobody reads
+    if sys.stdout is None:  # it was closed: nobody reads
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         status = given.run(given)
@@ -7406,5 +7664,10 @@ def _main(arguments: Sequence[str]) -> None:
         sys.exit(130)
 
 
-if _AS_PROGRAM:
-    _main(sys.argv[1:])
+if _AS_PROGRAM:  # what the plugin imports as miniplug must be this module, and no second copy of it
+    _this: Any = sys.modules["__main__"]
+    for _each in [*sys.modules.values()]:
+        if _each is not _this and getattr(_each, "__dict__", {}).get("__file__") == __file__:
+            _this = _each  # the package that holds this file has imported it already
+    sys.modules["miniplug"] = _this
+    _this._main(sys.argv[1:])

@@ -150,7 +150,7 @@ def freeze(pid, on=True):
     return _winapi.CloseHandle(handle)
 
 
-def _threads():
+def leftover_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("miniplug")]
 
 
@@ -173,32 +173,38 @@ def _sockets():
 def quick_collections():
     """What the imports have made is not looked through again after each test."""
     gc.collect()
-    gc.freeze()
+    if hasattr(gc, "freeze"):  # PyPy has none
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def nothing_left():
     """After each test: no thread, descriptor, process or file of miniplug's that was not there before."""
-    before, folders, others = descriptors(), _sockets(), _threads()  # what one test has left is not the next one's fault
+    before, folders, others = descriptors(), _sockets(), leftover_threads()  # what one test has left is not the next one's fault
     yield
     gc.collect()
-    until(lambda: set(_threads()) <= set(others), 15)
-    until(lambda: _opened_since(before) == {}, 5)
+    until(lambda: set(leftover_threads()) <= set(others), 15)
+    until(lambda: opened_since(before) == {}, 5)
     until(lambda: _sockets() <= folders, 5)
     if not WINDOWS:
         with pytest.raises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)  # no child, not even a zombie
 
 
-def _opened_since(before):
+def opened_since(before):
     """Descriptors that were not there before, but for those that the interpreter or pytest keep for themselves."""
     return {fd: target for fd, target in descriptors().items()
             if fd not in before and "urandom" not in target and "pytest" not in target}
 
 
+def by_hand_environment():
+    """In which miniplug and what the tests share can be imported."""
+    return dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), HERE]))
+
+
 def run_python(path, *args, **options):
     """Run a script with this interpreter and with miniplug importable; returns (status, stdout, stderr)."""
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(HERE), HERE]))
+    env = by_hand_environment()
     done = subprocess.run([sys.executable, path, *args], capture_output=True, stdin=subprocess.DEVNULL, env=env,
                           timeout=50, text=True, check=False, **options)
     return done.returncode, done.stdout, done.stderr

@@ -554,7 +554,7 @@ class P:
         (tmp_path / f"{name}.py").write_text(source)
     specs = [f"{name}={tmp_path / (name + '.py')}:P" for name in NAMES]
     lines = []
-    bootstrap = f"import miniplug; miniplug._run_plugin('serve', *{specs!r})"
+    bootstrap = f"import miniplug; miniplug._run_plugin('miniplug', 'serve', *{specs!r})"
     with miniplug.launch([sys.executable, "-c", bootstrap], env={"PYTHONPATH": os.path.dirname(HERE)},
                          stderr=lines.append) as plugin:
         for name in NAMES:

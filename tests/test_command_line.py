@@ -200,7 +200,7 @@ def test_another_interpreter(write, tmp_path):
 
 @pytest.mark.parametrize("arguments, said", [
     (["/no/such/plugin.py:Attr", "x"], "there is no such file"),
-    (["no_such_module_xyz:Attr", "x"], "ModuleNotFoundError: No module named 'no_such_module_xyz'"),
+    (["no_such_module_xyz:Attr", "x"], "there is no module 'no_such_module_xyz' in "),
     ([WORKSHOP + "2", "x"], "has no attribute 'Workshop2'; did you mean 'Workshop'?"),
     ([WORKSHOP, "gret", "x"], "did you mean 'greet'"),
     ([WORKSHOP, "_private"], "_private"),
@@ -351,3 +351,61 @@ def test_doctor_where_fips_mode_is_on(monkeypatch):
     monkeypatch.setattr(hashlib, "md5", refuses)
     checks = {what: (works, detail) for what, works, detail in miniplug._examine(None)}
     assert checks["FIPS mode"][1].startswith("on") and checks["a plugin"][0] is True
+
+
+@pytest.mark.parametrize("broken", ["no address", "no connection", "no answer"])
+def test_doctor_tries_loopback_tcp(broken, monkeypatch):
+    """With a connection: where a firewall or a network without one lets nobody through, to listen works all the same."""
+    import socket
+
+    def fails(*args, **options):
+        raise OSError(101, "Network is unreachable")
+
+    class Silent(socket.socket):
+        def recv(self, size):
+            raise socket.timeout("timed out")
+
+        def accept(self):
+            return Silent(fileno=super()._accept()[0]), None
+
+    if broken == "no address":
+        monkeypatch.setattr(socket, "create_server", fails)
+    elif broken == "no connection":
+        monkeypatch.setattr(socket, "create_connection", fails)
+    else:
+        def silent(address):
+            server = Silent()
+            server.bind(address)
+            server.listen()
+            return server
+        monkeypatch.setattr(socket, "create_server", silent)
+    checks = {what: (works, detail) for what, works, detail in miniplug._examine_transports()}
+    assert checks["loopback TCP"][0] is False
+    assert ("timed out" if broken == "no answer" else "unreachable") in checks["loopback TCP"][1]
+
+
+@posix
+def test_doctor_clears_what_a_plugin_that_was_killed_has_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = [sys.executable, miniplug.__file__, "serve", WORKSHOP, "--persist"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as plugin:
+        folder = os.path.dirname(json.loads(plugin.stdout.readline())["address"])
+        lines = prints("doctor").splitlines()
+        assert os.path.exists(folder) and not [line for line in lines if "left behind" in line]
+        plugin.kill()
+    lines = prints("doctor").splitlines()
+    assert f"ok  left behind     {folder}, by a plugin that was killed: removed" in lines and not os.path.exists(folder)
+
+
+@pytest.mark.parametrize("spec", ["greeter.Greeter", "greeter.py;Greeter", "greeter.py:", "greeter.py", "Greeter", ":Greeter", ""])
+def test_serve_tells_the_form_of_a_spec(spec):
+    status, out, err = run("serve", spec, "--persist")
+    assert (status, out) == (1, "") and err.count("\n") == 1
+    assert err == f"miniplug: {spec!r} is no spec: write module:Attr or path/to/file.py:Attr\n"
+
+
+@pytest.mark.parametrize("spec, words", [("no/such/file.py:Attr", "there is no file "), ("no_such_module_x:A", "there is no module "),
+                                         (WORKSHOP + ".Nothing", "has no attribute 'Workshop.Nothing'")])
+def test_serve_tells_what_is_not_there(spec, words):
+    status, out, err = run("serve", spec, "--persist")
+    assert (status, out) == (1, "") and err.count("\n") == 1 and words in err

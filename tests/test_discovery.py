@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 import subprocess
 import sys
 import zipfile
@@ -187,3 +188,75 @@ def test_what_was_found_runs_where_it_is_installed(site, write, tmp_path):
     """)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path / "lib"), os.path.dirname(HERE)]))
     assert subprocess.check_output([sys.executable, host], env=env, universal_newlines=True) == "greeter Hello, world!\n"
+
+
+def test_a_bad_entry_hides_no_other_of_its_distribution(site, caplog):
+    """Some Pythons raise for the first, whichever group it is in, and others leave out what comes with it."""
+    site("lib", "shop", """
+        [my.plugins]
+        first = shop_xyz:First
+        bad = ???
+        = shop_xyz:Nameless
+        alone
+        # comment = shop_xyz:Comment
+        ; comment = shop_xyz:Comment
+          indented=shop_xyz:Indented
+        with:colon = shop_xyz:Colon
+        last = shop_xyz:Last
+        [other]
+        = !
+        []
+        x = y
+    """)
+    with caplog.at_level(logging.WARNING, "miniplug"):
+        found = miniplug.discover_entry_points("my.plugins")
+    assert found == {"first": "shop_xyz:First", "indented": "shop_xyz:Indented", "with:colon": "shop_xyz:Colon",
+                     "last": "shop_xyz:Last"}
+    assert "'bad' names no attribute of a module: ???" in caplog.text and "'alone' names no attribute" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Another environment: its interpreter, and the folder where it has its packages."""
+    folder = tmp_path_factory.mktemp("other") / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = str(folder / "Scripts" / "python.exe") if WINDOWS else str(folder / "bin" / "python")
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return python, pathlib.Path(subprocess.check_output([python, "-c", where], universal_newlines=True).strip())
+
+
+def test_the_entry_points_of_another_environment(site, other, monkeypatch, caplog, tmp_path):
+    """Without its plugins being imported, without miniplug in it, and without what is installed here."""
+    python, packages = other
+    info = packages / "shop-1.0.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shop\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[my.plugins]\ncsv = shop_there:Csv\nbad = alone\n")
+    (packages / "shop_there.py").write_text(
+        "import sys\nprint('imported', file=sys.stderr)\nclass Csv:\n    def where(self):\n        return sys.prefix\n")
+    site("lib", "here", "[my.plugins]\nhere = here_xyz:Here\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"))
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.WARNING, "miniplug"):
+        assert miniplug.discover_entry_points("my.plugins", python=python) == {"csv": "shop_there:Csv"}
+        assert miniplug.discover_entry_points("no.group", python=pathlib.Path(python)) == {}
+    assert "'bad' names no attribute of a module: alone" in caplog.text and "imported" not in caplog.text
+    assert "here" in miniplug.discover_entry_points("my.plugins")
+    with miniplug.launch("shop_there:Csv", python=python) as plugin:
+        assert os.path.samefile(plugin.dispense().where(), os.path.dirname(os.path.dirname(python)))
+
+
+def test_an_interpreter_that_does_not_run_is_told(tmp_path):
+    with pytest.raises(miniplug.LaunchError, match="there is no such program"):
+        miniplug.discover_entry_points("my.plugins", python=tmp_path / "python")
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: miniplug.discover_entry_points(5), "group=5: it is the name of a group"),
+    (lambda: miniplug.discover_entry_points(None), "group=None: "),
+    (lambda: miniplug.discover(".", 5), "pattern=5: it is a glob"),
+    (lambda: miniplug.discover(".", ["*.py"]), r"pattern=\['\*.py'\]: it is a glob"),
+])
+def test_what_is_no_text_is_told_by_its_name(call, words):
+    with pytest.raises(TypeError, match=words):
+        call()

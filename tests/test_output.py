@@ -374,3 +374,217 @@ def test_the_last_words_of_a_crash_are_log_records_as_text(write):
                           "Traceback (most recent call last):"]
     assert output[-1].startswith("KeyError: 'keykey") and len(output[-1]) < 1100
     assert "    [WARN] shop.disk: x is full free=12\n" in str(caught.value)
+
+
+# -- what it may cost the host
+
+def sink(name="host.plugins.shop", stream="stderr"):
+    """What takes the lines of a stream, and is spoken to here as a reader does."""
+    return miniplug._LogSink(logging.getLogger(name), stream)
+
+
+def lines_of(data, deliver=None, chunk=1 << 16):
+    """What a reader delivers of these bytes, when they come in chunks; and the reader."""
+    lines = []
+    reader = miniplug._Lines(None, deliver or lines.append)
+    for start in range(0, len(data), chunk):
+        reader._take(data[start : start + chunk])
+    reader._take(b"")
+    return lines, reader
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 1000])
+@pytest.mark.parametrize("data, lines", [
+    (b"a\nb\r\nc\rd", ["a", "b", "c", "d"]), (b"10%\r20%\r30%\r\ndone\n", ["10%", "20%", "30%", "done"]),
+    (b"\r10%\r20%", ["", "10%", "20%"]), (b"\n\n\r\n\r\r", ["", "", "", "", ""]), (b"\r\n", [""]), (b"", []),
+    ("ü\r\u20ac\r".encode(), ["ü", "\u20ac"]), (b"\xff\rx\xe2\x82", ["\\xff", "x\\xe2\\x82"]), (b"a\x0bb\x1cc\n", ["a\x0bb\x1cc"]),
+])
+def test_a_line_ends_with_a_carriage_return_too(data, lines, chunk):
+    assert lines_of(data, chunk=chunk)[0] == lines
+
+
+def test_a_progress_bar_is_seen_while_it_moves(write):
+    """Each step before the next one is even begun."""
+    path = write("plugin.py", """
+        import sys
+        class P:
+            def __init__(self): self.steps = 0
+            def step(self):
+                self.steps += 10
+                sys.stdout.write(f"{self.steps}%\\r")
+                sys.stdout.flush()
+            def finish(self): print("\\ndone")
+    """)
+    lines, came = [], threading.Event()
+
+    def take(line):
+        lines.append(line)
+        came.set()
+
+    with miniplug.launch(f"{path}:P", stdout=take) as plugin:
+        bar = plugin.dispense()
+        for step in ("10%", "20%", "30%"):
+            came.clear()
+            bar.step()
+            assert came.wait(20) and lines[-1] == step
+        bar.finish()
+    assert lines == ["10%", "20%", "30%", "done"]
+
+
+def made_below(name):
+    return [each for each in logging.Logger.manager.loggerDict if each.startswith(name + ".")]
+
+
+def test_a_module_of_many_parts_makes_no_loggers(log):
+    take = sink()
+    before = len(made_below("host.plugins.shop"))
+    for module in ("a." * 40000 + "a", "x" * 80000, "." * 1000, "deep." * miniplug._MODULE_DEPTH + "x"):
+        take(json.dumps({"@message": "m", "@module": module}))
+    assert len(made_below("host.plugins.shop")) == before
+    assert [record.name for record in log.records] == ["host.plugins.shop"] * 4
+
+
+@pytest.mark.parametrize("module", [".", "..", "a..b", ".a", "a.", "", "root"])
+def test_no_name_leads_past_the_plugins_logger(log, module):
+    """Above two dots the logging module goes on two steps up."""
+    sink()(json.dumps({"@message": "m", "@module": module}))
+    assert [record.name for record in log.records] == ["host.plugins.shop"]
+
+
+def test_the_loggers_that_a_plugin_can_make_are_counted_for_the_hosts_life():
+    """A later start of it goes on with the count; those that the host has made itself are free."""
+    name = "host.plugins.counted"
+    collector = Collector()
+    logging.getLogger(name).addHandler(collector)
+    logging.getLogger(name).propagate = False
+    own = logging.getLogger(f"{name}.own.one")
+    for start in range(3):
+        take = sink(name)
+        for number in range(1000):
+            take(json.dumps({"@level": "warn", "@message": "m", "@module": f"m{start}_{number}.x"}))
+    take(json.dumps({"@level": "warn", "@message": "m", "@module": "own.one"}))
+    take(json.dumps({"@level": "warn", "@message": "m", "@module": "m0_0.x"}))
+    made = made_below(name)
+    assert len(made) <= 2 * miniplug._MODULES + 3 and len(collector.records) == 3002
+    names = [record.name for record in collector.records]
+    assert names[: miniplug._MODULES] == [f"{name}.m0_{number}.x" for number in range(miniplug._MODULES)]
+    assert set(names[miniplug._MODULES : -2]) == {name}
+    assert names[-2:] == [own.name, f"{name}.m0_0.x"]
+
+
+def test_a_logger_is_not_asked_for_any_number_of_levels(log):
+    """It keeps each for ever."""
+    take = sink()
+    logger = logging.getLogger("host.plugins.shop")
+    for number in [*range(-50, 5000), 10**300]:
+        take(json.dumps({"@message": "m", "@levelno": number, "@level": "warn"}))
+    assert len(getattr(logger, "_cache", ())) < 150
+    assert {record.levelno for record in log.records} == {*range(10, 101), 30}  # the logger's own level is 10
+
+
+def test_a_traceback_without_end_comes_in_pieces(log):
+    take = sink()
+    take("Traceback (most recent call last):")
+    most = 0
+    for number in range(200000):
+        take(f"  File {number}")
+        if number % 5000 == 0:
+            most = max(most, sum(map(len, take.trace)))
+    take("ValueError: the end")
+    take.flush()
+    assert most <= miniplug._TRACE_LIMIT
+    text = "\n".join(record.getMessage() for record in log.records).splitlines()
+    assert text == ["Traceback (most recent call last):", *(f"  File {number}" for number in range(200000)), "ValueError: the end"]
+
+
+def test_a_traceback_of_one_long_line_too(log):
+    take = sink()
+    take("Traceback (most recent call last):")
+    take(" " + "x" * (miniplug._TRACE_LIMIT + 1))
+    take("ValueError: the end")
+    assert take.trace == [] and len(log.records) == 3
+
+
+@pytest.mark.parametrize("value, text", [
+    ("[" * 19 + "]" * 19, False), ("[" * 20 + "]" * 20, True), ('{"a":' * 20 + "1" + "}" * 20, True),
+    ("[" * 100000 + "]" * 100000, True), ("1" * 1000, False), ("1" * 1001, True), ("[" + "1" * 1001 + "]", True),
+    ("1e999", False), ('"' + "x" * (1 << 19) + '"', False), ('"' + "x" * (1 << 20) + '"', True),
+])
+def test_a_record_that_is_too_much_is_text(log, value, text):
+    line = f'{{"@message":"m","field":{value}}}'
+    sink()(line)
+    (record,) = log.records
+    assert record.getMessage() == (line if text else "m")
+    logging.Formatter().format(record)
+
+
+def test_a_record_of_many_fields_costs_what_it_is_long(log):
+    fields = {f"f{number}": number for number in range(50000)}
+    sink()(json.dumps({"@message": "m", **fields}))
+    assert log.records[0].f49999 == 49999
+
+
+def test_half_of_a_character_can_be_written(log, tmp_path):
+    """JSON can name what is none; no file takes it."""
+    take = sink()
+    take('{"@message":"a\\ud800b","@module":"\\udfff","x\\ud800":"\\ud800","@traceback":"t\\udc00"}')
+    take('{"@message":"whole \\ud83d\\ude00"}')
+    handler = logging.FileHandler(str(tmp_path / "log"), encoding="utf-8")
+    for record in log.records:
+        handler.emit(record)
+    handler.close()
+    text = (tmp_path / "log").read_text(encoding="utf-8")
+    assert text == "a\\ud800b\nt\\udc00\nwhole \U0001f600\n"
+
+
+def test_of_the_report_of_a_crash_the_head_is_kept():
+    """faulthandler begins with what the program was at."""
+    report = ["Fatal Python error: Segmentation fault", "", "Current thread 0x1 (most recent call first):",
+              *(f'  File "deep.py", line {number} in f' for number in range(100)), "", "Extension modules: a, b"]
+    _, reader = lines_of("\n".join(["before", *report]).encode())
+    last = reader.last()
+    assert last[:5] == report[:5] and last[-1] == report[-1] and len(last) == 20
+    assert "..." in last
+    _, reader = lines_of("\n".join(["before", *report[:10]]).encode())
+    assert reader.last() == ["before", *report[:10]]
+
+
+def test_the_innermost_frames_of_a_deep_crash_are_told(write):
+    path = write("plugin.py", """
+        import faulthandler
+        def down(depth):
+            if depth:
+                return down(depth - 1)
+            crash()
+        def crash():
+            faulthandler._sigabrt()
+        class P:
+            def crash(self):
+                down(300)
+    """)
+    with miniplug.launch(f"{path}:P", stderr="discard") as plugin, pytest.raises(miniplug.PluginCrashed) as caught:
+        plugin.dispense().crash()
+    heads = [line for line in caught.value.output if "Fatal Python error" in line]
+    assert heads and any(line.endswith("in crash") for line in caught.value.output), caught.value.output
+    assert "in crash" in str(caught.value)
+
+
+def test_a_record_that_json_cannot_write_arrives_all_the_same(write, log):
+    path = write("plugin.py", """
+        import logging
+        class Bad:
+            def __repr__(self): raise ValueError
+        class P:
+            def log(self):
+                own = {"a": 1}
+                own["own"] = own
+                deep = []
+                for _ in range(100000):
+                    deep = [deep]
+                logging.getLogger("x").warning("told", extra={"own": own, "bad": Bad(), "deep": deep, "good": [1]})
+    """)
+    with miniplug.launch(f"{path}:P", logger=logging.getLogger("host.plugins.shop")) as plugin:
+        plugin.dispense().log()
+        record = log.await_message("told")
+    assert record.name == "host.plugins.shop.x" and record.own == "{'a': 1, 'own': {...}}"
+    assert (record.bad, record.deep, record.good) == ("<Bad>", "<list>", [1])

@@ -88,7 +88,7 @@ class Workshop:
     def segfault(self):
         import faulthandler
 
-        faulthandler._read_null() if os.name == "nt" else faulthandler._sigsegv()
+        getattr(faulthandler, "_read_null" if os.name == "nt" else "_sigsegv", faulthandler._sigsegv)()
 
     def abort(self):
         os.abort()

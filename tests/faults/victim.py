@@ -148,7 +148,7 @@ def interrupt():
 def segfault():
     import faulthandler
 
-    faulthandler._read_null()
+    getattr(faulthandler, "_read_null", faulthandler._sigsegv)()  # the first is gone since 3.15
 
 
 def abort():
