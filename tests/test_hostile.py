@@ -498,7 +498,7 @@ def test_a_launch_that_only_strangers_came_to_says_so(doors, write):
 def greeted(key, tell, address=None):
     """A door that lets in who holds the key."""
     def greet(channel, its_address):
-        return miniplug._Hello(channel, address or its_address, key, "host").as_host([1], "json", LIMIT)
+        return miniplug._Hello(channel, address or its_address, key, "host").as_host([1], LIMIT)
     return miniplug._Door(greet, lambda channel, result: tell.append((channel, result)))
 
 
@@ -678,7 +678,7 @@ def test_who_was_pushed_out_of_a_crowd_comes_again():
         channel = None
         while channel is None:
             channel = listener.accept()
-        left.append(miniplug._Hello(channel, address, key, "host").as_host([1], "json", LIMIT))
+        left.append(miniplug._Hello(channel, address, key, "host").as_host([1], LIMIT))
         channel.close()
 
     keeper = threading.Thread(target=doorkeeper)
@@ -724,7 +724,7 @@ def test_of_a_crowd_chance_picks_who_has_to_go(monkeypatch):
 
     def greet(channel, address):
         inside.append(channel)
-        return miniplug._Hello(channel, address, key, "host").as_host([1], "json", LIMIT)
+        return miniplug._Hello(channel, address, key, "host").as_host([1], LIMIT)
 
     door = miniplug._Door(greet, lambda channel, result: met.append(channel))
     callers = []
