@@ -2230,7 +2230,7 @@ class _Hello:
 
     def _refusal(self, versions: Sequence[int], theirs: Mapping[str, Any]) -> str:
         """Why this host does not take a plugin that holds the key, if it does not."""
-        cookie, offered = theirs.get("cookie"), theirs["protocol_versions"]
+        cookie, offered, codecs = theirs.get("cookie"), theirs["protocol_versions"], theirs.get("codecs")
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
             return ("it is a plugin for another host: it expects another magic cookie in "
                     f"{cookie.get('key')!r}; is the handshake given to launch() the one that it serves with?")
@@ -7902,8 +7902,7 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     if not isinstance(group, str):
         raise TypeError(f"group={group!r}: it is the name of a group, a str")
     if python is not None:
-        look = launch("miniplug:discover_entry_points", name="entry_points", python=python)
-        with look as plugin:
+        with launch("miniplug:discover_entry_points", name="entry_points", python=python) as plugin:
             return dict(plugin.dispense()(group))
     found: dict[str, str] = {}
     logger = _import("logging").getLogger("miniplug")
@@ -8018,8 +8017,7 @@ class _OneModule:
 
     def __init__(self, name: str) -> None:
         self._names = {"miniplug", name}
-        self._file = os.path.abspath(__file__)
-        self._last = os.path.splitext(os.path.basename(__file__))[0]
+        self._last = os.path.splitext(os.path.basename(_FILE))[0]
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in self._names and name.rpartition(".")[2] != self._last:
@@ -8031,7 +8029,7 @@ class _OneModule:
 
     def _is_this_file(self, path: str) -> bool:
         try:
-            return path == self._file or os.path.samefile(path, self._file)
+            return path == _FILE or os.path.samefile(path, _FILE)
         except OSError:
             return False  # one of them is in a zip file
 
@@ -8129,6 +8127,11 @@ def freeze_support() -> None:
     sys.exit()
 
 
+def _be_plugin(given: Any) -> None:
+    _run_plugin(__name__, "serve", *given.specs, address=given.listen, persist=given.persist,
+                authkey_file=given.authkey_file)
+
+
 def _call_once(given: Any) -> int:
     name, _, method = given.method.rpartition(".")
     if method.startswith("_"):  # which a proxy has of its own
@@ -8171,7 +8174,7 @@ def _opened(given: Any) -> Plugin:
     """The plugin that a verb names, started."""
     if given.verbose:
         _import("logging").basicConfig(format="%(name)s %(levelname)s: %(message)s")
-        _import("logging").getLogger("miniplug").setLevel(given.verbose)
+        _import("logging").getLogger("miniplug").setLevel("DEBUG")
     output = "log" if given.verbose else "discard"
     handshake = Handshake(given.protocol_version, *given.cookie)
     return launch(given.plugin, handshake=handshake, python=given.python, stdout=output, stderr=output)
@@ -8200,7 +8203,7 @@ def _doctor(given: Any) -> int:
 
 def _examine(python: str | None) -> Iterable[tuple[str, bool | None, str]]:
     """What this machine allows: (what, whether it does, more about it). The last is whether a plugin runs."""
-    yield "miniplug", True, f"{__version__}, {os.path.abspath(__file__)}"
+    yield "miniplug", True, f"{__version__}, {_FILE}"
     found = _import("shutil").which(python or sys.executable) is not None
     version = f"under {sys.version.split()[0]} on {sys.platform}"
     yield "interpreter", found, f"{python or sys.executable}, {version}"
@@ -8210,9 +8213,8 @@ def _examine(python: str | None) -> Iterable[tuple[str, bool | None, str]]:
         yield "FIPS mode", None, "off"
     except ValueError:
         yield "FIPS mode", True, "on: no MD5, and miniplug needs none"
-    each = "one for each plugin"
-    yield "process groups", None if _WINDOWS else True, "none on Windows" if _WINDOWS else each
-    yield "job objects", True if _WINDOWS else None, each if _WINDOWS else "only on Windows"
+    for what, there in (("process groups", not _WINDOWS), ("job objects", _WINDOWS)):
+        yield what, there or None, "one for each plugin" if there else "not on this system"
     if not _WINDOWS:
         found = os.path.exists(_SHELL)
         lack = "" if found else " is not there: no guardian if the host is killed, and no limits"
@@ -8256,8 +8258,7 @@ def _examine_transports() -> Iterable[tuple[str, bool | None, str]]:
 
 
 def _parser(argparse: Any) -> Any:
-    """The command line. Each verb sets `run`, which is called with what was given and returns the exit
-    status."""
+    """The command line. Each verb sets `run`, which is called with what was given and returns the status."""
 
     class Parser(argparse.ArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> None:
@@ -8277,35 +8278,27 @@ def _parser(argparse: Any) -> Any:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name")
-    serve.add_argument("specs", metavar="SPEC", nargs="+",
-                       help="module:Attr, path/to/file.py:Attr or NAME=one of these")
-    serve.add_argument("--listen", metavar="ADDRESS",
-                       help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
-    serve.add_argument("--authkey-file", metavar="FILE",
-                       help="has the key that they must hold, in hexadecimal digits")
-    serve.add_argument("--persist", action="store_true", help="stay when the last host is gone")
-    serve.set_defaults(run=lambda given: _run_plugin(
-        __name__, "serve", *given.specs, address=given.listen, persist=given.persist,
-        authkey_file=given.authkey_file))
+    add = serve.add_argument
+    add("specs", metavar="SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
+    add("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
+    add("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
+    add("--persist", action="store_true", help="stay when the last host is gone")
 
     call = verbs.add_parser("call", help="run a plugin, call it once, print the result")
     inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do")
     doctor = verbs.add_parser("doctor", help="what this machine allows, and whether a plugin runs here")
     for verb in (call, inspect, doctor):
         verb.add_argument("--python", metavar="PATH", help="the interpreter for the plugin")
-    for verb in (call, inspect):
-        verb.add_argument("--verbose", "-v", action="store_const", const="DEBUG",
-                          help="what the plugin writes goes to stderr")
-        verb.add_argument("--cookie", metavar="KEY=VALUE", type=cookie, default=(),
-                          help="the magic cookie, if it wants one")
-        verb.add_argument("--protocol-version", metavar="N", type=version, default=1)
-        verb.add_argument("plugin", metavar="PLUGIN",
-                          help="a program, a .py file or a spec such as path/to/file.py:Attr")
-    call.add_argument("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
-    call.add_argument("arguments", metavar="ARG", nargs="*",
-                      help="JSON, or else a string; after -- it may begin with a dash")
+    for add in (call.add_argument, inspect.add_argument):
+        add("--verbose", "-v", action="store_true", help="what the plugin writes goes to stderr")
+        add("--cookie", metavar="KEY=VALUE", type=cookie, default=(), help="the magic cookie, if it wants one")
+        add("--protocol-version", metavar="N", type=version, default=1)
+        add("plugin", metavar="PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
+    add = call.add_argument
+    add("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
+    add("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- it may begin with a dash")
     doctor.add_argument("--json", action="store_true")
-    for verb, run in ((call, _call_once), (inspect, _inspect), (doctor, _doctor)):
+    for verb, run in ((serve, _be_plugin), (call, _call_once), (inspect, _inspect), (doctor, _doctor)):
         verb.set_defaults(run=run)
     return parser
 
