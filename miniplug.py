@@ -1593,7 +1593,8 @@ class _SocketChannel(_Channel):
 
     def begin(self, limit: int) -> None:
         super().begin(limit)
-        self.state = self._parse(self.state[1], None)
+        rest = self.state[1]
+        self.state = (deque(), b"", [rest] if rest else [], None, None)
 
     def _frame(self, deadline: float | None, partial: Any = None) -> bytes | None:
         while True:
@@ -3404,12 +3405,13 @@ class _Runner:
 
     def _failed(self, request: _Request, error: BaseException, own: bool) -> None:
         """A call has ended with an exception. If it had been answered before, or is Ctrl-C, that goes on to who waits."""
-        if isinstance(error, ProtocolError) and request.body is None:
+        kind = type(error)  # isinstance() would ask the exception itself
+        if issubclass(kind, ProtocolError) and request.body is None:
             return self._session.end(error)
         unanswered = self._requests.get(request.number) is request
         if unanswered:
-            own = own and isinstance(error, PluginError)
-            if _in_main_thread() or isinstance(error, RecursionError):  # no handler strikes there, and there is room
+            own = own and issubclass(kind, PluginError)
+            if _in_main_thread() or issubclass(kind, RecursionError):  # no handler strikes there, and there is room
                 _aside_in_pool(self.fail, request, error, own)
             else:
                 self.fail(request, error, own)
@@ -3480,8 +3482,11 @@ class _Runner:
 
     def _with_home(self, body: dict[str, Any], error: BaseException) -> dict[str, Any]:
         """The same, if it has come from the other side, with the number of the call that had raised it here."""
-        origin, number = vars(error).get("_origin") or (lambda: None, None)
-        return {**body, "home": number} if origin() is self._session else body
+        if issubclass(type(error), RemoteError):
+            origin, number = vars(error).get("_origin") or (lambda: None, None)
+            if origin() is self._session:
+                return {**body, "home": number}
+        return body
 
     # -- coroutines and streams
 
@@ -3681,7 +3686,7 @@ class _Producer:
         """Send the rest and the end, and be done with the call."""
         self._over = True
         request, runner = self._request, self._session.runner
-        if isinstance(error, ProtocolError):
+        if issubclass(type(error), ProtocolError):
             self._session.end(error)
         self.flush()
         try:
@@ -3690,7 +3695,7 @@ class _Producer:
         except BaseException as problem:
             error = error or problem
         if error is not None:
-            runner.fail(request, error, own=isinstance(error, (NotSerializable, MessageTooLarge)))
+            runner.fail(request, error, own=issubclass(type(error), (NotSerializable, MessageTooLarge)))
         else:
             if not request.cancelled:
                 self._session.send(_END, 0, request.number, _NOTHING)

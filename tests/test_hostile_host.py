@@ -153,12 +153,17 @@ BROKEN = {
 }
 
 
+def send(channel, frames):
+    for frame in frames:
+        channel.send_frame(frame, time.monotonic() + 10)
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_host_with_the_key_that_breaks_the_protocol_costs_its_own_connection(plugin, name):
     channel = host_channel(plugin)
     try:
         with contextlib.suppress(OSError):
-            channel.send(BROKEN[name])
+            send(channel, BROKEN[name])
     finally:
         channel.close()
 
@@ -169,7 +174,7 @@ def test_a_host_that_calls_and_goes_leaves_nothing(plugin, count):
     def visit():
         channel = host_channel(plugin)
         dispense = message(1, 1, b'[0,"dispense",["workshop"],{}]')
-        channel.send([dispense, message(1, 2, b'[1,"sleep",[0.01],{}]'), message(1, 3, b'[1,"echo",["x"],{}]')])
+        send(channel, [dispense, message(1, 2, b'[1,"sleep",[0.01],{}]'), message(1, 3, b'[1,"echo",["x"],{}]')])
         channel.close()
 
     for _ in range(5):
@@ -247,6 +252,6 @@ def test_whatever_a_host_with_the_key_says(plugin, frames):
     channel = host_channel(plugin)
     try:
         with contextlib.suppress(OSError):
-            channel.send(frames)
+            send(channel, frames)
     finally:
         channel.close()
