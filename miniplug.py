@@ -1292,7 +1292,8 @@ _HEADER = struct.Struct("!BBHIQQ")
 _HEAD = _HEADER.size
 _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
 _READ_SIZE = 1 << 16
-_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE, if the host has it at its default, would end it
+_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
 _FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
 _LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again: a wake-up may be lost when a handler raises
 _TOGETHER = 32  # so many messages at most leave with one system call
@@ -1584,6 +1585,8 @@ class _SocketChannel(_Channel):
         super().__init__()
         self.sock: Any = sock
         sock.setblocking(True)
+        if sys.platform == "darwin":
+            sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, which stands for MSG_NOSIGNAL there
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.state: Any = (deque(), b"", [], None, None)
@@ -1682,7 +1685,7 @@ class _SocketChannel(_Channel):
             self.state = come, b"", [], self._take(come, file.getvalue(), partial), None
 
     def _transmit(self, chunks: list[_Bytes], counts: list[int], blocking: bool) -> bool:
-        flags = 0 if blocking else _DONT_WAIT
+        flags = _NO_SIGNAL if blocking else _DONT_WAIT
         if len(chunks) == 1 and not counts:  # the usual case
             counts.extend(map(self.sock.send, chunks, (flags,)))
             return counts[0] == len(chunks[0])
@@ -2600,7 +2603,7 @@ class _Call:
     running: Any = ()  # the one of them that it runs
     raised: dict[int, BaseException] | None = None  # what these have raised, by their numbers
     streams: _Message | None = None  # the result that said so
-    received = 0  # items that have come and were decoded
+    begun: _Message | None = None  # the latest one that was decoded
     granted = _WINDOW  # for how many there was credit
     deadline: float | None = None
     session: Any = None  # of a submitted one
@@ -3096,7 +3099,7 @@ class _Caller:
             call.home = False
             if call.nested:
                 self._session.runner.disown(call)
-            return self.value(call, call.inbox.popleft())
+            return self.value(call, call.inbox[0])
         except BaseException as error:
             self._leave(call, error)
             raise
@@ -3104,7 +3107,7 @@ class _Caller:
     def submit(self, future: Any, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
                seconds: float | None) -> _Call:
         """Call; the future, a Call, has the answer when it has come. Raises what sending raises."""
-        call = _Call(next(self._numbers), method, seconds)
+        call = future._call = _Call(next(self._numbers), method, seconds)
         call.session, call.future, call.home, call.lent = self._session, future, False, []
         asyncio = sys.modules.get("asyncio")
         call.loop = asyncio._get_running_loop() if asyncio is not None else None
@@ -3144,7 +3147,7 @@ class _Caller:
         try:
             self._start(call, _PING, _NOTHING)
             self._reader.wait(call)
-            self.value(call, call.inbox.popleft(), _PONG)
+            self.value(call, call.inbox[0], _PONG)
         except BaseException as error:
             self._leave(call, error)
             raise
@@ -3188,6 +3191,7 @@ class _Caller:
     def value(self, call: _Call, message: _Message, expected: int = _RESULT) -> Any:
         """What a message that ends a call, or begins its stream, stands for. Raises what it says."""
         kind, flags, _, _, body, buffers = message
+        call.begun = message
         try:
             value = self._codec.loads(body, buffers, flags & _TAGGED) if body else None
         except _Undecodable as error:
@@ -3214,7 +3218,8 @@ class _Caller:
 
     def _leave(self, call: _Call, error: BaseException) -> None:
         """The thread that waited for a call goes, because of an error: its answer, or anything else."""
-        if call.number in self._calls or call.lent or call.nested or call.running or call.future is not None:
+        if (call.number in self._calls or call.lent or call.nested or call.running or call.future is not None
+                or (call.inbox and call.inbox[0] is not call.begun)):
             if type(error) is not _Late and not isinstance(error, PluginError):
                 _aside_in_pool(self.give_up, call)
             else:
@@ -3247,9 +3252,11 @@ class _Caller:
         """Want nothing of what has come about a call."""
         while call.inbox:
             try:
-                self._session.drop(call.inbox.popleft())
+                message = call.inbox.popleft()
             except IndexError:
-                pass  # another thread was quicker
+                return  # another thread was quicker
+            if message is not call.begun:
+                self._session.drop(message)
 
     def probe(self, number: int = 0) -> bool:
         """Ping without waiting, unless the last such ping is still out. Returns whether it was not."""
@@ -4738,9 +4745,14 @@ class _Awaitable:
         if self.done():  # cancelled before it could be sent, or lost with the session that took no more calls
             return
         self._session = session
-        self._call = session.submit(self, *what)
-        if self.cancelled():  # meanwhile, by a signal handler
-            session.caller.give_up(self._call)
+        try:
+            call = session.submit(self, *what)
+            if self.cancelled():  # meanwhile, by a signal handler
+                session.caller.give_up(call)
+        except BaseException:
+            if self._call is not None:
+                _aside_in_pool(session.caller.give_up, self._call)
+            raise
 
     def _arrive(self, call: _Call, message: _Message, attends: bool) -> None:
         """Called by who reads, once the answer has come. Callbacks may take long: a thread of the pool runs them, and does
@@ -4824,7 +4836,7 @@ class Stream:
         self._session = session
         self._call = call
         self._lock = threading.Lock()  # held by who takes a message from the inbox
-        self._batch: Any = (None, iter(()), 0)  # the latest message; its items; how many have come with it, in all
+        self._batch: Any = (call.streams, iter(()), 0)  # the latest message; its items; how many have come with it, in all
         self._credited = 0  # for how many of those credit was given
         self._waiters: list[Any] = []  # (loop, future) of the tasks that wait for items
         self._over = False
