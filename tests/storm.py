@@ -37,6 +37,7 @@ PATIENCE = 2.0  # seconds that a call waits for being given up
 # -- what is looked at inside of a session: the only names of internals here. Each by the names that it may have.
 
 CALLS, REQUESTS, SLEEPERS = ("calls", "_calls"), ("requests", "_requests"), ("sleepers", "_waiting")
+UNATTENDED = "unattended", "_unattended"
 OBJECTS, SLOTS, SESSION = ("objects", "_objects", "_loans"), ("free", "slots", "_slots"), "_Session"
 
 
@@ -69,12 +70,12 @@ def is_part(thing):
 
 def still_open(session):
     """{what: how many}, of what must be gone once nobody calls."""
-    return {names[0]: len(inside(session, names)) for names in (CALLS, REQUESTS, SLEEPERS)}
+    return {names[0]: len(inside(session, names)) for names in (CALLS, REQUESTS, SLEEPERS, UNATTENDED)}
 
 
 def holdings(session):
     """{what: how many}, of what must be the same whenever nobody calls."""
-    return {names[0]: len(inside(session, names)) for names in (OBJECTS, SLOTS)}
+    return {"objects": len(inside(session, OBJECTS)), "slots": len(inside(session, SLOTS))}
 
 
 def waits_in(function, thread=None):
@@ -189,7 +190,7 @@ class Service:
         gc.collect()
         session, = sessions()
         found = still_open(session)
-        found["requests"] -= 1
+        found[REQUESTS[0]] -= 1
         lent = sum(each() is not None for each in self.lent)
         return {**found, "running": len(self.running), "lent": lent, "instances": max(0, Instance.entered - 1)}
 
