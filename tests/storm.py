@@ -1,6 +1,6 @@
 """A host whose main thread is struck by exceptions while it calls, and its plugin. test_storm.py runs it; by hand:
 
-    python3 tests/storm.py HOW WHAT COUNT [--threads] [--only KIND] [--each] [--seed N]
+    python3 tests/storm.py HOW WHAT COUNT [--threads] [--only KIND] [--most N] [--each] [--seed N]
 
 HOW is `timer` (a SIGALRM handler raises, at random moments, and often once or twice more within microseconds) or `async`
 (PyThreadState_SetAsyncExc, from another thread). WHAT is the exception: `KeyboardInterrupt`, `Struck`, which is an ordinary
@@ -240,10 +240,11 @@ EXCEPTIONS = {each.__name__: each for each in (KeyboardInterrupt, Struck, Late)}
 
 
 class Striker:
-    """Strikes the main thread up to `left` times. `raised` are the exceptions, as far as they are known."""
+    """Strikes the main thread `left` times more. `raised` are the exceptions, as far as they are known."""
 
-    def __init__(self, kind, chance):
+    def __init__(self, kind, chance, most):
         self.kind = kind
+        self.most = most
         self.chance = chance
         self.left = 0
         self.raised = []
@@ -254,7 +255,7 @@ class Striker:
         return self.chance.uniform(1e-6, 1e-6 + 1.5 * self.reach)
 
     def strikes(self):
-        return self.chance.choices(range(1, 1 + MOST), [7, 2, 1])[0]
+        return min(self.most, self.chance.choices(range(1, 1 + MOST), [7, 2, 1])[0])
 
 
 class Timer(Striker):
@@ -655,6 +656,7 @@ def main():
     parser.add_argument("count", type=int)
     parser.add_argument("--threads", action="store_true", help="two other threads call too")
     parser.add_argument("--only", help="one kind of operation, such as call or stream")
+    parser.add_argument("--most", type=int, default=MOST, choices=range(1, 1 + MOST), help="strikes at one operation")
     parser.add_argument("--each", action="store_true", help="look after each strike what is left")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
@@ -662,7 +664,7 @@ def main():
         parser.error("--each cannot tell what the other threads have open")
     print("seed", options.seed, flush=True)
     chance = random.Random(options.seed)
-    striker = {"timer": Timer, "async": Async}[options.how](EXCEPTIONS[options.what], chance)
+    striker = {"timer": Timer, "async": Async}[options.how](EXCEPTIONS[options.what], chance, options.most)
     with miniplug.launch(PROGRAM, stderr="inherit") as plugin, striker:
         storm = Storm(plugin, striker, chance)
         try:
