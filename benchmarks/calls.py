@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -290,27 +291,33 @@ def parse():
 
 def main():
     options = parse()
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    if plain != os.environ:  # they change how Python runs: without bytecode each plugin compiles the library anew, say
+        return subprocess.call([sys.executable, *sys.argv], env=plain)
     use_library(sys.argv)
     if CORE is not None:
         os.sched_setaffinity(0, {CORE})
     wanted = options.only or [*ROWS, "turn"]
     found = {"calls": {}}
-    for many in (False, True):  # what these leave of the memory would tell on the others
-        names = [name for name in ROWS if name in wanted and (name in called.makers()) is many]
+    large = [["mib"], list(called.makers())]  # what these leave of the memory tells on others: they have processes of their own
+    for group in ([name for name in ROWS if name not in sum(large, [])], *large):
+        names = [name for name in group if name in wanted]
         if names:
             found["calls"].update(measure(names, options.rounds, options.calls))
+    found["calls"] = {name: found["calls"][name] for name in ROWS if name in found["calls"]}
     if "turn" in wanted and options.plugins:
         found["plugins"] = in_turn(options.plugins, options.rounds)
         found["calls"]["turn"] = found["plugins"].pop("calls")
     if options.json:
         print(json.dumps(found))
-        return
+        return 0
     for title, own, other, ratio, reach, beside in rows(found):
         shown = "" if ratio is None else f"{other:9.1f}  {ratio:5.2f} x {'of our own greet' if beside == 'greet' else ''}"
         print(f"{title:45}{own:9.1f}{shown}  {'' if reach is None else f'(reach {reach:g})'}")
     for name, number in found.get("plugins", {}).items():
         print(f"{name:45}{number:9.2f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
