@@ -1338,17 +1338,15 @@ class _Seat(dict):  # type: ignore[type-arg]
     __slots__ = ()
 
     def holder(self) -> Any:
-        """The holder's thread, in a set; an empty one if the seat is free, or lost: then it is free soon."""
+        """The holder's thread, in a set; an empty one if the seat is free or lost."""
         mine = self.get(0)
-        thread = () if mine is None else mine()
-        if thread is None:
-            _pool.put(self._mend, mine)
-            return ()
-        return thread
+        return () if mine is None else mine() or ()
 
-    def _mend(self, lost: Any) -> None:
+    def mend(self) -> None:
+        """Free the seat if it is lost. For threads in which no handler strikes."""
         with _mending:
-            if self.get(0) is lost:
+            mine = self.get(0)
+            if mine is not None and mine() is None:
                 del self[0]
 
 
@@ -1511,9 +1509,11 @@ class _Channel:
         """Another thread writes, and the message too. Wait while it has too much to do."""
         if len(self.posted) > _POSTED_LIMIT:
             self.shutdown()
+        if not self.writer.holder():
+            self.later()  # nobody does, after all, or the seat is lost
         while wait and len(self.posted) > _MANY_POSTED:
             holder = self.writer.holder()
-            if not self.writer or _get_ident() in holder:
+            if not holder or _get_ident() in holder:
                 return  # nobody, now; or this thread, which a finalizer or a handler has interrupted
             left = _left(deadline)
             if left == 0:
@@ -2573,6 +2573,26 @@ def _aside_in_pool(function: Callable[..., Any], *arguments: Any) -> None:
         function(*arguments)
 
 
+def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Have a thread of the pool call a function, and wait for what it gives or raises."""
+    results: list[Any] = []
+    gate = _gate()
+
+    def run() -> None:
+        try:
+            results.append((function(*arguments), None))
+        except BaseException as error:
+            results.append((None, error))
+        _open(gate)
+
+    _aside_in_pool(run)
+    gate.acquire()
+    value, error = results.pop()
+    if error is not None:
+        raise error
+    return value
+
+
 _pool, _watch = _Pool(), _Watch()
 _sessions: set[_Session] = set()  # those that have not ended: a forked child leaves them
 
@@ -2641,7 +2661,7 @@ class _Sealed(Exception):
 class _Request:
     """A call of the other side's, to be answered."""
 
-    begun = False
+    begun: Any = False
     cancelled = False
     outer: _Request | None = None  # the call in which this one is run
     body: Any = None  # [target, method, args, kwargs], from when it is decoded until it has run
@@ -2650,7 +2670,9 @@ class _Request:
     slots: _Slots | None = None  # where it has a slot, or waits for one
     loop: Any = None  # the host's event loop, where it runs on that
     task: Any = None  # asyncio's, where it runs as one
-    lent: Any = ()  # references in the answer, until that is sent
+    sending = False  # at home: whether it is answered, once `lent` is empty
+    at_home = False  # whether the thread runs it that waits for the call on whose behalf it is made
+    lent: Any = ()  # references in the answer, until that is sent; also 0, at home, to tell when it is
 
     def __init__(self, session: _Session, message: _Message) -> None:
         self.session = session
@@ -2814,8 +2836,11 @@ class _Reader:
             call.gate = gate = _gate()
             self.sleepers[call.number] = call
             if not call.inbox and not call.nested and seat:
-                if _get_ident() in seat.holder():
+                holder = seat.holder()
+                if _get_ident() in holder:
                     raise _waits_for_itself(call)
+                if not holder:
+                    _pool.put(seat.mend)
                 gate.acquire(True, min(left, _LOOK_AGAIN) if left > 0 else _LOOK_AGAIN)
         finally:
             call.gate = None
@@ -3190,10 +3215,9 @@ class _Caller:
 
     def value(self, call: _Call, message: _Message, expected: int = _RESULT) -> Any:
         """What a message that ends a call, or begins its stream, stands for. Raises what it says."""
-        kind, flags, _, _, body, buffers = message
-        call.begun = message
+        kind, flags, _, _, body, _ = message
         try:
-            value = self._codec.loads(body, buffers, flags & _TAGGED) if body else None
+            value = self._session.decode(message, call) if body else None
         except _Undecodable as error:
             raise error.args[0] from None
         except ProtocolError as error:
@@ -3223,13 +3247,17 @@ class _Caller:
             if type(error) is not _Late and not isinstance(error, PluginError):
                 _aside_in_pool(self.give_up, call)
             else:
-                try:
-                    self.give_up(call)
-                except BaseException:
-                    _aside_in_pool(self.give_up, call)
-                    raise
+                self.leave(call)
         if type(error) is _Late:
             raise _too_late(call) from None
+
+    def leave(self, call: _Call) -> None:
+        """Give a call up, also if a handler strikes."""
+        try:
+            self.give_up(call)
+        except BaseException:
+            _aside_in_pool(self.give_up, call)
+            raise
 
     def give_up(self, call: _Call) -> None:
         """Want nothing more of a call. The other side is told, unless it is over. (This may be repeated.)"""
@@ -3329,6 +3357,7 @@ class _Runner:
         self.disown(call)
         request = self._requests.get(running[0][2])
         if request is not None:
+            request.at_home = True
             self.run(request)
         running.clear()
         call.home = True
@@ -3365,10 +3394,9 @@ class _Runner:
 
     def decode(self, request: _Request) -> bool:
         """Make the call of what has come. False: it is answered already. Raises ProtocolError."""
-        _, flags, _, _, body, buffers = request.message  # type: ignore[misc]
-        request.message = None
+        message, request.message = request.message, None
         try:
-            call = self._codec.loads(body, buffers, flags & _TAGGED)
+            call = self._session.decode(message, request)  # type: ignore[arg-type]
         except _Undecodable as error:
             return self.fail(request, error.args[0], own=True)
         if (type(call) is not list or len(call) < 4 or type(call[1]) is not str or type(call[2]) is not list
@@ -3415,8 +3443,10 @@ class _Runner:
         kind = type(error)  # isinstance() would ask the exception itself
         if issubclass(kind, ProtocolError) and request.body is None:
             return self._session.end(error)
-        unanswered = self._requests.get(request.number) is request
-        if unanswered:
+        unanswered = self._requests.get(request.number) is request and (request.lent or not request.sending)
+        if not unanswered:
+            self.finish(request)
+        else:
             own = own and issubclass(kind, PluginError)
             if _in_main_thread() or issubclass(kind, RecursionError):  # no handler strikes there, and there is room
                 _aside_in_pool(self.fail, request, error, own)
@@ -3443,6 +3473,9 @@ class _Runner:
             try:
                 request.lent = []
                 content = self._codec.dumps(value, "the result", request.lent)
+                if request.at_home:
+                    request.lent.append(0)
+                    request.sending = True
                 self._session.send(_RESULT, 0, request.number, content)
             except PluginError as error:  # it cannot travel
                 name = f"{request.method}()" if request.method else "the function"
@@ -3807,6 +3840,7 @@ class _Session:
         _aside_in_pool(self._flush_waiting)
 
     def _flush_waiting(self) -> None:
+        self.channel.writer.mend()
         try:
             self.channel.write([])
         except _Broken:
@@ -3856,6 +3890,18 @@ class _Session:
         else:
             come.popleft()
             function(what)
+
+    def decode(self, message: _Message, owner: Any) -> Any:
+        """The value of a message about a call or request. References in it are borrowed in a thread where no handler
+        strikes: so none gets lost halfway. Raises as the codec does."""
+        _, flags, _, _, body, buffers = message
+        if flags & _TAGGED and b'"$ref"' in body and _in_main_thread():
+            return _in_pool(self._decode, message, owner)
+        return self._decode(message, owner)
+
+    def _decode(self, message: _Message, owner: Any) -> Any:
+        owner.begun = message
+        return self.codec.loads(message[4], message[5], message[1] & _TAGGED)
 
     def drop(self, message: _Message) -> None:
         """A message that nobody wants any more: references in it are given back."""
@@ -4795,7 +4841,7 @@ class _Awaitable:
             base.cancel()
             base.set_running_or_notify_cancel()
         if self._session is not None and self._call is not None:
-            self._session.caller.give_up(self._call)
+            self._session.caller.leave(self._call)
         for callback in callbacks:
             base.add_done_callback(callback)
         return True
@@ -4950,7 +4996,7 @@ class Stream:
         """Give the rest up: the plugin's generator is closed. Closing what has ended does nothing."""
         if not self._over:
             self._over = True
-            self._session.caller.give_up(self._call)
+            self._session.caller.leave(self._call)
             self._call.inbox.append((_END, 0, self._call.number, 0, b"", ()))  # for a thread or a task that waits
             if self._call.gate is not None:
                 _open(self._call.gate)

@@ -1,16 +1,18 @@
 """A host whose main thread is struck by exceptions while it calls, and its plugin. test_storm.py runs it; by hand:
 
-    python3 tests/storm.py HOW WHAT COUNT [--threads] [--seed N]
+    python3 tests/storm.py HOW WHAT COUNT [--threads] [--only KIND] [--most N] [--each] [--seed N]
 
 HOW is `timer` (a SIGALRM handler raises, at random moments, and often once or twice more within microseconds) or `async`
 (PyThreadState_SetAsyncExc, from another thread). WHAT is the exception: `KeyboardInterrupt`, `Struck`, which is an ordinary
 one, or `Late`, which is a TimeoutError and so an OSError too.
 After COUNT strikes it looks whether every answer was right, whether all that was raised has arrived at the caller, and
-whether the session is good: no call, request, loan, slot or instance is left on either side. Exit status 0 if all is well.
+whether the session is good: no call, request, loan, slot or instance is left on either side. Exit status 0 if all is well;
+otherwise it tells where the last strikes were. With --each it looks after each strike, which finds the one to blame.
 """
 
 import _thread
 import argparse
+import collections
 import contextlib
 import ctypes
 import faulthandler
@@ -29,6 +31,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import miniplug
 
 STUCK = 20.0  # seconds after which a call counts as never to return
+ENOUGH = 3.0  # in which what was given up must be gone, with --each
 WORKERS = 6
 MOST = 3  # strikes at one operation
 PROGRAM = [sys.executable, os.path.abspath(__file__), "serve"]
@@ -37,6 +40,7 @@ PATIENCE = 2.0  # seconds that a call waits for being given up
 # -- what is looked at inside of a session: the only names of internals here. Each by the names that it may have.
 
 CALLS, REQUESTS, SLEEPERS = ("calls", "_calls"), ("requests", "_requests"), ("sleepers", "_waiting")
+UNATTENDED = "unattended", "_unattended"
 OBJECTS, SLOTS, SESSION = ("objects", "_objects", "_loans"), ("free", "slots", "_slots"), "_Session"
 
 
@@ -69,12 +73,12 @@ def is_part(thing):
 
 def still_open(session):
     """{what: how many}, of what must be gone once nobody calls."""
-    return {names[0]: len(inside(session, names)) for names in (CALLS, REQUESTS, SLEEPERS)}
+    return {names[0]: len(inside(session, names)) for names in (CALLS, REQUESTS, SLEEPERS, UNATTENDED)}
 
 
 def holdings(session):
     """{what: how many}, of what must be the same whenever nobody calls."""
-    return {names[0]: len(inside(session, names)) for names in (OBJECTS, SLOTS)}
+    return {"objects": len(inside(session, OBJECTS)), "slots": len(inside(session, SLOTS))}
 
 
 def waits_in(function, thread=None):
@@ -189,7 +193,7 @@ class Service:
         gc.collect()
         session, = sessions()
         found = still_open(session)
-        found["requests"] -= 1
+        found[REQUESTS[0]] -= 1
         lent = sum(each() is not None for each in self.lent)
         return {**found, "running": len(self.running), "lent": lent, "instances": max(0, Instance.entered - 1)}
 
@@ -236,10 +240,11 @@ EXCEPTIONS = {each.__name__: each for each in (KeyboardInterrupt, Struck, Late)}
 
 
 class Striker:
-    """Strikes the main thread up to `left` times. `raised` are the exceptions, as far as they are known."""
+    """Strikes the main thread `left` times more. `raised` are the exceptions, as far as they are known."""
 
-    def __init__(self, kind, chance):
+    def __init__(self, kind, chance, most):
         self.kind = kind
+        self.most = most
         self.chance = chance
         self.left = 0
         self.raised = []
@@ -250,7 +255,7 @@ class Striker:
         return self.chance.uniform(1e-6, 1e-6 + 1.5 * self.reach)
 
     def strikes(self):
-        return self.chance.choices(range(1, 1 + MOST), [7, 2, 1])[0]
+        return min(self.most, self.chance.choices(range(1, 1 + MOST), [7, 2, 1])[0])
 
 
 class Timer(Striker):
@@ -339,6 +344,18 @@ class Async(Striker):
 # -- the host
 
 
+def where(error):
+    """The lines of miniplug's that it passed through, the one that was struck first; and the same of what came before it."""
+    found, traceback = [], error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if code.co_filename == miniplug.__file__:
+            found.insert(0, f"{code.co_name}:{traceback.tb_lineno}")
+        traceback = traceback.tb_next
+    before = f", after {where(error.__context__)}" if error.__context__ is not None else ""
+    return f"{type(error).__name__} in {' < '.join(found[:6]) or 'no line of miniplug'}{before}"
+
+
 class Storm:
     def __init__(self, plugin, striker, chance):
         self.plugin, self.striker, self.chance = plugin, striker, chance
@@ -351,9 +368,10 @@ class Storm:
         self.given_up = set()  # and of those that were given up
         self.stray, self.strays = [], 0  # what was raised in finalizers, from where nothing can get to the caller
         self.endless, self.next, self.gap = None, 0, 0
+        self.last_strikes = collections.deque(maxlen=6)  # in words
         self.now, self.lasts = "", {}  # the kind of operation that runs, and how long each takes
 
-    def run(self, count):
+    def run(self, count, each, before):
         while self.hits < count:
             self.step += 1
             self.beat += 1
@@ -365,6 +383,7 @@ class Storm:
             self.struck(kind, 1 + MOST)
             lasted = time.monotonic() - begun
             if self.failure is not None:
+                self.last_strikes.append([self.now, *map(where, self.striker.raised or self.caught)])
                 raise self.failure
             self.slow += lasted > 0.9
             self.hits += bool(self.caught)
@@ -373,6 +392,8 @@ class Storm:
             if not self.caught:
                 self.lasts[self.now] += (lasted - self.lasts[self.now]) / 5
             self.account()
+            if each and self.caught:
+                self.check_left(before, PATIENCE + ENOUGH)
 
     def struck(self, kind, depth):
         """Do it once, under strikes. What strikes while another is noted is noted further out; there are fewer than levels."""
@@ -396,6 +417,8 @@ class Storm:
 
     def account(self):
         """All that was raised has come here, if only as what the next was raised in the midst of."""
+        if self.caught or self.striker.raised:
+            self.last_strikes.append([self.now, *map(where, self.striker.raised or self.caught)])
         known = [id(each) for each in self.stray]
         for error in self.caught:
             while error is not None:
@@ -507,6 +530,10 @@ class Storm:
 
     # -- afterwards
 
+    def tell_strikes(self):
+        for operation, *strikes in self.last_strikes:
+            print(f"struck in {operation}:", *strikes, sep="\n    ", file=sys.stderr)
+
     def check_all(self):
         """One of each, undisturbed, and as many calls at once as there are workers."""
         for kind in self.kinds * 3:
@@ -532,12 +559,12 @@ class Storm:
         lent = sum(each() is not None for each in self.lent)
         return {"host": {**still_open(session), "lent": lent}, "plugin": self.service.left()}
 
-    def check_left(self, before):
+    def check_left(self, before, seconds=STUCK):
         """Nothing is left of what was given up. (Where a finalizer itself was struck, that is the interpreter's to answer.)"""
         if self.endless is not None:
             self.endless.close()
         self.endless, self.caught, self.striker.raised = None, [], []  # a traceback holds what its frames do
-        end = time.monotonic() + STUCK
+        end = time.monotonic() + seconds
         while any(count > self.strays for side in self.left().values() for count in side.values()):
             assert time.monotonic() < end, f"left: {self.left()}, {self.holds()} of {before}; {self.strays} in finalizers"
             time.sleep(0.02)
@@ -583,6 +610,7 @@ def watch(storm, plugin):
         time.sleep(STUCK * 1.2)
         if seen == storm.beat:
             print(f"STUCK in {storm.now}, step {storm.step}", file=sys.stderr)
+            storm.tell_strikes()
             for session in sessions():
                 print({name: getattr(session, name) for name in fields(session)}, file=sys.stderr)
             faulthandler.dump_traceback(all_threads=True)
@@ -593,6 +621,34 @@ def watch(storm, plugin):
         seen = storm.beat
 
 
+def go_through(storm, options):
+    """The storm, and what is good before and after it; returns how long it took."""
+    over, errors = threading.Event(), []
+    sys.unraisablehook = lambda what: storm.stray.append(what.exc_value)
+    storm.check_all()
+    before = storm.steadily_holds()
+    if options.only:
+        storm.kinds = [getattr(storm, f"do_{options.only}")]
+    others = [threading.Thread(target=other_calls, args=(storm.service, over, errors)) for _ in range(2 * options.threads)]
+    for thread in others:
+        thread.start()
+    threading.Thread(target=watch, args=(storm, storm.plugin), daemon=True).start()
+    begun = time.monotonic()
+    try:
+        storm.run(options.count, options.each, before)
+    finally:
+        over.set()
+    for thread in others:
+        thread.join(STUCK)
+        assert not thread.is_alive(), "another thread's call never returned"
+    assert not errors, errors
+    seconds = time.monotonic() - begun
+    storm.check_left(before)
+    storm.check_all()
+    storm.check_left(before)
+    return seconds
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("how", choices=["timer", "async"])
@@ -600,35 +656,22 @@ def main():
     parser.add_argument("count", type=int)
     parser.add_argument("--threads", action="store_true", help="two other threads call too")
     parser.add_argument("--only", help="one kind of operation, such as call or stream")
+    parser.add_argument("--most", type=int, default=MOST, choices=range(1, 1 + MOST), help="strikes at one operation")
+    parser.add_argument("--each", action="store_true", help="look after each strike what is left")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
+    if options.each and options.threads:
+        parser.error("--each cannot tell what the other threads have open")
     print("seed", options.seed, flush=True)
-    chance, over, errors = random.Random(options.seed), threading.Event(), []
-    striker = {"timer": Timer, "async": Async}[options.how](EXCEPTIONS[options.what], chance)
+    chance = random.Random(options.seed)
+    striker = {"timer": Timer, "async": Async}[options.how](EXCEPTIONS[options.what], chance, options.most)
     with miniplug.launch(PROGRAM, stderr="inherit") as plugin, striker:
         storm = Storm(plugin, striker, chance)
-        sys.unraisablehook = lambda what: storm.stray.append(what.exc_value)
-        storm.check_all()
-        before = storm.steadily_holds()
-        if options.only:
-            storm.kinds = [getattr(storm, f"do_{options.only}")]
-        others = [threading.Thread(target=other_calls, args=(storm.service, over, errors)) for _ in range(2 * options.threads)]
-        for thread in others:
-            thread.start()
-        threading.Thread(target=watch, args=(storm, plugin), daemon=True).start()
-        begun = time.monotonic()
         try:
-            storm.run(options.count)
-        finally:
-            over.set()
-        for thread in others:
-            thread.join(STUCK)
-            assert not thread.is_alive(), "another thread's call never returned"
-        assert not errors, errors
-        seconds = time.monotonic() - begun
-        storm.check_left(before)
-        storm.check_all()
-        storm.check_left(before)
+            seconds = go_through(storm, options)
+        except BaseException:
+            storm.tell_strikes()
+            raise
         assert plugin.running and plugin.restarts == 0
     print(f"{storm.hits} of {storm.hits + storm.done} were struck, {storm.slow} took more than 0.9 s; {seconds:.1f} s in all")
 

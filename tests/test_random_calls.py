@@ -1,6 +1,7 @@
 """All kinds of calls at random, from many threads, each answer checked, and nothing left in either session.
 
-MINIPLUG_RANDOM_SECONDS makes it run longer, MINIPLUG_RANDOM_SEED repeats a run."""
+MINIPLUG_RANDOM_SECONDS makes it run longer (600 of them are ten minutes, all tests together), MINIPLUG_RANDOM_SEED repeats a
+run."""
 
 import asyncio
 import faulthandler
@@ -10,83 +11,18 @@ import random
 import sys
 import threading
 import time
+from collections import Counter
 
+import peer
 import pytest
+import storm
+from peer import Peer
 from test_session import pair  # noqa: F401
 
 import miniplug
 
-SECONDS = float(os.environ.get("MINIPLUG_RANDOM_SECONDS", "2.5"))
+SECONDS = float(os.environ.get("MINIPLUG_RANDOM_SECONDS", "10")) / 6  # for each test
 STUCK = 20.0  # seconds after which a call counts as never to return
-
-
-class Peer:
-    """The served side. `other` is its proxy of the host's peer."""
-
-    def __init__(self):
-        self.other = None
-        self.kept = {}
-        self.noted = []
-
-    def echo(self, value):
-        return value
-
-    def fail(self, value):
-        raise KeyError(value)
-
-    def slow(self, seconds):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not miniplug.cancelled():
-            time.sleep(0.0005)
-        return seconds
-
-    async def a_slow(self, seconds):
-        await asyncio.sleep(seconds)
-        return seconds
-
-    async def a_echo(self, value):
-        await asyncio.sleep(0)
-        return value
-
-    async def a_call(self, function, value):
-        return await function.submit(value)
-
-    def note(self, value):
-        self.noted.append(value)
-
-    def count(self, number):
-        yield from range(number)
-
-    async def a_count(self, number):
-        for value in range(number):
-            if value % 7 == 0:
-                await asyncio.sleep(0)
-            yield value
-
-    def failing_count(self, number):
-        yield from range(number)
-        raise KeyError(number)
-
-    def call(self, function, value):
-        return function(value)
-
-    def take(self, function, number):
-        return [item for item, _ in zip(function(), range(number))]
-
-    def nest(self, function, depth):
-        return [depth, *function(depth - 1)] if depth > 0 else [0]
-
-    def keep(self, key, function):
-        self.kept[key] = function
-
-    def use(self, key, value):
-        return self.kept[key](value)
-
-    def drop(self, key):
-        del self.kept[key]
-
-    def give(self, number):
-        return [lambda value, n=n: [n, value] for n in range(number)]
 
 
 class Work:
@@ -97,11 +33,14 @@ class Work:
         self.number = number
         self.rng = random.Random(seed * 1000 + number)
         self.step = 0
+        self.made = []  # the kinds that were
         self.kinds = [getattr(self, name) for name in sorted(dir(self)) if name.startswith("do_")]
 
     def once(self):
         self.step += 1
-        self.rng.choice(self.kinds)()
+        kind = self.rng.choice(self.kinds)
+        kind()
+        self.made.append(kind.__name__)
 
     def value(self):
         return [self.number, self.step, "x" * self.rng.choice([0, 10, 1000, 70000]), (b"y" * self.rng.choice([0, 100, 5000]),)]
@@ -119,6 +58,25 @@ class Work:
         values = [self.value() for _ in range(self.rng.randrange(1, 20))]
         calls = [self.rng.choice([self.proxy.echo, self.proxy.a_echo]).submit(value) for value in values]
         assert [call.result(STUCK) for call in calls] == values
+
+    def do_cancel_some(self):
+        calls = [self.proxy.echo.submit(number) for number in range(self.rng.randrange(40))]
+        cancelled = {number for number, call in enumerate(calls) if self.rng.random() < 0.2 and call.cancel()}
+        for number, call in enumerate(calls):
+            assert number in cancelled or call.result(STUCK) == number
+
+    def do_numbers(self):
+        count = self.rng.choice([1, 100, 3000])
+        for values in ([self.rng.randrange(-1 << 62, 1 << 62) for _ in range(count)], [self.rng.random() for _ in range(count)]):
+            assert self.proxy.echo(values) == values
+
+    def do_large(self):
+        """Also with a deadline that may pass while it is sent."""
+        data = b"z" * self.rng.choice([10, 200_000, 3_000_000])
+        try:
+            assert self.proxy.size.timeout(self.rng.choice([0.0001, 0.001, 0.01, None]))(data) == len(data)
+        except miniplug.CallTimeout:
+            pass
 
     def do_callbacks(self):
         over = threading.Event()
@@ -224,11 +182,12 @@ class Work:
         assert asyncio.run(main()) == (list(range(10)), list(range(70)))
 
 
-def run(both, seconds, threads):
+def run(proxy, threads, left, give_up):
+    """`left` tells what is open: nothing must be, in the end. `give_up` lets threads go that wait for ever."""
     seed = int(os.environ.get("MINIPLUG_RANDOM_SEED", random.randrange(1 << 30)))
     print("MINIPLUG_RANDOM_SEED =", seed)
-    proxy = both.dispense("p")
-    end = time.monotonic() + seconds
+    before = steady(left)
+    end = time.monotonic() + SECONDS
     works = [Work(proxy, seed, number) for number in range(threads)]
     errors = []
 
@@ -246,48 +205,66 @@ def run(both, seconds, threads):
         thread.join(max(0, end - time.monotonic()) + STUCK)
         if thread.is_alive():
             faulthandler.dump_traceback(all_threads=True, file=sys.__stderr__)
-            both.here.channel.shutdown()  # let the others go
+            give_up()
             pytest.fail("a call never returned")
     if errors:
-        print("ended:", repr(both.here.cause), repr(both.there.cause))
         raise errors[0]
     assert sum(work.step for work in works) > threads
+    print(Counter(kind for work in works for kind in work.made))
     proxy.echo(0)
-    del works
-    nothing_open(both)
+    del works, running
+    end = time.monotonic() + 10
+    while left() != before:
+        assert time.monotonic() < end, (left(), before)
+        time.sleep(0.01)
 
 
-def nothing_open(both):
-    here, there = both.here, both.there
+def steady(left):
+    looks = [None]
+    while looks[-5:] != [looks[-1]] * 5:
+        time.sleep(0.01)
+        looks.append(left())
+    return looks[-1]
 
+
+def run_pair(both, threads):
+    """Both sessions in this process."""
     def left():
         gc.collect()
-        return [here.calls, there.calls, here.requests, there.requests, here.reader.unattended, there.reader.unattended,
-                here.reader.sleepers, there.reader.sleepers, here.runner.slots.queue, there.runner.slots.queue, dict(list(here.references._loans.items())[1:]),
-                dict(list(there.references._loans.items())[2:])]
+        return [(storm.still_open(session), storm.holdings(session)) for session in (both.here, both.there)]
 
-    end = time.monotonic() + 10
-    while any(left()):
-        assert time.monotonic() < end, [list(each) for each in left()]
-        time.sleep(0.01)
-    assert len(here.runner.slots.free) == 64 and len(there.runner.slots.free) == both.workers
+    try:
+        run(both.dispense("p"), threads, left, both.here.channel.shutdown)
+    except BaseException:
+        print("ended:", repr(both.here.cause), repr(both.there.cause))
+        raise
 
 
 @pytest.mark.parametrize("workers", [1, 4, 64])
 @pytest.mark.timeout(SECONDS + 60)
 def test_calls_of_all_kinds_at_random(pair, workers):  # noqa: F811
-    both = pair({"p": Peer()}, max_workers=workers)
-    both.workers = workers
-    run(both, SECONDS, 10)
+    run_pair(pair({"p": Peer()}, max_workers=workers), 8)
 
 
 @pytest.mark.timeout(SECONDS + 60)
 def test_the_same_with_threads_switched_all_the_time(pair):  # noqa: F811
     before = sys.getswitchinterval()
     both = pair({"p": Peer()}, max_workers=4)
-    both.workers = 4
     sys.setswitchinterval(1e-6)
     try:
-        run(both, SECONDS, 6)
+        run_pair(both, 6)
     finally:
         sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("threads", [8, 24])
+@pytest.mark.timeout(SECONDS + 60)
+def test_the_same_of_a_plugin(threads):
+    def left():
+        gc.collect()
+        here, = storm.sessions()
+        return storm.still_open(here), storm.holdings(here), *proxy.open_here()
+
+    with miniplug.launch([sys.executable, peer.__file__, "16"], stderr="inherit") as plugin:
+        proxy = plugin.dispense()
+        run(proxy, threads, left, plugin.kill)
