@@ -2623,7 +2623,7 @@ class _Call:
     running: Any = ()  # the one of them that it runs
     raised: dict[int, BaseException] | None = None  # what these have raised, by their numbers
     streams: _Message | None = None  # the result that said so
-    begun: _Message | None = None  # the latest one that was decoded
+    decoded: Any = None  # the latest message that was
     granted = _WINDOW  # for how many there was credit
     deadline: float | None = None
     session: Any = None  # of a submitted one
@@ -2661,7 +2661,8 @@ class _Sealed(Exception):
 class _Request:
     """A call of the other side's, to be answered."""
 
-    begun: Any = False
+    begun = False
+    decoded: Any = None  # its message, once that was
     cancelled = False
     outer: _Request | None = None  # the call in which this one is run
     body: Any = None  # [target, method, args, kwargs], from when it is decoded until it has run
@@ -3243,7 +3244,7 @@ class _Caller:
     def _leave(self, call: _Call, error: BaseException) -> None:
         """The thread that waited for a call goes, because of an error: its answer, or anything else."""
         if (call.number in self._calls or call.lent or call.nested or call.running or call.future is not None
-                or (call.inbox and call.inbox[0] is not call.begun)):
+                or (call.inbox and call.inbox[0] is not call.decoded)):
             if type(error) is not _Late and not isinstance(error, PluginError):
                 _aside_in_pool(self.give_up, call)
             else:
@@ -3283,7 +3284,7 @@ class _Caller:
                 message = call.inbox.popleft()
             except IndexError:
                 return  # another thread was quicker
-            if message is not call.begun:
+            if message is not call.decoded:
                 self._session.drop(message)
 
     def probe(self, number: int = 0) -> bool:
@@ -3900,7 +3901,7 @@ class _Session:
         return self._decode(message, owner)
 
     def _decode(self, message: _Message, owner: Any) -> Any:
-        owner.begun = message
+        owner.decoded = message
         return self.codec.loads(message[4], message[5], message[1] & _TAGGED)
 
     def drop(self, message: _Message) -> None:
