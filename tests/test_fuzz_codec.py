@@ -15,7 +15,8 @@ from test_values import inner_values  # noqa: E402
 
 import miniplug  # noqa: E402
 
-many = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+examples = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # many, and others each time
+many = settings(max_examples=examples or 200, derandomize=not examples, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,27 +74,29 @@ def states(inner):
     return st.dictionaries(keys, inner, max_size=5)
 
 
-@st.composite
-def wires(draw, depth=3):
-    return draw(deeper(wires(depth - 1)) if depth and draw(st.booleans()) else plain)
-
-
-wire = wires()
+wire = plain
+for _ in range(3):
+    wire = st.deferred(lambda inner=wire: plain | deeper(inner))
 places = st.lists(integers | texts | st.none() | wire, min_size=3, max_size=8)
 arguments = st.lists(wire, max_size=5) | st.tuples(texts, places) | st.tuples(texts, places.map(lambda place: {"$tuple": place})) \
     | st.tuples(texts, st.just({"$bytes": "AAAA"}), integers, integers, texts)
-@st.composite
-def bodies(draw, depth=3):
-    """The body of an error message."""
-    body = draw(st.fixed_dictionaries({}, optional={
+def bodies(inner):
+    """Bodies of error messages."""
+    registered = st.tuples(st.sampled_from(["fuzz.Failure", "fuzz.Syntax", "fuzz.Point"]), st.builds(
+        lambda state, args: {**state, "args": args}, states(wire), arguments))
+    plain_body = st.fixed_dictionaries({}, optional={
         "type": texts | wire, "message": texts | wire, "traceback": texts | wire, "own": st.booleans() | wire,
         "kind": st.sampled_from([*miniplug._BUILTIN_ERRORS, "ExceptionGroup", "BaseExceptionGroup", "SystemExit"]) | wire,
-        "args": arguments | wire, "state": states(wire) | wire,
-        "registered": wire | st.tuples(st.sampled_from(["fuzz.Failure", "fuzz.Syntax", "fuzz.Point"]), st.builds(
-            lambda state, args: {**state, "args": args}, states(wire), arguments))}))
-    if depth and draw(st.booleans()):
-        body.update(parts=draw(st.lists(bodies(depth - 1) | wire, max_size=4) | wire), args=[draw(texts)])
-    return body
+        "args": arguments | wire, "state": states(wire) | wire, "registered": wire | registered})
+    if inner is None:
+        return plain_body
+    return st.builds(lambda body, parts, text: {**body, "parts": parts, "args": [text]}, plain_body, st.lists(inner | wire, max_size=4) | wire,
+                     texts) | plain_body
+
+
+error = None
+for _ in range(3):
+    error = st.deferred(lambda inner=error: bodies(inner))
 
 
 def text_of(value):
@@ -107,7 +110,7 @@ def test_every_tag_with_any_state(value):
 
 
 @many
-@given(bodies() | wire)
+@given(error | wire)
 def test_every_error_can_be_used(body):
     oracle.check_error(text_of(body))
 
