@@ -20,14 +20,67 @@ with atheris.instrument_imports(include=["miniplug"]):
     import miniplug
 import oracle
 
-NAMES = [*miniplug._TAGS, "$ref", "$own", "$?", "a", "args", "state", "kind", "type", "message", "traceback", "registered", "parts", "own",
-         "__notes__", "with_traceback", "errno", "filename", "name", "x", "y"]
-TEXTS = ["", "nan", "inf", "1e5", "1E+9999", "2026-01-31", "2026-01-31T12:05:00+00:00", "12:05", "AAAA", "q", "d", "h", "little", "big", "UTC",
-         "0x10", "f" * 32, "/a", "fuzz.Point", "fuzz.Mode", "fuzz.Failure", "fuzz.Syntax", "ExceptionGroup", *sorted(miniplug._BUILTIN_ERRORS)]
-SEEDS = ['{"$datetime":["2026-01-31T12:05:00",1,{"$timezone":[{"$timedelta":[0,3600,0]},"CET"]}]}', '{"$set":[1,{"$tuple":[{"$int":"0x7"}]}]}',
-         '{"$each":["$dict",[[1,2],[]]]}', '{"$numbers":["q",{"$bytes":"AAAAAAAAAAA="}]}', '{"$type":["fuzz.Point",{"x":1,"y":{"$bytes":0}}]}',
-         '{"type":"T","message":"m","kind":"OSError","args":[2,"x"],"state":{"errno":2,"__notes__":["n"]}}', '{"$zone":"Europe/Berlin"}',
-         '{"parts":[{"kind":"SyntaxError","args":["m",["f",1,2,"t",1,9]]},{}],"args":["t"]}', '{"$decimal":"1E+9"}', '{"$fraction":[1,3]}']
+NAMES = [
+    *miniplug._TAGS,
+    "$ref",
+    "$own",
+    "$?",
+    "a",
+    "args",
+    "state",
+    "kind",
+    "type",
+    "message",
+    "traceback",
+    "registered",
+    "parts",
+    "own",
+    "__notes__",
+    "with_traceback",
+    "errno",
+    "filename",
+    "name",
+    "x",
+    "y",
+]
+TEXTS = [
+    "",
+    "nan",
+    "inf",
+    "1e5",
+    "1E+9999",
+    "2026-01-31",
+    "2026-01-31T12:05:00+00:00",
+    "12:05",
+    "AAAA",
+    "q",
+    "d",
+    "h",
+    "little",
+    "big",
+    "UTC",
+    "0x10",
+    "f" * 32,
+    "/a",
+    "fuzz.Point",
+    "fuzz.Mode",
+    "fuzz.Failure",
+    "fuzz.Syntax",
+    "ExceptionGroup",
+    *sorted(miniplug._BUILTIN_ERRORS),
+]
+SEEDS = [
+    '{"$datetime":["2026-01-31T12:05:00",1,{"$timezone":[{"$timedelta":[0,3600,0]},"CET"]}]}',
+    '{"$set":[1,{"$tuple":[{"$int":"0x7"}]}]}',
+    '{"$each":["$dict",[[1,2],[]]]}',
+    '{"$numbers":["q",{"$bytes":"AAAAAAAAAAA="}]}',
+    '{"$type":["fuzz.Point",{"x":1,"y":{"$bytes":0}}]}',
+    '{"type":"T","message":"m","kind":"OSError","args":[2,"x"],"state":{"errno":2,"__notes__":["n"]}}',
+    '{"$zone":"Europe/Berlin"}',
+    '{"parts":[{"kind":"SyntaxError","args":["m",["f",1,2,"t",1,9]]},{}],"args":["t"]}',
+    '{"$decimal":"1E+9"}',
+    '{"$fraction":[1,3]}',
+]
 
 
 def value(data, depth=5):

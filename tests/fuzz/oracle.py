@@ -18,8 +18,15 @@ import tracemalloc
 
 import miniplug
 
-for path in ("datetime.date", "decimal.Decimal", "fractions.Fraction", "uuid.UUID", "pathlib.Path", "array.array",
-             "collections.Counter"):  # what the codec imports on first use
+for path in (
+    "datetime.date",
+    "decimal.Decimal",
+    "fractions.Fraction",
+    "uuid.UUID",
+    "pathlib.Path",
+    "array.array",
+    "collections.Counter",
+):  # what the codec imports on first use
     miniplug._found(path)
 try:
     import zoneinfo
@@ -29,11 +36,34 @@ try:
 except ImportError:
     ZONES = ()
 
-SECONDS, SECONDS_PER_BYTE = 1.0, 40e-6  # of processor time; what is meant is a tenth, but machines differ, and tracemalloc is slow
+SECONDS, SECONDS_PER_BYTE = (
+    1.0,
+    40e-6,
+)  # of processor time; what is meant is a tenth, but machines differ, and tracemalloc is slow
 BYTES, BYTES_PER_BYTE = 1 << 20, 150
 TEXT, TEXT_PER_BYTE = 20000, 60
-FORBIDDEN = ("exec", "compile", "os.", "subprocess.", "socket.", "ctypes.", "pickle.", "shutil.", "open", "import", "sys.", "marshal.",
-             "code.", "glob.", "urllib.", "winreg.", "signal.", "webbrowser.", "threading.", "_thread.")
+FORBIDDEN = (
+    "exec",
+    "compile",
+    "os.",
+    "subprocess.",
+    "socket.",
+    "ctypes.",
+    "pickle.",
+    "shutil.",
+    "open",
+    "import",
+    "sys.",
+    "marshal.",
+    "code.",
+    "glob.",
+    "urllib.",
+    "winreg.",
+    "signal.",
+    "webbrowser.",
+    "threading.",
+    "_thread.",
+)
 ALLOWED = ("os.fspath", "sys._getframe", "sys._current_frames")
 
 
@@ -49,7 +79,8 @@ class Watch:
         if event == "import" and str(args[0]).partition(".")[0] in ("tzdata", "importlib", "zoneinfo"):
             return  # a time zone by name is looked for there, and nowhere else
         if event in ("open", "os.listdir", "os.scandir") and (
-                str(args[0]).startswith(ZONES) or str(args[0]).startswith(tuple(path or os.curdir for path in sys.path))):
+            str(args[0]).startswith(ZONES) or str(args[0]).startswith(tuple(path or os.curdir for path in sys.path))
+        ):
             return  # the import system looks for tzdata
         self.seen.append((event, args))
 
