@@ -698,6 +698,9 @@ class _Packer:
         self.buffers.append(state)
         return {tag: len(self.buffers) - 1}
 
+    def fit_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return target, method, self._fit_list(args), kwargs and self._fit_dict(kwargs)
+
     def fit(self, value: Any) -> Any:
         """The value, or where the encoder would change it without a word, a copy with tags."""
         kind, tagged = type(value), None
@@ -934,13 +937,13 @@ class _Codec:
         try:
             if not kwargs and _FINE.issuperset(map(type, args)):
                 return _encode((target, method, args, kwargs)).encode(), (), 0, ()
-            return self._pack(_Packer(self), [target, method, [*args], kwargs])
+            return self._pack(_Packer(self), (target, method, args, kwargs), call=True)
         except Exception:
             return self._pack_carefully([target, method, [*args], kwargs], "call")
 
-    def _pack(self, packer: _Packer, value: Any) -> _Content:
+    def _pack(self, packer: _Packer, value: Any, call: bool = False) -> _Content:
         try:
-            text = _writer(packer.tag)(packer.fit(value))
+            text = _writer(packer.tag)(packer.fit_call(*value) if call else packer.fit(value))
             return text.encode(), packer.buffers, packer.tagged, packer.lent
         except BaseException:
             self.unlend(packer.lent)
