@@ -845,7 +845,7 @@ _encode = _writer(None)
 
 # -- decoding
 
-_LONG_NUMBER = re.compile("[0-9]{%d}" % (_MAX_DIGITS // 2))  # to read one takes quadratic time
+_LONG_NUMBER = re.compile(f"[0-9]{{{_MAX_DIGITS // 2}}}")  # to read one takes quadratic time
 
 
 def _refuse(*what: Any) -> NoReturn:
@@ -1022,6 +1022,7 @@ class _Codec:
 _MAX_PARTS = 1000  # of an exception group, all together
 _MAX_LEVELS = 30  # of groups in groups
 _MAX_COLUMN = 10000  # at which a SyntaxError may be: it is printed with a mark below
+_TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
 _FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "path")  # those not in __dict__
 
 
@@ -1182,9 +1183,8 @@ def _remote_type(kind: Any) -> Any:
 def _decode_error(body: Any) -> Any:
     """The exception to raise for the body of an error message, whatever is wrong with that."""
     body = body if type(body) is dict else {}
-    texts = {key: body[key] if type(body.get(key)) is str else "" for key in ("type", "message", "traceback")}
-    body = {**body, **texts}
-    name, message, traceback = texts.values()
+    body = {**body, **{key: body[key] if type(body.get(key)) is str else "" for key in _TEXT_KEYS}}
+    name, message, traceback = body["type"], body["message"], body["traceback"]
     state = body["state"] if type(body.get("state")) is dict else {}
     if body.get("own") and name in _OWN_ERRORS:
         return _OWN_ERRORS[name](message, **_carried(_OWN_ERRORS[name], state))
@@ -1211,7 +1211,7 @@ def _raised_error(body: dict[str, Any], state: dict[str, Any]) -> Any:
             error = _make_registered(body["registered"])
             kind, state = type(error), _error_state(error)
     except Exception:  # none, or one that is not registered here
-        kind, state = _BUILTIN_ERRORS.get(str(body.get("kind"))), {**state, "args": body.get("args")}
+        kind, state = _BUILTIN_ERRORS.get(body["kind"]), {**state, "args": body.get("args")}
     try:
         return _make_error(_remote_type(kind), state) if kind is not None and _can_be_raised(kind) else None
     except Exception:  # not what it takes
@@ -1234,8 +1234,9 @@ _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # with
 
 def _reduce_error(error: RemoteError) -> tuple[Any, ...]:
     """What copy and pickle keep of an error: the body that it was made from, as on the wire."""
-    texts = {"type": error.type_name, "message": error.message, "traceback": error.remote_traceback}
-    texts.update({} if error._body else {"message": str(error)})
+    texts = {"type": error.type_name, "message": str(error), "traceback": error.remote_traceback}
+    if error._body:
+        texts = {key: error._body[key] for key in texts}
     try:
         body, buffers, tagged, _ = _portable.dumps(error._body or texts, "")
         return _restore_error, (texts, body, [*map(bytes, buffers)], tagged)

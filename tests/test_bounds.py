@@ -336,6 +336,7 @@ BODIES = {
         "type": {"$int": hex(10**9000)},
     },
     "a plain error with a huge number": {"message": {"$int": hex(10**9000)}, "traceback": {"$int": hex(10**9000)}},
+    "a kind that is a huge number": {"kind": {"$int": hex(10**9000)}, "args": []},
     "methods": {
         "kind": "ValueError",
         "args": ["a"],

@@ -83,7 +83,7 @@ texts = st.text(max_size=6) | st.sampled_from(
     ]
 )
 floats = st.floats(allow_nan=False, allow_infinity=False)
-plain = st.none() | st.booleans() | integers | floats | texts
+plain = st.just({"$int": hex(10**9000)}) | st.none() | st.booleans() | integers | floats | texts
 names = st.sampled_from([*miniplug._TAGS, "$ref", "$own", "$unknown", "$"])
 
 

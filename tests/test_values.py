@@ -666,7 +666,7 @@ reveal_type(miniplug.register(Three, encode=miniplug.ref, decode=lambda proxy: p
 One("1")
 miniplug.register(encode=5)
 """)
-    found, _, _ = mypy.run(["--strict", "--no-incremental", "--follow-imports=silent", "--no-error-summary", str(tmp_path / "typed.py")])
+    found, _, _ = mypy.run(["--strict", "--no-incremental", "--follow-imports=silent", str(tmp_path / "typed.py")])
     revealed = [line.partition("Revealed type is ")[2].strip('"') for line in found.splitlines() if "Revealed" in line]
-    assert revealed == ["builtins.int", "builtins.str", "type[typed.Three]"] or revealed == ["int", "str", "type[typed.Three]"], found
+    assert [text.rpartition("builtins.")[2] for text in revealed] == ["int", "str", "type[typed.Three]"], found
     assert 'incompatible type "str"; expected "int"' in found and "No overload variant" in found

@@ -70,8 +70,8 @@ ALLOWED = ("os.fspath", "sys._getframe", "sys._current_frames")
 class Watch:
     """Sees what the interpreter does while it is on: `seen` is what it must not."""
 
-    on = False
-    seen = []
+    def __init__(self):
+        self.on, self.seen = False, []
 
     def __call__(self, event, args):
         if not self.on or not event.startswith(FORBIDDEN) or event in ALLOWED:
@@ -158,7 +158,7 @@ def check_value(data, tagged=1):
     value = decoded(data, tagged)
     size = len(data) + 16
     try:
-        body, buffers, tags, lent = measured(lambda: CODEC.dumps(value, "value"), size)
+        body, buffers, tags, _ = measured(lambda: CODEC.dumps(value, "value"), size)
     except miniplug.NotSerializable:  # a reference, or too deep for a sender
         return value
     again = CODEC.loads(body, [bytes(buffer) for buffer in buffers], tags)
