@@ -127,8 +127,7 @@ def measured(function, size):
     """Call a function under watch, and within bounds for so many bytes that have come."""
     tracing = tracemalloc.is_tracing()
     if tracing:
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.clear_traces()
     start = time.process_time()
     watch.seen.clear()
     watch.on = True
@@ -140,7 +139,7 @@ def measured(function, size):
         assert not watch.seen, watch.seen
         assert seconds < SECONDS + SECONDS_PER_BYTE * size, f"{seconds} s for {size} bytes"
         if tracing:
-            used = tracemalloc.get_traced_memory()[1] - before
+            used = tracemalloc.get_traced_memory()[1]
             assert used < BYTES + BYTES_PER_BYTE * size, f"{used} bytes for {size}"
 
 
