@@ -81,7 +81,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Command = Union[_Path, Sequence[_Path]]
     _Output = Union[str, Callable[[str], Any], TextIO]
     _Bytes = Union[bytes, bytearray, memoryview]
-    _Content = tuple[bytes, Sequence[_Bytes], int, Sequence[int]]  # a value as bytes, those beside it, tagged?, what it lends
+    _Content = tuple[bytes, Sequence[_Bytes], int, Sequence[int]]  # a body, buffers, 1 if tagged, what it lends
 
 __version__ = "0.1.0"
 
@@ -187,9 +187,10 @@ class MessageTooLarge(PluginError, ValueError):
 
 
 class RemoteError(PluginError):
-    """A method raised. `type_name`: the exception's type. `message`: its text; that of this error begins with the type.
-    `remote_traceback`: the plugin's own, as text. A builtin or registered exception arrives as its own type too, with
-    its own text: ``except ValueError`` and ``except RemoteError`` both catch a plugin's ValueError."""
+    """A method raised. `type_name`: the exception's type. `message`: its text; this error's own begins with the
+    type. `remote_traceback`: the plugin's own, as text. A builtin or registered exception arrives as its own
+    type too, with its own text: ``except ValueError`` and ``except RemoteError`` both catch a plugin's
+    ValueError, and an ExceptionGroup is one of what has arrived so."""
 
     type_name: str = ""
     message: str = ""
