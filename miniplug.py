@@ -194,9 +194,10 @@ class MessageTooLarge(PluginError, ValueError):
 
 
 class RemoteError(PluginError):
-    """A method raised. `type_name`: the exception's type. `message`: its text; that of this error begins with the type.
-    `remote_traceback`: the plugin's own, as text. A builtin or registered exception arrives as its own type too, with
-    its own text: ``except ValueError`` and ``except RemoteError`` both catch a plugin's ValueError."""
+    """A method raised. `type_name`: the exception's type. `message`: its text; this error's own begins with the
+    type. `remote_traceback`: the plugin's own, as text. A builtin or registered exception arrives as its own
+    type too, with its own text: ``except ValueError`` and ``except RemoteError`` both catch a plugin's
+    ValueError, and an ExceptionGroup is one of what has arrived so."""
 
     type_name: str = ""
     message: str = ""
@@ -284,10 +285,11 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 
 # === 2. codec ===========================================================================================
 #
-# JSON that keeps Python's types, read and written by the json module's parts in C. What JSON has goes as it is. What
-# it has not is tagged: an object with one key, which begins with "$". docs/protocol.md lists the tags, _TAGS says
-# what travels, and register() adds to it. Before the encoder runs, `fit` looks, at C speed, for what that would change
-# without a word, and copies with tags only there; what the encoder does not know it asks its hook for (`tag`).
+# JSON that keeps Python's types, read and written by the json module's parts in C. What JSON has goes as it
+# is. What it has not is tagged: an object with one key, which begins with "$". docs/protocol.md lists the
+# tags, _TAGS says what travels, and register() adds to it. Before the encoder runs, `fit` looks, at C speed,
+# for what that would change without a word, and copies with tags only there; what the encoder does not know
+# it asks its hook for (`tag`).
 
 _SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly: RFC 8259, section 6
 _MAX_BITS = 1 << 15  # of an integer: to print, compare or convert one takes a millisecond or two at most
@@ -297,7 +299,7 @@ _MAX_COMBINATIONS = 1 << 14  # of an enum's flags: Python keeps each for ever
 _MANY = 32  # items of a list that goes in a shorter form, where the other side knows that
 _INLINE = 2048  # bytes up to this many go in base64, longer ones in a frame beside the message
 _MAX_BUFFERS = 1 << 16  # that go beside one message; what is over goes in base64 again
-_FINE = frozenset((str, bool, type(None), float))  # the encoder changes none (it fails at NaN and lone surrogates)
+_FINE = frozenset((str, bool, type(None), float))  # the encoder changes none; it trips over NaN, surrogates
 _CONSTANTS = frozenset((bool, type(None)))
 _ATOMS = _FINE | {int}
 _TEXTS = frozenset((str,))
@@ -307,8 +309,8 @@ _flatten = itertools.chain.from_iterable
 
 
 class _Undecodable(Exception):
-    """What arrived is well-formed, and yet its value cannot be made here, for the reason that is its argument.
-    That fails one call, not the session."""
+    """What arrived is well-formed, and yet its value cannot be made here, for the reason that is its
+    argument. That fails one call, not the session."""
 
 
 @lru_cache(None)
@@ -349,7 +351,7 @@ def _flat(view: memoryview) -> _Bytes:
 
 def _bounded(value: int) -> int:
     if value.bit_length() > _MAX_BITS:
-        raise NotSerializable(f"integers of more than {_MAX_BITS} bits do not travel: send the bytes, or hex()")
+        raise NotSerializable(f"integers of more than {_MAX_BITS} bits do not travel: send bytes, or hex()")
     return value
 
 
@@ -379,7 +381,9 @@ def _make_each(state: list[Any]) -> list[Any]:
     if tag not in _EACH or type(states) is not list:
         raise ValueError("no tag that each may have, and states")
     makes, kinds = _makes_of(tag), set(map(type, states))
-    return [*map(makes[kinds.pop()], states)] if len(kinds) == 1 else [makes[type(held)](held) for held in states]
+    if len(kinds) == 1:
+        return [*map(makes[kinds.pop()], states)]
+    return [makes[type(held)](held) for held in states]
 
 
 def _make_array(state: list[Any]) -> Any:
@@ -395,9 +399,11 @@ def _make_array(state: list[Any]) -> Any:
 
 
 def _moment(value: Any) -> str | list[Any]:
-    """A datetime or time as one text, if that says all; else what it reads without its zone, its fold, its zone."""
+    """A datetime or time as one text, if that says all; else what it reads without
+    its zone, its fold, and its zone."""
     zone = value.tzinfo
-    if not value.fold and (zone is None or _way_of(type(zone)).tag == "$timezone" and len(zone.__getinitargs__()) == 1):
+    told = zone is None or (_way_of(type(zone)).tag == "$timezone" and len(zone.__getinitargs__()) == 1)
+    if told and not value.fold:
         return str(value.isoformat())
     return [value.replace(tzinfo=None).isoformat(), value.fold, zone]
 
@@ -417,7 +423,7 @@ def _make_zone(key: str) -> Any:
 def _decimal(value: Any) -> str:
     text = str(value)
     if len(text) > _MAX_DIGITS or not -_MAX_DIGITS <= value.adjusted() <= _MAX_DIGITS:
-        raise NotSerializable(f"decimals of more than {_MAX_DIGITS} digits, or with such an exponent, do not travel")
+        raise NotSerializable(f"decimals of more than {_MAX_DIGITS} digits, or exponents, do not travel")
     return text
 
 
@@ -458,9 +464,9 @@ def _bounds(value: Any) -> list[Any]:
     return [value.start, value.stop, value.step]
 
 
-# By the tag: the type; what gives its state, to be packed in turn; and by the type of that on the wire, the way
-# back. A path is looked up on first use. A file path of the other platform arrives as a pure one: a WindowsPath
-# cannot exist on POSIX, nor the reverse.
+# By the tag: the type; what gives its state, to be packed in turn; and by the type of that on the wire, the
+# way back. Names are looked up on first use. A file path of the other platform arrives as a pure one: a
+# WindowsPath cannot exist on POSIX, nor the reverse.
 _Row = namedtuple("_Row", "type state make")
 _TAGS = {tag: _Row(*row) for tag, row in {
     "$int": ("", None, {str: lambda text: _bounded(int(text, 16))}),
@@ -480,11 +486,13 @@ _TAGS = {tag: _Row(*row) for tag, row in {
     "$ellipsis": ("builtins.ellipsis", lambda _: [], {list: lambda _: ...}),
     "$range": ("builtins.range", _bounds, {list: lambda state: range(*state)}),
     "$slice": ("builtins.slice", _bounds, {list: lambda state: slice(*state)}),
-    "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, memoryview(a)], {list: _make_array}),
+    "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, memoryview(a)],
+               {list: _make_array}),
     "$date": ("datetime.date", "datetime.date.isoformat", {str: "datetime.date.fromisoformat"}),
     "$datetime": ("datetime.datetime", _moment,
                   {str: "datetime.datetime.fromisoformat", list: partial(_make_moment, "datetime")}),
-    "$time": ("datetime.time", _moment, {str: "datetime.time.fromisoformat", list: partial(_make_moment, "time")}),
+    "$time": ("datetime.time", _moment,
+              {str: "datetime.time.fromisoformat", list: partial(_make_moment, "time")}),
     "$timedelta": ("datetime.timedelta", lambda d: [d.days, d.seconds, d.microseconds],
                    {list: lambda state: _call("datetime.timedelta", *state)}),
     "$timezone": ("datetime.timezone", lambda zone: [*zone.__getinitargs__()],
@@ -506,13 +514,13 @@ _Way = namedtuple("_Way", "tag state")
 _NO_WAY = _Way("", None)
 _WAYS: dict[type, Any] = {memoryview: _Way("$bytes", _flat)}  # by the type: its tag, and what gives its state
 _ASKED: set[type] = {memoryview}  # those for which the encoder asks its hook
-_MAKES: dict[str, dict[type, Callable[[Any], Any]]] = {}  # by the tag, and the type of its state: what makes the value
+_MAKES: dict[str, dict[type, Callable[[Any], Any]]] = {}  # what makes a value, by its tag and state's type
 
 
 def _way_of(kind: type) -> Any:
     """The _Way of a type, or _NO_WAY. (That is not kept: the type may be registered later.)"""
     tag = _OF_TYPE.get(f"{kind.__module__}.".partition(".")[0] + "." + kind.__qualname__)
-    if kind in _WAYS or tag is None or kind is not type(...) and _found(_TAGS[tag].type) is not kind:
+    if kind in _WAYS or tag is None or (kind is not type(...) and _found(_TAGS[tag].type) is not kind):
         return _WAYS.get(kind, _NO_WAY)
     return _set_way(kind, _Way(tag, _found(_TAGS[tag].state)))
 
@@ -533,7 +541,7 @@ def _makes_of(tag: str) -> dict[type, Callable[[Any], Any]]:
 
 # -- registered types
 
-_registered: dict[str, tuple[type, Callable[[Any], Any]]] = {}  # by the name on the wire: the class, what makes one
+_registered: dict[str, tuple[type, Callable[[Any], Any]]] = {}  # by name on the wire: class, what makes one
 
 
 if TYPE_CHECKING:  # a decorated class keeps its type
@@ -547,28 +555,30 @@ if TYPE_CHECKING:  # a decorated class keeps its type
 
 def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any], Any] | None = None,
              decode: Callable[[Any], Any] | None = None) -> Any:
-    """Let instances of `cls` travel by value. Both sides call it, usually in a module that they share. Returns `cls`,
-    or without one a decorator: ``@register``, ``@register(name="user")``.
+    """Let instances of `cls` travel by value. Both sides call it, usually in a module that they share.
+    Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``.
 
-    - `cls` (a class): dataclasses, enums, named tuples and exceptions know their own state, and come back without a
-      call of ``__init__`` or ``__post_init__``. Any other class needs `encode` and `decode`. Subclasses are not meant.
+    - `cls` (a class): dataclasses, enums, named tuples and exceptions know their own state, and come back
+      without a call of ``__init__`` or ``__post_init__``. Any other class needs `encode` and `decode`.
+      Subclasses are not meant.
     - `name` (str, default ``module.qualname``): what the wire calls it, the same on both sides.
-    - `encode` (default None): a function from an instance to whatever can travel itself. `decode`: the way back; it
-      gets what the other side sent, so what it does not expect it should refuse by raising. Both or neither. With
-      ``encode=miniplug.ref`` instances are lent: `decode` gets a proxy.
+    - `encode` (default None): a function from an instance to whatever can travel itself. `decode`: the way
+      back; it gets what the other side sent, so what it does not expect it should refuse by raising. Both or
+      neither. With ``encode=miniplug.ref`` instances are lent: `decode` gets a proxy.
 
     To register a class again is harmless, and the last word on how it is sent. A class of the same module and
     qualified name takes the former's place, as after ``importlib.reload``.
 
-    Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that another
-    class has, a class in ``__main__`` without `name`, and a type that travels anyway.
+    Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that
+    another class has, a class in ``__main__`` without `name`, and a type that travels anyway.
     """
     if cls is None:
         return lambda decorated: register(decorated, name=name, encode=encode, decode=decode)
     if not isinstance(cls, type):
         raise TypeError(f"register takes a class, not {cls!r}")
     if name is None and cls.__module__ == "__main__":
-        raise ValueError(f"{cls.__qualname__} is in __main__, which is another module on the other side: give name=")
+        raise ValueError(
+            f"{cls.__qualname__} is in __main__, which on the other side is another module: give name=")
     if (encode is None) != (decode is None):
         raise TypeError("encode and decode go together")
     if cls in _ATOMS or cls in _BASES or _way_of(cls).tag not in ("", "$type"):
@@ -586,7 +596,8 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
 
 
 def _own_state(cls: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """What gives the state of a class's instances, and makes one from it. Raises TypeError if that is not known."""
+    """What gives the state of a class's instances, and makes one of it. Raises TypeError if it is not
+    known."""
     if issubclass(cls, _found("enum.Enum")):
         # a member goes by its name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
@@ -598,8 +609,8 @@ def _own_state(cls: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
         fields = getattr(cls, "_fields", None)
     elif hasattr(cls, "__dataclass_fields__") and all(base.__flags__ & _HEAP for base in cls.__mro__[:-1]):
         fields = [field.name for field in _call("dataclasses.fields", cls)]  # and it is none of dict
-    slots = {slot for base in cls.__mro__ for slot in vars(base).get("__slots__", ())} - {"__dict__", "__weakref__"}
-    if fields is None or not slots <= {*fields}:
+    slots = {slot for base in cls.__mro__ for slot in vars(base).get("__slots__", ())}
+    if fields is None or not slots <= {*fields, "__dict__", "__weakref__"}:
         raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
     if issubclass(cls, BaseException):
         return _error_state, partial(_make_error, cls)
@@ -623,7 +634,7 @@ def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
     """The fields of a dataclass or named tuple, if they are all that it holds."""
     others = {*getattr(value, "__dict__", ())}.difference(fields)
     if others:
-        raise NotSerializable(f"its attribute {min(others)!r} is no field: register it with encode and decode")
+        raise NotSerializable(f"its attribute {min(others)!r} is no field: register it with encode, decode")
     return dict(zip(fields, value if isinstance(value, tuple) else [getattr(value, name) for name in fields]))
 
 
@@ -639,10 +650,6 @@ def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
 
 
 # -- encoding
-
-def _has_plain_keys(mapping: dict[Any, Any]) -> bool:
-    return _TEXTS.issuperset(map(type, mapping)) and not (len(mapping) == 1 and next(iter(mapping))[:1] == "$")
-
 
 def _is_text(value: str) -> bool:
     try:
@@ -660,7 +667,7 @@ def _are_fine(values: Sequence[Any]) -> bool:
     if not kinds <= _ATOMS:
         return False
     integers = [value for value in values if type(value) is int]
-    return -_SAFE_INTEGER <= min(integers) and max(integers) <= _SAFE_INTEGER
+    return min(integers) >= -_SAFE_INTEGER and max(integers) <= _SAFE_INTEGER
 
 
 class _Packer:
@@ -699,6 +706,9 @@ class _Packer:
         self.buffers.append(state)
         return {tag: len(self.buffers) - 1}
 
+    def fit_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return target, method, self._fit_list(args), kwargs and self._fit_dict(kwargs)
+
     def fit(self, value: Any) -> Any:
         """The value, or where the encoder would change it without a word, a copy with tags."""
         kind, tagged = type(value), None
@@ -736,7 +746,7 @@ class _Packer:
         fine, copy = self._fine, None
         for index, part in enumerate(values):
             kind = type(part)
-            if kind in fine or kind is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER or kind in _ASKED:
+            if kind in fine or (kind is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER) or kind in _ASKED:
                 continue
             fitted = self.fit(part)
             if fitted is not part:
@@ -757,7 +767,7 @@ class _Packer:
             return values if _are_fine(values) else None
         if kind is tuple:
             return self._fit_rows("$tuple", values)
-        if kind is dict and str not in map(type, _flatten(values)):
+        if kind is dict and values[0] and str not in map(type, _flatten(values)):
             return self._fit_rows("$dict", [[*_flatten(row.items())] for row in values])
         if kind not in _ASKED:
             return None
@@ -786,7 +796,8 @@ class _Packer:
         return {"$each": [tag, states]} if self._arrays else [{tag: state} for state in states]
 
     def _fit_dict(self, value: dict[Any, Any]) -> Any:
-        if value and not (_has_plain_keys(value) and (self._fine is _FINE or all(map(_is_text, value)))):
+        plain = _TEXTS.issuperset(map(type, value)) and (self._fine is _FINE or all(map(_is_text, value)))
+        if not plain or (len(value) == 1 and next(iter(value))[:1] == "$"):
             self.tagged = 1
             _told_apart([*value])
             return {"$dict": self._fit_list([*_flatten(value.items())])}
@@ -803,7 +814,8 @@ def _advice(kind: type) -> str:
         return "send list(...) of it"
     for base in kind.__mro__:
         if base in _BASES or _way_of(base).tag not in ("", "$type"):
-            return f"it would lose its type; register it with miniplug.register, or send {base.__name__}(...) of it"
+            name = base.__name__
+            return f"it would lose its type; register it with miniplug.register, or send {name}(...) of it"
     return "register it with miniplug.register, pass miniplug.ref(...) to lend it, or send plain data"
 
 
@@ -841,7 +853,7 @@ _encode = _writer(None)
 
 # -- decoding
 
-_LONG_NUMBER = re.compile("[0-9]{%d}" % (_MAX_DIGITS // 2))  # to read one takes quadratic time
+_LONG_NUMBER = re.compile(f"[0-9]{{{_MAX_DIGITS // 2}}}")  # to read one takes quadratic time
 
 
 def _refuse(*what: Any) -> NoReturn:
@@ -856,20 +868,20 @@ def _make_integer(text: str) -> int:
 
 def _scanner(hook: Any, integers: Any = None) -> Callable[[str, int], tuple[Any, int]]:
     """What reads JSON: gives the value that begins at an index, and where it ends."""
-    decoder: Any = json.JSONDecoder
-    return decoder(object_hook=hook, parse_int=integers, parse_constant=_refuse).scan_once  # type: ignore[no-any-return]
+    decoder: Any = json.JSONDecoder(object_hook=hook, parse_int=integers, parse_constant=_refuse)
+    return decoder.scan_once  # type: ignore[no-any-return]
 
 
 _scan = _scanner(None)
 
 
 class _Unpacker:
-    """What the tags of a message stand for, on its way in; of any number of messages that have no buffers. A tag's
-    state must be of a type that _TAGS names: what that holds is not run."""
+    """What the tags of a message stand for, on its way in; or of any number of messages that have no buffers.
+    A tag's state must be of a type that _TAGS names: what that holds is not run."""
 
     def __init__(self, borrow: Callable[[str, Any], Any], buffers: Sequence[_Bytes] = ()) -> None:
         self._borrow = borrow
-        self._buffers = dict(enumerate(buffers))  # each is taken once, or a short message could fill the memory
+        self._buffers = dict(enumerate(buffers))  # taken once each: a short message must not fill the memory
 
     def unmark(self, mapping: dict[str, Any]) -> Any:
         """What an object stands for."""
@@ -915,10 +927,10 @@ def _is_own(error: BaseException) -> bool:
 
 
 class _Codec:
-    """Values to bytes and back, for any number of threads. `lend`, `unlend` and `borrow` are what the session does
-    with references: `lend` gives the tag and plain state of a value that goes by reference, or None, and appends the
-    loan's number to a list, which `unlend` takes back; `borrow` gives the value for a tag and state.
-    `arrays`: whether the other side has said that it knows "$numbers" and "$each"."""
+    """Values to bytes and back, for any number of threads. `lend`, `unlend` and `borrow` are what the session
+    does with references: `lend` gives the tag and plain state of a value that goes by reference, or None, and
+    appends the loan's number to a list, which `unlend` takes back; `borrow` gives the value for a tag and
+    state. `arrays`: whether the other side has said that it knows "$numbers" and "$each"."""
 
     def __init__(self, lend: Callable[[Any, list[int]], tuple[str, Any] | None], unlend: Callable[[Any], Any],
                  borrow: Callable[[str, Any], Any]) -> None:
@@ -944,13 +956,13 @@ class _Codec:
         try:
             if not kwargs and _FINE.issuperset(map(type, args)):
                 return _encode((target, method, args, kwargs)).encode(), (), 0, lent
-            return self._pack(_Packer(self, lent), [target, method, [*args], kwargs])
+            return self._pack(_Packer(self, lent), (target, method, args, kwargs), call=True)
         except Exception as error:
             return self._pack_carefully([target, method, [*args], kwargs], "call", lent, error)
 
-    def _pack(self, packer: _Packer, value: Any) -> _Content:
+    def _pack(self, packer: _Packer, value: Any, call: bool = False) -> _Content:
         try:
-            text = _writer(packer.tag)(packer.fit(value))
+            text = _writer(packer.tag)(packer.fit_call(*value) if call else packer.fit(value))
             return text.encode(), packer.buffers, packer.tagged, packer.lent
         except BaseException:
             self.unlend(packer.lent)
@@ -1003,7 +1015,8 @@ class _Codec:
         return path, type(value), error
 
     def loads(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int) -> Any:
-        """The value. Raises ProtocolError for what is not well-formed, _Undecodable for what cannot be made here."""
+        """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be made
+        here."""
         try:
             return self._decode(body, buffers, tagged, self.borrow)
         except ProtocolError:
@@ -1041,28 +1054,30 @@ class _Codec:
 _MAX_PARTS = 1000  # of an exception group, all together
 _MAX_LEVELS = 30  # of groups in groups
 _MAX_COLUMN = 10000  # at which a SyntaxError may be: it is printed with a mark below
-_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "path")  # that are not in __dict__
+_TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
+_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "path")  # those not in __dict__
 
 
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this in the host: what ends a loop, a task or a process may not, nor what says that
-    the plugin itself is in trouble: another plugin's trouble is not this plugin's."""
+    """Whether a call may raise this in the host: what ends a loop, a task or a process may not, nor what says
+    that the plugin itself is in trouble: another plugin's trouble is not this plugin's."""
     own = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
-    ending = {"StopIteration", "StopAsyncIteration", "CancelledError"}.intersection(base.__name__ for base in kind.__mro__)
-    return issubclass(kind, Exception) and not own and not ending
+    names = {base.__name__ for base in kind.__mro__}
+    ends = not names.isdisjoint(("StopIteration", "StopAsyncIteration", "CancelledError"))
+    return issubclass(kind, Exception) and not own and not ends
 
 
 _GROUP: Any = getattr(builtins, "ExceptionGroup", None)  # new in Python 3.11
 _BUILTIN_ERRORS: dict[str, type[Exception]] = {
     name: value for name, value in vars(builtins).items()
-    if isinstance(value, type) and issubclass(value, Exception) and _can_be_raised(value) and value is not _GROUP}
+    if isinstance(value, type) and _can_be_raised(value) and value is not _GROUP}
 _OWN_ERRORS: dict[str, type[PluginError]] = {kind.__name__: kind for kind in (
     DeadReference, MessageTooLarge, MethodNotFound, NotSerializable, PluginClosed, PluginNotFound)}
 
 
 def _encode_error(error: BaseException, own: bool = False, bare: bool = False) -> dict[str, Any]:
-    """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: no more than its
-    type and as much of its text as goes into any message."""
+    """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: no more
+    than its type and as much of its text as goes into any message."""
     if type(error) is _Undecodable:
         error = error.args[0]
     kind, cut = type(error), _cut if bare else str
@@ -1101,7 +1116,8 @@ def _add_type(body: dict[str, Any], error: Any, bare: bool) -> None:
     body.update(kind=nearest.__name__, args=state.pop("args", [body["message"]]), state={
         key: held for key, held in state.items() if key[0] != "_" or key == "__notes__"})
     if _is_group(error) and not bare:
-        body.update(kind="ExceptionGroup", args=[error.message], parts=[*map(_encode_error, error.exceptions)])
+        parts = [*map(_encode_error, error.exceptions)]
+        body.update(kind="ExceptionGroup", args=[error.message], parts=parts)
 
 
 def _carried(kind: type, attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -1149,8 +1165,8 @@ def _error_state(error: Any) -> dict[str, Any]:
 
 
 def _make_error(cls: Any, state: Any) -> Any:
-    """An exception from its state, without a call of any __init__ but the builtin base's. Left out is what would make
-    it dear or impossible to raise, print or copy."""
+    """An exception from its state, without a call of any __init__ but the builtin base's. Left out is what
+    would make it dear or impossible to raise, print or copy."""
     if type(state) is not dict or type(state.get("args")) is not list:
         raise ValueError("the state of an exception is its args and attributes")
     base, args = _error_base(cls), state["args"]
@@ -1166,7 +1182,7 @@ def _make_error(cls: Any, state: Any) -> Any:
         elif name == "__notes__":
             if kind is list and _TEXTS.issuperset(map(type, held)):
                 vars(error)[name] = held
-        elif type(name) is str and name[:2] != "__" and name != "args" and not callable(getattr(cls, name, None)):
+        elif name != "args" and type(name) is str and name[:2] != "__" and not callable(getattr(cls, name, 0)):
             vars(error)[name] = held  # where it cannot reach what the interpreter relies on
     return error
 
@@ -1175,7 +1191,7 @@ def _place_of(args: list[Any]) -> list[Any]:
     """The arguments of a SyntaxError, with no more of its place than can be printed."""
     place: Any = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
     for held, kind, limit in zip(place, (str, int, int, str), (0, 2**31, _MAX_COLUMN, 0)):
-        if held is not None and (type(held) is not kind or type(held) is int and not 0 <= held <= limit):
+        if held is not None and (type(held) is not kind or (type(held) is int and not 0 <= held <= limit)):
             place = ()
     return [args[0], tuple(place)] if len(place) == 4 else args[:1]
 
@@ -1192,16 +1208,15 @@ def _remote_type(kind: Any) -> Any:
         return text
 
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    body.update(__reduce__=RemoteError.__reduce__, __str__=printed(kind.__str__), __repr__=printed(kind.__repr__))
-    return type(kind.__name__, (kind, RemoteError), body)
+    body.update(__str__=printed(kind.__str__), __repr__=printed(kind.__repr__))
+    return type(kind.__name__, (kind, RemoteError), {**body, "__reduce__": RemoteError.__reduce__})
 
 
 def _decode_error(body: Any) -> Any:
     """The exception to raise for the body of an error message, whatever is wrong with that."""
     body = body if type(body) is dict else {}
-    texts = {key: body[key] if type(body.get(key)) is str else "" for key in ("type", "message", "traceback")}
-    body = {**body, **texts}
-    name, message, traceback = texts.values()
+    body = {**body, **{key: body[key] if type(body.get(key)) is str else "" for key in _TEXT_KEYS}}
+    name, message, traceback = body["type"], body["message"], body["traceback"]
     state = body["state"] if type(body.get("state")) is dict else {}
     if body.get("own") and name in _OWN_ERRORS:
         return _OWN_ERRORS[name](message, **_carried(_OWN_ERRORS[name], state))
@@ -1217,17 +1232,18 @@ def _decode_error(body: Any) -> Any:
 
 
 def _raised_error(body: dict[str, Any], state: dict[str, Any]) -> Any:
-    """An instance of the registered or builtin exception that a body names, which is a RemoteError too; or None."""
+    """An instance of the registered or builtin exception that a body names, a RemoteError too; or None."""
     kind: Any = None
     try:
         if "parts" in body:
             if _GROUP is not None and _is_printable(body):
-                kind, state = _GROUP, {**state, "args": [body["args"][0], [*map(_decode_error, body["parts"])]]}
+                parts = [*map(_decode_error, body["parts"])]
+                kind, state = _GROUP, {**state, "args": [body["args"][0], parts]}
         else:
             error = _make_registered(body["registered"])
             kind, state = type(error), _error_state(error)
     except Exception:  # none, or one that is not registered here
-        kind, state = _BUILTIN_ERRORS.get(str(body.get("kind"))), {**state, "args": body.get("args")}
+        kind, state = _BUILTIN_ERRORS.get(body["kind"]), {**state, "args": body.get("args")}
     try:
         return _make_error(_remote_type(kind), state) if kind is not None and _can_be_raised(kind) else None
     except Exception:  # not what it takes
@@ -1245,12 +1261,14 @@ def _is_printable(group: dict[str, Any]) -> bool:
     return False
 
 
-_portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # for what no connection has a part in
+_portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # without references
 
 
 def _reduce_error(error: RemoteError) -> tuple[Any, ...]:
     """What copy and pickle keep of an error: the body that it was made from, as on the wire."""
-    texts = {"type": error.type_name, "message": error.message or str(error), "traceback": error.remote_traceback}
+    texts = {"type": error.type_name, "message": str(error), "traceback": error.remote_traceback}
+    if error._body:
+        texts = {key: error._body[key] for key in texts}
     try:
         body, buffers, tagged, _ = _portable.dumps(error._body or texts, "")
         return _restore_error, (texts, body, [*map(bytes, buffers)], tagged)

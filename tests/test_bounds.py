@@ -35,19 +35,23 @@ def seconds(function):
 
 # -- values that collide
 
+
 def alike(kind, count=900):
     """So many different numbers with one hash, as their states on the wire."""
     if kind == "integers":
         return [{"$int": hex(number * HASH + 5)} for number in range(1, count + 1)]
     if kind == "floats":
-        return [float(5 * 2**(61 * number)) for number in range(count)][:16]
+        return [float(5 * 2 ** (61 * number)) for number in range(count)][:16]
     if kind == "fractions":
         return [{"$fraction": [{"$int": hex(5 + (number << 70) * HASH)}, 1]} for number in range(count)]
     if kind == "tuples":
         return [{"$tuple": [-1 - (number >> bit & 1) for bit in range(10)]} for number in range(count)]
     exponents = [10 + order * (HASH - 1) for order in range(count)]
-    return [{"$decimal": f"1E{exponent}"} for exponent in exponents] if kind == "huge decimals" else [
-        {"$decimal": str(number * HASH + 5)} for number in range(count)]
+    return (
+        [{"$decimal": f"1E{exponent}"} for exponent in exponents]
+        if kind == "huge decimals"
+        else [{"$decimal": str(number * HASH + 5)} for number in range(count)]
+    )
 
 
 @pytest.mark.parametrize("kind", ["integers", "fractions", "decimals", "tuples"])
@@ -58,17 +62,24 @@ def test_values_that_collide_are_refused_before_they_are_compared(kind, form):
         states = [part for state in states for part in (state, 0)]
     value = {form.partition(" ")[0]: states}
     text = json.dumps([value, 1] if " " in form else value)
+
     def attempt():
         with pytest.raises(miniplug._Undecodable, match="have the same hash"):
             loads(text)
+
     assert seconds(attempt) < 1.0  # 24 s without the bound
 
 
 def test_decimals_that_collide_with_a_huge_integer_do_not_freeze():
-    many = [{"$int": hex(10**9000 % HASH + HASH * (10**9000 // HASH))}, *({"$decimal": f"{number * HASH + 1}E9000"} for number in range(860))]
+    many = [
+        {"$int": hex(10**9000 % HASH + HASH * (10**9000 // HASH))},
+        *({"$decimal": f"{number * HASH + 1}E9000"} for number in range(860)),
+    ]
+
     def attempt():
         with pytest.raises(miniplug._Undecodable, match="the same hash"):
             loads(json.dumps({"$set": many}))
+
     assert seconds(attempt) < 1.0
 
 
@@ -82,7 +93,9 @@ def test_few_that_collide_are_data():
 
 def test_the_sender_refuses_the_same():
     for value in ({5 + number * HASH for number in range(17)}, dict.fromkeys(5 + number * HASH for number in range(17))):
-        with pytest.raises(miniplug.NotSerializable, match=r"value\['k'\] is of type (set|dict): more than 16 of its values have the same"):
+        with pytest.raises(
+            miniplug.NotSerializable, match=r"value\['k'\] is of type (set|dict): more than 16 of its values have the same"
+        ):
             codec().dumps({"k": value}, "value")
 
 
@@ -101,11 +114,14 @@ def test_registered_types_that_collide():
 
 # -- digits
 
+
 def test_integers_are_bounded():
     for value in (2**32768 - 1, -(2**32768) + 1, 10**5000):
         assert trip([value]) == [value]
     for value in (2**32768, -(2**32768)):
-        with pytest.raises(miniplug.NotSerializable, match=r"value\[0\] is of type int: integers of more than 32768 bits do not travel"):
+        with pytest.raises(
+            miniplug.NotSerializable, match=r"value\[0\] is of type int: integers of more than 32768 bits do not travel"
+        ):
             codec().dumps([value], "value")
         with pytest.raises(miniplug._Undecodable, match="more than 32768 bits"):
             loads(json.dumps({"$int": hex(value)}))
@@ -119,12 +135,14 @@ def test_a_long_plain_integer_is_not_read_in_quadratic_time(limit):
     if hasattr(sys, "set_int_max_str_digits"):
         before = sys.get_int_max_str_digits()
         sys.set_int_max_str_digits(before if limit is None else limit)
+
     def attempt():
         for text in ("9" * 1_000_000, "[1, -" + "9" * 1_000_000 + ", 2]", '{"a": [' + "1" * 20000 + "]}"):
             with pytest.raises(miniplug.ProtocolError):
                 codec().loads(text.encode(), (), 0)
             with pytest.raises(miniplug.ProtocolError):
                 codec().loads(text.encode(), [b"x"], 1)
+
     try:
         assert seconds(attempt) < 2.0
     finally:
@@ -150,6 +168,7 @@ def test_decimals_are_bounded():
 def test_what_may_come_is_cheap_to_use():
     values = [2**32768 - 1, D("1E+10000"), D("9" * 10000), F(2**32768 - 1, 2**32767 - 1), D("1E-10000"), 1e308, 0.1]
     values = trip(values)
+
     def use():
         for one in values:
             assert f"{one}" if not isinstance(one, (int, F)) else f"{one:x}" if isinstance(one, int) else f"{one.numerator:x}"
@@ -158,10 +177,12 @@ def test_what_may_come_is_cheap_to_use():
             for other in values:
                 one == other  # noqa: B015
                 {one, other}  # noqa: B018
+
     assert seconds(use) < 3.0
 
 
 # -- flags
+
 
 def test_a_flag_keeps_no_more_combinations_than_are_bounded(monkeypatch):
     monkeypatch.setattr(miniplug, "_MAX_COMBINATIONS", 40)
@@ -230,11 +251,25 @@ def test_a_member_of_an_enum_is_not_found_by_value():
 
 # -- numbers
 
+
 @pytest.mark.parametrize("arrays", [True, False])
-@pytest.mark.parametrize("values", [
-    [float("nan"), float("inf"), float("-inf"), -0.0, 0.0, 5e-324, 1e308] * 10, [2**63 - 1, -(2**63), 0, -1] * 10, [2**63] * 40,
-    [1] * 40 + [True], [1] * 40 + [1.0], [1.0] * 40 + [1], [True] * 40, [2**53] * 40, [None] * 40, [1.5] * 31, [float("nan")] * 31,
-], ids=repr)
+@pytest.mark.parametrize(
+    "values",
+    [
+        [float("nan"), float("inf"), float("-inf"), -0.0, 0.0, 5e-324, 1e308] * 10,
+        [2**63 - 1, -(2**63), 0, -1] * 10,
+        [2**63] * 40,
+        [1] * 40 + [True],
+        [1] * 40 + [1.0],
+        [1.0] * 40 + [1],
+        [True] * 40,
+        [2**53] * 40,
+        [None] * 40,
+        [1.5] * 31,
+        [float("nan")] * 31,
+    ],
+    ids=repr,
+)
 def test_long_lists_of_numbers_are_kept_exactly(values, arrays):
     for value in (values, tuple(values), {"k": [values]}, [values, {1: values}]):
         back, parts = trip(value, arrays), [value]
@@ -251,16 +286,34 @@ def pictures(value):
 
 def test_long_lists_are_plain_for_a_side_that_does_not_know_more():
     assert codec(arrays=False).dumps([*range(40)], "v")[:3] == (str([*range(40)]).replace(" ", "").encode(), [], 0)
+    for plain in ([{}] * 40, [[]] * 40, [{"a": 1}] * 40, [[1, "a"]] * 40, ["a"] * 40, [None, 1] * 40):
+        assert codec().dumps(plain, "v")[:3] == (json.dumps(plain, separators=(",", ":")).encode(), [], 0)
     assert codec(arrays=False).dumps([(1,)] * 32, "v")[0] == b"[" + b",".join([b'{"$tuple":[1]}'] * 32) + b"]"
     body, buffers, tagged, _ = codec().dumps([*range(1000)], "v")
     assert (body, [*map(len, buffers)], tagged) == (b'{"$numbers":["q",{"$bytes":0}]}', [8000], 1)
 
 
-@pytest.mark.parametrize("text", [
-    '{"$numbers":["q",{"$bytes":"AAAA"}]}', '{"$numbers":["x",{"$bytes":""}]}', '{"$numbers":["q",[1]]}', '{"$numbers":["q"]}', '{"$numbers":5}',
-    '{"$each":["$set",[[]]]}', '{"$each":["$each",[["$tuple",[]]]]}', '{"$each":["$tuple",5]}', '{"$each":["$tuple",["ab"]]}', '{"$each":[[],[]]}',
-    '{"$each":["$ref",[[1,null,false]]]}', '{"$each":["$bytes",[0]]}', '{"$each":["$date",["2026-01-31",5]]}', '{"$each":["$unknown",[]]}',
-    '{"$dict":[1]}', '{"$dict":[[],1]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"$numbers":["q",{"$bytes":"AAAA"}]}',
+        '{"$numbers":["x",{"$bytes":""}]}',
+        '{"$numbers":["q",[1]]}',
+        '{"$numbers":["q"]}',
+        '{"$numbers":5}',
+        '{"$each":["$set",[[]]]}',
+        '{"$each":["$each",[["$tuple",[]]]]}',
+        '{"$each":["$tuple",5]}',
+        '{"$each":["$tuple",["ab"]]}',
+        '{"$each":[[],[]]}',
+        '{"$each":["$ref",[[1,null,false]]]}',
+        '{"$each":["$bytes",[0]]}',
+        '{"$each":["$date",["2026-01-31",5]]}',
+        '{"$each":["$unknown",[]]}',
+        '{"$dict":[1]}',
+        '{"$dict":[[],1]}',
+    ],
+)
 def test_malformed_long_lists(text):
     with pytest.raises(miniplug.ProtocolError):
         loads(text, [b"x"])
@@ -276,14 +329,40 @@ BODIES = {
     "a file of another type": {"kind": "IndentationError", "args": ["bad", [[], {}, "x", None, None, None]]},
     "a message of another type": {"kind": "SyntaxError", "args": [{"a": 1}, ["f.py", 1, 1, "x", 1, 2]]},
     "a huge number": {"kind": "ValueError", "args": [{"$int": hex(10**9000)}], "message": "the text"},
-    "a huge number as the text": {"kind": "ValueError", "args": ["a"], "message": {"$int": hex(10**9000)}, "type": {"$int": hex(10**9000)}},
+    "a huge number as the text": {
+        "kind": "ValueError",
+        "args": ["a"],
+        "message": {"$int": hex(10**9000)},
+        "type": {"$int": hex(10**9000)},
+    },
     "a plain error with a huge number": {"message": {"$int": hex(10**9000)}, "traceback": {"$int": hex(10**9000)}},
-    "methods": {"kind": "ValueError", "args": ["a"], "state": dict.fromkeys(
-        ["with_traceback", "add_note", "__reduce__", "__reduce_ex__", "__str__", "__class__", "__dict__", "__cause__", "__setstate__"], 5)},
+    "a kind that is a huge number": {"kind": {"$int": hex(10**9000)}, "args": []},
+    "methods": {
+        "kind": "ValueError",
+        "args": ["a"],
+        "state": dict.fromkeys(
+            [
+                "with_traceback",
+                "add_note",
+                "__reduce__",
+                "__reduce_ex__",
+                "__str__",
+                "__class__",
+                "__dict__",
+                "__cause__",
+                "__setstate__",
+            ],
+            5,
+        ),
+    },
     "notes": {"kind": "ValueError", "args": ["a"], "state": {"__notes__": 5}},
     "notes of another type": {"kind": "ValueError", "args": ["a"], "state": {"__notes__": [1, [2]]}},
     "a name that is none": {"kind": "NameError", "args": ["a"], "state": {"name": [1]}},
-    "a number of a file": {"kind": "OSError", "args": [{"$int": hex(10**9000)}, {"$int": hex(10**9000)}, [1]], "state": {"errno": [1], "filename": {}}},
+    "a number of a file": {
+        "kind": "OSError",
+        "args": [{"$int": hex(10**9000)}, {"$int": hex(10**9000)}, [1]],
+        "state": {"errno": [1], "filename": {}},
+    },
     "an import": {"kind": "ImportError", "args": ["a"], "state": {"name": "this", "name_from": "antigravity", "path": [1]}},
     "a reference": {"kind": "ValueError", "args": [{"$ref": [1, None, True]}]},
     "depth": {"kind": "ValueError", "args": json.loads("[" * 400 + "]" * 400)},
@@ -297,6 +376,7 @@ def test_an_error_can_be_printed_chained_copied_and_pickled(name):
     body = {"type": "T", "message": "the text", **BODIES[name]}
     made = miniplug._Codec(None, None, lambda tag, state: threading.Lock())  # what cannot be copied, such as a proxy
     error = miniplug._decode_error(made.loads(json.dumps(body).encode(), (), 1))
+
     def use():
         texts = [str(error), repr(error)]
         with pytest.raises(KeyError):
@@ -311,6 +391,7 @@ def test_an_error_can_be_printed_chained_copied_and_pickled(name):
         for twin in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):  # noqa: S301
             assert isinstance(twin, miniplug.RemoteError) and str(twin)
         assert sum(map(len, texts)) < 50_000
+
     assert isinstance(error, miniplug.RemoteError) and seconds(use) < 1.0
 
 
@@ -331,10 +412,17 @@ def test_what_is_honest_of_an_error_is_kept():
         assert raised(error).__notes__ == ["a note"]
 
 
-@pytest.mark.parametrize(("error", "text", "message"), [
-    (type("MyError", (Exception,), {})("disk full", 7), "MyError: ('disk full', 7)", "('disk full', 7)"), (SystemExit(3), "SystemExit: 3", "3"),
-    (SystemExit(), "SystemExit", ""), (KeyboardInterrupt(), "KeyboardInterrupt", ""), (Exception("plain"), "Exception: plain", "plain"),
-    (GeneratorExit("x"), "GeneratorExit: x", "x")])
+@pytest.mark.parametrize(
+    ("error", "text", "message"),
+    [
+        (type("MyError", (Exception,), {})("disk full", 7), "MyError: ('disk full', 7)", "('disk full', 7)"),
+        (SystemExit(3), "SystemExit: 3", "3"),
+        (SystemExit(), "SystemExit", ""),
+        (KeyboardInterrupt(), "KeyboardInterrupt", ""),
+        (Exception("plain"), "Exception: plain", "plain"),
+        (GeneratorExit("x"), "GeneratorExit: x", "x"),
+    ],
+)
 def test_the_text_of_a_plain_error_begins_with_its_type(error, text, message):
     for back in (raised(error), raised(raised(error)), pickle.loads(pickle.dumps(raised(error)))):  # noqa: S301
         assert (type(back), str(back), back.message) == (miniplug.RemoteError, text, message)
@@ -354,7 +442,9 @@ class TestGroups:
             assert str(back) == "outer (3 sub-exceptions)" and back.type_name == "ExceptionGroup" and back.__notes__ == ["noted"]
             first, second, third = back.exceptions
             assert isinstance(first, ValueError) and isinstance(first, miniplug.RemoteError) and first.args == ("v",)
-            assert [type(part).__mro__[1] for part in second.exceptions] == [KeyError, AppError] and second.exceptions[1].code == 5
+            assert [type(part).__mro__[1] for part in second.exceptions] == [KeyError, AppError] and second.exceptions[
+                1
+            ].code == 5
             assert type(third) is miniplug.RemoteError and str(third) == "MyError: m"
             matched, rest = back.split(ValueError)
             assert len(matched.exceptions) == 1 and len(rest.exceptions) == 2
@@ -378,12 +468,19 @@ class TestGroups:
 
     def test_a_host_without_groups_gets_the_same_text(self, monkeypatch):
         monkeypatch.setattr(miniplug, "_GROUP", None)
-        body = {"type": "ExceptionGroup", "message": "outer (2 sub-exceptions)", "kind": "ExceptionGroup", "args": ["outer"], "parts": [{}, {}]}
+        body = {
+            "type": "ExceptionGroup",
+            "message": "outer (2 sub-exceptions)",
+            "kind": "ExceptionGroup",
+            "args": ["outer"],
+            "parts": [{}, {}],
+        }
         back = miniplug._decode_error(body)
         assert type(back) is miniplug.RemoteError and str(back) == "ExceptionGroup: outer (2 sub-exceptions)"
 
 
 # -- the encoder and the decoder that are not in C
+
 
 def test_without_the_c_accelerator(monkeypatch):
     value = [1, (2, "a"), {3: b"x"}, D("1.5"), "\ud800", float("nan"), [2**60] * 40, [D(1)] * 40, {"$tuple": 1}]
@@ -407,8 +504,11 @@ def test_without_the_c_accelerator(monkeypatch):
 
 # -- objects that are lent by their type
 
+
 def test_a_type_whose_instances_are_lent_by_reference(write):
-    path = write("trees.py", """
+    path = write(
+        "trees.py",
+        """
         import miniplug
 
         class Node:
@@ -423,7 +523,8 @@ def test_a_type_whose_instances_are_lent_by_reference(write):
 
         class Trees:
             def root(self): return Node("root", [Node("left"), Node("right", [Node("leaf")])])
-    """)
+    """,
+    )
 
     class Node:
         """What stands in the host for a node of the plugin's."""

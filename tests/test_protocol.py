@@ -347,7 +347,7 @@ def test_the_own_errors_carry_what_the_table_says():
         state = {key: {str: "x", int: 5, tuple: ["x"]}[type(getattr(kind, key))] for key in carried}
         error = miniplug._decode_error({"type": kind.__name__, "own": True, "message": "m", "state": state})
         assert type(error) is kind and {key: getattr(error, key) for key in carried} == state
-        error = miniplug._decode_error({"type": kind.__name__, "own": True, "message": "m", "state": dict.fromkeys(carried, {})})
+        error = miniplug._decode_error({"type": kind.__name__, "own": True, "message": "m", "state": {key: {} for key in carried}})
         assert type(error) is kind and {key: getattr(error, key) for key in carried} == {key: getattr(kind, key) for key in carried}
 
 

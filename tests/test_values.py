@@ -9,6 +9,7 @@ import enum
 import fractions
 import importlib
 import io
+import pathlib
 import pickle
 import sys
 import threading
@@ -639,3 +640,33 @@ def test_registered_types_over_a_connection(write):
     finally:
         sys.path.pop(0)
         sys.modules.pop("shared_types", None)
+
+
+def test_a_registered_class_keeps_its_type(tmp_path, monkeypatch):
+    monkeypatch.setenv("MYPYPATH", str(pathlib.Path(miniplug.__file__).parent))
+    mypy = pytest.importorskip("mypy.api")
+    (tmp_path / "typed.py").write_text("""
+from __future__ import annotations
+import dataclasses, miniplug
+
+@miniplug.register
+@dataclasses.dataclass
+class One:
+    x: int
+
+@miniplug.register(name="two")
+class Two(Exception):
+    y: str = ""
+
+class Three: ...
+
+reveal_type(One(1).x)
+reveal_type(Two().y)
+reveal_type(miniplug.register(Three, encode=miniplug.ref, decode=lambda proxy: proxy))
+One("1")
+miniplug.register(encode=5)
+""")
+    found, _, _ = mypy.run(["--strict", "--no-incremental", "--follow-imports=silent", str(tmp_path / "typed.py")])
+    revealed = [line.partition("Revealed type is ")[2].strip('"') for line in found.splitlines() if "Revealed" in line]
+    assert [text.rpartition("builtins.")[2] for text in revealed] == ["int", "str", "type[typed.Three]"], found
+    assert 'incompatible type "str"; expected "int"' in found and "No overload variant" in found

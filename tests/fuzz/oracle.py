@@ -18,8 +18,15 @@ import tracemalloc
 
 import miniplug
 
-for path in ("datetime.date", "decimal.Decimal", "fractions.Fraction", "uuid.UUID", "pathlib.Path", "array.array",
-             "collections.Counter"):  # what the codec imports on first use
+for path in (
+    "datetime.date",
+    "decimal.Decimal",
+    "fractions.Fraction",
+    "uuid.UUID",
+    "pathlib.Path",
+    "array.array",
+    "collections.Counter",
+):  # what the codec imports on first use
     miniplug._found(path)
 try:
     import zoneinfo
@@ -29,19 +36,42 @@ try:
 except ImportError:
     ZONES = ()
 
-SECONDS, SECONDS_PER_BYTE = 1.0, 40e-6  # of processor time; what is meant is a tenth, but machines differ, and tracemalloc is slow
+SECONDS, SECONDS_PER_BYTE = (
+    1.0,
+    40e-6,
+)  # of processor time; what is meant is a tenth, but machines differ, and tracemalloc is slow
 BYTES, BYTES_PER_BYTE = 1 << 20, 150
 TEXT, TEXT_PER_BYTE = 20000, 60
-FORBIDDEN = ("exec", "compile", "os.", "subprocess.", "socket.", "ctypes.", "pickle.", "shutil.", "open", "import", "sys.", "marshal.",
-             "code.", "glob.", "urllib.", "winreg.", "signal.", "webbrowser.", "threading.", "_thread.")
+FORBIDDEN = (
+    "exec",
+    "compile",
+    "os.",
+    "subprocess.",
+    "socket.",
+    "ctypes.",
+    "pickle.",
+    "shutil.",
+    "open",
+    "import",
+    "sys.",
+    "marshal.",
+    "code.",
+    "glob.",
+    "urllib.",
+    "winreg.",
+    "signal.",
+    "webbrowser.",
+    "threading.",
+    "_thread.",
+)
 ALLOWED = ("os.fspath", "sys._getframe", "sys._current_frames")
 
 
 class Watch:
     """Sees what the interpreter does while it is on: `seen` is what it must not."""
 
-    on = False
-    seen = []
+    def __init__(self):
+        self.on, self.seen = False, []
 
     def __call__(self, event, args):
         if not self.on or not event.startswith(FORBIDDEN) or event in ALLOWED:
@@ -49,7 +79,8 @@ class Watch:
         if event == "import" and str(args[0]).partition(".")[0] in ("tzdata", "importlib", "zoneinfo"):
             return  # a time zone by name is looked for there, and nowhere else
         if event in ("open", "os.listdir", "os.scandir") and (
-                str(args[0]).startswith(ZONES) or str(args[0]).startswith(tuple(path or os.curdir for path in sys.path))):
+            str(args[0]).startswith(ZONES) or str(args[0]).startswith(tuple(path or os.curdir for path in sys.path))
+        ):
             return  # the import system looks for tzdata
         self.seen.append((event, args))
 
@@ -96,8 +127,7 @@ def measured(function, size):
     """Call a function under watch, and within bounds for so many bytes that have come."""
     tracing = tracemalloc.is_tracing()
     if tracing:
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.clear_traces()
     start = time.process_time()
     watch.seen.clear()
     watch.on = True
@@ -109,7 +139,7 @@ def measured(function, size):
         assert not watch.seen, watch.seen
         assert seconds < SECONDS + SECONDS_PER_BYTE * size, f"{seconds} s for {size} bytes"
         if tracing:
-            used = tracemalloc.get_traced_memory()[1] - before
+            used = tracemalloc.get_traced_memory()[1]
             assert used < BYTES + BYTES_PER_BYTE * size, f"{used} bytes for {size}"
 
 
@@ -127,7 +157,7 @@ def check_value(data, tagged=1):
     value = decoded(data, tagged)
     size = len(data) + 16
     try:
-        body, buffers, tags, lent = measured(lambda: CODEC.dumps(value, "value"), size)
+        body, buffers, tags, _ = measured(lambda: CODEC.dumps(value, "value"), size)
     except miniplug.NotSerializable:  # a reference, or too deep for a sender
         return value
     again = CODEC.loads(body, [bytes(buffer) for buffer in buffers], tags)
