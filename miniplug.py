@@ -5046,7 +5046,7 @@ class _Guardian:
             return
         self._line.close()
         try:
-            if not self._told:
+            if not any(what.isdigit() for what in self._told):  # it has but folders to remove
                 process.wait(1.0)
         except _import("subprocess").TimeoutExpired:  # somebody has stopped it
             process.kill()
