@@ -6050,17 +6050,23 @@ class _Run:
         if hopeless or not (self.asked or self.gone.wait(0.5)):
             self.signal(kill=True)
         self.gone.wait(0.0 if self.asked else 2.0)
-        if self.asked:
-            return lambda calls: PluginClosed(f"the plugin {self.recipe.name!r} was closed")
-        return lambda calls: self._crash(cause, calls)
+        return partial(self._error, self.asked, cause)
 
-    def _crash(self, cause: BaseException, calls: list[str]) -> PluginCrashed:
+    def _error(self, asked: bool, cause: BaseException, calls: list[str]) -> BaseException:
+        name = f"the plugin {self.recipe.name!r}"
+        return PluginClosed(f"{name} was closed") if asked else self._crash(name, cause, calls)
+
+    def error(self) -> BaseException:
+        """What calls on it raise, as it takes none any more."""
+        ended = self.session.ended if self.session is not None else None
+        return self._error(self.asked, EOFError(), []) if ended is None else ended([])
+
+    def _crash(self, name: str, cause: BaseException, calls: list[str]) -> PluginCrashed:
         words, signal_name = self.end_words()
         verdict = "" if calls or not self.owned else self.verdict
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else ""
         tail = self.tail()
-        kind, name = PluginCrashed, f"the plugin {self.recipe.name!r}"
-        text = f"{name} {self._why or words}{verdict}{during}{_last_words(tail)}"
+        kind, text = PluginCrashed, f"{name} {self._why or words}{verdict}{during}{_last_words(tail)}"
         if isinstance(cause, ProtocolError):
             kind, text = ProtocolError, f"{name} broke the protocol and was ended{during}: {cause}"
         return kind(text, exit_code=self.exit_code, signal_name=signal_name, output=tail, calls=list(calls))
@@ -6231,9 +6237,7 @@ class _Start:
         run = self.run
         if self.over or run is None or run.session is None:
             return self.error or self.supervisor.is_closed()
-        if run.takes_calls:
-            return None
-        return self.supervisor.is_closed() if run.session.ended is None else run.session.ended([])
+        return None if run.takes_calls else run.error()
 
 
 class _Supervisor:
@@ -6342,7 +6346,7 @@ class _Supervisor:
         if self.state == "closed":
             raise self.is_closed()
         if own is not None and own.run is not None and own.run.session is not None:
-            raise own.run.session.ended([])  # type: ignore[misc]  # it has crashed while on_start runs
+            raise own.run.error()  # it has crashed while on_start runs
         if self.start is not None:
             return self.start
         if self.crash is None:
@@ -6350,7 +6354,7 @@ class _Supervisor:
         tries = len(self._recent())
         if tries >= self.recipe.max_restarts:
             self.crash.verdict = self._verdict()
-            raise self.crash.session.ended([])  # type: ignore[union-attr, misc]
+            raise self.crash.error()
         self.tries.append(time.monotonic())
         return self._started(self.down_at + min(_PAUSE * 2 ** min(tries, 10), _LONGEST_PAUSE), counts=True)
 
