@@ -3792,8 +3792,14 @@ def _describe(function: Any) -> list[Any]:
 
 # === 7. proxies =========================================================================================
 
-MethodInfo = namedtuple("MethodInfo", "name signature doc")
-MethodInfo.__doc__ = "What `Plugin.describe` tells of a method: `name`, `signature` (text, or None) and `doc` (text, or None)."
+class MethodInfo(namedtuple("MethodInfo", "name signature doc")):
+    """What `Plugin.describe` tells of a method: `name`, `signature` (text, or None) and `doc` (text, or None)."""
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+        name: str
+        signature: str | None
+        doc: str | None
 
 
 class _Method(_Remote):
@@ -4307,6 +4313,7 @@ _PERSIST = "MINIPLUG_PERSIST"  # stay when the host goes
 _ATTACH = "MINIPLUG_ATTACH"  # {NAME: config} as JSON: where a host attaches instead of launching
 _COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
 _LOADING = "MINIPLUG_LOADING"  # what is being started, down to this process, until it serves: see _Recipe.above
+_NO_STDIN = "MINIPLUG_NO_STDIN"  # it is discarded
 _SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: a bytecode cache holds another file
 _GRACE = 2.0  # seconds that a plugin has to end by itself
 _MAX_MESSAGE = 256 << 20
@@ -4661,6 +4668,8 @@ def _prepare_output() -> None:
         _import("faulthandler").enable(all_threads=False, **c_stack)
     except (AttributeError, OSError, ValueError, RuntimeError):
         pass  # no stderr to write to
+    if _environment.pop(_NO_STDIN, "") and "PYTHONBREAKPOINT" not in os.environ:
+        sys.breakpointhook = _no_breakpoint
     level = int(_environment.pop(_LOG_LEVEL, -1))
     if level >= 0 and "logging" in sys.modules:
         _set_up_logging(sys.modules["logging"], level)
@@ -4670,6 +4679,11 @@ def _prepare_output() -> None:
     if level >= 0 and main and not _WINDOWS and _posix.getpgrp() != os.getpid():
         signal = _import("signal")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it shares the terminal, whose Ctrl-C is the host's
+
+
+def _no_breakpoint(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("breakpoint() in a plugin whose stdin is discarded: launch it with stdin='inherit' and "
+                       "stdout='inherit', or set PYTHONBREAKPOINT to what debugs from outside")
 
 
 class _LoggingHook:
@@ -4810,6 +4824,10 @@ class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
     """
 
     __slots__ = ()
+    if TYPE_CHECKING:
+        memory: int | None
+        cpu_seconds: float | None
+        open_files: int | None
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
@@ -4988,7 +5006,8 @@ class _Guardian:
         """There is none where there is no shell: a plugin still ends by itself when its connection does.
         A host that is itself a plugin has its own host's guardian behind it: then this one waits less."""
         nested = _ADDRESS in _environment or _ADDRESS in os.environ
-        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", str((1 if nested else _GUARDIAN_SECONDS) * 10)]
+        tenths = "5" if nested else str(_GUARDIAN_SECONDS * 10)
+        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", tenths]
         try:
             self._line, theirs = socket.socketpair()
         except OSError:  # no descriptor to be had
@@ -5489,8 +5508,13 @@ def _end_words(code: int | None) -> tuple[str, str | None]:
     return f"died of {name}", name
 
 
+_TELLING = "Fatal Python error: ", "  PYTHONHOME = '"  # what names the cause, however much comes after it
+
+
 def _last_words(lines: Sequence[str]) -> str:
-    return ". The last it wrote:" + "".join(f"\n    {line}" for line in lines[-20:]) if lines else ""
+    told = [line for line in lines[:-20] if line.startswith(_TELLING)]
+    shown = [*told, *lines[-20:][len(told):]]
+    return ". The last it wrote:" + "".join(f"\n    {line}" for line in shown) if lines else ""
 
 
 # === 10. plugin =======================================================================================
@@ -5673,9 +5697,9 @@ class _Recipe:
         words = path.split()
         if len(words) > 1 and which(words[0]):
             why += f"; a program with arguments is a list: {words}"
-        elif ".py" in path[:-3]:
+        elif ".py" in path and not path.endswith((".py", ".pyw")):
             why += "; what is in a file is named after a colon: 'path/to/file.py:Attr'"
-        elif all(part.isidentifier() for part in path.split(".")):
+        elif not path.endswith(".py") and all(part.isidentifier() for part in path.split(".")):
             why += "; what is in a module is named after a colon: 'module:Attr'"
         raise self.not_started([path], f"{whole}: {why}")
 
@@ -6138,7 +6162,8 @@ class _Start:
     def _spawn(self, argv: list[str], listener: _Listener, key: bytes, settled: threading.Event) -> _Run:
         recipe, logger = self.recipe, self.recipe.log()
         env = {**recipe.environ(), _ADDRESS: listener.address, _AUTHKEY: key.hex(),
-               **recipe.loading(self._above, listener.address), _LOG_LEVEL: str(logger.getEffectiveLevel())}
+               **recipe.loading(self._above, listener.address), _LOG_LEVEL: str(logger.getEffectiveLevel()),
+               **({_NO_STDIN: "1"} if recipe.stdin == "discard" else {})}
         for folder in listener.passed_over:
             logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
         if recipe.limits and recipe.limits._not_enforced():
@@ -6172,6 +6197,9 @@ class _Start:
             reason = f"it did not connect within {recipe.start_timeout:g} s{others}"
             return recipe.not_started(argv, f"{reason}; does it call miniplug.serve()?", output=run.tail())
         kind, reason = LaunchError, f"it {run.end_words()[0]}"
+        asked = "".join(run.tail()[-1:]).startswith(("EOFError: EOF when reading", "bdb.BdbQuit"))
+        if asked and recipe.stdin == "discard":
+            reason += "; its stdin is discarded: stdin='inherit' gives it the host's"
         if run.exit_code == 0:
             kind = HandshakeError
             reason += f" without connecting: {recipe.no_plugin(argv)}"
@@ -6944,7 +6972,8 @@ def _split_spec(command: str) -> tuple[str, str, str]:
     name, equals, source = head.partition("=")
     if not equals or not name.isidentifier():
         name, source = attribute.rpartition(".")[2].lower(), head
-    if os.path.dirname(source) and not source.endswith(".py"):  # a program with a colon in its name
+    module = all(part.replace("-", "_").isidentifier() for part in source.split("."))
+    if not (module or source.endswith(".py")):  # a program with a colon in its name
         return "", command, ""
     return name, source, attribute
 

@@ -213,6 +213,110 @@ def test_a_guardian_kills_nobody_who_has_the_number_now(tmp_path):
         each.wait()
 
 
+@guarded
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+def test_a_guardian_that_somebody_has_ended_or_stopped_is_replaced(write, fault):
+    """With SIGPIPE at its default, too, as command-line programs often have it. The new one knows of all."""
+    path = write("host.py", f"""
+        import miniplug, os, signal, sys
+        sys.path.append({HERE!r})
+        from conftest import freeze
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        plugins = [miniplug.launch({WORKSHOP!r})]
+        guardian = miniplug._guardian._process
+        os.kill(guardian.pid, signal.{fault})
+        if {fault!r} == "SIGKILL":
+            os.waitid(os.P_PID, guardian.pid, os.WEXITED | os.WNOWAIT)
+        else:
+            while miniplug._guardian._process is guardian:  # until its pipe is full
+                with miniplug._guardian._lock:
+                    miniplug._guardian._say("-1" * 10000)
+        plugins.append(miniplug.launch({WORKSHOP!r}))
+        plugins.pop(0).close()
+        plugins.append(miniplug.launch({WORKSHOP!r}))
+        assert miniplug._guardian._process.pid != guardian.pid and guardian.returncode == -9
+        for plugin in plugins:
+            freeze(plugin.pid)  # only a guardian can end them
+        print(*[plugin.pid for plugin in plugins], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    status, out, err = run_python(path)
+    assert status == -signal.SIGKILL, err
+    pids = [int(pid) for pid in out.split()]
+    assert len(pids) == 2
+    until(lambda: not any(map(alive, pids)), 5)
+
+
+@guarded
+def test_nobody_learns_the_name_of_a_folder_before_it_is_there(monkeypatch):
+    """The arguments of a process can be read by every user: a name that is known beforehand can be taken."""
+    told, made, mkdir, popen = [], [], os.mkdir, miniplug._popen
+
+    def making(path, *others):
+        assert not any(os.path.basename(path) in text for text in told)
+        mkdir(path, *others)
+        made.append(path)
+
+    def starting(argv, **options):
+        told.extend([*map(str, argv), *map(str, options["env"].values())])
+        return popen(argv, **options)
+
+    monkeypatch.setattr(miniplug.os, "mkdir", making)
+    monkeypatch.setattr(miniplug, "_popen", starting)
+    plugins = [miniplug.launch(WORKSHOP) for _ in range(3)]
+    assert len({os.path.basename(path) for path in made}) == 3 and any("miniplug-guardian" in text for text in told)
+    for plugin in plugins:
+        plugin.close()
+
+
+@guarded
+def test_a_guardian_removes_only_what_was_made(tmp_path):
+    """Not what has the name of a folder that is gone, nor what a link leads to."""
+    for name in ("made", "gone", "a b", "miniplug-0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "s").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "s").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    told = Told(tmp_path)
+    for name in ("made", "gone", "a b", "link"):
+        told.say(os.fsencode(f"{tmp_path / name}\n"))
+    told.say(os.fsencode(f"!{tmp_path / 'gone'}\n"))
+    told.end()
+    assert sorted(os.listdir(str(tmp_path))) == ["gone", "link", "miniplug-0", "other", "proc"]
+    assert all((tmp_path / name / "s").exists() for name in ("gone", "other", "miniplug-0"))
+
+
+@guarded
+def test_the_guardian_of_a_host_that_is_a_plugin_waits_less(write):
+    """So that what a stuck plugin has launched ends in time, too: each guardian begins when its own host is gone."""
+    path = write("host.py", f"""
+        import miniplug, os, signal, sys
+        sys.path.append({HERE!r})
+        from conftest import freeze
+        outer = miniplug.launch({write("outer.py", OUTER.format(spec=WORKSHOP))!r} + ":Outer")
+        inner = outer.dispense().launch()
+        print(outer.pid, inner, flush=True)
+        freeze(inner)
+        freeze(outer.pid)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    status, out, _ = run_python(path)
+    assert status == -signal.SIGKILL
+    pids = [int(pid) for pid in out.split()]
+    until(lambda: not any(map(alive, pids)), 5)
+
+
+OUTER = """
+    import miniplug
+    class Outer:
+        def launch(self):
+            self.plugin = miniplug.launch({spec!r})
+            return self.plugin.pid
+"""
+
+
 def on_a_terminal(path, *steps, arguments=()):
     """Run a script as the foreground group of a pty; when it has said the first of a step (a pattern), type the second.
     Returns its wait status and all that it said."""

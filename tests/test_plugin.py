@@ -478,7 +478,7 @@ def test_bad_options():
                 miniplug.Plugin(WORKSHOP, **{option: value})
     for option, value in (("max_message", 0), ("max_message", "1"), ("protocol_versions", "12"), ("protocol_versions", [1, -1]),
                           ("handshake", miniplug.Handshake(1.0))):
-        with pytest.raises(ValueError, match="whole numbers?, (each )?at least"):
+        with pytest.raises(ValueError, match=r"whole numbers?, (each )?at least"):
             miniplug.Plugin(WORKSHOP, **{option: value})
     with pytest.raises(TypeError, match=r"handshake=3: it is a miniplug\.Handshake"):
         miniplug.Plugin("x", handshake=3)

@@ -154,6 +154,54 @@ def test_an_error_past_the_limit_says_what_to_do(shop):
             proxy.pid()
 
 
+@pytest.mark.parametrize("how", ["wait", "running", "the crash itself", "close"])
+def test_who_knows_that_it_has_ended_can_start_it(shop, monkeypatch, how):
+    """However long what follows from the end takes: the start does not take the old session for a living one."""
+    held = threading.Event()
+    end = miniplug._Run._end_session
+
+    def end_slowly(run):
+        held.wait(1.0)
+        end(run)
+
+    with miniplug.launch(shop, stderr="discard") as plugin:
+        proxy, pid, run = plugin.dispense(), plugin.pid, plugin._supervisor.run
+        monkeypatch.setattr(miniplug._Run, "_end_session", end_slowly)
+        if how == "the crash itself":
+            crash(proxy)
+        elif how == "close":
+            plugin.close()
+        else:
+            proxy.die.notify(7)
+            until(lambda: not plugin.running) if how == "running" else plugin.wait()
+        assert not plugin.running and plugin.pid is None
+        if how == "wait":
+            assert run.session.ended is not None and plugin._supervisor.state == "down"
+        plugin.start()
+        assert plugin.pid != pid and proxy.pid() == plugin.pid
+        held.set()
+
+
+def test_what_follows_from_an_end_holds_when_wait_returns(shop, monkeypatch):
+    entered, held = threading.Event(), threading.Event()
+    end = miniplug._Session.end
+
+    def end_slowly(session, cause):
+        entered.set()
+        held.wait(30)
+        end(session, cause)
+
+    with miniplug.launch(shop, stderr="discard") as plugin:
+        proxy = plugin.dispense()
+        monkeypatch.setattr(miniplug._Session, "end", end_slowly)
+        proxy.die.notify(7)
+        assert entered.wait(30)
+        until(lambda: not plugin.running)
+        assert plugin.wait(0.05) == plugin.exit_code and not plugin._supervisor.run.ended.is_set()
+        held.set()
+        assert plugin.wait() == 7 and plugin._supervisor.state == "down"
+
+
 def test_wait_tells_of_the_process_that_it_waited_for(shop, monkeypatch):
     with miniplug.launch(shop, stderr="discard") as plugin:
         run = plugin._supervisor.run
