@@ -1377,7 +1377,7 @@ def _client(address: str) -> Any:
     connection = _import("multiprocessing.connection")
     family, target = _endpoint(address)
     if family == "AF_INET6":  # Client knows no such
-        return connection.Connection(socket.create_connection(target).detach())
+        return connection.Connection(socket.create_connection(target, None).detach())
     return connection.Client(target, family)
 
 

@@ -598,9 +598,10 @@ def test_the_doors_folder_is_private_and_goes_with_it():
 def test_a_greeting_is_utf_8(encoding):
     """Before the proof nothing is tried out, and no decoder is imported."""
     code = """if True:
-        import sys, miniplug
-        from conftest import channel_and_end
-        ours, theirs = channel_and_end()
+        import sys, by_hand, miniplug
+        listener = miniplug._Listener()
+        theirs = by_hand.connect(listener.address)
+        ours = listener.accept()
         words = '{"miniplug":1,"role":"plugin","protocol_versions":[1],"max_message":4096}'
         said = words.encode(sys.argv[1])
         codecs = {"encodings." + name for name in ("utf_16", "utf_16_le", "utf_32", "utf_32_be", "utf_8_sig")}
@@ -613,6 +614,7 @@ def test_a_greeting_is_utf_8(encoding):
             print(error, sorted(codecs & sys.modules.keys()))
         ours.close()
         theirs.close()
+        listener.close()
     """
     done = subprocess.run([sys.executable, "-c", code, encoding], env=by_hand_environment(), stdout=subprocess.PIPE,
                           check=True, timeout=60, universal_newlines=True)
