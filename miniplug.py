@@ -5045,7 +5045,7 @@ class _Guardian:
             return
         self._line.close()
         try:
-            if not self._told:
+            if not any(what.isdigit() for what in self._told):  # it has but folders to remove
                 process.wait(1.0)
         except _import("subprocess").TimeoutExpired:  # somebody has stopped it
             process.kill()
@@ -5561,7 +5561,7 @@ _OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
     ("handshake", "it is a miniplug.Handshake", TypeError,
      lambda value: hasattr(value, "magic_cookie_value")),  # that of another copy of this file will do
     ("protocol_versions", "it is a list of whole numbers, each at least 0", ValueError,
-     lambda value: isinstance(value, list) and all(map(_is_count, value))),
+     lambda value: isinstance(value, list) and value != [] and all(map(_is_count, value))),
     ("cwd python", "it is a path", TypeError, _is_path),
     ("env", "it is a dict; names and values are str", TypeError, _is_environment),
     ("start_timeout call_timeout", "it is a number of seconds, or None for no limit", ValueError,
@@ -5583,10 +5583,6 @@ _OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
      lambda value: value is None or callable(value)),
     ("inherit_env managed persist", "it is True or False", TypeError, lambda value: value in (True, False)))
 
-# What belongs to the host's own interpreter, and would lead another one astray.
-_PYTHONS_OWN = "PYTHONHOME", "PYTHONEXECUTABLE", "PYTHONPATH", "__PYVENV_LAUNCHER__"
-_LIBRARY_PATHS = "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"  # which a frozen application changes
-
 
 class _Recipe:
     """What a plugin is made from: the options, checked once, as attributes, and where its paths start. None
@@ -5595,13 +5591,12 @@ class _Recipe:
 
     _process: Callable[..., Any] = _WindowsProcess if _WINDOWS else _PosixProcess
 
-    def __init__(self, command: _Command, protocol_versions: Any = None, sha256: Any = None,
-                 config: dict[str, Any] | None = None, **options: Any) -> None:
-        given = {**(Plugin.__init__.__kwdefaults__ or {}), **options, "protocol_versions": protocol_versions}
-        if hasattr(protocol_versions, "__iter__"):
-            given["protocol_versions"] = [*protocol_versions]
-        if not (protocol_versions or type(protocol_versions) is int):
-            given["protocol_versions"] = [getattr(given["handshake"], "protocol_version", 1)]
+    def __init__(self, command: _Command, config: dict[str, Any] | None = None, **options: Any) -> None:
+        given = {**(Plugin.__init__.__kwdefaults__ or {}), **options}
+        versions = given["protocol_versions"]
+        if versions is None:
+            versions = [getattr(given["handshake"], "protocol_version", 1)]
+        given["protocol_versions"] = [*versions] if hasattr(versions, "__iter__") else versions
         for names, words, kind, is_right in _OPTIONS:
             for name in names.split():
                 if not is_right(given[name]):
@@ -5610,13 +5605,12 @@ class _Recipe:
         self.config = config
         self.process = type(self)._process
         self.command = _checked_command(command)
-        self.sha256 = _checked_digests(sha256, self.command)
+        self.sha256 = _checked_digests(given["sha256"], self.command)
         self.name: str = given["name"] or _default_name(self.command)
         limit = given["start_timeout"]
         self.start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
-        self.cwd = None if given["cwd"] is None else os.fsdecode(given["cwd"])
         try:
-            self.folder = os.path.abspath(self.cwd or "")  # what is relative starts there
+            self.folder = os.path.abspath(os.fsdecode(self.cwd or ""))  # what is relative starts there
         except FileNotFoundError:  # the current folder is gone
             self.folder = ""
         python = os.fsdecode(self.python or sys.executable or "")
@@ -5629,10 +5623,10 @@ class _Recipe:
     def place(self) -> str | None:
         """The folder to start in; None for that of this process, which may not be there by its name."""
         try:
-            here = self.cwd is None and self.folder in ("", os.path.abspath(""))
+            moved = self.folder != os.path.abspath("")
         except FileNotFoundError:
-            here = self.cwd is None
-        return None if here else self.folder
+            moved = False
+        return self.folder if moved or self.cwd is not None else None
 
     # -- what to run
 
@@ -5655,11 +5649,11 @@ class _Recipe:
 
     def _loader(self, command: str) -> list[str]:
         """What runs Python code by this very file."""
-        python = self.interpreter
-        frozen = hasattr(sys, "frozen")
+        python, frozen = self.interpreter, hasattr(sys, "frozen")
         known = os.path.basename(python).lower().startswith(("python", "pypy", "graalpy"))
         if self.python is not None or (known and not frozen):
-            flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
+            own = self.is_own and not frozen
+            flags = _import("subprocess")._args_from_interpreter_flags() if own else []
             return [python, *flags, "-c", _BOOTSTRAP, self._own_file(command), __name__]
         if _frozen_mains:
             return [python, _FROZEN]
@@ -5668,16 +5662,14 @@ class _Recipe:
         raise self.not_started([command], f"{which}: pass python='/path/to/python'{freeze}")
 
     def _own_file(self, command: str) -> str:
-        """This file, for another process to load; it may be in a zip file."""
-        for file in (_FILE, _FILE[:-1]):  # .pyc, says PyInstaller
-            path = file
-            while not os.path.exists(path) and path != os.path.dirname(path):
-                path = os.path.dirname(path)
-            if os.path.isfile(path):
-                return file
-        what = f"{_FILE.rstrip('c')} is not there for {self.interpreter} to load"
-        how = "pack it there as a data file; the docstring of freeze_support() tells how"
-        raise self.not_started([command], f"{what}: {how}")
+        """This file, for another process to load. Where all is frozen, that has to be packed as well."""
+        if not hasattr(sys, "frozen"):
+            return _FILE
+        file = _FILE.rstrip("c")  # .pyc, says PyInstaller
+        if not os.path.isfile(file):
+            what = f"{file} is not there for {self.interpreter} to load: pack it there as a data file"
+            raise self.not_started([command], f"{what} (freeze_support tells how)")
+        return file
 
     def _whole(self, path: str) -> str:
         whole = os.path.normpath(os.path.join(self.folder, path))
@@ -5735,12 +5727,12 @@ class _Recipe:
         env = {name: value for name, value in os.environ.items()
                if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
         if isinstance(self.command, str) and not self.is_own:
-            for name in _PYTHONS_OWN:
+            for name in ("PYTHONHOME", "PYTHONEXECUTABLE", "PYTHONPATH", "__PYVENV_LAUNCHER__"):
                 env.pop(name, None)
-            for name in _LIBRARY_PATHS if hasattr(sys, "frozen") else ():
-                before = env.pop(f"{name}_ORIG", "")
+            for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
+                before = env.pop(f"{name}_ORIG", "") if hasattr(sys, "frozen") else ""
                 if before or getattr(sys, "_MEIPASS", "\0") in env.get(name, ""):
-                    env[name] = before
+                    env[name] = before  # what was there before the frozen application
         env.update((_variable(name), value) for name, value in (self.env or {}).items())
         if self.sha256:
             env[_SOURCE_ONLY] = "1"
@@ -5760,7 +5752,7 @@ class _Recipe:
         """
         above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
         for program, address in above:
-            if program in (None, self._identity()):
+            if program in (None, self.identity()):
                 what = f"the plugin {self.name!r} is not launched: this process is being started as a plugin"
                 how = "A host's module that it imports has to have what launches plugins under"
                 raise RuntimeError(f'{what}, and does not serve yet. {how}  if __name__ == "__main__":')
@@ -5771,7 +5763,7 @@ class _Recipe:
                 raise RuntimeError("a host above this process, which does not serve yet, is gone") from None
         return above
 
-    def _identity(self) -> str | None:
+    def identity(self) -> str | None:
         """By which a program knows itself, whatever its arguments. (A spec's process launches nothing.)"""
         if isinstance(self.command, str):
             return None if _split_spec(self.command)[2] else os.path.realpath(self._whole(self.command))
@@ -5780,10 +5772,6 @@ class _Recipe:
             return os.path.realpath(self._whole(script))
         end = self.command.index("-m") + 2 if "-m" in self.command else len(self.command)
         return " ".join(self.command[:end])
-
-    def loading(self, above: list[Any], address: str) -> dict[str, str]:
-        """What tells the plugin of that."""
-        return {_LOADING: json.dumps([*above, [self._identity(), address]])}
 
     def log(self) -> Any:
         return self.logger or _import("logging").getLogger(f"miniplug.{self.name}")
@@ -5821,10 +5809,10 @@ class _Recipe:
         """Why the operating system did not start it."""
         known: dict[type, str] = {FileNotFoundError: "there is no such program",
                                   PermissionError: "it is not executable for this user"}
-        words = f"{argv[0]}: {known.get(type(error), error)}"
-        if self.cwd is not None and not os.path.isdir(self.folder):
-            words = f"cwd={self.cwd!r}: there is no such folder"
-        return self.not_started(argv, words)
+        place = self.place()
+        if place is not None and not os.path.isdir(place):
+            return self.not_started(argv, f"cwd={place!r}: there is no such folder")
+        return self.not_started(argv, f"{argv[0]}: {known.get(type(error), error)}")
 
     def no_plugin(self, argv: list[str]) -> str:
         """What to do about a program that has ended well, and was no plugin."""
@@ -5850,8 +5838,8 @@ class _Run:
 
     Its threads: a reader for each output stream; a watcher, which waits for the process and is the one that
     reaps it; and a minder, if there is a heartbeat or an idle timeout. Any thread may call its methods, and
-    none of them waits without a bound. `_claim` is held for good by who ends the run: the
-    watcher once the process has ended, or else who lets go of that.
+    none of them waits without a bound. `_claim` is held for good by who ends the run: the watcher once the
+    process has ended, or else who lets go of that.
     """
 
     def __init__(self, supervisor: _Supervisor, process: Any, sinks: Sequence[_Sink | None] = (),
@@ -6163,8 +6151,8 @@ class _Start:
     def _spawn(self, argv: list[str], listener: _Listener, key: bytes, settled: threading.Event) -> _Run:
         recipe, logger = self.recipe, self.recipe.log()
         env = {**recipe.environ(), _ADDRESS: listener.address, _AUTHKEY: key.hex(),
-               **recipe.loading(self._above, listener.address), _LOG_LEVEL: str(logger.getEffectiveLevel()),
-               **({_NO_STDIN: "1"} if recipe.stdin == "discard" else {})}
+               _LOADING: json.dumps([*self._above, [recipe.identity(), listener.address]]),
+               _LOG_LEVEL: str(logger.getEffectiveLevel()), _NO_STDIN: "1" * (recipe.stdin == "discard")}
         for folder in listener.passed_over:
             logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
         if recipe.limits and recipe.limits._not_enforced():

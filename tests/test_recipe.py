@@ -134,6 +134,7 @@ def test_another_interpreter_gets_the_library_path_that_was_there_before_a_froze
     assert "LD_LIBRARY_PATH_ORIG" not in theirs and theirs["LIBPATH"] == "/opt/mine"
     assert "_MEI123" in environ(["/usr/bin/python3", "teller.py"])["LD_LIBRARY_PATH"]
     monkeypatch.delattr(sys, "frozen")
+    monkeypatch.delattr(sys, "_MEIPASS")
     assert "_MEI123" in environ("teller.py", python="/usr/bin/python3")["LD_LIBRARY_PATH"]
 
 
