@@ -6186,7 +6186,8 @@ class _Start:
             reason = f"it did not connect within {recipe.start_timeout:g} s{others}"
             return recipe.not_started(argv, f"{reason}; does it call miniplug.serve()?", output=run.tail())
         kind, reason = LaunchError, f"it {run.end_words()[0]}"
-        asked = "".join(run.tail()[-1:]).startswith(("EOFError: EOF when reading", "bdb.BdbQuit"))
+        words = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # the last since Python 3.14
+        asked = "".join(run.tail()[-1:]).startswith(words)
         if asked and recipe.stdin == "discard":
             reason += "; its stdin is discarded: stdin='inherit' gives it the host's"
         if run.exit_code == 0:
