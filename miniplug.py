@@ -6049,17 +6049,23 @@ class _Run:
         if hopeless or not (self.asked or self.gone.wait(0.5)):
             self.signal(kill=True)
         self.gone.wait(0.0 if self.asked else 2.0)
-        if self.asked:
-            return lambda calls: PluginClosed(f"the plugin {self.recipe.name!r} was closed")
-        return lambda calls: self._crash(cause, calls)
+        return partial(self._error, self.asked, cause)
 
-    def _crash(self, cause: BaseException, calls: list[str]) -> PluginCrashed:
+    def _error(self, asked: bool, cause: BaseException, calls: list[str]) -> BaseException:
+        name = f"the plugin {self.recipe.name!r}"
+        return PluginClosed(f"{name} was closed") if asked else self._crash(name, cause, calls)
+
+    def error(self) -> BaseException:
+        """What calls on it raise, as it takes none any more."""
+        ended = self.session.ended if self.session is not None else None
+        return self._error(self.asked, EOFError(), []) if ended is None else ended([])
+
+    def _crash(self, name: str, cause: BaseException, calls: list[str]) -> PluginCrashed:
         words, signal_name = self.end_words()
         verdict = "" if calls or not self.owned else self.verdict
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else ""
         tail = self.tail()
-        kind, name = PluginCrashed, f"the plugin {self.recipe.name!r}"
-        text = f"{name} {self._why or words}{verdict}{during}{_last_words(tail)}"
+        kind, text = PluginCrashed, f"{name} {self._why or words}{verdict}{during}{_last_words(tail)}"
         if isinstance(cause, ProtocolError):
             kind, text = ProtocolError, f"{name} broke the protocol and was ended{during}: {cause}"
         return kind(text, exit_code=self.exit_code, signal_name=signal_name, output=tail, calls=list(calls))
@@ -6231,9 +6237,7 @@ class _Start:
         run = self.run
         if self.over or run is None or run.session is None:
             return self.error or self.supervisor.is_closed()
-        if run.takes_calls:
-            return None
-        return self.supervisor.is_closed() if run.session.ended is None else run.session.ended([])
+        return None if run.takes_calls else run.error()
 
 
 class _Supervisor:
@@ -6342,26 +6346,20 @@ class _Supervisor:
         if self.state == "closed":
             raise self.is_closed()
         if own is not None and own.run is not None and own.run.session is not None:
-            raise own.run.session.ended([])  # type: ignore[misc]  # it has crashed while on_start runs
+            raise own.run.error()  # it has crashed while on_start runs
         if self.start is not None:
             return self.start
         if self.crash is None:
             return self._started(0.0)
-        tries = len(self._recent())
-        if tries >= self.recipe.max_restarts:
-            self.crash.verdict = self._verdict()
-            raise self.crash.session.ended([])  # type: ignore[union-attr, misc]
-        self.tries.append(time.monotonic())
-        return self._started(self.down_at + min(_PAUSE * 2 ** min(tries, 10), _LONGEST_PAUSE), counts=True)
-
-    def _recent(self) -> list[float]:
-        self.tries = [each for each in self.tries if self.down_at - each < self.recipe.restart_window]
-        return self.tries
-
-    def _verdict(self) -> str:
         most, window = self.recipe.max_restarts, self.recipe.restart_window
-        used_up = f" in {window:g} s are used up" if most else ""
-        return f", and is not started again (max_restarts={most}{used_up}): start() it"
+        self.tries = [each for each in self.tries if self.down_at - each < window]
+        if len(self.tries) >= most:
+            used_up = f" in {window:g} s are used up" if most else ""
+            self.crash.verdict = f", and is not started again (max_restarts={most}{used_up}): start() it"
+            raise self.crash.error()
+        pause = min(_PAUSE * 2 ** min(len(self.tries), 10), _LONGEST_PAUSE)
+        self.tries.append(time.monotonic())
+        return self._started(self.down_at + pause, counts=True)
 
     def _started(self, not_before: float, counts: bool = False) -> _Start:
         start = self.start = _Start(self, not_before, counts)
@@ -7035,55 +7033,50 @@ def launch(command: _Command, **options: Any) -> Plugin:
 
     `command`: an argument list, run as it is; or the path of a program, a ``.py`` file being run under
     `python`; or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``,
-    which this very file serves under `python`, where miniplug need not be installed. The options, all by
-    keyword:
+    which this very file serves under `python`, where miniplug need not be installed. The options:
 
     - `name` (str): what logs and errors call it; by default made from the command.
     - `handshake` (Handshake), `protocol_versions` (ints; default: the handshake's): what the host can speak.
       The highest version that both have is used.
-    - `python` (path): the interpreter; by default this one. A spec or a ``.py`` file imports what lies
-      beside the file, or for ``"module:Attr"`` in `cwd`, and what is installed there. For what lies
-      elsewhere give a ``PYTHONPATH`` in `env`.
+    - `python` (path): the interpreter; by default this one, with its flags. A spec or a ``.py`` file imports
+      what lies beside the file, or for ``"module:Attr"`` in `cwd`, and what is installed there; for more give
+      a ``PYTHONPATH`` in `env`. Another interpreter gets none of this one's own variables.
     - `env` (dict of str): added to the environment, and wins over it. `inherit_env` (bool, default True):
-      False starts from nothing but what the system needs. `cwd` (path): where it runs; a relative path in
-      `command` starts there.
-    - `start_timeout` (seconds, default 60): how long it may take to connect.
-    - `call_timeout` (seconds, default None: no limit): the deadline of every call that has no other.
-    - `stdin`: ``"discard"`` (default), ``"inherit"``, or a file. With ``"inherit"`` on a terminal the plugin
-      shares the host's process group.
-    - `stdout`, `stderr`: ``"log"`` (default), ``"inherit"``, ``"discard"``, a callable that takes each line
-      of text, or a text file to write them to.
+      False starts from nothing but what the system needs. `cwd` (path): where it runs, and where relative
+      paths in `command`, `python` and `sha256` start; all are made absolute at once.
+    - `start_timeout` (seconds, default 60): how long it may take to connect. `call_timeout` (seconds, default
+      None: no limit): the deadline of every call that has no other.
+    - `stdin`: ``"discard"`` (default), ``"inherit"`` (on a terminal the plugin shares the host's process
+      group then), or a file. `stdout`, `stderr`: ``"log"`` (default), ``"inherit"``, ``"discard"``, a
+      callable that takes each line of text, or a text file to write them to.
     - `logger` (logging.Logger, default ``miniplug.NAME``): the parent of the loggers that the plugin's
       records and lines go to: its own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks
       at ERROR.
     - `max_restarts` (int, default 0) in any `restart_window` (seconds, default 60): after a crash the next
       call starts the plugin anew, and proxies stay good. A pause goes before, from 0.1 seconds on, and twice
       as long each time; calls wait through it, their deadlines running. The calls in flight fail with
-      PluginCrashed and are never run again. Past the limit calls raise the last PluginCrashed, until
-      `start`.
+      PluginCrashed and are never run again. Past the limit calls raise the last one, until `start`.
     - `heartbeat` (seconds, default None): a plugin that answers no ping for so long counts as crashed, and
       is killed. It may be as busy as it likes, as long as other threads of it can run.
     - `idle_timeout` (seconds, default None): the plugin is closed when for so long no call, stream or
       reference (other than what is dispensed) has been open, and starts again on the next call. Of a
       notification only the sending counts.
-    - `on_start` (callable): ``on_start(plugin)`` runs after every start; until it returns, only the calls of
-      its own thread get through, and what those call back. If it raises, the process is ended, and whoever
-      started it gets that: `start`, or the calls that waited.
-    - `on_exit` (callable): ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the
+    - `on_start`: ``on_start(plugin)`` runs after every start; until it returns, only the calls of its own
+      thread get through, and what those call back. If it raises, the process is ended, and whoever started
+      it gets that. `on_exit`: ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the
       process ends unasked.
-    - `sha256`: the digest in hex of the program, or of the spec's or script's file (not of the interpreter;
-      of an argument list that is the first ``.py`` file in it, or else its program); or ``{path: digest}``,
-      relative to `cwd`. It is checked before anything runs. Somebody who can write to the file can still
-      swap it between the check and the start, and what it imports is not checked unless it is named. What is
-      checked is not run from a bytecode cache; where ``.py`` files are named, no cache is used at all.
-    - `limits` (Limits): what it may use at most.
-    - `managed` (bool, default True): closed at interpreter exit at the latest.
-    - `persist` (bool, default False): it stays when this host goes, also by interpreter exit, unless this
-      one closes it, and can be attached to: see `attach`.
-    - `max_message` (bytes, default 256 MiB, at least 4096): the longest message the host takes.
+    - `sha256`: the digest in hex of the program, or of the spec's or script's file (of an argument list the
+      first ``.py`` file in it, or else its program); or ``{path: digest}``. It is checked before anything
+      runs. Somebody who can write to the file can still swap it after the check, and what it imports is not
+      checked unless it is named. Nothing that is checked is run from a bytecode cache.
+    - `limits` (Limits): what it may use at most. `max_message` (bytes, default 256 MiB, at least 4096): the
+      longest message that the host takes.
+    - `managed` (bool, default True): closed at interpreter exit at the latest. `persist` (bool, default
+      False): it stays when this host goes, unless this one closes it, and can be attached to: see `attach`.
 
-    Raises LaunchError, HandshakeError, ChecksumError or PluginClosed, and what `on_start` raises; ValueError
-    for an option that is none.
+    Raises LaunchError, HandshakeError, ChecksumError, PluginClosed, and what `on_start` raises; TypeError or
+    ValueError for an option that is none; RuntimeError in a process that is being started as a plugin itself
+    and imports a host's module that launches this one, for want of an ``if __name__ == "__main__":``.
     """
     return Plugin(command, **options).start()
 
