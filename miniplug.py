@@ -4372,9 +4372,8 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     one.
 
     Started by hand with `persist` or an `address`, it prints what `attach` needs, as a line of JSON, and
-    serves until Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says on
-    stderr that this is a plugin, and exits with status 1 (SystemExit); so it does when the host refuses the
-    plugin, which the host reports.
+    serves until Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says that
+    this is a plugin, and exits with status 1 (SystemExit); so it does when the host refuses the plugin.
 
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
@@ -7152,11 +7151,11 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     """The files in a folder that `launch` can run, sorted, as absolute paths.
 
     `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*.py"`` the Python
-    files, ``"*/plugin.py"`` one in each folder there. A file can be run that ends with ``.py`` or ``.pyw``,
-    or is executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Folders are none, and what has
-    a name that begins with ``.`` or ``_`` is left out, as is what lies in such a folder: ``__init__.py``,
-    ``__pycache__``, ``.venv``. Nothing is run or imported. ``**`` stands for any folders below, links not
-    followed. For a spec add the attribute: ``f"{path}:Tool"``.
+    files, ``"*/plugin.py"`` one in each folder there, and ``**`` stands for any folders below, links not
+    followed. A file can be run that ends with ``.py`` or ``.pyw``, or is executable (on Windows: an ``.exe``,
+    ``.com``, ``.bat`` or ``.cmd``). Left out is what has a name that begins with ``.`` or ``_``, or lies in
+    such a folder: ``__init__.py``, ``.venv``. Nothing is run or imported. For a spec add the attribute:
+    ``f"{path}:Tool"``.
 
     Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder, ValueError for a pattern
     that is empty or absolute, and TypeError for one that is no str. What lies in the folder and cannot be
@@ -7178,9 +7177,8 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
 
 
 def _matches(folder: str, parts: Sequence[str]) -> Iterable[str]:
-    """The files below a folder that match the parts of a pattern, without those that are hidden. (In
-    Path.glob, one link that leads astray, or to where this user may not look, hides others, or is an error,
-    as the Python has it.)"""
+    """The files below a folder that match the parts of a pattern, without those that are hidden. (With some
+    Pythons' Path.glob one link that leads astray hides others, or is an error.)"""
     (part, *rest), fnmatch = parts, _import("fnmatch").fnmatch
     if part == "**":
         yield from _matches(folder, rest or ["*"])
@@ -7206,11 +7204,10 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     """The installed distributions' entry points of a group: name to spec, such as ``{"csv":
     "shop.export:Csv"}``.
 
-    With `python` those of that interpreter's environment, which it is run for a moment to look through;
-    without it those of this one. Nothing is imported. Where two have the same name, that which comes first on
-    ``sys.path`` counts, as it does in an import; and of a distribution that is installed twice only the
-    first. A distribution that is broken, and an entry that names no attribute of a module, is left out with a
-    warning in the log.
+    With `python` those of that interpreter's environment, which is run for a moment. Nothing is imported.
+    Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an import; and
+    of a distribution that is installed twice only the first. A distribution that is broken, and an entry that
+    names no attribute of a module, is left out with a warning in the log.
 
     Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
@@ -7326,9 +7323,8 @@ def _read_key(path: str) -> bytes:
 
 
 class _OneModule:
-    """An import hook that gives this very module under every name that leads to its file, and that by which
-    the host has vendored it, where it need not lie: in another copy nothing would be registered, served or
-    cancelled."""
+    """An import hook that gives this very module under every name that leads to its file, and under the
+    host's name for it: in a second copy nothing would be registered, served or cancelled."""
 
     def __init__(self, name: str) -> None:
         self._names = {"miniplug", name}
@@ -7356,8 +7352,8 @@ class _OneModule:
 
 
 class _StandardLibrary:
-    """An import hook that finds the standard library first. Else a new file in a folder of plugins, called
-    string.py or calendar.py, would break what it imports itself, and its neighbours."""
+    """An import hook that finds the standard library first. Else a plugin's file that is called string.py
+    would break what it imports itself, and its neighbours."""
 
     def __init__(self) -> None:
         library = os.path.dirname(getattr(os, "__file__", ""))
@@ -7415,22 +7411,20 @@ def _load_module(name: str) -> ModuleType:
         if not error.name or not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
         sys.exit(f"miniplug: there is no module {error.name!r} in {folder or 'the current folder'}, nor among "
-                 f"the packages of {sys.executable}; cwd or PYTHONPATH can name another folder, and a file is "
-                 "given as path/to/file.py:Attr")
+                 f"the packages of {sys.executable}; cwd or PYTHONPATH names another folder, and "
+                 "path/to/file.py:Attr a file")
 
 
 def freeze_support() -> None:
-    """Let a frozen application serve its own plugins: the first statement of its main program, as
-    multiprocessing's is.
+    """Let a frozen application serve its own plugins: the first statement of its main program.
 
-    Without an interpreter beside it (no `python=`), such an application starts its own executable again for a
-    spec or a ``.py`` file. There this function is the plugin's main loop, and does not return; otherwise it
-    does nothing. The plugin can import what is frozen into the application, and what lies beside its own
-    file.
+    Without `python=` such an application starts its own executable again for a spec or a ``.py`` file. There
+    this function is the plugin's main loop, and does not return; otherwise it does nothing. The plugin can
+    import what is frozen into the application, and what lies beside its own file.
 
-    With `python=` that interpreter loads this file itself, from where ``miniplug.__file__`` says: pack it
-    there as a data file, too. For PyInstaller that is ``--add-data miniplug.py:.``, and of a copy that is
-    vendored as ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``.
+    With `python=` that interpreter loads this file from where ``miniplug.__file__`` says: pack it there as a
+    data file, too. For PyInstaller that is ``--add-data miniplug.py:.``, and of a copy that is vendored as
+    ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``.
     """
     if not hasattr(sys, "frozen"):
         return
