@@ -1377,7 +1377,7 @@ def _client(address: str) -> Any:
     connection = _import("multiprocessing.connection")
     family, target = _endpoint(address)
     if family == "AF_INET6":  # Client knows no such
-        return connection.Connection(socket.create_connection(target).detach())
+        return connection.Connection(socket.create_connection(target, None).detach())
     return connection.Client(target, family)
 
 
@@ -1629,7 +1629,7 @@ class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic
 
 
 # What a handshake settles; the other side's limit in bytes, and its features.
-_Terms = namedtuple("_Terms", "protocol_version codec max_message features", defaults=((),))
+_Terms = namedtuple("_Terms", "protocol_version max_message features", defaults=((),))
 
 
 class _Hello:
@@ -1693,23 +1693,22 @@ class _Hello:
             mac.update(struct.pack("!I", len(part)) + part)
         return str(mac.hexdigest())
 
-    def as_host(self, versions: Sequence[int], codec: str, max_message: int,
-                features: Sequence[str] = ()) -> _Terms:
-        self.greet(versions, max_message, features, codec=codec)
+    def as_host(self, versions: Sequence[int], max_message: int) -> _Terms:
+        self.greet(versions, max_message, codec="json")
         theirs = self.hear_greeting("plugin")
         self.check("plugin")
         common = set(versions) & set(theirs["protocol_versions"])
-        refusal = self._refusal(versions, codec, theirs)
-        self.say(**({"refusal": refusal} if refusal else {"protocol_version": max(common), "codec": codec}))
+        refusal = self._refusal(versions, theirs)
+        self.say(**({"refusal": refusal} if refusal else {"protocol_version": max(common), "codec": "json"}))
         self.prove()
         if refusal:
-            ours = {"protocol_versions": list(versions), "codec": codec}
+            ours = {"protocol_versions": list(versions), "codec": "json"}
             raise HandshakeError(refusal, host=ours, plugin=theirs)
-        return _Terms(max(common), codec, theirs["max_message"], theirs["features"])
+        return _Terms(max(common), theirs["max_message"], theirs["features"])
 
-    def _refusal(self, versions: Sequence[int], codec: str, theirs: Mapping[str, Any]) -> str:
+    def _refusal(self, versions: Sequence[int], theirs: Mapping[str, Any]) -> str:
         """Why this host does not take a plugin that holds the key, if it does not."""
-        cookie, offered = theirs.get("cookie"), theirs["protocol_versions"]
+        cookie, offered, codecs = theirs.get("cookie"), theirs["protocol_versions"], theirs.get("codecs")
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
             return ("it is a plugin for another host: it expects another magic cookie in "
                     f"{cookie.get('key')!r}; is the handshake given to launch() the one that it serves with?")
@@ -1717,9 +1716,8 @@ class _Hello:
             older = "plugin" if max(offered, default=0) < max(versions) else "host"
             return (f"no common protocol version: the host has {list(versions)}, the plugin has {offered}; "
                     f"the {older} is the older one, bring it up to date")
-        if codec not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
-            return f"the plugin does not know the codec {codec!r}, only {theirs.get('codecs')}"
-        return ""
+        known = isinstance(codecs, list) and "json" in codecs
+        return "" if known else f"the plugin does not know the codec 'json', only {codecs}"
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
                   features: Sequence[str] = ()) -> _Terms:
@@ -1732,9 +1730,9 @@ class _Hello:
         self.check("host")
         if "refusal" in choice:
             raise HandshakeError(str(choice["refusal"]), host=theirs)
-        if choice.get("protocol_version") not in versions or choice.get("codec") not in [*_CODECS]:
+        if choice.get("protocol_version") not in versions or choice.get("codec") != "json":
             raise ProtocolError("the host chose what the plugin has not offered")
-        return _Terms(choice["protocol_version"], choice["codec"], theirs["max_message"], theirs["features"])
+        return _Terms(choice["protocol_version"], theirs["max_message"], theirs["features"])
 
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
@@ -2357,7 +2355,7 @@ class _Session:
         self.finished = _Gate()  # opens when the other side says stop or is gone
         self._forks = _forks
         self._garbage: deque[tuple[int, int]] = deque()  # (kind, number) of messages that finalizers want sent
-        self.codec = _CODECS[terms.codec](self._lend, references.unlend, lambda tag, state: borrow(self, tag, state))
+        self.codec = _CODECS["json"](self._lend, references.unlend, lambda tag, state: borrow(self, tag, state))
         self.send_limit: int = terms.max_message
         channel.gone = lambda error: None if self.ended is not None else self.end(error)
         self._pack: Callable[..., bytes] = _PREFIXED.pack if channel.prefixed else lambda size, *fields: _HEADER.pack(*fields)
@@ -4374,9 +4372,8 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     one.
 
     Started by hand with `persist` or an `address`, it prints what `attach` needs, as a line of JSON, and
-    serves until Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says on
-    stderr that this is a plugin, and exits with status 1 (SystemExit); so it does when the host refuses the
-    plugin, which the host reports.
+    serves until Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says that
+    this is a plugin, and exits with status 1 (SystemExit); so it does when the host refuses the plugin.
 
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
@@ -5012,6 +5009,7 @@ class _Guardian:
         argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", tenths]
         try:
             self._line, theirs = socket.socketpair()
+            theirs.setblocking(True)  # whatever socket.setdefaulttimeout() says
         except OSError:  # no descriptor to be had
             return
         try:
@@ -6134,7 +6132,7 @@ class _Start:
 
         def greet(channel: _Channel, address: str) -> _Terms:
             hello = _Hello(channel, address, key, "host")
-            return hello.as_host(recipe.protocol_versions, "json", recipe.max_message)
+            return hello.as_host(recipe.protocol_versions, recipe.max_message)
 
         def arrived(*what: Any) -> None:
             came.append(what)
@@ -6196,7 +6194,8 @@ class _Start:
             reason = f"it did not connect within {recipe.start_timeout:g} s{others}"
             return recipe.not_started(argv, f"{reason}; does it call miniplug.serve()?", output=run.tail())
         kind, reason = LaunchError, f"it {run.end_words()[0]}"
-        asked = "".join(run.tail()[-1:]).startswith(("EOFError: EOF when reading", "bdb.BdbQuit"))
+        words = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # the last since Python 3.14
+        asked = "".join(run.tail()[-1:]).startswith(words)
         if asked and recipe.stdin == "discard":
             reason += "; its stdin is discarded: stdin='inherit' gives it the host's"
         if run.exit_code == 0:
@@ -6215,7 +6214,7 @@ class _Start:
             raise recipe.not_attached(f"{problem} ({error})") from None
         try:
             hello = _Hello(channel, address, bytes.fromhex(config["authkey"]), "host")
-            terms = hello.as_host(recipe.protocol_versions, "json", recipe.max_message)
+            terms = hello.as_host(recipe.protocol_versions, recipe.max_message)
             process = _NoProcess(channel, config["pid"])
             self._made(_Run(self.supervisor, process, config=config)).open(channel, terms)
         except BaseException as error:
@@ -7155,11 +7154,11 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     """The files in a folder that `launch` can run, sorted, as absolute paths.
 
     `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*.py"`` the Python
-    files, ``"*/plugin.py"`` one in each folder there. A file can be run that ends with ``.py`` or ``.pyw``,
-    or is executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Folders are none, and what has
-    a name that begins with ``.`` or ``_`` is left out, as is what lies in such a folder: ``__init__.py``,
-    ``__pycache__``, ``.venv``. Nothing is run or imported. ``**`` stands for any folders below, links not
-    followed. For a spec add the attribute: ``f"{path}:Tool"``.
+    files, ``"*/plugin.py"`` one in each folder there, and ``**`` stands for any folders below, links not
+    followed. A file can be run that ends with ``.py`` or ``.pyw``, or is executable (on Windows: an ``.exe``,
+    ``.com``, ``.bat`` or ``.cmd``). Left out is what has a name that begins with ``.`` or ``_``, or lies in
+    such a folder: ``__init__.py``, ``.venv``. Nothing is run or imported. For a spec add the attribute:
+    ``f"{path}:Tool"``.
 
     Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder, ValueError for a pattern
     that is empty or absolute, and TypeError for one that is no str. What lies in the folder and cannot be
@@ -7181,9 +7180,8 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
 
 
 def _matches(folder: str, parts: Sequence[str]) -> Iterable[str]:
-    """The files below a folder that match the parts of a pattern, without those that are hidden. (In
-    Path.glob, one link that leads astray, or to where this user may not look, hides others, or is an error,
-    as the Python has it.)"""
+    """The files below a folder that match the parts of a pattern, without those that are hidden. (With some
+    Pythons' Path.glob one link that leads astray hides others, or is an error.)"""
     (part, *rest), fnmatch = parts, _import("fnmatch").fnmatch
     if part == "**":
         yield from _matches(folder, rest or ["*"])
@@ -7209,19 +7207,17 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     """The installed distributions' entry points of a group: name to spec, such as ``{"csv":
     "shop.export:Csv"}``.
 
-    With `python` those of that interpreter's environment, which it is run for a moment to look through;
-    without it those of this one. Nothing is imported. Where two have the same name, that which comes first on
-    ``sys.path`` counts, as it does in an import; and of a distribution that is installed twice only the
-    first. A distribution that is broken, and an entry that names no attribute of a module, is left out with a
-    warning in the log.
+    With `python` those of that interpreter's environment, which is run for a moment. Nothing is imported.
+    Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an import; and
+    of a distribution that is installed twice only the first. A distribution that is broken, and an entry that
+    names no attribute of a module, is left out with a warning in the log.
 
     Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
     if not isinstance(group, str):
         raise TypeError(f"group={group!r}: it is the name of a group, a str")
     if python is not None:
-        look = launch("miniplug:discover_entry_points", name="entry_points", python=python)
-        with look as plugin:
+        with launch("miniplug:discover_entry_points", name="entry_points", python=python) as plugin:
             return dict(plugin.dispense()(group))
     found: dict[str, str] = {}
     logger = _import("logging").getLogger("miniplug")
@@ -7330,14 +7326,12 @@ def _read_key(path: str) -> bytes:
 
 
 class _OneModule:
-    """An import hook that gives this very module under every name that leads to its file, and that by which
-    the host has vendored it, where it need not lie: in another copy nothing would be registered, served or
-    cancelled."""
+    """An import hook that gives this very module under every name that leads to its file, and under the
+    host's name for it: in a second copy nothing would be registered, served or cancelled."""
 
     def __init__(self, name: str) -> None:
         self._names = {"miniplug", name}
-        self._file = os.path.abspath(__file__)
-        self._last = os.path.splitext(os.path.basename(__file__))[0]
+        self._last = os.path.splitext(os.path.basename(_FILE))[0]
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in self._names and name.rpartition(".")[2] != self._last:
@@ -7349,7 +7343,7 @@ class _OneModule:
 
     def _is_this_file(self, path: str) -> bool:
         try:
-            return path == self._file or os.path.samefile(path, self._file)
+            return path == _FILE or os.path.samefile(path, _FILE)
         except OSError:
             return False  # one of them is in a zip file
 
@@ -7361,8 +7355,8 @@ class _OneModule:
 
 
 class _StandardLibrary:
-    """An import hook that finds the standard library first. Else a new file in a folder of plugins, called
-    string.py or calendar.py, would break what it imports itself, and its neighbours."""
+    """An import hook that finds the standard library first. Else a plugin's file that is called string.py
+    would break what it imports itself, and its neighbours."""
 
     def __init__(self) -> None:
         library = os.path.dirname(getattr(os, "__file__", ""))
@@ -7420,22 +7414,20 @@ def _load_module(name: str) -> ModuleType:
         if not error.name or not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
         sys.exit(f"miniplug: there is no module {error.name!r} in {folder or 'the current folder'}, nor among "
-                 f"the packages of {sys.executable}; cwd or PYTHONPATH can name another folder, and a file is "
-                 "given as path/to/file.py:Attr")
+                 f"the packages of {sys.executable}; cwd or PYTHONPATH names another folder, and "
+                 "path/to/file.py:Attr a file")
 
 
 def freeze_support() -> None:
-    """Let a frozen application serve its own plugins: the first statement of its main program, as
-    multiprocessing's is.
+    """Let a frozen application serve its own plugins: the first statement of its main program.
 
-    Without an interpreter beside it (no `python=`), such an application starts its own executable again for a
-    spec or a ``.py`` file. There this function is the plugin's main loop, and does not return; otherwise it
-    does nothing. The plugin can import what is frozen into the application, and what lies beside its own
-    file.
+    Without `python=` such an application starts its own executable again for a spec or a ``.py`` file. There
+    this function is the plugin's main loop, and does not return; otherwise it does nothing. The plugin can
+    import what is frozen into the application, and what lies beside its own file.
 
-    With `python=` that interpreter loads this file itself, from where ``miniplug.__file__`` says: pack it
-    there as a data file, too. For PyInstaller that is ``--add-data miniplug.py:.``, and of a copy that is
-    vendored as ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``.
+    With `python=` that interpreter loads this file from where ``miniplug.__file__`` says: pack it there as a
+    data file, too. For PyInstaller that is ``--add-data miniplug.py:.``, and of a copy that is vendored as
+    ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``.
     """
     if not hasattr(sys, "frozen"):
         return
@@ -7445,6 +7437,11 @@ def freeze_support() -> None:
     sys.modules["miniplug"] = sys.modules[__name__]  # it may be vendored under another name
     _run_plugin(__name__, *sys.argv[2:])
     sys.exit()
+
+
+def _be_plugin(given: Any) -> None:
+    _run_plugin(__name__, "serve", *given.specs, address=given.listen, persist=given.persist,
+                authkey_file=given.authkey_file)
 
 
 def _call_once(given: Any) -> int:
@@ -7489,7 +7486,7 @@ def _opened(given: Any) -> Plugin:
     """The plugin that a verb names, started."""
     if given.verbose:
         _import("logging").basicConfig(format="%(name)s %(levelname)s: %(message)s")
-        _import("logging").getLogger("miniplug").setLevel(given.verbose)
+        _import("logging").getLogger("miniplug").setLevel("DEBUG")
     output = "log" if given.verbose else "discard"
     handshake = Handshake(given.protocol_version, *given.cookie)
     return launch(given.plugin, handshake=handshake, python=given.python, stdout=output, stderr=output)
@@ -7518,7 +7515,7 @@ def _doctor(given: Any) -> int:
 
 def _examine(python: str | None) -> Iterable[tuple[str, bool | None, str]]:
     """What this machine allows: (what, whether it does, more about it). The last is whether a plugin runs."""
-    yield "miniplug", True, f"{__version__}, {os.path.abspath(__file__)}"
+    yield "miniplug", True, f"{__version__}, {_FILE}"
     found = _import("shutil").which(python or sys.executable) is not None
     version = f"under {sys.version.split()[0]} on {sys.platform}"
     yield "interpreter", found, f"{python or sys.executable}, {version}"
@@ -7528,9 +7525,8 @@ def _examine(python: str | None) -> Iterable[tuple[str, bool | None, str]]:
         yield "FIPS mode", None, "off"
     except ValueError:
         yield "FIPS mode", True, "on: no MD5, and miniplug needs none"
-    each = "one for each plugin"
-    yield "process groups", None if _WINDOWS else True, "none on Windows" if _WINDOWS else each
-    yield "job objects", True if _WINDOWS else None, each if _WINDOWS else "only on Windows"
+    for what, there in (("process groups", not _WINDOWS), ("job objects", _WINDOWS)):
+        yield what, there or None, "one for each plugin" if there else "not on this system"
     if not _WINDOWS:
         found = os.path.exists(_SHELL)
         lack = "" if found else " is not there: no guardian if the host is killed, and no limits"
@@ -7574,8 +7570,7 @@ def _examine_transports() -> Iterable[tuple[str, bool | None, str]]:
 
 
 def _parser(argparse: Any) -> Any:
-    """The command line. Each verb sets `run`, which is called with what was given and returns the exit
-    status."""
+    """The command line. Each verb sets `run`, which is called with what was given and returns the status."""
 
     class Parser(argparse.ArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> None:
@@ -7595,35 +7590,27 @@ def _parser(argparse: Any) -> Any:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name")
-    serve.add_argument("specs", metavar="SPEC", nargs="+",
-                       help="module:Attr, path/to/file.py:Attr or NAME=one of these")
-    serve.add_argument("--listen", metavar="ADDRESS",
-                       help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
-    serve.add_argument("--authkey-file", metavar="FILE",
-                       help="has the key that they must hold, in hexadecimal digits")
-    serve.add_argument("--persist", action="store_true", help="stay when the last host is gone")
-    serve.set_defaults(run=lambda given: _run_plugin(
-        __name__, "serve", *given.specs, address=given.listen, persist=given.persist,
-        authkey_file=given.authkey_file))
+    add = serve.add_argument
+    add("specs", metavar="SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
+    add("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
+    add("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
+    add("--persist", action="store_true", help="stay when the last host is gone")
 
     call = verbs.add_parser("call", help="run a plugin, call it once, print the result")
     inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do")
     doctor = verbs.add_parser("doctor", help="what this machine allows, and whether a plugin runs here")
     for verb in (call, inspect, doctor):
         verb.add_argument("--python", metavar="PATH", help="the interpreter for the plugin")
-    for verb in (call, inspect):
-        verb.add_argument("--verbose", "-v", action="store_const", const="DEBUG",
-                          help="what the plugin writes goes to stderr")
-        verb.add_argument("--cookie", metavar="KEY=VALUE", type=cookie, default=(),
-                          help="the magic cookie, if it wants one")
-        verb.add_argument("--protocol-version", metavar="N", type=version, default=1)
-        verb.add_argument("plugin", metavar="PLUGIN",
-                          help="a program, a .py file or a spec such as path/to/file.py:Attr")
-    call.add_argument("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
-    call.add_argument("arguments", metavar="ARG", nargs="*",
-                      help="JSON, or else a string; after -- it may begin with a dash")
+    for add in (call.add_argument, inspect.add_argument):
+        add("--verbose", "-v", action="store_true", help="what the plugin writes goes to stderr")
+        add("--cookie", metavar="KEY=VALUE", type=cookie, default=(), help="the magic cookie, if it wants one")
+        add("--protocol-version", metavar="N", type=version, default=1)
+        add("plugin", metavar="PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
+    add = call.add_argument
+    add("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
+    add("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- it may begin with a dash")
     doctor.add_argument("--json", action="store_true")
-    for verb, run in ((call, _call_once), (inspect, _inspect), (doctor, _doctor)):
+    for verb, run in ((serve, _be_plugin), (call, _call_once), (inspect, _inspect), (doctor, _doctor)):
         verb.set_defaults(run=run)
     return parser
 

@@ -506,7 +506,7 @@ def test_a_host_that_breaks_the_protocol_costs_its_connection_alone(owner):
     config = owner.reattach_config()
     channel = miniplug._connect(config["address"], 5.0)
     hello = miniplug._Hello(channel, config["address"], bytes.fromhex(config["authkey"]), "host")
-    assert hello.as_host([1], "json", 1 << 20).features == ["persist"]
+    assert hello.as_host([1], 1 << 20).features == ["persist"]
     channel.send([b"nonsense"])
     with pytest.raises(EOFError):
         channel.recv(1 << 20)

@@ -123,7 +123,7 @@ def host_channel(plugin, key=KEY, address=None):
     channel = miniplug._connect(plugin["address"], 5.0)
     try:
         hello = miniplug._Hello(channel, address or plugin["address"], key, "host")
-        hello.as_host([1], "json", 1 << 20)
+        hello.as_host([1], 1 << 20)
         return channel
     except BaseException:
         channel.close()

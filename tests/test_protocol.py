@@ -151,7 +151,7 @@ def served():
 def hello(channel, role, key=KEY, address=ADDRESS):
     made = miniplug._Hello(channel, address, key, role)
     if role == "host":
-        return made.as_host([1, 2], "json", 256 << 20)
+        return made.as_host([1, 2], 256 << 20)
     return made.as_plugin([1], 1 << 20, {"key": "MINIPLUG_COOKIE", "matches": True})
 
 
