@@ -5009,7 +5009,6 @@ class _Guardian:
         argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", tenths]
         try:
             self._line, theirs = socket.socketpair()
-            theirs.setblocking(True)  # whatever socket.setdefaulttimeout() says
         except OSError:  # no descriptor to be had
             return
         try:
