@@ -5759,7 +5759,7 @@ class _Recipe:
                 raise RuntimeError(f'{what}, and does not serve yet. {how}  if __name__ == "__main__":')
             try:
                 if not _WINDOWS and address:
-                    _connect(address, 1.0).close()
+                    _connect(address, _HELLO_SECONDS).close()
             except OSError:
                 raise RuntimeError("a host above this process, which does not serve yet, is gone") from None
         return above
@@ -6173,9 +6173,7 @@ class _Start:
                                      cwd=recipe.place(), stdin=stdin, stdout=stdout, stderr=stderr)
         except (OSError, ValueError) as error:
             raise recipe.no_process(argv, error) from None
-        return self._made(_Run(self.supervisor, process, sinks, settled=settled))
-
-    def _made(self, run: _Run) -> _Run:
+        run = _Run(self.supervisor, process, sinks, settled=settled)
         self.supervisor.admit(self, run)
         return run
 
@@ -6214,8 +6212,9 @@ class _Start:
         try:
             hello = _Hello(channel, address, bytes.fromhex(config["authkey"]), "host")
             terms = hello.as_host(recipe.protocol_versions, recipe.max_message)
-            process = _NoProcess(channel, config["pid"])
-            self._made(_Run(self.supervisor, process, config=config)).open(channel, terms)
+            run = _Run(self.supervisor, _NoProcess(channel, config["pid"]), config=config)
+            self.supervisor.admit(self, run)
+            run.open(channel, terms)
         except BaseException as error:
             channel.close()
             if isinstance(error, LaunchError):
