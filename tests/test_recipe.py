@@ -160,7 +160,8 @@ def test_the_line_that_names_the_cause_is_among_those_that_are_quoted(write, mon
     path = write("teller.py", TELLER)
     with pytest.raises(miniplug.LaunchError) as caught:
         miniplug.launch(path + ":Teller", env={"PYTHONHOME": "/nonexistent"}, stderr="discard")
-    own = subprocess.run([sys.executable, "-c", ""], env={"PYTHONHOME": "/nonexistent"}, capture_output=True, text=True, check=False)
+    own = subprocess.run([sys.executable, "-c", ""], env={"PYTHONHOME": "/nonexistent"}, capture_output=True, text=True,
+                         check=False)
     assert "encodings" in str(caught.value) and ("PYTHONHOME = " in str(caught.value)) == ("PYTHONHOME = " in own.stderr)
 
 
