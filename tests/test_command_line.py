@@ -405,7 +405,8 @@ def test_serve_tells_the_form_of_a_spec(spec):
 
 
 @pytest.mark.parametrize("spec, words", [("no/such/file.py:Attr", "there is no file "),
-                                         ("no_such_module_x:A", "there is no module "), (WORKSHOP + ".Nothing", "has no attribute 'Workshop.Nothing'")])
+                                         ("no_such_module_x:A", "there is no module "),
+                                         (WORKSHOP + ".Nothing", "has no attribute 'Workshop.Nothing'")])
 def test_serve_tells_what_is_not_there(spec, words):
     status, out, err = run("serve", spec, "--persist")
     assert (status, out) == (1, "") and err.count("\n") == 1 and words in err
