@@ -5013,6 +5013,8 @@ class _Guardian:
         except OSError:  # no descriptor to be had
             return
         try:
+            for end in (self._line, theirs):  # whatever the host's default timeout is
+                end.setblocking(True)
             if sys.platform == "darwin":
                 self._line.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE
             self._process = _popen(argv, stdin=theirs.fileno(), stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
@@ -5613,8 +5615,9 @@ class _Recipe:
         except FileNotFoundError:  # the current folder is gone
             self.folder = ""
         python = os.fsdecode(self.python or sys.executable or "")
-        self.is_own = self.python is None or python == sys.executable  # whether that is this interpreter
-        self.interpreter = os.path.join(self.folder, python) if os.path.dirname(python) else python
+        self.is_own = python == (sys.executable or "")  # whether that is this interpreter
+        elsewhere = os.path.dirname(python) and not self.is_own
+        self.interpreter = os.path.join(self.folder, python) if elsewhere else python
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
