@@ -633,7 +633,7 @@ def test_a_greeting_is_utf_8(encoding):
         listener.close()
     """
     done = subprocess.run([sys.executable, "-c", code, encoding], env=by_hand_environment(), stdout=subprocess.PIPE,
-                          check=True, timeout=60, universal_newlines=True)
+                          check=True, timeout=60, text=True)
     assert done.stdout == "what came is no handshake []\n"
 
 

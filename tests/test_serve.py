@@ -88,7 +88,8 @@ def test_a_handshake_of_another_copy_of_the_file_will_do(write):
 @pytest.mark.parametrize("served, makes", [
     (Greeter, True), (dict, True), (lambda: Greeter(), True), (lambda loud=False: Greeter(), True),
     (functools.partial(Greeter), True),
-    (functools.partial(dict, a=1), True), (functools.partial(Maker, 1), True), (functools.partial(Maker), False), (time.time, None), (os.getpid, None),
+    (functools.partial(dict, a=1), True), (functools.partial(Maker, 1), True), (functools.partial(Maker), False),
+    (time.time, None), (os.getpid, None),
     (Greeter().greet, False), (functools.partial(pow, 2), False), (lambda name: name, False),
     (lambda *names: names, False), (lambda **names: names, False), (lambda name, loud=False: name, False),
     (math.hypot, False), (zlib.crc32, False), (time.sleep, False), (max, False), (print, False), (os.stat, False),
@@ -245,7 +246,7 @@ def test_a_vendored_copy_calls_from_the_command_line(app):
     vendored = str(app / "app" / "_vendor" / "miniplug.py")
     for run in ([vendored], ["-m", "app._vendor.miniplug"]):
         command = [sys.executable, *run, "call", str(app / "plugins" / "tool.py") + ":Tool", "names"]
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True, universal_newlines=True, cwd=str(app))
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True, text=True, cwd=str(app))
         same, file = eval(done.stdout)
         assert same is True and os.path.samefile(file, vendored)
 
