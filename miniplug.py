@@ -1925,7 +1925,7 @@ def _client(address: str) -> Any:
     connection = _import("multiprocessing.connection")
     family, target = _endpoint(address)
     if family == "AF_INET6":  # Client knows no such
-        return connection.Connection(socket.create_connection(target).detach())
+        return connection.Connection(socket.create_connection(target, None).detach())
     return connection.Client(target, family)
 
 
@@ -5122,9 +5122,8 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     one.
 
     Started by hand with `persist` or an `address`, it prints what `attach` needs, as a line of JSON, and
-    serves until Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says on
-    stderr that this is a plugin, and exits with status 1 (SystemExit); so it does when the host refuses the
-    plugin, which the host reports.
+    serves until Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says that
+    this is a plugin, and exits with status 1 (SystemExit); so it does when the host refuses the plugin.
 
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
@@ -5680,12 +5679,14 @@ for folder; do
         rmdir -- "$folder"
     fi
 done 2>/dev/null
-runs() { begun "$pid" && [ "$found" = "$start" ]; }
+runs() {  # whether what was told as $1 does, by its number and when it began
+    pid=${1%%@*}
+    group=${pid%%[0-9]*} pid=${pid#?}
+    begun "$pid" && [ "$found" = "${1#*@}" ]
+}
 left() {
     for each in $told; do
-        pid=${each%%@*} start=${each#*@}
-        pid=${pid#?}
-        runs && return 0
+        runs "$each" && return 0
     done
     return 1
 }
@@ -5694,9 +5695,7 @@ while [ "$rounds" -gt 0 ] && left; do
     rounds=$((rounds - 1))
 done
 for each in $told; do
-    pid=${each%%@*} start=${each#*@}
-    group=${pid%%[0-9]*} pid=${pid#?}
-    if runs || { [ "$group" = + ] && ! begun "$pid"; }; then
+    if runs "$each" || { [ "$group" = + ] && ! begun "$pid"; }; then
         [ "$group" = + ] && pid=-$pid
         kill -s KILL -- "$pid"
     fi
@@ -5763,6 +5762,8 @@ class _Guardian:
         except OSError:  # no descriptor to be had
             return
         try:
+            for end in (self._line, theirs):  # whatever the host's default timeout is
+                end.setblocking(True)
             if sys.platform == "darwin":
                 self._line.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE
             self._process = _popen(argv, stdin=theirs.fileno(), stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
@@ -5794,7 +5795,7 @@ class _Guardian:
             return
         self._line.close()
         try:
-            if not self._told:
+            if not any(what.isdigit() for what in self._told):  # it has but folders to remove
                 process.wait(1.0)
         except _import("subprocess").TimeoutExpired:  # somebody has stopped it
             process.kill()
@@ -6310,7 +6311,7 @@ _OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
     ("handshake", "it is a miniplug.Handshake", TypeError,
      lambda value: hasattr(value, "magic_cookie_value")),  # that of another copy of this file will do
     ("protocol_versions", "it is a list of whole numbers, each at least 0", ValueError,
-     lambda value: isinstance(value, list) and all(map(_is_count, value))),
+     lambda value: isinstance(value, list) and value != [] and all(map(_is_count, value))),
     ("cwd python", "it is a path", TypeError, _is_path),
     ("env", "it is a dict; names and values are str", TypeError, _is_environment),
     ("start_timeout call_timeout", "it is a number of seconds, or None for no limit", ValueError,
@@ -6332,10 +6333,6 @@ _OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
      lambda value: value is None or callable(value)),
     ("inherit_env managed persist", "it is True or False", TypeError, lambda value: value in (True, False)))
 
-# What belongs to the host's own interpreter, and would lead another one astray.
-_PYTHONS_OWN = "PYTHONHOME", "PYTHONEXECUTABLE", "PYTHONPATH", "__PYVENV_LAUNCHER__"
-_LIBRARY_PATHS = "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"  # which a frozen application changes
-
 
 class _Recipe:
     """What a plugin is made from: the options, checked once, as attributes, and where its paths start. None
@@ -6344,13 +6341,12 @@ class _Recipe:
 
     _process: Callable[..., Any] = _WindowsProcess if _WINDOWS else _PosixProcess
 
-    def __init__(self, command: _Command, protocol_versions: Any = None, sha256: Any = None,
-                 config: dict[str, Any] | None = None, **options: Any) -> None:
-        given = {**(Plugin.__init__.__kwdefaults__ or {}), **options, "protocol_versions": protocol_versions}
-        if hasattr(protocol_versions, "__iter__"):
-            given["protocol_versions"] = [*protocol_versions]
-        if not (protocol_versions or type(protocol_versions) is int):
-            given["protocol_versions"] = [getattr(given["handshake"], "protocol_version", 1)]
+    def __init__(self, command: _Command, config: dict[str, Any] | None = None, **options: Any) -> None:
+        given = {**(Plugin.__init__.__kwdefaults__ or {}), **options}
+        versions = given["protocol_versions"]
+        if versions is None:
+            versions = [getattr(given["handshake"], "protocol_version", 1)]
+        given["protocol_versions"] = [*versions] if hasattr(versions, "__iter__") else versions
         for names, words, kind, is_right in _OPTIONS:
             for name in names.split():
                 if not is_right(given[name]):
@@ -6359,18 +6355,18 @@ class _Recipe:
         self.config = config
         self.process = type(self)._process
         self.command = _checked_command(command)
-        self.sha256 = _checked_digests(sha256, self.command)
+        self.sha256 = _checked_digests(given["sha256"], self.command)
         self.name: str = given["name"] or _default_name(self.command)
         limit = given["start_timeout"]
         self.start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
-        self.cwd = None if given["cwd"] is None else os.fsdecode(given["cwd"])
         try:
-            self.folder = os.path.abspath(self.cwd or "")  # what is relative starts there
+            self.folder = os.path.abspath(os.fsdecode(self.cwd or ""))  # what is relative starts there
         except FileNotFoundError:  # the current folder is gone
             self.folder = ""
         python = os.fsdecode(self.python or sys.executable or "")
-        self.is_own = self.python is None or python == sys.executable  # whether that is this interpreter
-        self.interpreter = os.path.join(self.folder, python) if os.path.dirname(python) else python
+        self.is_own = python == (sys.executable or "")  # whether that is this interpreter
+        elsewhere = os.path.dirname(python) and not self.is_own
+        self.interpreter = os.path.join(self.folder, python) if elsewhere else python
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
@@ -6378,10 +6374,10 @@ class _Recipe:
     def place(self) -> str | None:
         """The folder to start in; None for that of this process, which may not be there by its name."""
         try:
-            here = self.cwd is None and self.folder in ("", os.path.abspath(""))
+            moved = self.folder != os.path.abspath("")
         except FileNotFoundError:
-            here = self.cwd is None
-        return None if here else self.folder
+            moved = False
+        return self.folder if moved or self.cwd is not None else None
 
     # -- what to run
 
@@ -6404,11 +6400,11 @@ class _Recipe:
 
     def _loader(self, command: str) -> list[str]:
         """What runs Python code by this very file."""
-        python = self.interpreter
-        frozen = hasattr(sys, "frozen")
+        python, frozen = self.interpreter, hasattr(sys, "frozen")
         known = os.path.basename(python).lower().startswith(("python", "pypy", "graalpy"))
         if self.python is not None or (known and not frozen):
-            flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
+            own = self.is_own and not frozen
+            flags = _import("subprocess")._args_from_interpreter_flags() if own else []
             return [python, *flags, "-c", _BOOTSTRAP, self._own_file(command), __name__]
         if _frozen_mains:
             return [python, _FROZEN]
@@ -6417,16 +6413,14 @@ class _Recipe:
         raise self.not_started([command], f"{which}: pass python='/path/to/python'{freeze}")
 
     def _own_file(self, command: str) -> str:
-        """This file, for another process to load; it may be in a zip file."""
-        for file in (_FILE, _FILE[:-1]):  # .pyc, says PyInstaller
-            path = file
-            while not os.path.exists(path) and path != os.path.dirname(path):
-                path = os.path.dirname(path)
-            if os.path.isfile(path):
-                return file
-        what = f"{_FILE.rstrip('c')} is not there for {self.interpreter} to load"
-        how = "pack it there as a data file; the docstring of freeze_support() tells how"
-        raise self.not_started([command], f"{what}: {how}")
+        """This file, for another process to load. Where all is frozen, that has to be packed as well."""
+        if not hasattr(sys, "frozen"):
+            return _FILE
+        file = _FILE.rstrip("c")  # .pyc, says PyInstaller
+        if not os.path.isfile(file):
+            what = f"{file} is not there for {self.interpreter} to load: pack it there as a data file"
+            raise self.not_started([command], f"{what} (freeze_support tells how)")
+        return file
 
     def _whole(self, path: str) -> str:
         whole = os.path.normpath(os.path.join(self.folder, path))
@@ -6484,12 +6478,12 @@ class _Recipe:
         env = {name: value for name, value in os.environ.items()
                if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
         if isinstance(self.command, str) and not self.is_own:
-            for name in _PYTHONS_OWN:
+            for name in ("PYTHONHOME", "PYTHONEXECUTABLE", "PYTHONPATH", "__PYVENV_LAUNCHER__"):
                 env.pop(name, None)
-            for name in _LIBRARY_PATHS if hasattr(sys, "frozen") else ():
-                before = env.pop(f"{name}_ORIG", "")
+            for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
+                before = env.pop(f"{name}_ORIG", "") if hasattr(sys, "frozen") else ""
                 if before or getattr(sys, "_MEIPASS", "\0") in env.get(name, ""):
-                    env[name] = before
+                    env[name] = before  # what was there before the frozen application
         env.update((_variable(name), value) for name, value in (self.env or {}).items())
         if self.sha256:
             env[_SOURCE_ONLY] = "1"
@@ -6509,18 +6503,18 @@ class _Recipe:
         """
         above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
         for program, address in above:
-            if program in (None, self._identity()):
+            if program in (None, self.identity()):
                 what = f"the plugin {self.name!r} is not launched: this process is being started as a plugin"
                 how = "A host's module that it imports has to have what launches plugins under"
                 raise RuntimeError(f'{what}, and does not serve yet. {how}  if __name__ == "__main__":')
             try:
                 if not _WINDOWS and address:
-                    _connect(address, 1.0).close()
+                    _connect(address, _HELLO_SECONDS).close()
             except OSError:
                 raise RuntimeError("a host above this process, which does not serve yet, is gone") from None
         return above
 
-    def _identity(self) -> str | None:
+    def identity(self) -> str | None:
         """By which a program knows itself, whatever its arguments. (A spec's process launches nothing.)"""
         if isinstance(self.command, str):
             return None if _split_spec(self.command)[2] else os.path.realpath(self._whole(self.command))
@@ -6529,10 +6523,6 @@ class _Recipe:
             return os.path.realpath(self._whole(script))
         end = self.command.index("-m") + 2 if "-m" in self.command else len(self.command)
         return " ".join(self.command[:end])
-
-    def loading(self, above: list[Any], address: str) -> dict[str, str]:
-        """What tells the plugin of that."""
-        return {_LOADING: json.dumps([*above, [self._identity(), address]])}
 
     def log(self) -> Any:
         return self.logger or _import("logging").getLogger(f"miniplug.{self.name}")
@@ -6570,10 +6560,10 @@ class _Recipe:
         """Why the operating system did not start it."""
         known: dict[type, str] = {FileNotFoundError: "there is no such program",
                                   PermissionError: "it is not executable for this user"}
-        words = f"{argv[0]}: {known.get(type(error), error)}"
-        if self.cwd is not None and not os.path.isdir(self.folder):
-            words = f"cwd={self.cwd!r}: there is no such folder"
-        return self.not_started(argv, words)
+        place = self.place()
+        if place is not None and not os.path.isdir(place):
+            return self.not_started(argv, f"cwd={place!r}: there is no such folder")
+        return self.not_started(argv, f"{argv[0]}: {known.get(type(error), error)}")
 
     def no_plugin(self, argv: list[str]) -> str:
         """What to do about a program that has ended well, and was no plugin."""
@@ -6599,8 +6589,8 @@ class _Run:
 
     Its threads: a reader for each output stream; a watcher, which waits for the process and is the one that
     reaps it; and a minder, if there is a heartbeat or an idle timeout. Any thread may call its methods, and
-    none of them waits without a bound. `_claim` is held for good by who ends the run: the
-    watcher once the process has ended, or else who lets go of that.
+    none of them waits without a bound. `_claim` is held for good by who ends the run: the watcher once the
+    process has ended, or else who lets go of that.
     """
 
     def __init__(self, supervisor: _Supervisor, process: Any, sinks: Sequence[_Sink | None] = (),
@@ -6810,17 +6800,23 @@ class _Run:
         if hopeless or not (self.asked or self.gone.wait(0.5)):
             self.signal(kill=True)
         self.gone.wait(0.0 if self.asked else 2.0)
-        if self.asked:
-            return lambda calls: PluginClosed(f"the plugin {self.recipe.name!r} was closed")
-        return lambda calls: self._crash(cause, calls)
+        return partial(self._error, self.asked, cause)
 
-    def _crash(self, cause: BaseException, calls: list[str]) -> PluginCrashed:
+    def _error(self, asked: bool, cause: BaseException, calls: list[str]) -> BaseException:
+        name = f"the plugin {self.recipe.name!r}"
+        return PluginClosed(f"{name} was closed") if asked else self._crash(name, cause, calls)
+
+    def error(self) -> BaseException:
+        """What calls on it raise, as it takes none any more."""
+        ended = self.session.ended if self.session is not None else None
+        return self._error(self.asked, EOFError(), []) if ended is None else ended([])
+
+    def _crash(self, name: str, cause: BaseException, calls: list[str]) -> PluginCrashed:
         words, signal_name = self.end_words()
         verdict = "" if calls or not self.owned else self.verdict
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else ""
         tail = self.tail()
-        kind, name = PluginCrashed, f"the plugin {self.recipe.name!r}"
-        text = f"{name} {self._why or words}{verdict}{during}{_last_words(tail)}"
+        kind, text = PluginCrashed, f"{name} {self._why or words}{verdict}{during}{_last_words(tail)}"
         if isinstance(cause, ProtocolError):
             kind, text = ProtocolError, f"{name} broke the protocol and was ended{during}: {cause}"
         return kind(text, exit_code=self.exit_code, signal_name=signal_name, output=tail, calls=list(calls))
@@ -6912,8 +6908,8 @@ class _Start:
     def _spawn(self, argv: list[str], listener: _Listener, key: bytes, settled: threading.Event) -> _Run:
         recipe, logger = self.recipe, self.recipe.log()
         env = {**recipe.environ(), _ADDRESS: listener.address, _AUTHKEY: key.hex(),
-               **recipe.loading(self._above, listener.address), _LOG_LEVEL: str(logger.getEffectiveLevel()),
-               **({_NO_STDIN: "1"} if recipe.stdin == "discard" else {})}
+               _LOADING: json.dumps([*self._above, [recipe.identity(), listener.address]]),
+               _LOG_LEVEL: str(logger.getEffectiveLevel()), _NO_STDIN: "1" * (recipe.stdin == "discard")}
         for folder in listener.passed_over:
             logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
         if recipe.limits and recipe.limits._not_enforced():
@@ -6927,9 +6923,7 @@ class _Start:
                                      cwd=recipe.place(), stdin=stdin, stdout=stdout, stderr=stderr)
         except (OSError, ValueError) as error:
             raise recipe.no_process(argv, error) from None
-        return self._made(_Run(self.supervisor, process, sinks, settled=settled))
-
-    def _made(self, run: _Run) -> _Run:
+        run = _Run(self.supervisor, process, sinks, settled=settled)
         self.supervisor.admit(self, run)
         return run
 
@@ -6947,7 +6941,8 @@ class _Start:
             reason = f"it did not connect within {recipe.start_timeout:g} s{others}"
             return recipe.not_started(argv, f"{reason}; does it call miniplug.serve()?", output=run.tail())
         kind, reason = LaunchError, f"it {run.end_words()[0]}"
-        asked = "".join(run.tail()[-1:]).startswith(("EOFError: EOF when reading", "bdb.BdbQuit"))
+        words = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # the last since Python 3.14
+        asked = "".join(run.tail()[-1:]).startswith(words)
         if asked and recipe.stdin == "discard":
             reason += "; its stdin is discarded: stdin='inherit' gives it the host's"
         if run.exit_code == 0:
@@ -6967,8 +6962,9 @@ class _Start:
         try:
             hello = _Hello(channel, address, bytes.fromhex(config["authkey"]), "host")
             terms = hello.as_host(recipe.protocol_versions, recipe.max_message)
-            process = _NoProcess(channel, config["pid"])
-            self._made(_Run(self.supervisor, process, config=config)).open(channel, terms)
+            run = _Run(self.supervisor, _NoProcess(channel, config["pid"]), config=config)
+            self.supervisor.admit(self, run)
+            run.open(channel, terms)
         except BaseException as error:
             channel.close()
             if isinstance(error, LaunchError):
@@ -6991,9 +6987,7 @@ class _Start:
         run = self.run
         if self.over or run is None or run.session is None:
             return self.error or self.supervisor.is_closed()
-        if run.takes_calls:
-            return None
-        return self.supervisor.is_closed() if run.session.ended is None else run.session.ended([])
+        return None if run.takes_calls else run.error()
 
 
 class _Supervisor:
@@ -7102,26 +7096,20 @@ class _Supervisor:
         if self.state == "closed":
             raise self.is_closed()
         if own is not None and own.run is not None and own.run.session is not None:
-            raise own.run.session.ended([])  # type: ignore[misc]  # it has crashed while on_start runs
+            raise own.run.error()  # it has crashed while on_start runs
         if self.start is not None:
             return self.start
         if self.crash is None:
             return self._started(0.0)
-        tries = len(self._recent())
-        if tries >= self.recipe.max_restarts:
-            self.crash.verdict = self._verdict()
-            raise self.crash.session.ended([])  # type: ignore[union-attr, misc]
-        self.tries.append(time.monotonic())
-        return self._started(self.down_at + min(_PAUSE * 2 ** min(tries, 10), _LONGEST_PAUSE), counts=True)
-
-    def _recent(self) -> list[float]:
-        self.tries = [each for each in self.tries if self.down_at - each < self.recipe.restart_window]
-        return self.tries
-
-    def _verdict(self) -> str:
         most, window = self.recipe.max_restarts, self.recipe.restart_window
-        used_up = f" in {window:g} s are used up" if most else ""
-        return f", and is not started again (max_restarts={most}{used_up}): start() it"
+        self.tries = [each for each in self.tries if self.down_at - each < window]
+        if len(self.tries) >= most:
+            used_up = f" in {window:g} s are used up" if most else ""
+            self.crash.verdict = f", and is not started again (max_restarts={most}{used_up}): start() it"
+            raise self.crash.error()
+        pause = min(_PAUSE * 2 ** min(len(self.tries), 10), _LONGEST_PAUSE)
+        self.tries.append(time.monotonic())
+        return self._started(self.down_at + pause, counts=True)
 
     def _started(self, not_before: float, counts: bool = False) -> _Start:
         start = self.start = _Start(self, not_before, counts)
@@ -7795,55 +7783,49 @@ def launch(command: _Command, **options: Any) -> Plugin:
 
     `command`: an argument list, run as it is; or the path of a program, a ``.py`` file being run under
     `python`; or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``,
-    which this very file serves under `python`, where miniplug need not be installed. The options, all by
-    keyword:
+    which this very file serves under `python`, where miniplug need not be installed. The options:
 
     - `name` (str): what logs and errors call it; by default made from the command.
     - `handshake` (Handshake), `protocol_versions` (ints; default: the handshake's): what the host can speak.
       The highest version that both have is used.
-    - `python` (path): the interpreter; by default this one. A spec or a ``.py`` file imports what lies
-      beside the file, or for ``"module:Attr"`` in `cwd`, and what is installed there. For what lies
-      elsewhere give a ``PYTHONPATH`` in `env`.
+    - `python` (path): the interpreter; by default this one, with its flags. A spec or a ``.py`` file imports
+      what lies beside the file, or for ``"module:Attr"`` in `cwd`, and what is installed there; for more give
+      a ``PYTHONPATH`` in `env`. Another interpreter gets none of this one's own variables.
     - `env` (dict of str): added to the environment, and wins over it. `inherit_env` (bool, default True):
-      False starts from nothing but what the system needs. `cwd` (path): where it runs; a relative path in
-      `command` starts there.
-    - `start_timeout` (seconds, default 60): how long it may take to connect.
-    - `call_timeout` (seconds, default None: no limit): the deadline of every call that has no other.
-    - `stdin`: ``"discard"`` (default), ``"inherit"``, or a file. With ``"inherit"`` on a terminal the plugin
-      shares the host's process group.
-    - `stdout`, `stderr`: ``"log"`` (default), ``"inherit"``, ``"discard"``, a callable that takes each line
-      of text, or a text file to write them to.
-    - `logger` (logging.Logger, default ``miniplug.NAME``): the parent of the loggers that the plugin's
-      records and lines go to: its own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks
-      at ERROR.
+      False starts from nothing but what the system needs. `cwd` (path): where it runs, and where relative
+      paths in `command`, `python` and `sha256` start; all are made absolute at once.
+    - `start_timeout` (seconds, default 60): how long it may take to connect. `call_timeout` (seconds, default
+      None: no limit): the deadline of every call that has no other.
+    - `stdin`: ``"discard"`` (default), ``"inherit"`` (on a terminal the plugin shares the host's process
+      group then), or a file. `stdout`, `stderr`: ``"log"`` (default), ``"inherit"``, ``"discard"``, a
+      callable that takes each line of text, or a text file to write them to.
+    - `logger` (logging.Logger, default ``miniplug.NAME``): the parent of those that the plugin's records and
+      lines go to: its own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
     - `max_restarts` (int, default 0) in any `restart_window` (seconds, default 60): after a crash the next
       call starts the plugin anew, and proxies stay good. A pause goes before, from 0.1 seconds on, and twice
       as long each time; calls wait through it, their deadlines running. The calls in flight fail with
-      PluginCrashed and are never run again. Past the limit calls raise the last PluginCrashed, until
-      `start`.
+      PluginCrashed and are never run again. Past the limit calls raise the last one, until `start`.
     - `heartbeat` (seconds, default None): a plugin that answers no ping for so long counts as crashed, and
       is killed. It may be as busy as it likes, as long as other threads of it can run.
     - `idle_timeout` (seconds, default None): the plugin is closed when for so long no call, stream or
       reference (other than what is dispensed) has been open, and starts again on the next call. Of a
       notification only the sending counts.
-    - `on_start` (callable): ``on_start(plugin)`` runs after every start; until it returns, only the calls of
-      its own thread get through, and what those call back. If it raises, the process is ended, and whoever
-      started it gets that: `start`, or the calls that waited.
-    - `on_exit` (callable): ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the
+    - `on_start`: ``on_start(plugin)`` runs after every start; until it returns, only the calls of its own
+      thread get through, and what those call back. If it raises, the process is ended, and whoever started
+      it gets that. `on_exit`: ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the
       process ends unasked.
-    - `sha256`: the digest in hex of the program, or of the spec's or script's file (not of the interpreter;
-      of an argument list that is the first ``.py`` file in it, or else its program); or ``{path: digest}``,
-      relative to `cwd`. It is checked before anything runs. Somebody who can write to the file can still
-      swap it between the check and the start, and what it imports is not checked unless it is named. What is
-      checked is not run from a bytecode cache; where ``.py`` files are named, no cache is used at all.
-    - `limits` (Limits): what it may use at most.
-    - `managed` (bool, default True): closed at interpreter exit at the latest.
-    - `persist` (bool, default False): it stays when this host goes, also by interpreter exit, unless this
-      one closes it, and can be attached to: see `attach`.
-    - `max_message` (bytes, default 256 MiB, at least 4096): the longest message the host takes.
+    - `sha256`: the digest in hex of the program, or of the spec's or script's file (of an argument list the
+      first ``.py`` file in it, or else its program); or ``{path: digest}``. It is checked before anything
+      runs. Somebody who can write to the file can still swap it after the check, and what it imports is not
+      checked unless it is named. Nothing that is checked is run from a bytecode cache.
+    - `limits` (Limits): what it may use at most. `max_message` (bytes, default 256 MiB, at least 4096): the
+      longest message that the host takes.
+    - `managed` (bool, default True): closed at interpreter exit at the latest. `persist` (bool, default
+      False): it stays when this host goes, unless this one closes it, and can be attached to: see `attach`.
 
-    Raises LaunchError, HandshakeError, ChecksumError or PluginClosed, and what `on_start` raises; ValueError
-    for an option that is none.
+    Raises LaunchError, HandshakeError, ChecksumError, PluginClosed, and what `on_start` raises; TypeError or
+    ValueError for an option that is none; RuntimeError in a process that is being started as a plugin itself
+    and imports a host's module that launches this one, for want of an ``if __name__ == "__main__":``.
     """
     return Plugin(command, **options).start()
 
@@ -7919,11 +7901,11 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     """The files in a folder that `launch` can run, sorted, as absolute paths.
 
     `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*.py"`` the Python
-    files, ``"*/plugin.py"`` one in each folder there. A file can be run that ends with ``.py`` or ``.pyw``,
-    or is executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Folders are none, and what has
-    a name that begins with ``.`` or ``_`` is left out, as is what lies in such a folder: ``__init__.py``,
-    ``__pycache__``, ``.venv``. Nothing is run or imported. ``**`` stands for any folders below, links not
-    followed. For a spec add the attribute: ``f"{path}:Tool"``.
+    files, ``"*/plugin.py"`` one in each folder there, and ``**`` stands for any folders below, links not
+    followed. A file can be run that ends with ``.py`` or ``.pyw``, or is executable (on Windows: an ``.exe``,
+    ``.com``, ``.bat`` or ``.cmd``). Left out is what has a name that begins with ``.`` or ``_``, or lies in
+    such a folder: ``__init__.py``, ``.venv``. Nothing is run or imported. For a spec add the attribute:
+    ``f"{path}:Tool"``.
 
     Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder, ValueError for a pattern
     that is empty or absolute, and TypeError for one that is no str. What lies in the folder and cannot be
@@ -7945,9 +7927,8 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
 
 
 def _matches(folder: str, parts: Sequence[str]) -> Iterable[str]:
-    """The files below a folder that match the parts of a pattern, without those that are hidden. (In
-    Path.glob, one link that leads astray, or to where this user may not look, hides others, or is an error,
-    as the Python has it.)"""
+    """The files below a folder that match the parts of a pattern, without those that are hidden. (With some
+    Pythons' Path.glob one link that leads astray hides others, or is an error.)"""
     (part, *rest), fnmatch = parts, _import("fnmatch").fnmatch
     if part == "**":
         yield from _matches(folder, rest or ["*"])
@@ -7973,11 +7954,10 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     """The installed distributions' entry points of a group: name to spec, such as ``{"csv":
     "shop.export:Csv"}``.
 
-    With `python` those of that interpreter's environment, which it is run for a moment to look through;
-    without it those of this one. Nothing is imported. Where two have the same name, that which comes first on
-    ``sys.path`` counts, as it does in an import; and of a distribution that is installed twice only the
-    first. A distribution that is broken, and an entry that names no attribute of a module, is left out with a
-    warning in the log.
+    With `python` those of that interpreter's environment, which is run for a moment. Nothing is imported.
+    Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an import; and
+    of a distribution that is installed twice only the first. A distribution that is broken, and an entry that
+    names no attribute of a module, is left out with a warning in the log.
 
     Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
@@ -8093,9 +8073,8 @@ def _read_key(path: str) -> bytes:
 
 
 class _OneModule:
-    """An import hook that gives this very module under every name that leads to its file, and that by which
-    the host has vendored it, where it need not lie: in another copy nothing would be registered, served or
-    cancelled."""
+    """An import hook that gives this very module under every name that leads to its file, and under the
+    host's name for it: in a second copy nothing would be registered, served or cancelled."""
 
     def __init__(self, name: str) -> None:
         self._names = {"miniplug", name}
@@ -8123,8 +8102,8 @@ class _OneModule:
 
 
 class _StandardLibrary:
-    """An import hook that finds the standard library first. Else a new file in a folder of plugins, called
-    string.py or calendar.py, would break what it imports itself, and its neighbours."""
+    """An import hook that finds the standard library first. Else a plugin's file that is called string.py
+    would break what it imports itself, and its neighbours."""
 
     def __init__(self) -> None:
         library = os.path.dirname(getattr(os, "__file__", ""))
@@ -8182,22 +8161,20 @@ def _load_module(name: str) -> ModuleType:
         if not error.name or not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
         sys.exit(f"miniplug: there is no module {error.name!r} in {folder or 'the current folder'}, nor among "
-                 f"the packages of {sys.executable}; cwd or PYTHONPATH can name another folder, and a file is "
-                 "given as path/to/file.py:Attr")
+                 f"the packages of {sys.executable}; cwd or PYTHONPATH names another folder, and "
+                 "path/to/file.py:Attr a file")
 
 
 def freeze_support() -> None:
-    """Let a frozen application serve its own plugins: the first statement of its main program, as
-    multiprocessing's is.
+    """Let a frozen application serve its own plugins: the first statement of its main program.
 
-    Without an interpreter beside it (no `python=`), such an application starts its own executable again for a
-    spec or a ``.py`` file. There this function is the plugin's main loop, and does not return; otherwise it
-    does nothing. The plugin can import what is frozen into the application, and what lies beside its own
-    file.
+    Without `python=` such an application starts its own executable again for a spec or a ``.py`` file. There
+    this function is the plugin's main loop, and does not return; otherwise it does nothing. The plugin can
+    import what is frozen into the application, and what lies beside its own file.
 
-    With `python=` that interpreter loads this file itself, from where ``miniplug.__file__`` says: pack it
-    there as a data file, too. For PyInstaller that is ``--add-data miniplug.py:.``, and of a copy that is
-    vendored as ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``.
+    With `python=` that interpreter loads this file from where ``miniplug.__file__`` says: pack it there as a
+    data file, too. For PyInstaller that is ``--add-data miniplug.py:.``, and of a copy that is vendored as
+    ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``.
     """
     if not hasattr(sys, "frozen"):
         return

@@ -20,7 +20,7 @@ if [ "$1" = run ]; then
         mount -t proc proc "$folder/proc"
         mount --rbind /dev "$folder/dev"
         mount --bind "$repository" "$folder/repository"
-        exec chroot "$folder" env -i PATH=/usr/bin:/bin HOME=/root LANG=C.UTF-8 PYTHONPATH="/site-$python" \
+        exec chroot "$folder" env -i PATH=/usr/bin:/bin HOME=/root LANG=C.UTF-8 \
             PYTEST_ADDOPTS="${PYTEST_ADDOPTS:-}" sh -c "cd /repository && exec \"\$0\" \"\$@\"" "python$python" "$@"
     ' sh "$folder" "$PWD" "$python" "$@"
 fi
@@ -44,6 +44,6 @@ inside=(chroot "$folder" env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::
 { "${inside[@]}" update && "${inside[@]}" install -y --no-install-recommends procps "${packages[@]}"; } >&2 ||
     give_up "Debian has no ${packages[*]}"
 for version; do
-    python3 -m pip --quiet --disable-pip-version-check install --target "$folder/site-$version" \
-        --only-binary :all: --python-version "$version" pytest pytest-timeout pytest-xdist hypothesis
+    python3 -m pip --quiet --disable-pip-version-check install --only-binary :all: --python-version "$version" \
+        --target "$folder/usr/local/lib/python$version/dist-packages" pytest pytest-timeout pytest-xdist hypothesis
 done

@@ -404,7 +404,8 @@ def test_serve_tells_the_form_of_a_spec(spec):
     assert err == f"miniplug: {spec!r} is no spec: write module:Attr or path/to/file.py:Attr\n"
 
 
-@pytest.mark.parametrize("spec, words", [("no/such/file.py:Attr", "there is no file "), ("no_such_module_x:A", "there is no module "),
+@pytest.mark.parametrize("spec, words", [("no/such/file.py:Attr", "there is no file "),
+                                         ("no_such_module_x:A", "there is no module "),
                                          (WORKSHOP + ".Nothing", "has no attribute 'Workshop.Nothing'")])
 def test_serve_tells_what_is_not_there(spec, words):
     status, out, err = run("serve", spec, "--persist")

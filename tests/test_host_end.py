@@ -248,6 +248,22 @@ def test_a_guardian_that_somebody_has_ended_or_stopped_is_replaced(write, fault)
     until(lambda: not any(map(alive, pids)), 5)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fdinfo"), reason="only /proc tells of it")
+def test_the_guardian_of_a_host_with_a_default_timeout_waits_for_it():
+    """A socket with a timeout is one that does not block, for whoever inherits it as well: the guardian would take that
+    for the host's end."""
+    import socket
+
+    socket.setdefaulttimeout(0.01)
+    try:
+        with miniplug.launch(WORKSHOP):
+            with open(f"/proc/{miniplug._guardian._process.pid}/fdinfo/0") as info:
+                flags = int(re.findall(r"flags:\s*(\d+)", info.read())[0], 8)
+            assert not flags & os.O_NONBLOCK and miniplug._guardian._line.gettimeout() is None
+    finally:
+        socket.setdefaulttimeout(None)
+
+
 @guarded
 def test_nobody_learns_the_name_of_a_folder_before_it_is_there(monkeypatch):
     """The arguments of a process can be read by every user: a name that is known beforehand can be taken."""

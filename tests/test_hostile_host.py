@@ -94,7 +94,8 @@ GREETINGS = {
     "too long": struct.pack("!i", 4097) + bytes(4097), "negative": struct.pack("!i", -7), "huge": struct.pack("!iQ", -1, 1 << 40),
     "no object": frame(b"[]"), "no JSON": frame(b"{"), "deep": frame(b'{"a":' + b"[" * 4000), "empty": frame(b""),
     "a plugin's": frame(greeting(role="plugin")), "another wire": frame(greeting(miniplug=2)),
-    "no versions": frame(greeting(protocol_versions=None)), "versions that are none": frame(greeting(protocol_versions=["1", True])),
+    "no versions": frame(greeting(protocol_versions=None)),
+    "versions that are none": frame(greeting(protocol_versions=["1", True])),
     "no limit": frame(greeting(max_message=1.5)), "UTF-16": frame(greeting().decode().encode("utf-16")),
     "UTF-32": frame(greeting().decode().encode("utf-32")), "a byte order mark": frame(b"\xef\xbb\xbf" + greeting()),
     "long numbers": frame(greeting(protocol_versions=[10**900] * 3)), "http": b"GET / HTTP/1.1\r\n\r\n",
@@ -106,8 +107,10 @@ GREETINGS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=stream) if name in ("half a length", "half a greeting", "negative", "huge",
-                                                                               "noise", "http") else name for name in GREETINGS])
+BELOW_FRAMES = ("half a length", "half a greeting", "negative", "huge", "noise", "http")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=stream) if name in BELOW_FRAMES else name for name in GREETINGS])
 def test_who_does_not_greet_as_a_host_is_sent_away(plugin, name):
     with caller(plugin) as sock:
         sock.sendall(GREETINGS[name])
@@ -190,8 +193,7 @@ def test_a_crowd_of_silent_callers_has_a_bound(plugin):
     """More than are greeted at once: each has a thread and a descriptor, and no more than so many have."""
     before, callers = (opened(plugin), threads(plugin)), []
     try:
-        for _ in range(miniplug._Door._CROWD + 100 if not WINDOWS else 20):
-            callers.append(by_hand.connect(plugin["address"]))
+        callers.extend(by_hand.connect(plugin["address"]) for _ in range(miniplug._Door._CROWD + 100 if not WINDOWS else 20))
         if not WINDOWS:  # where who is turned away is not to be seen from here
             until(lambda: len(select.select(callers, [], [], 0)[0]) >= 100)
         until(lambda: opened(plugin) <= before[0] + miniplug._Door._CROWD + 5)

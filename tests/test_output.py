@@ -413,7 +413,7 @@ def test_a_progress_bar_is_seen_while_it_moves(write):
                 self.steps += 10
                 sys.stdout.write(f"{self.steps}%\\r")
                 sys.stdout.flush()
-            def finish(self): print("\\ndone")
+            def finish(self): print("done")
     """)
     lines, came = [], threading.Event()
 

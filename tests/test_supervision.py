@@ -198,6 +198,9 @@ def test_what_follows_from_an_end_holds_when_wait_returns(shop, monkeypatch):
         assert entered.wait(30)
         until(lambda: not plugin.running)
         assert plugin.wait(0.05) == plugin.exit_code and not plugin._supervisor.run.ended.is_set()
+        plugin._supervisor.notice()
+        with pytest.raises(miniplug.PluginCrashed, match="exited with status 7, and is not started again"):
+            plugin._supervisor.session()
         held.set()
         assert plugin.wait() == 7 and plugin._supervisor.state == "down"
 

@@ -286,7 +286,7 @@ def closing(scene, fault, kind, detail):
     elif kind == DIES and detail is not None:
         assert code == detail
     elif kind == ANSWERS:
-        assert code == 0
+        assert code == 0 or (code, fault) == (120, "fill_a_disk")  # as Python exits where its last output cannot be written
 
 
 def in_on_start(scene, fault, kind, detail):
