@@ -4929,12 +4929,14 @@ for folder; do
         rmdir -- "$folder"
     fi
 done 2>/dev/null
-runs() { begun "$pid" && [ "$found" = "$start" ]; }
+runs() {  # whether what was told as $1 does, by its number and when it began
+    pid=${1%%@*}
+    group=${pid%%[0-9]*} pid=${pid#?}
+    begun "$pid" && [ "$found" = "${1#*@}" ]
+}
 left() {
     for each in $told; do
-        pid=${each%%@*} start=${each#*@}
-        pid=${pid#?}
-        runs && return 0
+        runs "$each" && return 0
     done
     return 1
 }
@@ -4943,9 +4945,7 @@ while [ "$rounds" -gt 0 ] && left; do
     rounds=$((rounds - 1))
 done
 for each in $told; do
-    pid=${each%%@*} start=${each#*@}
-    group=${pid%%[0-9]*} pid=${pid#?}
-    if runs || { [ "$group" = + ] && ! begun "$pid"; }; then
+    if runs "$each" || { [ "$group" = + ] && ! begun "$pid"; }; then
         [ "$group" = + ] && pid=-$pid
         kill -s KILL -- "$pid"
     fi
@@ -5009,7 +5009,6 @@ class _Guardian:
         argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", tenths]
         try:
             self._line, theirs = socket.socketpair()
-            theirs.setblocking(True)  # whatever socket.setdefaulttimeout() says
         except OSError:  # no descriptor to be had
             return
         try:
@@ -5760,7 +5759,7 @@ class _Recipe:
                 raise RuntimeError(f'{what}, and does not serve yet. {how}  if __name__ == "__main__":')
             try:
                 if not _WINDOWS and address:
-                    _connect(address, 1.0).close()
+                    _connect(address, _HELLO_SECONDS).close()
             except OSError:
                 raise RuntimeError("a host above this process, which does not serve yet, is gone") from None
         return above
@@ -6174,9 +6173,7 @@ class _Start:
                                      cwd=recipe.place(), stdin=stdin, stdout=stdout, stderr=stderr)
         except (OSError, ValueError) as error:
             raise recipe.no_process(argv, error) from None
-        return self._made(_Run(self.supervisor, process, sinks, settled=settled))
-
-    def _made(self, run: _Run) -> _Run:
+        run = _Run(self.supervisor, process, sinks, settled=settled)
         self.supervisor.admit(self, run)
         return run
 
@@ -6215,8 +6212,9 @@ class _Start:
         try:
             hello = _Hello(channel, address, bytes.fromhex(config["authkey"]), "host")
             terms = hello.as_host(recipe.protocol_versions, recipe.max_message)
-            process = _NoProcess(channel, config["pid"])
-            self._made(_Run(self.supervisor, process, config=config)).open(channel, terms)
+            run = _Run(self.supervisor, _NoProcess(channel, config["pid"]), config=config)
+            self.supervisor.admit(self, run)
+            run.open(channel, terms)
         except BaseException as error:
             channel.close()
             if isinstance(error, LaunchError):
@@ -7051,9 +7049,8 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `stdin`: ``"discard"`` (default), ``"inherit"`` (on a terminal the plugin shares the host's process
       group then), or a file. `stdout`, `stderr`: ``"log"`` (default), ``"inherit"``, ``"discard"``, a
       callable that takes each line of text, or a text file to write them to.
-    - `logger` (logging.Logger, default ``miniplug.NAME``): the parent of the loggers that the plugin's
-      records and lines go to: its own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks
-      at ERROR.
+    - `logger` (logging.Logger, default ``miniplug.NAME``): the parent of those that the plugin's records and
+      lines go to: its own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
     - `max_restarts` (int, default 0) in any `restart_window` (seconds, default 60): after a crash the next
       call starts the plugin anew, and proxies stay good. A pause goes before, from 0.1 seconds on, and twice
       as long each time; calls wait through it, their deadlines running. The calls in flight fail with
