@@ -1608,6 +1608,7 @@ def _is_dead(folder: str) -> bool:
 _HELLO_LIMIT = 4096  # bytes; until the key is proven nothing else is decoded
 _HELLO_SECONDS = 5.0
 _CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
+_KNOCK_SECONDS = 0.5  # for one try there; the system itself would try again after 1, 3 and 7 seconds
 _WIRE_VERSION = 1
 
 
@@ -1742,7 +1743,7 @@ def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channe
     while True:
         channel = None
         try:
-            channel = _connect(address, _HELLO_SECONDS)
+            channel = _connect(address, _KNOCK_SECONDS if _transport(address) == "tcp" else _HELLO_SECONDS)
             return channel, greet(channel)
         except BaseException as error:
             if channel is not None:
