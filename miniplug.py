@@ -2436,6 +2436,7 @@ _LOOK = 0.5  # seconds between two looks whether such a run takes long after all
 _LAZY = 0.01  # seconds after a call until a thread of the pool reads, where only what is lent asks for it
 _IDLE_SECONDS = 10.0  # after which a thread of the pool that has nothing to do ends
 _NESTED = 256  # calls on behalf of ours for which no thread waits that run at once; the others wait
+_ENDING = {"SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration", "CancelledError"}
 _RAISED = 16  # exceptions of ours that a call remembers, should they come home
 
 _current: ContextVar[_Request | None] = ContextVar("miniplug", default=None)  # the call that runs here
@@ -3066,7 +3067,7 @@ class _Reader:
                 request = None
                 if seat.get(0) is mine:
                     del seat[0]
-        except (_Broken, ProtocolError) as error:
+        except BaseException as error:  # no memory is left, say: what it was to do would be waited for in vain
             self._session.end(error)
         finally:
             if seat.get(0) is mine:
@@ -3549,7 +3550,7 @@ class _Runner:
     def _remember(self, request: _Request, error: BaseException) -> None:
         """What has been raised here, on behalf of a call of ours, may come home as that one's."""
         call = self._calls.get(request.parent) if request.parent else None
-        if call is not None:
+        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
             call.raised = dict([*(call.raised or {}).items()][1 - _RAISED :])
             call.raised[request.number] = error
 
@@ -3989,7 +3990,7 @@ class _Session:
     def failed(self, error: BaseException, call: _Call) -> BaseException:
         """End the connection for what the other side should not have sent; returns what the call is to raise."""
         self.end(error)
-        return self.ended([call.method])  # type: ignore[misc]
+        return self.ended([*{call.method: None, **dict.fromkeys(self.lost_calls)}])  # type: ignore[misc]
 
     def end(self, cause: BaseException) -> None:
         """The connection has ended: fail every call that waits, and let every thread go. Any thread; the first one ends
@@ -4852,6 +4853,7 @@ class _Awaitable:
         except BaseException as error:
             self._fail(error)
             return
+        call.future = None  # which may have a stream, that shall go when nobody wants it
         try:
             future.set_result(value)
         except _import("concurrent.futures").InvalidStateError:
@@ -4958,9 +4960,9 @@ class Stream:
             self._over = True
             raise StopIteration
         values = self._session.caller.value(self._call, message, _ITEM)
-        received = self._batch[2] + len(values) if type(values) is list else 0
-        if not values or not received or received > self._call.granted:
-            text = "items of a stream are a list, of one at least, and no more than there is credit for"
+        received = self._batch[2] + len(values) if type(values) is list else self._call.granted + 1
+        if received > self._call.granted:
+            text = "items of a stream are a list, and no more than there is credit for"
             raise self._session.failed(ProtocolError(text), self._call)
         self._batch = (message, iter(values), received)
 

@@ -32,7 +32,7 @@ STREAM = {  # broken below the level of frames, or only if it comes all at once
     "a negative length": "struct.pack('!i', -7)",
     "the lowest length": "struct.pack('!i', -1 << 31)",
     "a buffer too long": "message(RESULT, number, b'1', count=1) + struct.pack('!i', max_message)",
-    "more items than credit": "message(RESULT, number, flags=STREAM) + message(ITEM, number, b'[1,2,3]') * 22",
+    "more items than credit": "message(RESULT, number, flags=STREAM) + message(ITEM, number, b'[' + b'1,' * 64 + b'1]')",
 }
 BROKEN = {
     # frames
