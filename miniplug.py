@@ -1348,23 +1348,25 @@ def _of_system(error: OSError) -> bool:
 class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
-    It is taken by one step, `setdefault(0, mine)`, so that nothing strikes between having it and knowing it; `mine`
+    It is taken by one step, `setdefault(0, mine)`, so that nothing strikes between having it and knowing it, and given
+    back first of all in a `finally`, without a call: so nothing strikes before that, in Python 3.10 and later. `mine`
     is a weak reference to a set with the thread's ident, which only a local variable of the holder's holds. So
-    however the holder's frame is left, also when handlers raise twice in its `finally`, the seat is known to be lost
-    once the frame is gone; and a finalizer or a handler that comes here in the midst of it is known as well.
+    however the holder's frame is left, the seat is known to be lost once the frame is gone; and a finalizer or a
+    handler that comes here in the midst of it is known as well.
     """
 
     __slots__ = ()
+    __missing__ = dict.get  # what nobody holds is None
 
     def holder(self) -> Any:
         """The holder's thread, in a set; an empty one if the seat is free or lost."""
-        mine = self.get(0)
+        mine = self[0]
         return () if mine is None else mine() or ()
 
     def mend(self) -> None:
         """Free the seat if it is lost. For threads in which no handler strikes."""
         with _mending:
-            mine = self.get(0)
+            mine = self[0]
             if mine is not None and mine() is None:
                 del self[0]
 
@@ -1444,10 +1446,10 @@ class _Channel:
         """Write a message, whole; or leave it to the thread that is writing. An empty one: go on with what is left.
         From the very step on that has it written for sure, `lent` is empty.
 
-        Without `wait` never wait for the other side. Raises _Late past the deadline: then a message that has begun is
-        finished by others, and any other is not sent. Raises _Broken.
+        Without `wait` never wait for the other side. Raises _Late past the deadline: then a message that has begun, or
+        lends, is sent by others, and any other is not. Raises _Broken.
         """
-        writer, posted, token = self.writer, self.posted, {_get_ident()}
+        writer, posted, token, plain = self.writer, self.posted, {_get_ident()}, not lent
         mine = _ref_to(token)
         try:
             if writer.setdefault(0, mine) is not mine:
@@ -1460,14 +1462,15 @@ class _Channel:
                 self._post(message, lent)
             self._write_all(wait, deadline)
         except _Late:
-            self._withdraw(message)
+            if plain:  # what it lends is lent
+                self._withdraw(message)
             raise
         except _Broken:
             posted.clear()
             self.batch = None
             raise
         finally:
-            if writer.get(0) is mine:
+            if writer[0] is mine:
                 del writer[0]
             while self.waiters:
                 _open(self.waiters.popleft())
@@ -1543,10 +1546,10 @@ class _Channel:
             if self.writer:
                 gate.acquire(True, min(left, _LOOK_AGAIN) if left > 0 else _LOOK_AGAIN)
 
-    def post_release(self, number: int) -> None:
-        """Leave a message behind that gives a reference back, for who writes next: finalizers call this."""
+    def notice(self, number: int) -> list[list[_Bytes]]:
+        """A message that gives a reference back, to be posted."""
         frame = _FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)
-        self.posted.append([frame[self.skips :]])
+        return [[frame[self.skips :]]]
 
     def is_mine(self) -> bool:
         """Whether this thread is in the midst of writing, further down than the caller."""
@@ -2529,59 +2532,57 @@ class _Pool:
 
 class _Watch:
     """One thread for all sessions of this process, which sleeps when there is nothing: it calls functions at a time, and
-    looks after sessions that ask for it. Any thread may ask, a finalizer too: `_new` and `_asked` are taken from in one
-    step each, and all else is the thread's own."""
+    looks after sessions that ask for it. It runs while there is a session.
+
+    `tasks` are (function, arguments) for it to call, soon, in its thread. Any thread may put, a finalizer too. To put is
+    one step: so who is struck by a handler leaves its cleanup here, before another strikes.
+    """
 
     def __init__(self) -> None:
-        self._gate = _gate()
-        self._new: deque[tuple[float, int, Callable[[], Any]]] = deque()
-        self._asked: deque[_Reader] = deque()
+        self.tasks: Any = _import("_queue").SimpleQueue()
         self._numbers = itertools.count()
+        self._alarms: list[tuple[float, int, Callable[[], Any]]] = []  # a heap, the thread's own
+        self._readers: list[_Reader] = []  # the thread's own as well
         self._running: dict[int, Any] = {}  # {0: a token} while the thread runs
 
     def alarm(self, when: float, function: Callable[[], Any]) -> None:
-        """Have a thread of the pool call a function at a time. Raises RuntimeError if no thread can be started."""
-        self._new.append((when, next(self._numbers), function))
-        self.wake()
+        """Have a thread of the pool call a function at a time."""
+        self.tasks.put((_import("heapq").heappush, (self._alarms, (when, next(self._numbers), function))))
 
     def look_after(self, reader: _Reader) -> None:
         """Call its `look` now and then, until that says no."""
-        self._asked.append(reader)
-        self.wake()
+        self.tasks.put((self._readers.append, (reader,)))
 
-    def wake(self) -> None:
+    def start(self) -> None:
+        """There is a session. Raises RuntimeError if no thread can be started."""
         token = [None]
-        if not self._running and self._running.setdefault(0, token) is token:
+        if self._running.setdefault(0, token) is token:
             try:
                 _start_thread("miniplug-watch", self._run)
             except BaseException:
                 self._running.clear()
                 raise
-        _open(self._gate)
 
     def _run(self) -> None:
-        alarms: list[tuple[float, int, Callable[[], Any]]] = []  # a heap
-        readers: list[_Reader] = []
-        next_look = 0.0
-        heapq = _import("heapq")
+        alarms, next_look = self._alarms, 0.0
         while _sessions:
-            while self._new:
-                heapq.heappush(alarms, self._new.popleft())
             now = time.monotonic()
             while alarms and alarms[0][0] <= now:
-                _aside_in_pool(heapq.heappop(alarms)[2])
-            if self._asked and not readers:
-                next_look = now + _LOOK
-            while self._asked:
-                readers.append(self._asked.popleft())
-            if readers and now >= next_look:
-                next_look = now + _LOOK
-                readers = [reader for reader in readers if reader.look()]
-            times = [alarm[0] for alarm in alarms[:1]] + ([next_look] if readers else [])
-            self._gate.acquire(True, max(0.0, min(min(times) - now, _FOREVER)) if times else -1)
+                _aside_in_pool(_import("heapq").heappop(alarms)[2])
+            if self._readers and now >= next_look:
+                if next_look:
+                    self._readers = [reader for reader in self._readers if reader.look()]
+                next_look = now + _LOOK if self._readers else 0.0
+            times = [alarm[0] for alarm in alarms[:1]] + [next_look] * bool(self._readers)
+            try:
+                function, arguments = self.tasks.get(True, max(0.0, min(min(times) - now, _FOREVER)) if times else None)
+                function(*arguments)
+            except _import("_queue").Empty:
+                pass
+            function = arguments = None
         self._running.clear()
-        if _sessions and (self._new or self._asked):
-            self.wake()
+        if _sessions:
+            self.start()
 
 
 def _aside_in_pool(function: Callable[..., Any], *arguments: Any) -> None:
@@ -2831,7 +2832,7 @@ class _Reader:
         except (_Broken, ProtocolError) as error:
             self._session.end(error)
         finally:
-            if seat.get(0) is mine:
+            if seat[0] is mine:
                 del seat[0]
             session = self._session
             if self.sleepers or self.unattended or self._requests or session.references.lends or session.sealed \
@@ -2944,9 +2945,8 @@ class _Reader:
                 message = come[0]
                 if message[2] == number and message[0] == _RESULT and not message[1] & _STREAM:  # the usual case
                     if waiting.streams is None and number in calls:  # type: ignore[union-attr]
-                        waiting.inbox.append(message)  # type: ignore[union-attr]
+                        waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
                         calls.pop(number, None)
-                        come.popleft()
                         continue
                 kind = message[0]
                 if kind in _ANSWERS:
@@ -2973,18 +2973,14 @@ class _Reader:
             return False
         if flags & _STREAM and kind == _RESULT and call.streams is None:
             call.streams = message
-        if kind == _ITEM:
-            if len(call.inbox) > _WINDOW:  # each has an item at least
-                raise ProtocolError("more items of a stream than there is credit for")
+        if kind == _ITEM and len(call.inbox) > _WINDOW:  # each has an item at least
+            raise ProtocolError("more items of a stream than there is credit for")
+        if call.future is not None and kind != _ITEM and (call.streams is None or call.streams is message):
+            call.future._arrive(call, come, waiting is None)
+        else:
             call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
-        else:  # to repeat this does no harm
-            if call.future is not None and (call.streams is None or call.streams is message):
-                call.future._arrive(call, message, waiting is None)
-            else:
-                call.inbox.append(message)
-            if call.streams is not message and self._calls.pop(number, None) is None:
-                self._session.caller.forget(call)  # it was given up meanwhile
-            come.popleft()
+        if kind != _ITEM and call.streams is not message and self._calls.pop(number, None) is None:
+            self._session.caller.forget(call)  # it was given up meanwhile
         self.unattended.discard(number)
         if call.watcher is not None:
             call.watcher()
@@ -3065,12 +3061,12 @@ class _Reader:
                         return
                     self._inline = -request.number
                 request = None
-                if seat.get(0) is mine:
+                if seat[0] is mine:
                     del seat[0]
         except BaseException as error:  # no memory is left, say: what it was to do would be waited for in vain
             self._session.end(error)
         finally:
-            if seat.get(0) is mine:
+            if seat[0] is mine:
                 del seat[0]
             if self.attendant is task:
                 self.attendant = None
@@ -3092,10 +3088,7 @@ class _Reader:
     def be_watched(self) -> None:
         if not self._watched:
             self._watched = True
-            try:
-                _watch.look_after(self)
-            except RuntimeError:  # no thread to be had, or the interpreter ends
-                self._watched = False
+            _watch.look_after(self)
 
     def look(self) -> bool:
         """Called by the watch now and then. Returns whether it shall look again."""
@@ -3132,7 +3125,8 @@ def _first_of(what: Any, _: Any) -> Any:
 
 class _Caller:
     """Our calls, from the proxy to the answer. Any thread, from any number of them at once. What may be left when a
-    handler raises (`_leave`) is cleared up by a thread of the pool, where none strikes again."""
+    handler raises is cleared up by a thread of the pool (`give_up`), where none strikes again. It is told in the first
+    step of an `except`, which has no call before it: so nothing strikes before that, in Python 3.10 and later."""
 
     def __init__(self, session: _Session) -> None:
         self._session = session
@@ -3158,9 +3152,15 @@ class _Caller:
             call.home = False
             if call.nested:
                 self._session.runner.disown(call)
+            if call.number in self._calls and call.streams is None:  # who read was struck before that
+                self._calls.pop(call.number, None)
             return self.value(call, call.inbox[0])
         except BaseException as error:
-            self._leave(call, error)
+            if call.decoded is None:
+                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
+            if type(error) is _Late:
+                self.give_up(call)
+                raise _too_late(call) from None
             raise
 
     def submit(self, future: Any, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
@@ -3182,7 +3182,11 @@ class _Caller:
             self.give_up(call)
             future._fail(_too_late(call))
         except BaseException as error:
-            self._leave(call, error)
+            if call.decoded is None:
+                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
+            if type(error) is _Late:
+                self.give_up(call)
+                raise _too_late(call) from None
             raise
         return call
 
@@ -3193,10 +3197,14 @@ class _Caller:
         try:
             call.lent = []
             self._start(call, _NOTIFY, self._codec.dumps_call(target, method, args, kwargs, call.lent))
-            self._calls.pop(call.number, None)
             self._reader.pass_on()  # it may lend something
+            self._calls.pop(call.number, None)
         except BaseException as error:
-            self._leave(call, error)
+            if call.decoded is None:
+                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
+            if type(error) is _Late:
+                self.give_up(call)
+                raise _too_late(call) from None
             raise
 
     def ping(self, seconds: float) -> float:
@@ -3206,9 +3214,14 @@ class _Caller:
         try:
             self._start(call, _PING, _NOTHING)
             self._reader.wait(call)
+            self._calls.pop(call.number, None)
             self.value(call, call.inbox[0], _PONG)
         except BaseException as error:
-            self._leave(call, error)
+            if call.decoded is None:
+                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
+            if type(error) is _Late:
+                self.give_up(call)
+                raise _too_late(call) from None
             raise
         return time.perf_counter() - start
 
@@ -3222,7 +3235,10 @@ class _Caller:
                 call.home = True
                 self._reader.wait(call)
             except BaseException as error:
-                self._leave(call, error)
+                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
+                if type(error) is _Late:
+                    self.give_up(call)
+                    raise _too_late(call) from None
                 raise
             finally:
                 call.home = False
@@ -3274,25 +3290,6 @@ class _Caller:
             vars(error)["_origin"] = (_ref_to(self._session), call.number)
         return error  # type: ignore[no-any-return]
 
-    def _leave(self, call: _Call, error: BaseException) -> None:
-        """The thread that waited for a call goes, because of an error: its answer, or anything else."""
-        if (call.number in self._calls or call.lent or call.nested or call.running or call.future is not None
-                or (call.inbox and call.inbox[0] is not call.decoded)):
-            if type(error) is not _Late and not isinstance(error, PluginError):
-                _aside_in_pool(self.give_up, call)
-            else:
-                self.leave(call)
-        if type(error) is _Late:
-            raise _too_late(call) from None
-
-    def leave(self, call: _Call) -> None:
-        """Give a call up, also if a handler strikes."""
-        try:
-            self.give_up(call)
-        except BaseException:
-            _aside_in_pool(self.give_up, call)
-            raise
-
     def give_up(self, call: _Call) -> None:
         """Want nothing more of a call. The other side is told, unless it is over. (This may be repeated.)"""
         session = self._session
@@ -3309,6 +3306,7 @@ class _Caller:
         self._calls.pop(call.number, None)
         self.forget(call)
         self._reader.pass_on()
+        session.flush()
 
     def forget(self, call: _Call) -> None:
         """Want nothing of what has come about a call."""
@@ -3515,6 +3513,10 @@ class _Runner:
                 name = f"{request.method}()" if request.method else "the function"
                 self.fail(request, _renamed(error, "the result", f"the result of {name}"), own=True)
                 return
+        elif type(value) is _Ref:  # an instance that was dispensed in vain is to be exited
+            references, lent = self._session.references, []
+            references.lend(self._session, value, lent)
+            references.unlend(lent)
         self.finish(request)
 
     def finish(self, request: _Request) -> None:
@@ -3816,6 +3818,7 @@ class _Session:
         channel.gone = lambda error: None if self.ended is not None else self.end(error)
         channel.begin(max_message)
         _sessions.add(self)
+        _watch.start()
         if serving:
             self.reader.pass_on()
 
@@ -3849,11 +3852,11 @@ class _Session:
         content = _NOTHING if value is None else self.codec.dumps(value, "a message")
         self.send(kind, 0, number, content, wait=False)
 
-    def discard(self, number: int) -> None:
-        """Have a reference given back: finalizers call this, which may run at any moment, inside any lock. It leaves with
+    def discard(self, notices: Iterable[list[_Bytes]]) -> None:
+        """Have references given back: finalizers call this, which may run at any moment, inside any lock. It leaves with
         what is sent next, or when the watch looks."""
         if self.ended is None:
-            self.channel.post_release(number)
+            self.channel.posted.extend(notices)
             self.reader.be_watched()
 
     def flush(self) -> None:
@@ -3874,7 +3877,7 @@ class _Session:
             self.channel.shutdown()
 
     def alarm(self, when: float) -> None:
-        """Have the deadlines of submitted calls looked at then. Raises RuntimeError if no thread can be started."""
+        """Have the deadlines of submitted calls looked at then."""
         if self._next_alarm is None or when < self._next_alarm:
             self._next_alarm = when
             _watch.alarm(when, self._ring)
@@ -3931,12 +3934,18 @@ class _Session:
         strikes: so none gets lost halfway. Raises as the codec does."""
         _, flags, _, _, body, buffers = message
         if flags & _TAGGED and b'"$ref"' in body and _in_main_thread():
-            return _in_pool(self._decode, message, owner)
-        return self._decode(message, owner)
-
-    def _decode(self, message: _Message, owner: Any) -> Any:
+            ticket = [message]
+            try:
+                return _in_pool(self._decode, ticket, owner)
+            finally:
+                ticket.clear()  # once this thread has gone that one does not begin
         owner.decoded = message
-        return self.codec.loads(message[4], message[5], message[1] & _TAGGED)
+        return self.codec.loads(body, buffers, flags & _TAGGED)
+
+    def _decode(self, ticket: list[_Message], owner: Any) -> Any:
+        vars(owner).update(zip(("decoded",), itertools.starmap(ticket.pop, _ONCE)))  # one step: it has begun
+        _, flags, _, _, body, buffers = owner.decoded
+        return self.codec.loads(body, buffers, flags & _TAGGED)
 
     def drop(self, message: _Message) -> None:
         """A message that nobody wants any more: references in it are given back."""
@@ -4017,8 +4026,7 @@ class _Session:
         _sessions.discard(self)
         if not _sessions:
             _pool.retire()
-            if _watch._running:
-                _watch.wake()
+            _watch.tasks.put((bool, ()))  # it ends
 
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""
@@ -4224,11 +4232,12 @@ class _Target:
     """What a proxy and its methods share: the session, and the number that the object is lent under there. What a plugin
     serves has another kind, which finds it again in another session (_Dispensed)."""
 
-    __slots__ = ("__weakref__", "identity", "label", "number", "released", "session", "timeout")
+    __slots__ = ("__weakref__", "_notice", "identity", "label", "number", "released", "session", "timeout")
 
     def __init__(self, session: _Session, number: int) -> None:
         self.session = session
         self.number = number
+        self._notice = session.channel.notice(number) if number else []  # until it is given back
         self.identity: Any = (session, number)  # what it stands for, also when it is released or dispensed anew
         self.released = False
         self.label = "the object"
@@ -4255,15 +4264,11 @@ class _Target:
         """Have a submitted call begin later, if it has to wait for a start."""
         return False
 
-    def take(self) -> int:
-        """The number, for another target to give back."""
-        self.released = True
-        self.session.borrowed.discard(id(self))
-        return self.number
-
     def release(self) -> None:
-        if not self.released and self.take():
-            self.session.discard(self.number)
+        self.released = True
+        if self._notice:  # the step that posts it forgets it
+            self.session.discard(map(self._notice.pop, (0,)))
+        self.session.borrowed.discard(id(self))
 
     def __del__(self) -> None:
         if hasattr(self, "released"):
@@ -4560,17 +4565,21 @@ class _Method(_Remote):
         """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
         call: Call = __getattr__("Call")(self.__name__)
         target, what = self._target, (self._name, args, kwargs)
-        found = target.here()
-        if found is not None:
-            try:
-                call._begin(*found, *what, self._seconds())
-                return call
-            except _Sealed:
-                pass
-        begin = partial(_reach, target.find, call._begin, *what)
-        if not target.put_off(call, begin, self._seconds()):
-            begin(self._seconds())
-        return call
+        try:
+            found = target.here()
+            if found is not None:
+                try:
+                    call._begin(*found, *what, self._seconds())
+                    return call
+                except _Sealed:
+                    pass
+            begin = partial(_reach, target.find, call._begin, *what)
+            if not target.put_off(call, begin, self._seconds()):
+                begin(self._seconds())
+            return call
+        except BaseException:
+            _watch.tasks.put((_aside_in_pool, (call.cancel,)))
+            raise
 
     def notify(self, *args: Any, **kwargs: Any) -> None:
         """Call, and want no answer. What the method raises goes to the plugin's stderr."""
@@ -4814,6 +4823,7 @@ class _Awaitable:
 
     if TYPE_CHECKING:
         _condition: Any
+        _state: str
         _done_callbacks: list[Any]
 
     def __init__(self, method: str) -> None:
@@ -4823,29 +4833,35 @@ class _Awaitable:
         self._call: _Call | None = None
 
     def _begin(self, session: _Session, *what: Any) -> None:
-        if self.done():  # cancelled before it could be sent, or lost with the session that took no more calls
+        if self._state != "PENDING":  # cancelled before it could be sent, or lost with the session that took no more calls
             return
         self._session = session
-        try:
-            call = session.submit(self, *what)
-            if self.cancelled():  # meanwhile, by a signal handler
-                session.caller.give_up(call)
-        except BaseException:
-            if self._call is not None:
-                _aside_in_pool(session.caller.give_up, self._call)
-            raise
+        call = session.submit(self, *what)
+        if self._state[:9] == "CANCELLED":  # meanwhile, by a signal handler
+            session.caller.give_up(call)
 
-    def _arrive(self, call: _Call, message: _Message, attends: bool) -> None:
+    def _arrive(self, call: _Call, come: deque[_Message], attends: bool) -> None:
         """Called by who reads, once the answer has come. Callbacks may take long: a thread of the pool runs them, and does
         it all where the reader may be interrupted."""
-        if attends:
-            with self._condition:  # no callback is added meanwhile
+        if attends and self._condition.acquire(False):  # who was struck in the midst of a `result` may hold it for ever
+            try:  # no callback is added meanwhile
                 if not any(map(_may_block, self._done_callbacks)):
-                    return self._settle(call, message)
-        return _aside_in_pool(self._settle, call, message)
+                    return self._settle(call, come.popleft())
+            finally:
+                self._condition.release()
+        try:
+            _pool.move(zip((self._settle,), zip((call,), itertools.starmap(come.popleft, _ONCE))))
+        except RecursionError:
+            raise
+        except RuntimeError:  # no thread to be had
+            self._settle(call, come.popleft())
+        return None
 
     def _settle(self, call: _Call, message: _Message) -> None:
         future: Any = self
+        call.session.reader.unattended.discard(call.number)  # should who read have been struck before that
+        if call.streams is None:
+            call.session.calls.pop(call.number, None)
         if self.done():
             return call.session.drop(message)  # type: ignore[no-any-return]
         try:
@@ -4869,6 +4885,9 @@ class _Awaitable:
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
+        return _in_pool(self._cancel) if _in_main_thread() else self._cancel()
+
+    def _cancel(self) -> bool:
         base: Any = super()
         with self._condition:
             if self.done():
@@ -4877,7 +4896,7 @@ class _Awaitable:
             base.cancel()
             base.set_running_or_notify_cancel()
         if self._session is not None and self._call is not None:
-            self._session.caller.leave(self._call)
+            self._session.caller.give_up(self._call)
         for callback in callbacks:
             base.add_done_callback(callback)
         return True
@@ -4935,12 +4954,14 @@ class Stream:
                     return item
                 if self._over:
                     raise StopIteration
-                self._drop_read()
                 try:
+                    self._drop_read()
                     self._take(self._session.caller.next(self._call))
-                except BaseException as error:
-                    if not isinstance(error, StopIteration):
-                        self._abandon()
+                except StopIteration:
+                    raise
+                except BaseException:
+                    self._over = True
+                    _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
                     raise
 
     def _drop_read(self) -> None:
@@ -4958,6 +4979,7 @@ class Stream:
         """Take a part of the stream. Raises StopIteration at the end, and what the generator raised."""
         if message[0] == _END:
             self._over = True
+            self._session.calls.pop(self._call.number, None)
             raise StopIteration
         values = self._session.caller.value(self._call, message, _ITEM)
         received = self._batch[2] + len(values) if type(values) is list else self._call.granted + 1
@@ -4965,11 +4987,6 @@ class Stream:
             text = "items of a stream are a list, and no more than there is credit for"
             raise self._session.failed(ProtocolError(text), self._call)
         self._batch = (message, iter(values), received)
-
-    def _abandon(self) -> None:
-        self._over = True
-        if self._call.number in self._session.calls:
-            _aside_in_pool(self._session.caller.give_up, self._call)
 
     def __aiter__(self) -> Stream:
         return self
@@ -4989,7 +5006,8 @@ class Stream:
                 except StopIteration:
                     raise StopAsyncIteration from None
                 except BaseException:
-                    self._abandon()
+                    self._over = True
+                    _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
                     raise
                 finally:
                     self._lock.release()
@@ -5032,7 +5050,7 @@ class Stream:
         """Give the rest up: the plugin's generator is closed. Closing what has ended does nothing."""
         if not self._over:
             self._over = True
-            self._session.caller.leave(self._call)
+            _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
             self._call.inbox.append((_END, 0, self._call.number, 0, b"", ()))  # for a thread or a task that waits
             if self._call.gate is not None:
                 _open(self._call.gate)
@@ -5058,11 +5076,8 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_over", True) and self._session.ended is None and not sys.is_finalizing():
-            try:
-                _pool.put(self._session.caller.give_up, self._call)
-            except RuntimeError:
-                pass  # no thread to be had; or the interpreter ends
+        if not getattr(self, "_over", True) and self._session.ended is None:
+            _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
 
     def __repr__(self) -> str:
         return f"<stream of {self._call.method}(), {'ended' if self._over else 'open'}>"
@@ -7389,19 +7404,26 @@ class _Dispensed(_Target):
 
     def __init__(self, supervisor: _Supervisor, dispense: Callable[[_Session, float | None], _Target],
                  first: _Target) -> None:
-        super().__init__(first.session, first.number)
-        self.session.borrowed.discard(id(self))  # it keeps no run up
+        self.at: dict[_Session, _Target] = {}
+        super().__init__(first.session, 0)  # what is given back are those
+        self.identity = first.identity
         self._supervisor, self._dispense = supervisor, dispense
         self._lock = threading.RLock()
-        self.at: dict[_Session, int] = {first.session: first.take()}
+        self._add(first)
+
+    def _add(self, target: _Target) -> None:
+        known = {session: each for session, each in self.at.items() if session.ended is None}
+        self.at = {**known, target.session: target}
+        for each in (self, target):
+            target.session.borrowed.discard(id(each))  # it keeps no run up
 
     def here(self) -> tuple[_Session, int] | None:
         session = self._supervisor.open
-        number = self.at.get(session)  # type: ignore[arg-type]
-        return None if number is None else (session, number)  # type: ignore[return-value]
+        target = self.at.get(session)  # type: ignore[arg-type]
+        return None if target is None else (session, target.number)  # type: ignore[return-value]
 
     def number_at(self, session: _Session) -> int | None:
-        return self.at.get(session)
+        return self.at[session].number if session in self.at else None
 
     def find(self, asked: _Call) -> tuple[_Session, int]:
         if self.released:
@@ -7412,22 +7434,18 @@ class _Dispensed(_Target):
                 raise _too_late(asked)
             try:
                 if session not in self.at:
-                    number = self._dispense(session, asked.left()).take()
-                    known = {each: number for each, number in self.at.items() if each.ended is None}
-                    self.at = {**known, session: number}
+                    self._add(self._dispense(session, asked.left()))
             finally:
                 self._lock.release()
-        return session, self.at[session]
+        return session, self.at[session].number
 
     def put_off(self, *what: Any) -> bool:
         return self._supervisor.put_off(*what)
 
     def release(self) -> None:
         self.released = True
-        at, self.at = self.at, {}
-        for session, number in at.items():
-            if number:
-                session.discard(number)
+        for target in self.at.values():
+            target.release()
 
 
 class Plugin:
