@@ -367,3 +367,13 @@ def test_help_on_a_proxy_tells_of_its_methods():
         assert "plain(a, b)\n        Two by position or by name." in out.getvalue()
         assert "_private" not in out.getvalue()
     assert "plain(...)" in proxy.__doc__  # closed, it cannot be asked
+
+
+def test_help_is_not_drowned_in_what_is_inherited():
+    lines = pydoc.render_doc(miniplug, renderer=pydoc.plaintext).splitlines()
+    assert len(lines) < 1100  # 2155 were too many to find anything
+    beginning = "\n".join(lines[:80])
+    assert [word for word in ("Call", "submit", "notify", "timeout", "dispense") if word not in beginning] == []
+    text = "\n".join(lines)
+    assert [name for name in miniplug.__all__ if name not in text] == []
+    assert "with_traceback" not in text and "__reduce__" not in text
