@@ -232,7 +232,6 @@ def test_the_plugin_says_and_takes_what_the_document_says(ends, nonce, monkeypat
     channel, host = ends
     nonce("plugin")
     monkeypatch.setattr(miniplug, "_GATHER", float("inf"))  # how items gather is a matter of time; here it is of number
-    monkeypatch.setattr(miniplug._Session, "flush_later", lambda session, producer: None)
     plugin = Background(be_plugin, channel)
     play(host, CONVERSATION, ">")
     session = plugin.result()
