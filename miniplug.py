@@ -3838,7 +3838,7 @@ class _Session:
         self.call, self.submit, self.notify = self.caller.call, self.caller.submit, self.caller.notify
         self.ping, self.probe = self.caller.ping, self.caller.probe
         channel.stuck, channel.later = self.reader.pass_on, self._flush_later
-        channel.gone = lambda error: None if self.ended is not None else self.end(error)
+        channel.gone = lambda error: None if self.cause is not None else self.end(error)
         channel.begin(max_message)
         _sessions.add(self)
         if serving:
