@@ -2958,6 +2958,8 @@ class _Reader:
                 raise _Late
             while come:
                 message = come[0]
+                if message[1] & _TAGGED and b'"$own"' in message[4]:
+                    message = come[0] = self._session.references.held(message)
                 if message[2] == number and message[0] == _RESULT and not message[1] & _STREAM:  # the usual case
                     if waiting.streams is None and number in calls:  # type: ignore[union-attr]
                         waiting.inbox.append(message)  # type: ignore[union-attr]
@@ -4337,7 +4339,7 @@ def release(proxy: Any) -> None:
 class _Loan:
     """An object lent to the other side, and the context manager to exit with the loan, if any."""
 
-    __slots__ = ("key", "known", "manager", "methods", "object", "sent")
+    __slots__ = ("__weakref__", "key", "known", "manager", "methods", "object", "sent")
 
     def __init__(self, obj: Any, key: Any, manager: Any = None) -> None:
         self.object = obj
@@ -4346,6 +4348,10 @@ class _Loan:
         self.methods = _method_names(obj)
         self.known = {name: name for name in self.methods or ()}
         self.sent: deque[None] = deque()  # as long as how often it was sent, and not given back
+
+
+class _Held(tuple):  # type: ignore[type-arg]
+    """The buffers of a message, and in `loans` what comes home in it."""
 
 
 class _References:
@@ -4358,6 +4364,7 @@ class _References:
         self._lock = threading.RLock()  # protects the following three
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
+        self._parting: dict[int, Any] = {}  # loans that were given back, as long as they are held: weak references
         self._exiting: list[threading.Thread] = []  # those that exit a context manager
         self.lends = False  # whether anything is lent
 
@@ -4377,7 +4384,9 @@ class _References:
         return getattr(obj, method)  # type: ignore[no-any-return]
 
     def loan(self, number: Any) -> _Loan:
-        loan = self._loans.get(number) if type(number) is int else None
+        loan = None
+        if type(number) is int:
+            loan = self._loans.get(number) or self._parting.get(number, lambda: None)()
         if loan is None:
             raise DeadReference(f"reference {number!r} is not lent, or no longer")
         return loan
@@ -4414,6 +4423,15 @@ class _References:
             loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
         return "$ref", [number, loan.methods, callable(obj)]
 
+    def held(self, message: _Message) -> _Message:
+        """The same message, which holds what comes home in it: a release that follows is done before others decode it."""
+        *head, body, buffers = message
+        if type(buffers) is _Held:
+            return message
+        held: Any = _Held(buffers)
+        held.loans = [self._loans.get(int(number)) for number in re.findall(rb'"\$own":\s*\[\s*(\d{1,18})\b', body)]
+        return (*head, body, held)
+
     def own(self, number: Any, method: Any) -> Any:
         """What comes home. Raises DeadReference, MethodNotFound."""
         if method is not None and type(method) is not str:
@@ -4430,6 +4448,7 @@ class _References:
                 loan.sent.pop()
             if loan.sent:
                 return
+            self._parting[number] = _ref_to(loan, lambda gone: self._parting.pop(number, None))
             del self._loans[number]
             self._lent.pop(loan.key, None)
             self.lends = len(self._loans) > 1
