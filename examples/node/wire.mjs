@@ -217,7 +217,8 @@ function settle(kind, number, text, flags) {
   try {
     if (kind === RESULT) return resolve?.(call.decode(text, flags));
     const { own, type, message } = JSON.parse(text);
-    const raw = text.replace(/^\s*\{(?=\s*")/, `{"home":${number},`); // passed on, it is the host's very own exception again
+    const home = String(text).replace(/^\s*\{(?=\s*")/, `{"home":${number},`); // passed on, it is the host's very own again
+    const raw = Buffer.from(home);
     reject?.(Object.assign(new Error(message), own ? { name: type } : { raw, flags }));
   } catch (error) {
     reject?.(error);
