@@ -978,8 +978,9 @@ class _Codec:
             return self._pack_carefully(value, label, lent, error)
 
     def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
-                   lent: list[int]) -> _Content:
+                   lent: list[int] | None = None) -> _Content:
         """The same of a call."""
+        lent = [] if lent is None else lent
         try:
             if not kwargs and _FINE.issuperset(map(type, args)):
                 return _encode((target, method, args, kwargs)).encode(), (), 0, lent
@@ -2182,6 +2183,7 @@ def _is_dead(folder: str) -> bool:
 _HELLO_LIMIT = 4096  # bytes; until the key is proven nothing else is decoded
 _HELLO_SECONDS = 5.0
 _CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
+_KNOCK_SECONDS = 0.5  # for one try there; the system itself would try again after 1, 3 and 7 seconds
 
 
 if TYPE_CHECKING:
@@ -2318,7 +2320,7 @@ def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channe
     while True:
         channel = None
         try:
-            channel = _connect(address, _HELLO_SECONDS)
+            channel = _connect(address, _KNOCK_SECONDS if _transport(address) == "tcp" else _HELLO_SECONDS)
             return channel, greet(channel)
         except BaseException as error:
             if channel is not None:
@@ -2846,7 +2848,7 @@ class _Reader:
         self._watched = False
         self._retry = False  # whether there was no thread for an attendant
         self._last = 0.0  # when a call came that was not watched
-        self._lazy = False  # whether somebody will look soon if a thread should read
+        self._looked_at = 0.0  # until then it is sure that somebody looks whether a thread should read
         self.vacant = _gate()  # opens when somebody has stopped reading after the end
 
     def read_for(self, call: _Call) -> None:
@@ -2911,10 +2913,22 @@ class _Reader:
         elif self.attendant is None:
             if self._session.serving or self.unattended:
                 self._attend_if_possible()
-            elif self._session.is_open and not self._lazy:
-                self._lazy = True
-                _watch.alarm(time.monotonic() + _LAZY, self._attend_if_quiet)
+            elif self._session.is_open:
+                self._attend_soon()
         return None
+
+    def _attend_soon(self) -> None:
+        """Where only what is lent asks for a reader: a caller who calls again at once finds the seat free until then."""
+        now = time.monotonic()
+        if now < self._looked_at:
+            return
+        self._looked_at = now + 5 * _LAZY
+        try:
+            _watch.alarm(now + _LAZY, self._attend_if_quiet)
+        except RecursionError:
+            raise
+        except RuntimeError:
+            self._looked_at = 0.0  # no thread to be had: the next one who stops reading tries again
 
     def _is_wanted(self) -> bool:
         """Whether somebody must read though nobody waits."""
@@ -2941,7 +2955,7 @@ class _Reader:
 
     def _attend_if_quiet(self) -> None:
         """It is a while ago that a caller has stopped reading. If none reads now, a thread of the pool does."""
-        self._lazy = False
+        self._looked_at = 0.0
         if self._is_wanted():
             self._attend_if_possible()
 
@@ -3647,16 +3661,16 @@ class _Producer:
     """The sending end of a stream: it takes from an iterator what the other side has given credit for. Items that come
     quickly gather, and leave together; a slow producer's leave one by one, when they are made.
 
-    `credit` are the messages that have come about it: who routes adds to it, and calls `resume`. One thread, or one
-    task, produces: the one that is `_running`. `_lock` protects `_group`, `_size` and `_last`, and is held while items
-    leave, so that they leave in order.
+    `credit` is what has come of it: who routes adds to it, and calls `resume`. One thread, or one task, produces: the
+    one that is `_running`. `_lock` protects `_group`, `_size` and `_last`, and is held while items leave, so that they
+    leave in order.
     """
 
     def __init__(self, request: _Request, iterator: Any) -> None:
         self._request = request
         self._session = request.session
         self.iterator = iterator
-        self.credit: deque[_Message] = deque()
+        self.credit: deque[int] = deque()
         self._granted, self._used = _WINDOW, 0  # items for which there was credit; that were made
         self._running: dict[int, Any] = {}
         self._over = False  # whether the end has been told
@@ -3666,9 +3680,9 @@ class _Producer:
         self._last = 0.0  # when some left
         self._alarmed = False  # whether those that wait are seen to
 
-    def grant(self, message: _Message) -> None:
-        """There is more credit."""
-        self.credit.append(message)
+    def grant(self, count: int) -> None:
+        """There is credit for so many more items."""
+        self.credit.append(count)
         self.resume()
 
     def resume(self) -> None:
@@ -3678,11 +3692,7 @@ class _Producer:
 
     def _has_credit(self) -> bool:
         while self.credit:
-            body = self.credit.popleft()[4]
-            count = self._session.codec.loads(body, (), 0) if body else None
-            if type(count) is not int or not 0 < count <= _WINDOW:
-                raise ProtocolError(f"a credit of {count!r} items")
-            self._granted += count
+            self._granted += self.credit.popleft()
         return self._used < self._granted
 
     def _begin(self) -> Any:
@@ -3780,8 +3790,6 @@ class _Producer:
         """Send the rest and the end, and be done with the call."""
         self._over = True
         request, runner = self._request, self._session.runner
-        if issubclass(type(error), ProtocolError):
-            self._session.end(error)  # type: ignore[arg-type]
         self.flush()
         try:
             if hasattr(self.iterator, "close"):
@@ -3920,8 +3928,11 @@ class _Session:
         if kind == _RELEASE:
             return self.once(come, self.references.release, number)
         if kind == _CREDIT:
+            count = self.codec.loads(body, (), 0) if body else None
+            if type(count) is not int or not 0 < count <= _WINDOW:
+                raise ProtocolError(f"a credit of {_shown(count)} items")
             if request is not None and request.producer is not None:
-                return self.once(come, request.producer.grant, message)
+                return self.once(come, request.producer.grant, count)
         elif kind == _PING:
             self.post(_PONG, number)
         elif kind == _CANCEL:
@@ -3940,10 +3951,15 @@ class _Session:
         """Call a function for the first of `come`, which must neither be lost nor done twice: where a handler may raise,
         the message is handed to the pool in one step."""
         if _in_main_thread():
-            _pool.move(zip((function,), zip(map(_first_of, (what,), itertools.starmap(come.popleft, _ONCE)))))
-        else:
-            come.popleft()
-            function(what)
+            try:
+                return _pool.move(zip((function,), zip(map(_first_of, (what,),
+                                                           itertools.starmap(come.popleft, _ONCE)))))
+            except RecursionError:
+                raise
+            except RuntimeError:
+                pass  # no thread to be had
+        come.popleft()
+        return function(what)  # type: ignore[no-any-return]
 
     def decode(self, message: _Message, owner: Any) -> Any:
         """The value of a message about a call or request. References in it are borrowed in a thread where no handler

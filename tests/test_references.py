@@ -6,7 +6,7 @@ import gc
 import threading
 
 import pytest
-from conftest import WINE, swallow, until
+from conftest import WINE, run_python, swallow, until
 from test_session import LIMIT, in_threads, pair  # noqa: F401
 
 import miniplug
@@ -569,3 +569,30 @@ def test_one_plugins_callback_into_another(write):
         with pytest.raises(miniplug.DeadReference, match="gone"):  # the host's own, which comes home
             two.call(function, 1)
         assert two.call(lambda: "alive") == "alive"
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_what_is_alive_when_the_interpreter_ends_says_nothing(managed, write):
+    """Some Pythons collect it only when the names of its module are gone."""
+    path = write("host.py", f"""
+        import sys
+        import miniplug
+
+        class Shop:
+            def count(self):
+                yield from range(1000)
+            def lend(self):
+                return miniplug.ref([1])
+
+        class Kept:
+            pass
+
+        if __name__ == "__main__":
+            shop = miniplug.launch(__file__ + ":Shop", managed={managed}).dispense()
+            lent, stream, method, call = shop.lend(), shop.count(), shop.lend, shop.lend.submit()
+            next(stream)
+            Kept.shop = sys.kept = shop
+            cycle = Kept()
+            cycle.own, cycle.kept = cycle, shop.lend()
+    """)
+    assert run_python(path) == (0, "", "")

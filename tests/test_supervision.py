@@ -662,7 +662,7 @@ def test_a_host_that_stood_still_several_times_before_it_could_read_the_answer(s
 
     with miniplug.launch(shop, heartbeat=1000) as plugin:
         run, proxy = plugin._supervisor.run, plugin.dispense()
-        monkeypatch.setattr(type(run.session), "probe", lambda session: False)
+        monkeypatch.setattr(run.session, "probe", lambda: False)
         monkeypatch.setattr(run, "gone", Gone())
         run._mind(run.session)
         monkeypatch.undo()
