@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the miniplug authors
 """miniplug: plugins that run as subprocesses and are called like local objects.
 
 One file, standard library only, Python 3.8 and up. Vendor it or install it.
@@ -13,9 +15,17 @@ and its host::
 
     import miniplug
 
-    with miniplug.launch("greeter.py:GreeterHello") as plugin:
-        greeter = plugin.dispense()
-        print(greeter.greet("world"))
+    if __name__ == "__main__":
+        with miniplug.launch("greeter.py:GreeterHello") as plugin:
+            greeter = plugin.dispense()
+            print(greeter.greet("world"))
+
+What `dispense` gives is a proxy, with the plugin's public methods. Each can be called in four ways::
+
+    m(...)             waits for the result, and raises what the method raised
+    m.submit(...)      gives a Call: a concurrent.futures.Future that asyncio can await too
+    m.notify(...)      wants no answer
+    m.timeout(5)(...)  waits at most 5 seconds; m.timeout(5).submit(...) and .notify(...) likewise
 
 The plugin runs in a process of its own. Whatever it does there (raise, leak, call ``os._exit``, die of a
 segmentation fault) is an exception in the host, with the exit code and the last lines it wrote; and when the host
@@ -72,7 +82,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     import multiprocessing
     from pathlib import Path
     from types import ModuleType
-    from typing import IO, Any, Callable, Iterable, Mapping, NoReturn, Sequence, TextIO, TypeVar, Union, overload
+    from typing import IO, Any, Callable, Iterable, Mapping, NamedTuple, NoReturn, Sequence, TextIO, TypeVar, Union, overload
 
     from typing_extensions import ParamSpec  # which type checkers have for every Python
 
@@ -84,6 +94,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Sink = Callable[[str], Any]  # what takes lines of output
     _Output = Union[str, _Sink, TextIO]
     _Bytes = Union[bytes, bytearray, memoryview]
+    _Message = tuple[Any, ...]  # kind, flags, number, parent, body, buffers
     _Content = tuple[bytes, Sequence[_Bytes], int, Sequence[int]]  # a value as bytes, those beside it, tagged?, what it lends
 
 __version__ = "0.1.0"
@@ -105,7 +116,15 @@ _network: Any = socket
 
 # === 1. errors ==========================================================================================
 
-class PluginError(Exception):
+class _Brief(type):
+    """help() and Tab tell what a class of ours adds, not all that it inherits."""
+
+    def __dir__(cls) -> list[str]:
+        ours = [vars(base) for base in cls.__mro__ if base.__module__ == __name__]
+        return sorted({name for names in ours for name in names if not name.startswith("_")})
+
+
+class PluginError(Exception, metaclass=_Brief):
     """The base of every error of miniplug's. What an error carries beside its text are attributes of it."""
 
     def __init__(self, message: str = "", **carried: Any) -> None:
@@ -227,7 +246,11 @@ if TYPE_CHECKING:  # at run time these, and Call, are made when they are first a
         seconds: float = 0.0
 
 
-def __getattr__(name: str) -> Any:
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _on_first_use(name: str) -> Any:
     known: dict[str, Any] = {"__module__": __name__}
     if name in globals():
         return globals()[name]
@@ -245,7 +268,11 @@ def __getattr__(name: str) -> Any:
         known["__doc__"] = "A call that was submitted: a concurrent.futures.Future that can also be awaited in asyncio."
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, type(name, tuple(bases), known))  # one class, however many threads ask at once
+    return globals().setdefault(name, _Brief(name, tuple(bases), known))  # one class, however many threads ask at once
+
+
+if not TYPE_CHECKING:  # or checkers would take any name for one of ours
+    __getattr__ = _on_first_use
 
 
 def _import(name: str) -> Any:
@@ -1320,9 +1347,8 @@ _MANY_POSTED = 256  # so many messages may be left to the thread that writes, be
 _POSTED_LIMIT = 1 << 17  # so many that the other side does not take end the connection
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
-_Message = tuple  # (kind, flags, number, parent, body, buffers)
 _get_ident = threading.get_ident
-_consume = deque(maxlen=0).extend  # run an iterator to its end, in one step
+_consume: Callable[[Iterable[Any]], None] = deque(maxlen=0).extend  # run an iterator to its end, in one step
 _ref_to: Any = _import("_weakref").ref
 
 
@@ -1481,7 +1507,7 @@ class _Channel:
     def _post(self, message: list[_Bytes], lent: Any) -> None:
         if message:
             # one step: it is to be written, and what it lends is lent
-            clear = itertools.compress(map(list.clear, (lent,)), (0,)) if lent else ()
+            clear: Any = itertools.compress(map(list.clear, (lent,)), (0,)) if lent else ()
             self.posted.extend(itertools.chain((message,), clear))
 
     def _withdraw(self, message: list[_Bytes]) -> None:
@@ -1503,7 +1529,7 @@ class _Channel:
                 messages = itertools.starmap(posted.popleft, itertools.repeat((), count))
                 self.batch[0].extend(itertools.chain.from_iterable(messages))
             try:
-                if self._transmit(*self.batch, blocking):
+                if self._transmit(*self.batch, blocking):  # type: ignore[call-arg]
                     self.batch = None
             except BlockingIOError as error:
                 if not _of_system(error):
@@ -1630,7 +1656,7 @@ class _SocketChannel(_Channel):
                 self._check_size(size, None)
                 if len(data) >= 4 + size:
                     self.state = (come, data[4 + size :], [], None, None)
-                    return data[4 : 4 + size]
+                    return data[4 : 4 + size]  # type: ignore[no-any-return]
             if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
                 return None
             self._fill(chunks, self.sock.recv, _READ_SIZE)
@@ -1646,7 +1672,7 @@ class _SocketChannel(_Channel):
                 if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
                     return None
                 if large is not None:
-                    self._receive_large(*large, partial)
+                    self._receive_large(*large, partial)  # type: ignore[call-arg]
                     continue
                 self._fill(chunks, self.sock.recv, _READ_SIZE)
             data = chunks[0]
@@ -1805,7 +1831,7 @@ class _PipeChannel(_Channel):
             wait = self._api.INFINITE if deadline is None else int(_left(deadline) * 1000 + 0.999)
             try:
                 if not reading:
-                    self._use(lambda handle: reading.extend(map(self._api.ReadFile, (handle,), (size,), (True,))))
+                    self._use(lambda handle: reading.extend(map(self._api.ReadFile, (handle,), (size,), (True,))))  # noqa: B023
                 if not self._is_done(reading[0], wait):
                     return None
                 _, error = reading[0][0].GetOverlappedResult(True)
@@ -2163,8 +2189,17 @@ _CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
 _KNOCK_SECONDS = 0.5  # for one try there; the system itself would try again after 1, 3 and 7 seconds
 
 
-class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic_cookie_value",
-                           defaults=(1, "MINIPLUG_COOKIE", "b7fb5a3f2d4a4c0e9a5f6b1c"))):
+if TYPE_CHECKING:
+    class _Handshake(NamedTuple):
+        protocol_version: int = 1
+        magic_cookie_key: str = ""
+        magic_cookie_value: str = ""
+else:
+    _Handshake = namedtuple("_Handshake", "protocol_version magic_cookie_key magic_cookie_value",
+                            defaults=(1, "MINIPLUG_COOKIE", "b7fb5a3f2d4a4c0e9a5f6b1c"))
+
+
+class Handshake(_Handshake, metaclass=_Brief):
     """What a host and its plugins agree on beforehand. Immutable.
 
     `protocol_version` (int, default 1) is the version of the interface that they share; count it up when that
@@ -2174,10 +2209,6 @@ class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic
     """
 
     __slots__ = ()
-    if TYPE_CHECKING:
-        protocol_version: int
-        magic_cookie_key: str
-        magic_cookie_value: str
 
 
 # What a handshake settles; the other side's limit in bytes, and its features.
@@ -2234,7 +2265,7 @@ class _Hello:
         expected = self._mac(role)
         proof = str(self.hear().get("proof"))
         if not _import("hmac").compare_digest(expected.encode(), proof.encode("utf-8", "replace")):
-            raise __getattr__("AuthenticationError")(f"the {role} at {self._address} does not hold the key")
+            raise _on_first_use("AuthenticationError")(f"the {role} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
         mac = _import("hmac").new(self._key, digestmod="sha256")
@@ -2257,7 +2288,7 @@ class _Hello:
 
     def _refusal(self, versions: Sequence[int], theirs: Mapping[str, Any]) -> str:
         """Why this host does not take a plugin that holds the key, if it does not."""
-        cookie, offered, codecs = theirs.get("cookie"), theirs["protocol_versions"], theirs.get("codecs")
+        cookie, offered = theirs.get("cookie"), theirs["protocol_versions"]
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
             return ("it is a plugin for another host: it expects another magic cookie in "
                     f"{cookie.get('key')!r}; is the handshake given to launch() the one that it serves with?")
@@ -2673,7 +2704,7 @@ def _waits_for_itself(call: _Call) -> Exception:
 
 def _too_late(call: _Call) -> Exception:
     text = f"{call.method}() took longer than {call.seconds:g} s"
-    return __getattr__("CallTimeout")(text, method=call.method, seconds=call.seconds)  # type: ignore[no-any-return]
+    return _on_first_use("CallTimeout")(text, method=call.method, seconds=call.seconds)  # type: ignore[no-any-return]
 
 
 class _Sealed(Exception):
@@ -2874,7 +2905,7 @@ class _Reader:
     def pass_on(self) -> None:
         """Where somebody should read and nobody does, wake one who will."""
         if self.seat:
-            return
+            return None
         for call in list(self.sleepers.values()):
             gate = call.gate
             if gate is not None:
@@ -2943,6 +2974,8 @@ class _Reader:
                 raise _Late
             while come:
                 message = come[0]
+                if message[1] & _TAGGED and b'"$own"' in message[4]:
+                    message = come[0] = self._session.references.held(message)
                 if message[2] == number and message[0] == _RESULT and not message[1] & _STREAM:  # the usual case
                     if waiting.streams is None and number in calls:  # type: ignore[union-attr]
                         waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
@@ -2952,13 +2985,13 @@ class _Reader:
                 if kind in _ANSWERS:
                     if self._route_answer(come, message, waiting):
                         return None
-                elif kind == _CALL or kind == _NOTIFY:
+                elif kind in (_CALL, _NOTIFY):
                     request = self._route_call(come, message, waiting)
                     if request is not None:
                         return request
                 else:
                     self._session.steer(come, message)
-            message = None  # what has come is not kept alive by who waits for more
+            message = ()  # what has come is not kept alive by who waits for more
             if waiting is not None and (waiting.inbox or waiting.nested):
                 return None
 
@@ -3038,7 +3071,7 @@ class _Reader:
                 if not self._is_wanted() or seat.setdefault(0, mine) is not mine:
                     self.attendant = None  # who stops reading looks for one after that
                     if seat or not self._is_wanted() or self.attendant is not None:
-                        return
+                        return None
                     self.attendant = task
                     continue
                 request = self._read()
@@ -3046,7 +3079,7 @@ class _Reader:
                     pass
                 elif not runner.decode(request):
                     runner.slots.give_back()
-                elif self._quick.get(request.method, 0) < 3 or not self._watched and self._is_rare():
+                elif self._quick.get(request.method, 0) < 3 or (not self._watched and self._is_rare()):
                     self.attendant = None
                     del seat[0]
                     self.pass_on()  # another thread reads
@@ -3058,7 +3091,7 @@ class _Reader:
                     runner.run(request)
                     runner.slots.give_back()
                     if self.attendant is not task:
-                        return
+                        return None
                     self._inline = -request.number
                 request = None
                 if seat[0] is mine:
@@ -3384,7 +3417,8 @@ class _Runner:
     def run_nested(self, call: _Call) -> None:
         """As the thread that waits for a call: run one that is made on its behalf."""
         call.home = False  # this thread is busy: what comes now others run
-        call.running = running = deque()
+        running: deque[Any] = deque()
+        call.running = running
         running.extend(itertools.starmap(call.nested.popleft, _ONCE))  # type: ignore[union-attr]
         self.disown(call)
         request = self._requests.get(running[0][2])
@@ -3537,6 +3571,7 @@ class _Runner:
             _import("traceback").print_exception(type(error), error, error.__traceback__)
         elif not request.cancelled:
             self._remember(request, error)
+            tell: Callable[[], Any]
             for tell in (partial(_encode_error, error, own), partial(_encode_error, error, own, bare=True),
                          partial(dict, message="an exception that cannot be told")):
                 try:
@@ -3629,8 +3664,9 @@ class _Producer:
     """The sending end of a stream: it takes from an iterator what the other side has given credit for. Items that come
     quickly gather, and leave together; a slow producer's leave one by one, when they are made.
 
-    `credit` is what has come of it: who routes adds to it, and calls `resume`. One thread, or one task, produces: the one that is `_running`. `_lock` protects `_group`, `_size` and `_last`, and is held while items
-    leave, so that they leave in order.
+    `credit` is what has come of it: who routes adds to it, and calls `resume`. One thread, or one task, produces: the
+    one that is `_running`. `_lock` protects `_group`, `_size` and `_last`, and is held while items leave, so that they
+    leave in order.
     """
 
     def __init__(self, request: _Request, iterator: Any) -> None:
@@ -3815,7 +3851,7 @@ class _Session:
         self.call, self.submit, self.notify = self.caller.call, self.caller.submit, self.caller.notify
         self.ping, self.probe = self.caller.ping, self.caller.probe
         channel.stuck, channel.later = self.reader.pass_on, self._flush_later
-        channel.gone = lambda error: None if self.ended is not None else self.end(error)
+        channel.gone = lambda error: None if self.cause is not None else self.end(error)
         channel.begin(max_message)
         _sessions.add(self)
         _watch.start()
@@ -3907,7 +3943,7 @@ class _Session:
             if request is not None:
                 request.cancel()
         elif kind == _SHUTDOWN and self.serving:
-            grace = self.codec.loads(body, (), 0) if body else None
+            grace: Any = self.codec.loads(body, (), 0) if body else None
             self.stop(max(0.0, float(grace)) if type(grace) in (int, float) else 0.0)
         elif not flags & _IGNORABLE:
             raise ProtocolError(f"a message of the unknown kind {kind}")
@@ -3932,7 +3968,7 @@ class _Session:
     def decode(self, message: _Message, owner: Any) -> Any:
         """The value of a message about a call or request. References in it are borrowed in a thread where no handler
         strikes: so none gets lost halfway. Raises as the codec does."""
-        _, flags, _, _, body, buffers = message
+        _, flags, _, _, body, _ = message
         if flags & _TAGGED and b'"$ref"' in body and _in_main_thread():
             ticket = [message]
             try:
@@ -4032,7 +4068,7 @@ class _Session:
         """In a forked child: leave the connection to its parent."""
         self.ended = lambda calls: PluginError("the connection belongs to the process that this one was forked from")
         self.sealed = self.is_abandoned = True
-        self.channel.abandon()
+        self.channel.abandon()  # type: ignore[attr-defined]
         self.reader.seat = _Seat()
 
     def dispose(self) -> None:
@@ -4286,7 +4322,7 @@ def _reach(find: Callable[[_Call], tuple[_Session, int]], function: Callable[...
             return session, function(session, number, method, args, kwargs, asked.left())
         except _Sealed:
             pass
-        except __getattr__("CallTimeout"):
+        except _on_first_use("CallTimeout"):
             if asked.left() != 0.0:  # it is another one's, such as on_start's
                 raise
             raise _too_late(asked) from None
@@ -4325,7 +4361,7 @@ def release(proxy: Any) -> None:
 class _Loan:
     """An object lent to the other side, and the context manager to exit with the loan, if any."""
 
-    __slots__ = ("key", "known", "manager", "methods", "object", "sent")
+    __slots__ = ("__weakref__", "key", "known", "manager", "methods", "object", "sent")
 
     def __init__(self, obj: Any, key: Any, manager: Any = None) -> None:
         self.object = obj
@@ -4334,6 +4370,10 @@ class _Loan:
         self.methods = _method_names(obj)
         self.known = {name: name for name in self.methods or ()}
         self.sent: deque[None] = deque()  # as long as how often it was sent, and not given back
+
+
+class _Held(tuple):  # type: ignore[type-arg]
+    """The buffers of a message, and in `loans` what comes home in it."""
 
 
 class _References:
@@ -4346,6 +4386,7 @@ class _References:
         self._lock = threading.RLock()  # protects the following three
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
+        self._parting: dict[int, Any] = {}  # loans that were given back, as long as they are held: weak references
         self._exiting: list[threading.Thread] = []  # those that exit a context manager
         self.lends = False  # whether anything is lent
 
@@ -4365,7 +4406,9 @@ class _References:
         return getattr(obj, method)  # type: ignore[no-any-return]
 
     def loan(self, number: Any) -> _Loan:
-        loan = self._loans.get(number) if type(number) is int else None
+        loan = None
+        if type(number) is int:
+            loan = self._loans.get(number) or self._parting.get(number, lambda: None)()
         if loan is None:
             raise DeadReference(f"reference {number!r} is not lent, or no longer")
         return loan
@@ -4402,6 +4445,15 @@ class _References:
             loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
         return "$ref", [number, loan.methods, callable(obj)]
 
+    def held(self, message: _Message) -> _Message:
+        """The same message, which holds what comes home in it: a release that follows is done before others decode it."""
+        *head, body, buffers = message
+        if type(buffers) is _Held:
+            return message
+        held: Any = _Held(buffers)
+        held.loans = [self._loans.get(int(number)) for number in re.findall(rb'"\$own":\s*\[\s*(\d{1,18})\b', body)]
+        return (*head, body, held)
+
     def own(self, number: Any, method: Any) -> Any:
         """What comes home. Raises DeadReference, MethodNotFound."""
         if method is not None and type(method) is not str:
@@ -4418,6 +4470,7 @@ class _References:
                 loan.sent.pop()
             if loan.sent:
                 return
+            self._parting[number] = _ref_to(loan, lambda gone: self._parting.pop(number, None))
             del self._loans[number]
             self._lent.pop(loan.key, None)
             self.lends = len(self._loans) > 1
@@ -4431,7 +4484,7 @@ class _References:
                 pass  # no thread to be had
         _exit(loan.manager)
 
-    def unlend(self, lent: Iterable[int]) -> None:
+    def unlend(self, lent: Any) -> None:
         """What was lent for a message that was not sent; and what a handler that raised has left half lent."""
         numbers = list(lent)
         if numbers:
@@ -4526,7 +4579,7 @@ def _describe(function: Any) -> list[Any]:
 
 # === 7. proxies =========================================================================================
 
-class MethodInfo(namedtuple("MethodInfo", "name signature doc")):
+class MethodInfo(namedtuple("_MethodInfo", "name signature doc"), metaclass=_Brief):
     """What `Plugin.describe` tells of a method: `name`, `signature` (text, or None) and `doc` (text, or None)."""
 
     __slots__ = ()
@@ -4563,7 +4616,7 @@ class _Method(_Remote):
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:
         """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
-        call: Call = __getattr__("Call")(self.__name__)
+        call: Call = _on_first_use("Call")(self.__name__)
         target, what = self._target, (self._name, args, kwargs)
         try:
             found = target.here()
@@ -4868,8 +4921,12 @@ class _Awaitable:
             value = call.session.caller.value(call, message)
         except BaseException as error:
             self._fail(error)
+<<<<<<< HEAD
             return
         call.future = None  # which may have a stream, that shall go when nobody wants it
+=======
+            return None
+>>>>>>> front
         try:
             future.set_result(value)
         except _import("concurrent.futures").InvalidStateError:
@@ -5589,7 +5646,16 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
     return process
 
 
-class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
+if TYPE_CHECKING:
+    class _Limits(NamedTuple):
+        memory: int | None
+        cpu_seconds: float | None
+        open_files: int | None
+else:
+    _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
+
+
+class Limits(_Limits, metaclass=_Brief):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
     - `memory` (bytes): on POSIX the address space of each process, on Windows what all of them have
@@ -5605,10 +5671,6 @@ class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
     """
 
     __slots__ = ()
-    if TYPE_CHECKING:
-        memory: int | None
-        cpu_seconds: float | None
-        open_files: int | None
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:

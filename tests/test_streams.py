@@ -1,7 +1,6 @@
 """Streams: generators and iterators of both kinds, both ways; flow control, ends, and what is let go of."""
 
 import asyncio
-import collections
 import gc
 import os
 import struct

@@ -207,10 +207,7 @@ def pair():
 
 def read(channel, count):
     """That many frames."""
-    frames = []
-    for _ in range(count):
-        frames.append(channel.receive_frame(None))
-    return frames
+    return [channel.receive_frame(None) for _ in range(count)]
 
 
 def test_both_ways_at_once_from_several_threads(pair):
