@@ -4752,8 +4752,8 @@ class _Proxy(_Remote):
 
 
 def _borrow(session: _Session, tag: str, state: Any) -> Any:
-    """What a reference that has come stands for. Raises ValueError for what is none, DeadReference and MethodNotFound."""
-    number, second, *rest = state if type(state) is list else (None, None)
+    """What a reference that has come stands for. Raises ProtocolError for what is none, DeadReference and MethodNotFound."""
+    number, second, *rest = state if type(state) is list and len(state) > 1 else (None, None)
     if tag == "$own":
         return session.references.own(number, second)
     named = second is None or (type(second) is list and all(isinstance(name, str) for name in second))
@@ -4921,12 +4921,8 @@ class _Awaitable:
             value = call.session.caller.value(call, message)
         except BaseException as error:
             self._fail(error)
-<<<<<<< HEAD
-            return
-        call.future = None  # which may have a stream, that shall go when nobody wants it
-=======
             return None
->>>>>>> front
+        call.future = None  # which may have a stream, that shall go when nobody wants it
         try:
             future.set_result(value)
         except _import("concurrent.futures").InvalidStateError:
@@ -5037,6 +5033,7 @@ class Stream:
         if message[0] == _END:
             self._over = True
             self._session.calls.pop(self._call.number, None)
+            self._session.caller.value(self._call, message, _END)
             raise StopIteration
         values = self._session.caller.value(self._call, message, _ITEM)
         received = self._batch[2] + len(values) if type(values) is list else self._call.granted + 1
@@ -5089,6 +5086,7 @@ class Stream:
         finally:
             self._waiters.remove(waiter)
             if not self._waiters:
+                self._call.watcher = None  # which would keep the stream alive
                 self._session.reader.unattended.discard(self._call.number)
 
     def _has_news(self) -> bool:
