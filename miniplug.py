@@ -2824,7 +2824,7 @@ class _Reader:
         seat, token = self.seat, {_get_ident()}
         mine = _ref_to(token)
         try:
-            if seat.setdefault(0, mine) is mine:
+            if seat.setdefault(0, mine) is mine and not (call.inbox or call.nested):  # who read before may have brought it
                 self._read(call)
         except (_Broken, ProtocolError) as error:
             self._session.end(error)
