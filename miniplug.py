@@ -3886,7 +3886,7 @@ class _Session:
         kind, flags, number, _, body, _ = message
         request = self.requests.get(number)  # None: it has ended meanwhile
         if kind == _RELEASE:
-            return self.once(come, self.references.release, number)
+            return self.once(come, self.references.release_unless_busy, number)
         if kind == _CREDIT:
             if request is not None and request.producer is not None:
                 return self.once(come, request.producer.grant, message)
@@ -4414,6 +4414,15 @@ class _References:
             except RuntimeError:
                 pass  # no thread to be had
         _exit(loan.manager)
+
+    def release_unless_busy(self, number: int) -> None:
+        """The same for who reads: a finalizer that calls in the midst of `lend` waits for that one."""
+        if not self._lock.acquire(False):
+            return _aside_in_pool(self.release, number)
+        try:
+            return self.release(number)
+        finally:
+            self._lock.release()
 
     def unlend(self, lent: Iterable[int]) -> None:
         """What was lent for a message that was not sent; and what a handler that raised has left half lent."""
