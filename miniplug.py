@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the miniplug authors
 """miniplug: plugins that run as subprocesses and are called like local objects.
 
 One file, standard library only, Python 3.8 and up. Vendor it or install it.
@@ -13,9 +15,17 @@ and its host::
 
     import miniplug
 
-    with miniplug.launch("greeter.py:GreeterHello") as plugin:
-        greeter = plugin.dispense()
-        print(greeter.greet("world"))
+    if __name__ == "__main__":
+        with miniplug.launch("greeter.py:GreeterHello") as plugin:
+            greeter = plugin.dispense()
+            print(greeter.greet("world"))
+
+What `dispense` gives is a proxy, with the plugin's public methods. Each can be called in four ways::
+
+    m(...)             waits for the result, and raises what the method raised
+    m.submit(...)      gives a Call: a concurrent.futures.Future that asyncio can await too
+    m.notify(...)      wants no answer
+    m.timeout(5)(...)  waits at most 5 seconds; m.timeout(5).submit(...) and .notify(...) likewise
 
 The plugin runs in a process of its own. Whatever it does there (raise, leak, call ``os._exit``, die of a
 segmentation fault) is an exception in the host, with the exit code and the last lines it wrote; and when the host
@@ -72,7 +82,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     import multiprocessing
     from pathlib import Path
     from types import ModuleType
-    from typing import IO, Any, Callable, Iterable, Mapping, NoReturn, Sequence, TextIO, TypeVar, Union, overload
+    from typing import IO, Any, Callable, Iterable, Mapping, NamedTuple, NoReturn, Sequence, TextIO, TypeVar, Union, overload
 
     from typing_extensions import ParamSpec  # which type checkers have for every Python
 
@@ -84,6 +94,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Sink = Callable[[str], Any]  # what takes lines of output
     _Output = Union[str, _Sink, TextIO]
     _Bytes = Union[bytes, bytearray, memoryview]
+    _Message = tuple[Any, ...]  # kind, flags, number, parent, body, buffers
     _Content = tuple[bytes, Sequence[_Bytes], int, Sequence[int]]  # a value as bytes, those beside it, tagged?, what it lends
 
 __version__ = "0.1.0"
@@ -105,7 +116,15 @@ _network: Any = socket
 
 # === 1. errors ==========================================================================================
 
-class PluginError(Exception):
+class _Brief(type):
+    """help() and Tab tell what a class of ours adds, not all that it inherits."""
+
+    def __dir__(cls) -> list[str]:
+        ours = [vars(base) for base in cls.__mro__ if base.__module__ == __name__]
+        return sorted({name for names in ours for name in names if not name.startswith("_")})
+
+
+class PluginError(Exception, metaclass=_Brief):
     """The base of every error of miniplug's. What an error carries beside its text are attributes of it."""
 
     def __init__(self, message: str = "", **carried: Any) -> None:
@@ -227,7 +246,11 @@ if TYPE_CHECKING:  # at run time these, and Call, are made when they are first a
         seconds: float = 0.0
 
 
-def __getattr__(name: str) -> Any:
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _on_first_use(name: str) -> Any:
     known: dict[str, Any] = {"__module__": __name__}
     if name in globals():
         return globals()[name]
@@ -245,7 +268,11 @@ def __getattr__(name: str) -> Any:
         known["__doc__"] = "A call that was submitted: a concurrent.futures.Future that can also be awaited in asyncio."
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, type(name, tuple(bases), known))  # one class, however many threads ask at once
+    return globals().setdefault(name, _Brief(name, tuple(bases), known))  # one class, however many threads ask at once
+
+
+if not TYPE_CHECKING:  # or checkers would take any name for one of ours
+    __getattr__ = _on_first_use
 
 
 def _import(name: str) -> Any:
@@ -1320,9 +1347,8 @@ _MANY_POSTED = 256  # so many messages may be left to the thread that writes, be
 _POSTED_LIMIT = 1 << 17  # so many that the other side does not take end the connection
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
-_Message = tuple  # (kind, flags, number, parent, body, buffers)
 _get_ident = threading.get_ident
-_consume = deque(maxlen=0).extend  # run an iterator to its end, in one step
+_consume: Callable[[Iterable[Any]], None] = deque(maxlen=0).extend  # run an iterator to its end, in one step
 _ref_to: Any = _import("_weakref").ref
 
 
@@ -1348,23 +1374,25 @@ def _of_system(error: OSError) -> bool:
 class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
-    It is taken by one step, `setdefault(0, mine)`, so that nothing strikes between having it and knowing it; `mine`
+    It is taken by one step, `setdefault(0, mine)`, so that nothing strikes between having it and knowing it, and given
+    back first of all in a `finally`, without a call: so nothing strikes before that, in Python 3.10 and later. `mine`
     is a weak reference to a set with the thread's ident, which only a local variable of the holder's holds. So
-    however the holder's frame is left, also when handlers raise twice in its `finally`, the seat is known to be lost
-    once the frame is gone; and a finalizer or a handler that comes here in the midst of it is known as well.
+    however the holder's frame is left, the seat is known to be lost once the frame is gone; and a finalizer or a
+    handler that comes here in the midst of it is known as well.
     """
 
     __slots__ = ()
+    __missing__ = dict.get  # what nobody holds is None
 
     def holder(self) -> Any:
         """The holder's thread, in a set; an empty one if the seat is free or lost."""
-        mine = self.get(0)
+        mine = self[0]
         return () if mine is None else mine() or ()
 
     def mend(self) -> None:
         """Free the seat if it is lost. For threads in which no handler strikes."""
         with _mending:
-            mine = self.get(0)
+            mine = self[0]
             if mine is not None and mine() is None:
                 del self[0]
 
@@ -1444,10 +1472,10 @@ class _Channel:
         """Write a message, whole; or leave it to the thread that is writing. An empty one: go on with what is left.
         From the very step on that has it written for sure, `lent` is empty.
 
-        Without `wait` never wait for the other side. Raises _Late past the deadline: then a message that has begun is
-        finished by others, and any other is not sent. Raises _Broken.
+        Without `wait` never wait for the other side. Raises _Late past the deadline: then a message that has begun, or
+        lends, is sent by others, and any other is not. Raises _Broken.
         """
-        writer, posted, token = self.writer, self.posted, {_get_ident()}
+        writer, posted, token, plain = self.writer, self.posted, {_get_ident()}, not lent
         mine = _ref_to(token)
         try:
             if writer.setdefault(0, mine) is not mine:
@@ -1460,14 +1488,15 @@ class _Channel:
                 self._post(message, lent)
             self._write_all(wait, deadline)
         except _Late:
-            self._withdraw(message)
+            if plain:  # what it lends is lent
+                self._withdraw(message)
             raise
         except _Broken:
             posted.clear()
             self.batch = None
             raise
         finally:
-            if writer.get(0) is mine:
+            if writer[0] is mine:
                 del writer[0]
             while self.waiters:
                 _open(self.waiters.popleft())
@@ -1478,7 +1507,7 @@ class _Channel:
     def _post(self, message: list[_Bytes], lent: Any) -> None:
         if message:
             # one step: it is to be written, and what it lends is lent
-            clear = itertools.compress(map(list.clear, (lent,)), (0,)) if lent else ()
+            clear: Any = itertools.compress(map(list.clear, (lent,)), (0,)) if lent else ()
             self.posted.extend(itertools.chain((message,), clear))
 
     def _withdraw(self, message: list[_Bytes]) -> None:
@@ -1500,7 +1529,7 @@ class _Channel:
                 messages = itertools.starmap(posted.popleft, itertools.repeat((), count))
                 self.batch[0].extend(itertools.chain.from_iterable(messages))
             try:
-                if self._transmit(*self.batch, blocking):
+                if self._transmit(*self.batch, blocking):  # type: ignore[call-arg]
                     self.batch = None
             except BlockingIOError as error:
                 if not _of_system(error):
@@ -1543,10 +1572,10 @@ class _Channel:
             if self.writer:
                 gate.acquire(True, min(left, _LOOK_AGAIN) if left > 0 else _LOOK_AGAIN)
 
-    def post_release(self, number: int) -> None:
-        """Leave a message behind that gives a reference back, for who writes next: finalizers call this."""
+    def notice(self, number: int) -> list[list[_Bytes]]:
+        """A message that gives a reference back, to be posted."""
         frame = _FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)
-        self.posted.append([frame[self.skips :]])
+        return [[frame[self.skips :]]]
 
     def is_mine(self) -> bool:
         """Whether this thread is in the midst of writing, further down than the caller."""
@@ -1627,7 +1656,7 @@ class _SocketChannel(_Channel):
                 self._check_size(size, None)
                 if len(data) >= 4 + size:
                     self.state = (come, data[4 + size :], [], None, None)
-                    return data[4 : 4 + size]
+                    return data[4 : 4 + size]  # type: ignore[no-any-return]
             if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
                 return None
             self._fill(chunks, self.sock.recv, _READ_SIZE)
@@ -1643,7 +1672,7 @@ class _SocketChannel(_Channel):
                 if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
                     return None
                 if large is not None:
-                    self._receive_large(*large, partial)
+                    self._receive_large(*large, partial)  # type: ignore[call-arg]
                     continue
                 self._fill(chunks, self.sock.recv, _READ_SIZE)
             data = chunks[0]
@@ -1802,7 +1831,7 @@ class _PipeChannel(_Channel):
             wait = self._api.INFINITE if deadline is None else int(_left(deadline) * 1000 + 0.999)
             try:
                 if not reading:
-                    self._use(lambda handle: reading.extend(map(self._api.ReadFile, (handle,), (size,), (True,))))
+                    self._use(lambda handle: reading.extend(map(self._api.ReadFile, (handle,), (size,), (True,))))  # noqa: B023
                 if not self._is_done(reading[0], wait):
                     return None
                 _, error = reading[0][0].GetOverlappedResult(True)
@@ -2160,8 +2189,17 @@ _CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
 _KNOCK_SECONDS = 0.5  # for one try there; the system itself would try again after 1, 3 and 7 seconds
 
 
-class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic_cookie_value",
-                           defaults=(1, "MINIPLUG_COOKIE", "b7fb5a3f2d4a4c0e9a5f6b1c"))):
+if TYPE_CHECKING:
+    class _Handshake(NamedTuple):
+        protocol_version: int = 1
+        magic_cookie_key: str = ""
+        magic_cookie_value: str = ""
+else:
+    _Handshake = namedtuple("_Handshake", "protocol_version magic_cookie_key magic_cookie_value",
+                            defaults=(1, "MINIPLUG_COOKIE", "b7fb5a3f2d4a4c0e9a5f6b1c"))
+
+
+class Handshake(_Handshake, metaclass=_Brief):
     """What a host and its plugins agree on beforehand. Immutable.
 
     `protocol_version` (int, default 1) is the version of the interface that they share; count it up when that
@@ -2171,10 +2209,6 @@ class Handshake(namedtuple("Handshake", "protocol_version magic_cookie_key magic
     """
 
     __slots__ = ()
-    if TYPE_CHECKING:
-        protocol_version: int
-        magic_cookie_key: str
-        magic_cookie_value: str
 
 
 # What a handshake settles; the other side's limit in bytes, and its features.
@@ -2231,7 +2265,7 @@ class _Hello:
         expected = self._mac(role)
         proof = str(self.hear().get("proof"))
         if not _import("hmac").compare_digest(expected.encode(), proof.encode("utf-8", "replace")):
-            raise __getattr__("AuthenticationError")(f"the {role} at {self._address} does not hold the key")
+            raise _on_first_use("AuthenticationError")(f"the {role} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
         mac = _import("hmac").new(self._key, digestmod="sha256")
@@ -2254,7 +2288,7 @@ class _Hello:
 
     def _refusal(self, versions: Sequence[int], theirs: Mapping[str, Any]) -> str:
         """Why this host does not take a plugin that holds the key, if it does not."""
-        cookie, offered, codecs = theirs.get("cookie"), theirs["protocol_versions"], theirs.get("codecs")
+        cookie, offered = theirs.get("cookie"), theirs["protocol_versions"]
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
             return ("it is a plugin for another host: it expects another magic cookie in "
                     f"{cookie.get('key')!r}; is the handshake given to launch() the one that it serves with?")
@@ -2436,6 +2470,7 @@ _LOOK = 0.5  # seconds between two looks whether such a run takes long after all
 _LAZY = 0.01  # seconds after a call until a thread of the pool reads, where only what is lent asks for it
 _IDLE_SECONDS = 10.0  # after which a thread of the pool that has nothing to do ends
 _NESTED = 256  # calls on behalf of ours for which no thread waits that run at once; the others wait
+_ENDING = {"SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration", "CancelledError"}
 _RAISED = 16  # exceptions of ours that a call remembers, should they come home
 
 _current: ContextVar[_Request | None] = ContextVar("miniplug", default=None)  # the call that runs here
@@ -2528,59 +2563,57 @@ class _Pool:
 
 class _Watch:
     """One thread for all sessions of this process, which sleeps when there is nothing: it calls functions at a time, and
-    looks after sessions that ask for it. Any thread may ask, a finalizer too: `_new` and `_asked` are taken from in one
-    step each, and all else is the thread's own."""
+    looks after sessions that ask for it. It runs while there is a session.
+
+    `tasks` are (function, arguments) for it to call, soon, in its thread. Any thread may put, a finalizer too. To put is
+    one step: so who is struck by a handler leaves its cleanup here, before another strikes.
+    """
 
     def __init__(self) -> None:
-        self._gate = _gate()
-        self._new: deque[tuple[float, int, Callable[[], Any]]] = deque()
-        self._asked: deque[_Reader] = deque()
+        self.tasks: Any = _import("_queue").SimpleQueue()
         self._numbers = itertools.count()
+        self._alarms: list[tuple[float, int, Callable[[], Any]]] = []  # a heap, the thread's own
+        self._readers: list[_Reader] = []  # the thread's own as well
         self._running: dict[int, Any] = {}  # {0: a token} while the thread runs
 
     def alarm(self, when: float, function: Callable[[], Any]) -> None:
-        """Have a thread of the pool call a function at a time. Raises RuntimeError if no thread can be started."""
-        self._new.append((when, next(self._numbers), function))
-        self.wake()
+        """Have a thread of the pool call a function at a time."""
+        self.tasks.put((_import("heapq").heappush, (self._alarms, (when, next(self._numbers), function))))
 
     def look_after(self, reader: _Reader) -> None:
         """Call its `look` now and then, until that says no."""
-        self._asked.append(reader)
-        self.wake()
+        self.tasks.put((self._readers.append, (reader,)))
 
-    def wake(self) -> None:
+    def start(self) -> None:
+        """There is a session. Raises RuntimeError if no thread can be started."""
         token = [None]
-        if not self._running and self._running.setdefault(0, token) is token:
+        if self._running.setdefault(0, token) is token:
             try:
                 _start_thread("miniplug-watch", self._run)
             except BaseException:
                 self._running.clear()
                 raise
-        _open(self._gate)
 
     def _run(self) -> None:
-        alarms: list[tuple[float, int, Callable[[], Any]]] = []  # a heap
-        readers: list[_Reader] = []
-        next_look = 0.0
-        heapq = _import("heapq")
+        alarms, next_look = self._alarms, 0.0
         while _sessions:
-            while self._new:
-                heapq.heappush(alarms, self._new.popleft())
             now = time.monotonic()
             while alarms and alarms[0][0] <= now:
-                _aside_in_pool(heapq.heappop(alarms)[2])
-            if self._asked and not readers:
-                next_look = now + _LOOK
-            while self._asked:
-                readers.append(self._asked.popleft())
-            if readers and now >= next_look:
-                next_look = now + _LOOK
-                readers = [reader for reader in readers if reader.look()]
-            times = [alarm[0] for alarm in alarms[:1]] + ([next_look] if readers else [])
-            self._gate.acquire(True, max(0.0, min(min(times) - now, _FOREVER)) if times else -1)
+                _aside_in_pool(_import("heapq").heappop(alarms)[2])
+            if self._readers and now >= next_look:
+                if next_look:
+                    self._readers = [reader for reader in self._readers if reader.look()]
+                next_look = now + _LOOK if self._readers else 0.0
+            times = [alarm[0] for alarm in alarms[:1]] + [next_look] * bool(self._readers)
+            try:
+                function, arguments = self.tasks.get(True, max(0.0, min(min(times) - now, _FOREVER)) if times else None)
+                function(*arguments)
+            except _import("_queue").Empty:
+                pass
+            function = arguments = None
         self._running.clear()
-        if _sessions and (self._new or self._asked):
-            self.wake()
+        if _sessions:
+            self.start()
 
 
 def _aside_in_pool(function: Callable[..., Any], *arguments: Any) -> None:
@@ -2671,7 +2704,7 @@ def _waits_for_itself(call: _Call) -> Exception:
 
 def _too_late(call: _Call) -> Exception:
     text = f"{call.method}() took longer than {call.seconds:g} s"
-    return __getattr__("CallTimeout")(text, method=call.method, seconds=call.seconds)  # type: ignore[no-any-return]
+    return _on_first_use("CallTimeout")(text, method=call.method, seconds=call.seconds)  # type: ignore[no-any-return]
 
 
 class _Sealed(Exception):
@@ -2830,7 +2863,7 @@ class _Reader:
         except (_Broken, ProtocolError) as error:
             self._session.end(error)
         finally:
-            if seat.get(0) is mine:
+            if seat[0] is mine:
                 del seat[0]
             session = self._session
             if self.sleepers or self.unattended or self._requests or session.references.lends or session.sealed \
@@ -2872,7 +2905,7 @@ class _Reader:
     def pass_on(self) -> None:
         """Where somebody should read and nobody does, wake one who will."""
         if self.seat:
-            return
+            return None
         for call in list(self.sleepers.values()):
             gate = call.gate
             if gate is not None:
@@ -2941,23 +2974,24 @@ class _Reader:
                 raise _Late
             while come:
                 message = come[0]
+                if message[1] & _TAGGED and b'"$own"' in message[4]:
+                    message = come[0] = self._session.references.held(message)
                 if message[2] == number and message[0] == _RESULT and not message[1] & _STREAM:  # the usual case
                     if waiting.streams is None and number in calls:  # type: ignore[union-attr]
-                        waiting.inbox.append(message)  # type: ignore[union-attr]
+                        waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
                         calls.pop(number, None)
-                        come.popleft()
                         continue
                 kind = message[0]
                 if kind in _ANSWERS:
                     if self._route_answer(come, message, waiting):
                         return None
-                elif kind == _CALL or kind == _NOTIFY:
+                elif kind in (_CALL, _NOTIFY):
                     request = self._route_call(come, message, waiting)
                     if request is not None:
                         return request
                 else:
                     self._session.steer(come, message)
-            message = None  # what has come is not kept alive by who waits for more
+            message = ()  # what has come is not kept alive by who waits for more
             if waiting is not None and (waiting.inbox or waiting.nested):
                 return None
 
@@ -2972,18 +3006,14 @@ class _Reader:
             return False
         if flags & _STREAM and kind == _RESULT and call.streams is None:
             call.streams = message
-        if kind == _ITEM:
-            if len(call.inbox) > _WINDOW:  # each has an item at least
-                raise ProtocolError("more items of a stream than there is credit for")
+        if kind == _ITEM and len(call.inbox) > _WINDOW:  # each has an item at least
+            raise ProtocolError("more items of a stream than there is credit for")
+        if call.future is not None and kind != _ITEM and (call.streams is None or call.streams is message):
+            call.future._arrive(call, come, waiting is None)
+        else:
             call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
-        else:  # to repeat this does no harm
-            if call.future is not None and (call.streams is None or call.streams is message):
-                call.future._arrive(call, message, waiting is None)
-            else:
-                call.inbox.append(message)
-            if call.streams is not message and self._calls.pop(number, None) is None:
-                self._session.caller.forget(call)  # it was given up meanwhile
-            come.popleft()
+        if kind != _ITEM and call.streams is not message and self._calls.pop(number, None) is None:
+            self._session.caller.forget(call)  # it was given up meanwhile
         self.unattended.discard(number)
         if call.watcher is not None:
             call.watcher()
@@ -3041,7 +3071,7 @@ class _Reader:
                 if not self._is_wanted() or seat.setdefault(0, mine) is not mine:
                     self.attendant = None  # who stops reading looks for one after that
                     if seat or not self._is_wanted() or self.attendant is not None:
-                        return
+                        return None
                     self.attendant = task
                     continue
                 request = self._read()
@@ -3049,7 +3079,7 @@ class _Reader:
                     pass
                 elif not runner.decode(request):
                     runner.slots.give_back()
-                elif self._quick.get(request.method, 0) < 3 or not self._watched and self._is_rare():
+                elif self._quick.get(request.method, 0) < 3 or (not self._watched and self._is_rare()):
                     self.attendant = None
                     del seat[0]
                     self.pass_on()  # another thread reads
@@ -3061,15 +3091,15 @@ class _Reader:
                     runner.run(request)
                     runner.slots.give_back()
                     if self.attendant is not task:
-                        return
+                        return None
                     self._inline = -request.number
                 request = None
-                if seat.get(0) is mine:
+                if seat[0] is mine:
                     del seat[0]
-        except (_Broken, ProtocolError) as error:
+        except BaseException as error:  # no memory is left, say: what it was to do would be waited for in vain
             self._session.end(error)
         finally:
-            if seat.get(0) is mine:
+            if seat[0] is mine:
                 del seat[0]
             if self.attendant is task:
                 self.attendant = None
@@ -3091,10 +3121,7 @@ class _Reader:
     def be_watched(self) -> None:
         if not self._watched:
             self._watched = True
-            try:
-                _watch.look_after(self)
-            except RuntimeError:  # no thread to be had, or the interpreter ends
-                self._watched = False
+            _watch.look_after(self)
 
     def look(self) -> bool:
         """Called by the watch now and then. Returns whether it shall look again."""
@@ -3131,7 +3158,8 @@ def _first_of(what: Any, _: Any) -> Any:
 
 class _Caller:
     """Our calls, from the proxy to the answer. Any thread, from any number of them at once. What may be left when a
-    handler raises (`_leave`) is cleared up by a thread of the pool, where none strikes again."""
+    handler raises is cleared up by a thread of the pool (`give_up`), where none strikes again. It is told in the first
+    step of an `except`, which has no call before it: so nothing strikes before that, in Python 3.10 and later."""
 
     def __init__(self, session: _Session) -> None:
         self._session = session
@@ -3157,9 +3185,15 @@ class _Caller:
             call.home = False
             if call.nested:
                 self._session.runner.disown(call)
+            if call.number in self._calls and call.streams is None:  # who read was struck before that
+                self._calls.pop(call.number, None)
             return self.value(call, call.inbox[0])
         except BaseException as error:
-            self._leave(call, error)
+            if call.decoded is None:
+                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
+            if type(error) is _Late:
+                self.give_up(call)
+                raise _too_late(call) from None
             raise
 
     def submit(self, future: Any, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
@@ -3181,7 +3215,11 @@ class _Caller:
             self.give_up(call)
             future._fail(_too_late(call))
         except BaseException as error:
-            self._leave(call, error)
+            if call.decoded is None:
+                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
+            if type(error) is _Late:
+                self.give_up(call)
+                raise _too_late(call) from None
             raise
         return call
 
@@ -3192,10 +3230,14 @@ class _Caller:
         try:
             call.lent = []
             self._start(call, _NOTIFY, self._codec.dumps_call(target, method, args, kwargs, call.lent))
-            self._calls.pop(call.number, None)
             self._reader.pass_on()  # it may lend something
+            self._calls.pop(call.number, None)
         except BaseException as error:
-            self._leave(call, error)
+            if call.decoded is None:
+                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
+            if type(error) is _Late:
+                self.give_up(call)
+                raise _too_late(call) from None
             raise
 
     def ping(self, seconds: float) -> float:
@@ -3205,9 +3247,14 @@ class _Caller:
         try:
             self._start(call, _PING, _NOTHING)
             self._reader.wait(call)
+            self._calls.pop(call.number, None)
             self.value(call, call.inbox[0], _PONG)
         except BaseException as error:
-            self._leave(call, error)
+            if call.decoded is None:
+                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
+            if type(error) is _Late:
+                self.give_up(call)
+                raise _too_late(call) from None
             raise
         return time.perf_counter() - start
 
@@ -3221,7 +3268,10 @@ class _Caller:
                 call.home = True
                 self._reader.wait(call)
             except BaseException as error:
-                self._leave(call, error)
+                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
+                if type(error) is _Late:
+                    self.give_up(call)
+                    raise _too_late(call) from None
                 raise
             finally:
                 call.home = False
@@ -3273,25 +3323,6 @@ class _Caller:
             vars(error)["_origin"] = (_ref_to(self._session), call.number)
         return error  # type: ignore[no-any-return]
 
-    def _leave(self, call: _Call, error: BaseException) -> None:
-        """The thread that waited for a call goes, because of an error: its answer, or anything else."""
-        if (call.number in self._calls or call.lent or call.nested or call.running or call.future is not None
-                or (call.inbox and call.inbox[0] is not call.decoded)):
-            if type(error) is not _Late and not isinstance(error, PluginError):
-                _aside_in_pool(self.give_up, call)
-            else:
-                self.leave(call)
-        if type(error) is _Late:
-            raise _too_late(call) from None
-
-    def leave(self, call: _Call) -> None:
-        """Give a call up, also if a handler strikes."""
-        try:
-            self.give_up(call)
-        except BaseException:
-            _aside_in_pool(self.give_up, call)
-            raise
-
     def give_up(self, call: _Call) -> None:
         """Want nothing more of a call. The other side is told, unless it is over. (This may be repeated.)"""
         session = self._session
@@ -3308,6 +3339,7 @@ class _Caller:
         self._calls.pop(call.number, None)
         self.forget(call)
         self._reader.pass_on()
+        session.flush()
 
     def forget(self, call: _Call) -> None:
         """Want nothing of what has come about a call."""
@@ -3385,7 +3417,8 @@ class _Runner:
     def run_nested(self, call: _Call) -> None:
         """As the thread that waits for a call: run one that is made on its behalf."""
         call.home = False  # this thread is busy: what comes now others run
-        call.running = running = deque()
+        running: deque[Any] = deque()
+        call.running = running
         running.extend(itertools.starmap(call.nested.popleft, _ONCE))  # type: ignore[union-attr]
         self.disown(call)
         request = self._requests.get(running[0][2])
@@ -3514,6 +3547,10 @@ class _Runner:
                 name = f"{request.method}()" if request.method else "the function"
                 self.fail(request, _renamed(error, "the result", f"the result of {name}"), own=True)
                 return
+        elif type(value) is _Ref:  # an instance that was dispensed in vain is to be exited
+            references, lent = self._session.references, []
+            references.lend(self._session, value, lent)
+            references.unlend(lent)
         self.finish(request)
 
     def finish(self, request: _Request) -> None:
@@ -3534,6 +3571,7 @@ class _Runner:
             _import("traceback").print_exception(type(error), error, error.__traceback__)
         elif not request.cancelled:
             self._remember(request, error)
+            tell: Callable[[], Any]
             for tell in (partial(_encode_error, error, own), partial(_encode_error, error, own, bare=True),
                          partial(dict, message="an exception that cannot be told")):
                 try:
@@ -3549,7 +3587,7 @@ class _Runner:
     def _remember(self, request: _Request, error: BaseException) -> None:
         """What has been raised here, on behalf of a call of ours, may come home as that one's."""
         call = self._calls.get(request.parent) if request.parent else None
-        if call is not None:
+        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
             call.raised = dict([*(call.raised or {}).items()][1 - _RAISED :])
             call.raised[request.number] = error
 
@@ -3626,8 +3664,9 @@ class _Producer:
     """The sending end of a stream: it takes from an iterator what the other side has given credit for. Items that come
     quickly gather, and leave together; a slow producer's leave one by one, when they are made.
 
-    `credit` is what has come of it: who routes adds to it, and calls `resume`. One thread, or one task, produces: the one that is `_running`. `_lock` protects `_group`, `_size` and `_last`, and is held while items
-    leave, so that they leave in order.
+    `credit` is what has come of it: who routes adds to it, and calls `resume`. One thread, or one task, produces: the
+    one that is `_running`. `_lock` protects `_group`, `_size` and `_last`, and is held while items leave, so that they
+    leave in order.
     """
 
     def __init__(self, request: _Request, iterator: Any) -> None:
@@ -3812,9 +3851,10 @@ class _Session:
         self.call, self.submit, self.notify = self.caller.call, self.caller.submit, self.caller.notify
         self.ping, self.probe = self.caller.ping, self.caller.probe
         channel.stuck, channel.later = self.reader.pass_on, self._flush_later
-        channel.gone = lambda error: None if self.ended is not None else self.end(error)
+        channel.gone = lambda error: None if self.cause is not None else self.end(error)
         channel.begin(max_message)
         _sessions.add(self)
+        _watch.start()
         if serving:
             self.reader.pass_on()
 
@@ -3848,11 +3888,11 @@ class _Session:
         content = _NOTHING if value is None else self.codec.dumps(value, "a message")
         self.send(kind, 0, number, content, wait=False)
 
-    def discard(self, number: int) -> None:
-        """Have a reference given back: finalizers call this, which may run at any moment, inside any lock. It leaves with
+    def discard(self, notices: Iterable[list[_Bytes]]) -> None:
+        """Have references given back: finalizers call this, which may run at any moment, inside any lock. It leaves with
         what is sent next, or when the watch looks."""
         if self.ended is None:
-            self.channel.post_release(number)
+            self.channel.posted.extend(notices)
             self.reader.be_watched()
 
     def flush(self) -> None:
@@ -3873,7 +3913,7 @@ class _Session:
             self.channel.shutdown()
 
     def alarm(self, when: float) -> None:
-        """Have the deadlines of submitted calls looked at then. Raises RuntimeError if no thread can be started."""
+        """Have the deadlines of submitted calls looked at then."""
         if self._next_alarm is None or when < self._next_alarm:
             self._next_alarm = when
             _watch.alarm(when, self._ring)
@@ -3903,7 +3943,7 @@ class _Session:
             if request is not None:
                 request.cancel()
         elif kind == _SHUTDOWN and self.serving:
-            grace = self.codec.loads(body, (), 0) if body else None
+            grace: Any = self.codec.loads(body, (), 0) if body else None
             self.stop(max(0.0, float(grace)) if type(grace) in (int, float) else 0.0)
         elif not flags & _IGNORABLE:
             raise ProtocolError(f"a message of the unknown kind {kind}")
@@ -3928,14 +3968,20 @@ class _Session:
     def decode(self, message: _Message, owner: Any) -> Any:
         """The value of a message about a call or request. References in it are borrowed in a thread where no handler
         strikes: so none gets lost halfway. Raises as the codec does."""
-        _, flags, _, _, body, buffers = message
+        _, flags, _, _, body, _ = message
         if flags & _TAGGED and b'"$ref"' in body and _in_main_thread():
-            return _in_pool(self._decode, message, owner)
-        return self._decode(message, owner)
-
-    def _decode(self, message: _Message, owner: Any) -> Any:
+            ticket = [message]
+            try:
+                return _in_pool(self._decode, ticket, owner)
+            finally:
+                ticket.clear()  # once this thread has gone that one does not begin
         owner.decoded = message
-        return self.codec.loads(message[4], message[5], message[1] & _TAGGED)
+        return self.codec.loads(body, buffers, flags & _TAGGED)
+
+    def _decode(self, ticket: list[_Message], owner: Any) -> Any:
+        vars(owner).update(zip(("decoded",), itertools.starmap(ticket.pop, _ONCE)))  # one step: it has begun
+        _, flags, _, _, body, buffers = owner.decoded
+        return self.codec.loads(body, buffers, flags & _TAGGED)
 
     def drop(self, message: _Message) -> None:
         """A message that nobody wants any more: references in it are given back."""
@@ -3989,7 +4035,7 @@ class _Session:
     def failed(self, error: BaseException, call: _Call) -> BaseException:
         """End the connection for what the other side should not have sent; returns what the call is to raise."""
         self.end(error)
-        return self.ended([call.method])  # type: ignore[misc]
+        return self.ended([*{call.method: None, **dict.fromkeys(self.lost_calls)}])  # type: ignore[misc]
 
     def end(self, cause: BaseException) -> None:
         """The connection has ended: fail every call that waits, and let every thread go. Any thread; the first one ends
@@ -4016,14 +4062,13 @@ class _Session:
         _sessions.discard(self)
         if not _sessions:
             _pool.retire()
-            if _watch._running:
-                _watch.wake()
+            _watch.tasks.put((bool, ()))  # it ends
 
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""
         self.ended = lambda calls: PluginError("the connection belongs to the process that this one was forked from")
         self.sealed = self.is_abandoned = True
-        self.channel.abandon()
+        self.channel.abandon()  # type: ignore[attr-defined]
         self.reader.seat = _Seat()
 
     def dispose(self) -> None:
@@ -4223,11 +4268,12 @@ class _Target:
     """What a proxy and its methods share: the session, and the number that the object is lent under there. What a plugin
     serves has another kind, which finds it again in another session (_Dispensed)."""
 
-    __slots__ = ("__weakref__", "identity", "label", "number", "released", "session", "timeout")
+    __slots__ = ("__weakref__", "_notice", "identity", "label", "number", "released", "session", "timeout")
 
     def __init__(self, session: _Session, number: int) -> None:
         self.session = session
         self.number = number
+        self._notice = session.channel.notice(number) if number else []  # until it is given back
         self.identity: Any = (session, number)  # what it stands for, also when it is released or dispensed anew
         self.released = False
         self.label = "the object"
@@ -4254,15 +4300,11 @@ class _Target:
         """Have a submitted call begin later, if it has to wait for a start."""
         return False
 
-    def take(self) -> int:
-        """The number, for another target to give back."""
-        self.released = True
-        self.session.borrowed.discard(id(self))
-        return self.number
-
     def release(self) -> None:
-        if not self.released and self.take():
-            self.session.discard(self.number)
+        self.released = True
+        if self._notice:  # the step that posts it forgets it
+            self.session.discard(map(self._notice.pop, (0,)))
+        self.session.borrowed.discard(id(self))
 
     def __del__(self) -> None:
         if hasattr(self, "released"):
@@ -4280,7 +4322,7 @@ def _reach(find: Callable[[_Call], tuple[_Session, int]], function: Callable[...
             return session, function(session, number, method, args, kwargs, asked.left())
         except _Sealed:
             pass
-        except __getattr__("CallTimeout"):
+        except _on_first_use("CallTimeout"):
             if asked.left() != 0.0:  # it is another one's, such as on_start's
                 raise
             raise _too_late(asked) from None
@@ -4319,7 +4361,7 @@ def release(proxy: Any) -> None:
 class _Loan:
     """An object lent to the other side, and the context manager to exit with the loan, if any."""
 
-    __slots__ = ("key", "known", "manager", "methods", "object", "sent")
+    __slots__ = ("__weakref__", "key", "known", "manager", "methods", "object", "sent")
 
     def __init__(self, obj: Any, key: Any, manager: Any = None) -> None:
         self.object = obj
@@ -4328,6 +4370,10 @@ class _Loan:
         self.methods = _method_names(obj)
         self.known = {name: name for name in self.methods or ()}
         self.sent: deque[None] = deque()  # as long as how often it was sent, and not given back
+
+
+class _Held(tuple):  # type: ignore[type-arg]
+    """The buffers of a message, and in `loans` what comes home in it."""
 
 
 class _References:
@@ -4340,6 +4386,7 @@ class _References:
         self._lock = threading.RLock()  # protects the following three
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
+        self._parting: dict[int, Any] = {}  # loans that were given back, as long as they are held: weak references
         self._exiting: list[threading.Thread] = []  # those that exit a context manager
         self.lends = False  # whether anything is lent
 
@@ -4359,7 +4406,9 @@ class _References:
         return getattr(obj, method)  # type: ignore[no-any-return]
 
     def loan(self, number: Any) -> _Loan:
-        loan = self._loans.get(number) if type(number) is int else None
+        loan = None
+        if type(number) is int:
+            loan = self._loans.get(number) or self._parting.get(number, lambda: None)()
         if loan is None:
             raise DeadReference(f"reference {number!r} is not lent, or no longer")
         return loan
@@ -4396,6 +4445,15 @@ class _References:
             loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
         return "$ref", [number, loan.methods, callable(obj)]
 
+    def held(self, message: _Message) -> _Message:
+        """The same message, which holds what comes home in it: a release that follows is done before others decode it."""
+        *head, body, buffers = message
+        if type(buffers) is _Held:
+            return message
+        held: Any = _Held(buffers)
+        held.loans = [self._loans.get(int(number)) for number in re.findall(rb'"\$own":\s*\[\s*(\d{1,18})\b', body)]
+        return (*head, body, held)
+
     def own(self, number: Any, method: Any) -> Any:
         """What comes home. Raises DeadReference, MethodNotFound."""
         if method is not None and type(method) is not str:
@@ -4412,6 +4470,7 @@ class _References:
                 loan.sent.pop()
             if loan.sent:
                 return
+            self._parting[number] = _ref_to(loan, lambda gone: self._parting.pop(number, None))
             del self._loans[number]
             self._lent.pop(loan.key, None)
             self.lends = len(self._loans) > 1
@@ -4425,7 +4484,7 @@ class _References:
                 pass  # no thread to be had
         _exit(loan.manager)
 
-    def unlend(self, lent: Iterable[int]) -> None:
+    def unlend(self, lent: Any) -> None:
         """What was lent for a message that was not sent; and what a handler that raised has left half lent."""
         numbers = list(lent)
         if numbers:
@@ -4520,7 +4579,7 @@ def _describe(function: Any) -> list[Any]:
 
 # === 7. proxies =========================================================================================
 
-class MethodInfo(namedtuple("MethodInfo", "name signature doc")):
+class MethodInfo(namedtuple("_MethodInfo", "name signature doc"), metaclass=_Brief):
     """What `Plugin.describe` tells of a method: `name`, `signature` (text, or None) and `doc` (text, or None)."""
 
     __slots__ = ()
@@ -4557,19 +4616,23 @@ class _Method(_Remote):
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:
         """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
-        call: Call = __getattr__("Call")(self.__name__)
+        call: Call = _on_first_use("Call")(self.__name__)
         target, what = self._target, (self._name, args, kwargs)
-        found = target.here()
-        if found is not None:
-            try:
-                call._begin(*found, *what, self._seconds())
-                return call
-            except _Sealed:
-                pass
-        begin = partial(_reach, target.find, call._begin, *what)
-        if not target.put_off(call, begin, self._seconds()):
-            begin(self._seconds())
-        return call
+        try:
+            found = target.here()
+            if found is not None:
+                try:
+                    call._begin(*found, *what, self._seconds())
+                    return call
+                except _Sealed:
+                    pass
+            begin = partial(_reach, target.find, call._begin, *what)
+            if not target.put_off(call, begin, self._seconds()):
+                begin(self._seconds())
+            return call
+        except BaseException:
+            _watch.tasks.put((_aside_in_pool, (call.cancel,)))
+            raise
 
     def notify(self, *args: Any, **kwargs: Any) -> None:
         """Call, and want no answer. What the method raises goes to the plugin's stderr."""
@@ -4689,8 +4752,8 @@ class _Proxy(_Remote):
 
 
 def _borrow(session: _Session, tag: str, state: Any) -> Any:
-    """What a reference that has come stands for. Raises ValueError for what is none, DeadReference and MethodNotFound."""
-    number, second, *rest = state if type(state) is list else (None, None)
+    """What a reference that has come stands for. Raises ProtocolError for what is none, DeadReference and MethodNotFound."""
+    number, second, *rest = state if type(state) is list and len(state) > 1 else (None, None)
     if tag == "$own":
         return session.references.own(number, second)
     named = second is None or (type(second) is list and all(isinstance(name, str) for name in second))
@@ -4813,6 +4876,7 @@ class _Awaitable:
 
     if TYPE_CHECKING:
         _condition: Any
+        _state: str
         _done_callbacks: list[Any]
 
     def __init__(self, method: str) -> None:
@@ -4822,36 +4886,43 @@ class _Awaitable:
         self._call: _Call | None = None
 
     def _begin(self, session: _Session, *what: Any) -> None:
-        if self.done():  # cancelled before it could be sent, or lost with the session that took no more calls
+        if self._state != "PENDING":  # cancelled before it could be sent, or lost with the session that took no more calls
             return
         self._session = session
-        try:
-            call = session.submit(self, *what)
-            if self.cancelled():  # meanwhile, by a signal handler
-                session.caller.give_up(call)
-        except BaseException:
-            if self._call is not None:
-                _aside_in_pool(session.caller.give_up, self._call)
-            raise
+        call = session.submit(self, *what)
+        if self._state[:9] == "CANCELLED":  # meanwhile, by a signal handler
+            session.caller.give_up(call)
 
-    def _arrive(self, call: _Call, message: _Message, attends: bool) -> None:
+    def _arrive(self, call: _Call, come: deque[_Message], attends: bool) -> None:
         """Called by who reads, once the answer has come. Callbacks may take long: a thread of the pool runs them, and does
         it all where the reader may be interrupted."""
-        if attends:
-            with self._condition:  # no callback is added meanwhile
+        if attends and self._condition.acquire(False):  # who was struck in the midst of a `result` may hold it for ever
+            try:  # no callback is added meanwhile
                 if not any(map(_may_block, self._done_callbacks)):
-                    return self._settle(call, message)
-        return _aside_in_pool(self._settle, call, message)
+                    return self._settle(call, come.popleft())
+            finally:
+                self._condition.release()
+        try:
+            _pool.move(zip((self._settle,), zip((call,), itertools.starmap(come.popleft, _ONCE))))
+        except RecursionError:
+            raise
+        except RuntimeError:  # no thread to be had
+            self._settle(call, come.popleft())
+        return None
 
     def _settle(self, call: _Call, message: _Message) -> None:
         future: Any = self
+        call.session.reader.unattended.discard(call.number)  # should who read have been struck before that
+        if call.streams is None:
+            call.session.calls.pop(call.number, None)
         if self.done():
             return call.session.drop(message)  # type: ignore[no-any-return]
         try:
             value = call.session.caller.value(call, message)
         except BaseException as error:
             self._fail(error)
-            return
+            return None
+        call.future = None  # which may have a stream, that shall go when nobody wants it
         try:
             future.set_result(value)
         except _import("concurrent.futures").InvalidStateError:
@@ -4867,6 +4938,9 @@ class _Awaitable:
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
+        return _in_pool(self._cancel) if _in_main_thread() else self._cancel()
+
+    def _cancel(self) -> bool:
         base: Any = super()
         with self._condition:
             if self.done():
@@ -4875,7 +4949,7 @@ class _Awaitable:
             base.cancel()
             base.set_running_or_notify_cancel()
         if self._session is not None and self._call is not None:
-            self._session.caller.leave(self._call)
+            self._session.caller.give_up(self._call)
         for callback in callbacks:
             base.add_done_callback(callback)
         return True
@@ -4933,12 +5007,14 @@ class Stream:
                     return item
                 if self._over:
                     raise StopIteration
-                self._drop_read()
                 try:
+                    self._drop_read()
                     self._take(self._session.caller.next(self._call))
-                except BaseException as error:
-                    if not isinstance(error, StopIteration):
-                        self._abandon()
+                except StopIteration:
+                    raise
+                except BaseException:
+                    self._over = True
+                    _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
                     raise
 
     def _drop_read(self) -> None:
@@ -4956,18 +5032,15 @@ class Stream:
         """Take a part of the stream. Raises StopIteration at the end, and what the generator raised."""
         if message[0] == _END:
             self._over = True
+            self._session.calls.pop(self._call.number, None)
+            self._session.caller.value(self._call, message, _END)
             raise StopIteration
         values = self._session.caller.value(self._call, message, _ITEM)
-        received = self._batch[2] + len(values) if type(values) is list else 0
-        if not values or not received or received > self._call.granted:
-            text = "items of a stream are a list, of one at least, and no more than there is credit for"
+        received = self._batch[2] + len(values) if type(values) is list else self._call.granted + 1
+        if received > self._call.granted:
+            text = "items of a stream are a list, and no more than there is credit for"
             raise self._session.failed(ProtocolError(text), self._call)
         self._batch = (message, iter(values), received)
-
-    def _abandon(self) -> None:
-        self._over = True
-        if self._call.number in self._session.calls:
-            _aside_in_pool(self._session.caller.give_up, self._call)
 
     def __aiter__(self) -> Stream:
         return self
@@ -4987,7 +5060,8 @@ class Stream:
                 except StopIteration:
                     raise StopAsyncIteration from None
                 except BaseException:
-                    self._abandon()
+                    self._over = True
+                    _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
                     raise
                 finally:
                     self._lock.release()
@@ -5012,6 +5086,7 @@ class Stream:
         finally:
             self._waiters.remove(waiter)
             if not self._waiters:
+                self._call.watcher = None  # which would keep the stream alive
                 self._session.reader.unattended.discard(self._call.number)
 
     def _has_news(self) -> bool:
@@ -5030,7 +5105,7 @@ class Stream:
         """Give the rest up: the plugin's generator is closed. Closing what has ended does nothing."""
         if not self._over:
             self._over = True
-            self._session.caller.leave(self._call)
+            _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
             self._call.inbox.append((_END, 0, self._call.number, 0, b"", ()))  # for a thread or a task that waits
             if self._call.gate is not None:
                 _open(self._call.gate)
@@ -5056,11 +5131,8 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_over", True) and self._session.ended is None and not sys.is_finalizing():
-            try:
-                _pool.put(self._session.caller.give_up, self._call)
-            except RuntimeError:
-                pass  # no thread to be had; or the interpreter ends
+        if not getattr(self, "_over", True) and self._session.ended is None:
+            _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
 
     def __repr__(self) -> str:
         return f"<stream of {self._call.method}(), {'ended' if self._over else 'open'}>"
@@ -5572,7 +5644,16 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
     return process
 
 
-class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
+if TYPE_CHECKING:
+    class _Limits(NamedTuple):
+        memory: int | None
+        cpu_seconds: float | None
+        open_files: int | None
+else:
+    _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
+
+
+class Limits(_Limits, metaclass=_Brief):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
     - `memory` (bytes): on POSIX the address space of each process, on Windows what all of them have
@@ -5588,10 +5669,6 @@ class Limits(namedtuple("Limits", "memory cpu_seconds open_files")):
     """
 
     __slots__ = ()
-    if TYPE_CHECKING:
-        memory: int | None
-        cpu_seconds: float | None
-        open_files: int | None
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
@@ -7387,19 +7464,26 @@ class _Dispensed(_Target):
 
     def __init__(self, supervisor: _Supervisor, dispense: Callable[[_Session, float | None], _Target],
                  first: _Target) -> None:
-        super().__init__(first.session, first.number)
-        self.session.borrowed.discard(id(self))  # it keeps no run up
+        self.at: dict[_Session, _Target] = {}
+        super().__init__(first.session, 0)  # what is given back are those
+        self.identity = first.identity
         self._supervisor, self._dispense = supervisor, dispense
         self._lock = threading.RLock()
-        self.at: dict[_Session, int] = {first.session: first.take()}
+        self._add(first)
+
+    def _add(self, target: _Target) -> None:
+        known = {session: each for session, each in self.at.items() if session.ended is None}
+        self.at = {**known, target.session: target}
+        for each in (self, target):
+            target.session.borrowed.discard(id(each))  # it keeps no run up
 
     def here(self) -> tuple[_Session, int] | None:
         session = self._supervisor.open
-        number = self.at.get(session)  # type: ignore[arg-type]
-        return None if number is None else (session, number)  # type: ignore[return-value]
+        target = self.at.get(session)  # type: ignore[arg-type]
+        return None if target is None else (session, target.number)  # type: ignore[return-value]
 
     def number_at(self, session: _Session) -> int | None:
-        return self.at.get(session)
+        return self.at[session].number if session in self.at else None
 
     def find(self, asked: _Call) -> tuple[_Session, int]:
         if self.released:
@@ -7410,22 +7494,18 @@ class _Dispensed(_Target):
                 raise _too_late(asked)
             try:
                 if session not in self.at:
-                    number = self._dispense(session, asked.left()).take()
-                    known = {each: number for each, number in self.at.items() if each.ended is None}
-                    self.at = {**known, session: number}
+                    self._add(self._dispense(session, asked.left()))
             finally:
                 self._lock.release()
-        return session, self.at[session]
+        return session, self.at[session].number
 
     def put_off(self, *what: Any) -> bool:
         return self._supervisor.put_off(*what)
 
     def release(self) -> None:
         self.released = True
-        at, self.at = self.at, {}
-        for session, number in at.items():
-            if number:
-                session.discard(number)
+        for target in self.at.values():
+            target.release()
 
 
 class Plugin:

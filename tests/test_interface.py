@@ -7,6 +7,7 @@ import os
 import pickle
 import pydoc
 import sys
+import threading
 import typing
 
 import pytest
@@ -279,8 +280,14 @@ def test_rubbish_about_itself_does_no_harm(body):
         def plain(self, a): ...
 
     session, theirs = raw()
-    reference = frame(3, b'{"$ref":[5,["plain"],false]}', flags=1, number=1)
-    theirs.sendall(reference + frame(3, body, number=2) + frame(3, body, number=3))
+
+    def answer():  # each call once it is made: before, there is none that it could be about
+        for number, flags, value in ((1, 1, b'{"$ref":[5,["plain"],false]}'), (2, 0, body), (3, 0, body)):
+            if theirs.recv(1 << 16):
+                theirs.sendall(frame(3, value, flags=flags, number=number))
+
+    answering = threading.Thread(target=answer)
+    answering.start()
     proxy = session.call(0, "dispense", ("s",), {}, 10)
     proxy._adopt(Plain)
     assert isinstance(proxy, Plain)
@@ -289,6 +296,7 @@ def test_rubbish_about_itself_does_no_harm(body):
     assert session.ended is None
     session.end(EOFError())
     session.dispose()
+    answering.join()
     theirs.close()
 
 
@@ -367,3 +375,13 @@ def test_help_on_a_proxy_tells_of_its_methods():
         assert "plain(a, b)\n        Two by position or by name." in out.getvalue()
         assert "_private" not in out.getvalue()
     assert "plain(...)" in proxy.__doc__  # closed, it cannot be asked
+
+
+def test_help_is_not_drowned_in_what_is_inherited():
+    lines = pydoc.render_doc(miniplug, renderer=pydoc.plaintext).splitlines()
+    assert len(lines) < 1100  # 2155 were too many to find anything
+    beginning = "\n".join(lines[:80])
+    assert [word for word in ("Call", "submit", "notify", "timeout", "dispense") if word not in beginning] == []
+    text = "\n".join(lines)
+    assert [name for name in miniplug.__all__ if name not in text] == ["__version__"]  # whose value is told
+    assert "with_traceback" not in text and "__reduce__" not in text

@@ -27,7 +27,7 @@ SECONDS = 10.0
 GREETER = '''
 class Greeter:
     def about(self):
-        return current.get().session.call(0, "info", (), {})
+        return current.get().session.call(0, "info", (), {}, None)
     def echo(self, data):
         return data
     def greet(self, name):
@@ -174,14 +174,14 @@ CONVERSATION = ["handshake", "dispense", "call", "error", "unknown", "cancel", "
 def be_host(channel):
     """The host of the conversation, by the real code. What it receives is checked here."""
     session = host_session(channel, hello(channel, "host"))
-    proxy = session.call(0, "dispense", ("greeter",), {})
+    proxy = session.call(0, "dispense", ("greeter",), {}, SECONDS)
     assert proxy.greet("world") == "Hello, world!"
     with pytest.raises(ValueError, match="no name") as caught:
         proxy.greet(name="")
     assert isinstance(caught.value, miniplug.RemoteError)
     assert 'File "<greeter>"' in caught.value.remote_traceback
     with pytest.raises(miniplug.MethodNotFound) as missing:
-        session.call(1, "great", (), {})
+        session.call(1, "great", (), {}, SECONDS)
     assert (missing.value.name, missing.value.matches) == ("great", ["greet"])
     with pytest.raises(miniplug.CallTimeout):
         session.call(1, "wait", (), {}, 0.05)
@@ -195,7 +195,7 @@ def be_host(channel):
     assert proxy.each(["a", "b"], lambda name: name.upper()) == ["A", "B"]
     function = lambda: None  # noqa: E731 -- lent, it comes home as itself
     assert proxy.echo(function) is function
-    session.call(0, "dispense", (None,), {})  # a reference that is dropped, and so given back with what is sent next
+    session.call(0, "dispense", (None,), {}, SECONDS)  # a reference that is dropped, and so given back with what is sent next
     gc.collect()
     assert proxy.echo(b"a" * 2049) == b"a" * 2049
     assert not session.references.lends and not session.calls
@@ -206,7 +206,7 @@ def be_host(channel):
 def be_plugin(channel):
     """The plugin of the conversation, by the real code."""
     session = plugin_session(channel, hello(channel, "plugin"))
-    assert session.finished.wait(SECONDS)
+    assert session.finished.acquire(timeout=SECONDS)
     assert session.closing == 2.0
     session.drain(SECONDS)
     return session
@@ -225,7 +225,7 @@ def test_the_host_says_and_takes_what_the_document_says(ends, nonce):
     session = host.result()
     plugin.close()
     with pytest.raises(miniplug.PluginClosed):
-        session.call(1, "greet", (), {})
+        session.call(1, "greet", (), {}, SECONDS)
 
 
 def test_the_plugin_says_and_takes_what_the_document_says(ends, nonce, monkeypatch):

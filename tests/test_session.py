@@ -84,7 +84,8 @@ def settled(both):
     """Both sessions have forgotten every call."""
     gc.collect()
     until(lambda: not (both.here.calls or both.there.calls or both.here.requests or both.there.requests), 5)
-    assert not (both.here.reader.unattended or both.there.reader.unattended or both.here.reader.sleepers or both.there.reader.sleepers)
+    assert not (both.here.reader.unattended or both.there.reader.unattended)
+    assert not (both.here.reader.sleepers or both.there.reader.sleepers)
 
 
 class Meeting:

@@ -1,7 +1,6 @@
 """Streams: generators and iterators of both kinds, both ways; flow control, ends, and what is let go of."""
 
 import asyncio
-import collections
 import gc
 import os
 import struct
@@ -591,7 +590,7 @@ def test_closing_wakes_a_thread_that_reads(both, proxy, source):
     found = []
     thread = threading.Thread(target=lambda: found.append(list(stream)))
     thread.start()
-    until(lambda: both.here.reader.sleepers)
+    until(lambda: both.here.reader.seat)
     stream.close()
     thread.join(10)
     assert found == [[]] and source.over.wait(10)
@@ -750,15 +749,10 @@ def test_a_task_that_is_cancelled_as_an_item_comes_harms_nobody(both, proxy):
         while stream._call.watcher is None:
             await asyncio.sleep(0)
         tell = stream._call.watcher
-        (future,) = stream._waiters
-
-        class Race:
-            """An inbox whose look-up is when the future is cancelled."""
-            watcher = None
-            inbox = (1,)
+        ((_, future),) = stream._waiters
 
         future.cancel()
-        tell(Race)
+        tell()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -17,14 +17,12 @@ from pathlib import Path
 
 import pytest
 from plugins.frozen_plugin import message, proof, same
-from test_docs import NOT_YET
 
 import miniplug
 
 HERE = Path(__file__).resolve().parent
 WIRES = sorted(HERE.glob("wire-*.json"))
 KEY = bytes(range(32))
-not_yet = pytest.mark.xfail("tests/wire-0.1.json" in NOT_YET, reason=NOT_YET.get("tests/wire-0.1.json", ""), strict=True)
 
 
 @pytest.fixture(params=WIRES, ids=lambda path: path.stem)
@@ -38,7 +36,6 @@ def launched(wire, part, tmp_path, **options):
     return miniplug.launch(command, name="frozen", call_timeout=30.0, **options), log
 
 
-@not_yet
 def test_this_host_and_a_plugin_of_then(wire, tmp_path):
     plugin, log = launched(wire, "plugin", tmp_path)
     with plugin:
@@ -159,7 +156,6 @@ def part_of(answer, known):
     return {key: answer.get(key) for key in known} if isinstance(known, dict) and isinstance(answer, dict) else answer
 
 
-@not_yet
 def test_this_plugin_and_a_host_of_then(wire, tmp_path):
     frozen = json.loads(wire.read_text(encoding="utf-8"))["host"]
     script = tmp_path / "greeter.py"

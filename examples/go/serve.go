@@ -120,7 +120,10 @@ func (c *Call) Ask(function Function, args ...any) (json.RawMessage, error) {
 	if json.Unmarshal(m.body, &failure); failure.Own { // which is about this call of ours
 		return nil, fmt.Errorf("%s: %s", failure.Type, failure.Message)
 	}
-	return nil, &Failure{m.body, m.flags, failure.Message} // to be passed on as it came
+	whole := map[string]json.RawMessage{}
+	json.Unmarshal(m.body, &whole)
+	whole["home"], _ = json.Marshal(number) // passed on, it is the host's very own exception again
+	return nil, &Failure{whole, m.flags, failure.Message}
 }
 
 func (c *Call) run(m message) (any, error) {

@@ -202,7 +202,7 @@ class Call {
     } catch (error) {
       if (kind === NOTIFY) writeSync(2, `${error.stack}\n`);
       else if (!calls.has(this.number)) return; // nobody waits for it
-      else if (error.raw) post(ERROR, this.number, error.raw, error.flags); // of the host's own: as it came
+      else if (error.raw) post(ERROR, this.number, error.raw, error.flags); // of the host's own, as it came
       else post(ERROR, this.number, { type: error.name, message: error.message, traceback: error.stack, ...error.body });
     } finally {
       calls.delete(this.number);
@@ -217,7 +217,9 @@ function settle(kind, number, text, flags) {
   try {
     if (kind === RESULT) return resolve?.(call.decode(text, flags));
     const { own, type, message } = JSON.parse(text);
-    reject?.(Object.assign(new Error(message), own ? { name: type } : { raw: text, flags }));
+    const home = String(text).replace(/^\s*\{(?=\s*")/, `{"home":${number},`); // passed on, it is the host's very own again
+    const raw = Buffer.from(home);
+    reject?.(Object.assign(new Error(message), own ? { name: type } : { raw, flags }));
   } catch (error) {
     reject?.(error);
   }

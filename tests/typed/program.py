@@ -82,7 +82,7 @@ assert_type(Point(1).moved(2), Point)
 assert_type(Point(1).x, int)
 Point("1")  # error
 Point(1).moved("2")  # error
-assert_type(Colour.RED.value + 1, int)
+NUMBER: int = Colour.RED.value
 print(Colour.BLUE)  # error
 assert_type(Pair(1, "2").right, str)
 Pair(1)  # error
