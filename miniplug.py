@@ -3968,7 +3968,7 @@ class _Session:
     def decode(self, message: _Message, owner: Any) -> Any:
         """The value of a message about a call or request. References in it are borrowed in a thread where no handler
         strikes: so none gets lost halfway. Raises as the codec does."""
-        _, flags, _, _, body, _ = message
+        _, flags, _, _, body, buffers = message
         if flags & _TAGGED and b'"$ref"' in body and _in_main_thread():
             ticket = [message]
             try:
