@@ -1669,7 +1669,8 @@ class _SocketChannel(_Channel):
             if come:
                 return come  # type: ignore[no-any-return]
             if not chunks:
-                if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
+                whole = large is not None and sum(large[2]) == large[1]  # then there may be nothing more to wait for
+                if deadline is not None and not whole and not self._readable.poll(_left(deadline) * 1000):
                     return None
                 if large is not None:
                     self._receive_large(*large, partial)  # type: ignore[call-arg]

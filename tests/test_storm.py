@@ -132,6 +132,11 @@ def test_a_handler_raises(plugin, service, error, operation):
     check_good(plugin, service, pid)
 
 
+@pytest.mark.parametrize("size", [1 << 16, (1 << 16) + 1, 70_000, 400_000, 3_000_000])
+def test_a_long_answer_that_is_whole_is_not_waited_for(service, size):
+    assert all(service.echo.timeout(20)([b"b" * size]) == [b"b" * size] for _ in range(5))
+
+
 @posix
 @pytest.mark.parametrize("timeout", [None, 20])
 def test_the_method_itself_signals(plugin, service, error, timeout):
