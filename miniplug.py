@@ -3548,7 +3548,8 @@ class _Runner:
                 self.fail(request, _renamed(error, "the result", f"the result of {name}"), own=True)
                 return
         elif type(value) is _Ref:  # an instance that was dispensed in vain is to be exited
-            references, lent = self._session.references, []
+            lent: list[int] = []
+            references = self._session.references
             references.lend(self._session, value, lent)
             references.unlend(lent)
         self.finish(request)
@@ -3968,7 +3969,7 @@ class _Session:
     def decode(self, message: _Message, owner: Any) -> Any:
         """The value of a message about a call or request. References in it are borrowed in a thread where no handler
         strikes: so none gets lost halfway. Raises as the codec does."""
-        _, flags, _, _, body, _ = message
+        _, flags, _, _, body, buffers = message
         if flags & _TAGGED and b'"$ref"' in body and _in_main_thread():
             ticket = [message]
             try:
