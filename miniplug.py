@@ -5037,9 +5037,9 @@ class Stream:
             self._session.caller.value(self._call, message, _END)
             raise StopIteration
         values = self._session.caller.value(self._call, message, _ITEM)
-        received = self._batch[2] + len(values) if type(values) is list else self._call.granted + 1
-        if received > self._call.granted:
-            text = "items of a stream are a list, and no more than there is credit for"
+        received = self._batch[2] + len(values) if type(values) is list else 0
+        if not values or not received or received > self._call.granted:
+            text = "items of a stream are a list, of one at least, and no more than there is credit for"
             raise self._session.failed(ProtocolError(text), self._call)
         self._batch = (message, iter(values), received)
 
