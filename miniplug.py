@@ -2858,7 +2858,7 @@ class _Reader:
         seat, token = self.seat, {_get_ident()}
         mine = _ref_to(token)
         try:
-            if seat.setdefault(0, mine) is mine:
+            if seat.setdefault(0, mine) is mine and not (call.inbox or call.nested):  # who read before may have brought it
                 self._read(call)
         except (_Broken, ProtocolError) as error:
             self._session.end(error)
@@ -3931,7 +3931,7 @@ class _Session:
         kind, flags, number, _, body, _ = message
         request = self.requests.get(number)  # None: it has ended meanwhile
         if kind == _RELEASE:
-            return self.once(come, self.references.release, number)
+            return self.once(come, self.references.release_unless_busy, number)
         if kind == _CREDIT:
             count = self.codec.loads(body, (), 0) if body else None
             if type(count) is not int or not 0 < count <= _WINDOW:
@@ -4484,6 +4484,15 @@ class _References:
             except RuntimeError:
                 pass  # no thread to be had
         _exit(loan.manager)
+
+    def release_unless_busy(self, number: int) -> None:
+        """The same for who reads: a finalizer that calls in the midst of `lend` waits for that one."""
+        if not self._lock.acquire(False):
+            return _aside_in_pool(self.release, number)
+        try:
+            return self.release(number)
+        finally:
+            self._lock.release()
 
     def unlend(self, lent: Any) -> None:
         """What was lent for a message that was not sent; and what a handler that raised has left half lent."""

@@ -199,78 +199,161 @@ def in_thread(function, *args):
 
 @pytest.fixture
 def pair():
+    """Two channels past the handshake, which take messages of 10 MB."""
+    both = channels()
+    for channel in both:
+        channel.begin(10_000_000)
+    yield both
+    for channel in both:
+        channel.close()
+
+
+@pytest.fixture
+def frames():
+    """Two channels in the midst of the handshake."""
     both = channels()
     yield both
     for channel in both:
         channel.close()
 
 
+def send(channel, body, *buffers, deadline=None):
+    channel.send((0, 0, 0, 0), body, buffers, [], True, deadline)
+
+
 def read(channel, count):
-    """That many frames."""
-    return [channel.receive_frame(None) for _ in range(count)]
+    """That many messages: what is in each, without its header, and its buffers."""
+    messages = []
+    while len(messages) < count:
+        _, _, _, _, body, buffers = channel.receive().popleft()
+        messages.append([body, *buffers])
+    return messages
 
 
 def test_both_ways_at_once_from_several_threads(pair):
     """Also with messages far longer than what a pipe has room for."""
-    sizes = [0, 1, 8191, 8192, 8193, 65535, 65536, 3000000]
-    frames = [[bytes([number]) * size for size in sizes] for number in range(4)]
+    sizes = [0, 1, 8167, 8168, 8169, 8191, 8192, 8193, 65535, 65536, 3000000]  # the header has 24
+    messages = [[[bytes([number]) * size, bytes([number]) * other, bytes([number])] for size, other in zip(sizes, sizes[::-1])]
+                for number in range(4)]
 
     def write(channel, each):
-        for frame in each:
-            channel.send_frame(frame, None)
+        for message in each:
+            send(channel, *message)
 
-    writers = [in_thread(write, channel, each) for channel in pair for each in frames]
+    for channel in pair:  # what one leaves to another that has just ended
+        channel.later = lambda channel=channel: in_thread(channel.write, [])
+    writers = [in_thread(write, channel, each) for channel in pair for each in messages]
     readers = [in_thread(read, channel, len(sizes) * 4) for channel in pair]
     for reader in readers:
-        assert sorted(reader()) == sorted(frame for each in frames for frame in each)
+        come = reader()
+        for number, each in enumerate(messages):
+            assert [message for message in come if message[2] == bytes([number])] == each  # each thread's in its order
     assert [writer() for writer in writers] == [None] * 8
 
 
 @pytest.mark.parametrize("ending", ["shutdown", "other end", "close of the other end"])
 def test_an_end_wakes_whoever_reads_and_whoever_writes(pair, ending):
     here, there = pair
-    begun = threading.Event()
-    reader = in_thread(lambda: begun.set() or here.recv(1000))
-    assert begun.wait(10)
-    assert here.recv is not None and not there.recv(1000, time.monotonic() + 0.05)
-    writer = in_thread(here.send, [bytes(5000000)])
+    reading, writing = threading.Event(), threading.Event()
+    reader = in_thread(lambda: reading.set() or here.receive())
+    here.stuck = writing.set  # nobody reads there
+    writer = in_thread(send, here, bytes(5000000))
+    assert reading.wait(10) and writing.wait(10)
     {"shutdown": here.shutdown, "other end": there.shutdown, "close of the other end": there.close}[ending]()
-    assert isinstance(reader(), (EOFError, ConnectionError)) and isinstance(writer(), OSError)
+    assert isinstance(reader(), miniplug._Broken) and isinstance(writer(), miniplug._Broken)
+    with pytest.raises(miniplug._Broken):
+        here.receive()
+    with pytest.raises(miniplug._Broken):
+        send(here, b"x")
+
+
+def test_an_end_wakes_the_handshake(frames):
+    here, there = frames
+    begun = threading.Event()
+    reader = in_thread(lambda: begun.set() or here.receive_frame(time.monotonic() + 20))
+    assert begun.wait(10)
+    there.shutdown()
+    assert isinstance(reader(), (EOFError, ConnectionError))
     with pytest.raises((EOFError, ConnectionError)):
-        here.recv(1000)
+        here.receive_frame(time.monotonic() + 20)
     with pytest.raises(OSError):
-        here.send([b"x"])
+        for _ in range(2):  # a socket may take one
+            here.send_frame(b"x", time.monotonic() + 20)
 
 
 def test_what_was_sent_before_the_end_is_read(pair):
     here, there = pair
     for number in range(5):
-        here.send([b"%d" % number])
+        send(here, b"%d" % number, b"and more")
     here.close()
-    assert read(there, 5) == [b"0", b"1", b"2", b"3", b"4"]
-    with pytest.raises(EOFError):
-        there.recv(1000)
+    assert read(there, 5) == [[b"%d" % number, b"and more"] for number in range(5)]
+    with pytest.raises(miniplug._Broken) as caught:
+        there.receive()
+    assert isinstance(caught.value.args[0], EOFError)
+
+
+def test_what_follows_the_handshake_is_kept(frames):
+    """Also if it has come with the handshake's last frame."""
+    here, there = frames
+    here.send_frame(b"a", time.monotonic() + 20)
+    here.send_frame(b"b" * 4096, time.monotonic() + 20)
+    here.begin(1000)
+    send(here, b"c", b"d")
+    here.close()
+    assert [there.receive_frame(time.monotonic() + 20) for _ in range(2)] == [b"a", b"b" * 4096]
+    there.begin(1000)
+    assert read(there, 1) == [[b"c", b"d"]]
+    with pytest.raises(miniplug._Broken):
+        there.receive()
 
 
 def test_a_deadline_leaves_a_read_and_a_write_where_they_are(pair):
     here, there = pair
-    assert here.recv(1000, time.monotonic() + 0.02) is None
+    assert here.receive(time.monotonic() + 0.02) is None
     long = os.urandom(5000000)
+    with pytest.raises(miniplug._Late):
+        send(here, long, long, deadline=time.monotonic() + 0.02)
+    assert there.receive(time.monotonic() + 0.02) is None
+    writer = in_thread(send, here, b"after")
+    assert read(there, 2) == [[long, long], [b"after"]] and writer() is None
+    send(there, b"back")
+    assert read(here, 1) == [[b"back"]]
+
+
+def test_a_deadline_in_the_handshake(frames):
+    here, there = frames
     with pytest.raises(TimeoutError):
-        here.send([long], time.monotonic() + 0.02)
-    writer = in_thread(here.send, [b"after"])
-    assert read(there, 2) == [long, b"after"] and writer() is None
-    there.send([b"back"])
-    assert read(here, 1) == [b"back"]
+        here.receive_frame(time.monotonic() + 0.02)
+    there.send_frame(b"late", time.monotonic() + 20)
+    assert here.receive_frame(time.monotonic() + 20) == b"late"
+    with pytest.raises(TimeoutError):
+        here.send_frame(bytes(5000000), time.monotonic() + 0.02)
 
 
-def test_a_frame_over_the_limit_is_not_read(pair):
+@pytest.mark.parametrize("sizes, said", [
+    ([300000], "300024 bytes, where at most 200000"),
+    ([200001], "200025 bytes, where at most 200000"),
+    ([7000, 193001], "193001 bytes, where at most 200000"),
+    ([0, 100000, 100000, 1], "1 bytes, where at most 200000"),
+])
+def test_a_message_over_the_limit_is_not_read(pair, sizes, said):
     here, there = pair
-    writer = in_thread(here.send, [bytes(300000)])
-    with pytest.raises(miniplug.ProtocolError, match="300000 bytes, where at most 200000"):
-        there.recv(200000)
+    there.begin(200000)
+    writer = in_thread(lambda: [send(here, *map(bytes, each)) for each in ([0, 200000], [200000], sizes)])
+    read(there, 2)
+    with pytest.raises(miniplug.ProtocolError, match=f"a frame of {said}"):
+        there.receive()
     there.close()
-    assert isinstance(writer(), OSError)
+    writer()
+
+
+def test_a_frame_over_the_limit_is_not_read(frames):
+    here, there = frames
+    writer = in_thread(here.send_frame, bytes(300000), time.monotonic() + 20)
+    with pytest.raises(miniplug.ProtocolError, match="300000 bytes, where at most 4096"):
+        there.receive_frame(time.monotonic() + 20)
+    there.close()
+    assert isinstance(writer(), OSError) or not WINDOWS
 
 
 def test_a_signal_handler_that_returns_breaks_nothing(pair):
@@ -288,13 +371,13 @@ def test_a_signal_handler_that_returns_breaks_nothing(pair):
     before = signal.signal(signal.SIGINT if WINDOWS else signal.SIGUSR1, lambda *_: struck.set())
     try:
         striker = in_thread(strike)
-        answer = in_thread(lambda: striker() or there.send([b"late"]))
-        assert read(here, 1) == [b"late"] and answer() is None
+        answer = in_thread(lambda: striker() or send(there, b"late"))
+        assert read(here, 1) == [[b"late"]] and answer() is None
         struck.clear()
         striker = in_thread(strike)
         reader = in_thread(lambda: striker() or read(there, 1))
-        here.send([bytes(5000000)])
-        assert reader() == [bytes(5000000)]
+        send(here, bytes(5000000))
+        assert reader() == [[bytes(5000000)]]
     finally:
         signal.signal(signal.SIGINT if WINDOWS else signal.SIGUSR1, before)
 
