@@ -3549,7 +3549,8 @@ class _Runner:
                 self.fail(request, _renamed(error, "the result", f"the result of {name}"), own=True)
                 return
         elif type(value) is _Ref:  # an instance that was dispensed in vain is to be exited
-            references, lent = self._session.references, []
+            lent: list[int] = []
+            references = self._session.references
             references.lend(self._session, value, lent)
             references.unlend(lent)
         self.finish(request)
@@ -5046,9 +5047,9 @@ class Stream:
             self._session.caller.value(self._call, message, _END)
             raise StopIteration
         values = self._session.caller.value(self._call, message, _ITEM)
-        received = self._batch[2] + len(values) if type(values) is list else self._call.granted + 1
-        if received > self._call.granted:
-            text = "items of a stream are a list, and no more than there is credit for"
+        received = self._batch[2] + len(values) if type(values) is list else 0
+        if not values or not received or received > self._call.granted:
+            text = "items of a stream are a list, of one at least, and no more than there is credit for"
             raise self._session.failed(ProtocolError(text), self._call)
         self._batch = (message, iter(values), received)
 
