@@ -38,7 +38,7 @@ class PipeEnd:
         if not self._unread:
             try:
                 frame = self.connection.recv_bytes()
-            except (EOFError, OSError, RuntimeError):  # the last if it has been closed meanwhile
+            except (EOFError, OSError, RuntimeError, TypeError):  # the last two if it has been closed meanwhile
                 return b""
             self._unread = struct.pack("!i", len(frame)) + frame
         data, self._unread = self._unread[:size], self._unread[size:]
