@@ -2875,7 +2875,9 @@ class _Reader:
         """Wait until something has come about the call, reading while nobody else does, and running what is nested in
         it. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
         while not call.inbox:
-            if call.nested:
+            if self._session.ended is not None:
+                call.inbox.append(_ENDED)  # the end may have come when the call was given up already
+            elif call.nested:
                 self._session.runner.run_nested(call)
             elif not self.seat:
                 self.read_for(call)
@@ -5046,9 +5048,9 @@ class Stream:
 
     def _take(self, message: _Message) -> None:
         """Take a part of the stream. Raises StopIteration at the end, and what the generator raised."""
+        if self._over:
+            raise StopIteration  # it was closed: who gives it up tells the plugin
         if message[0] == _END:
-            if self._over:
-                raise StopIteration  # it was closed: who gives it up tells the plugin
             self._over = True
             self._session.calls.pop(self._call.number, None)
             self._session.caller.value(self._call, message, _END)
