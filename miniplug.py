@@ -2875,7 +2875,9 @@ class _Reader:
         """Wait until something has come about the call, reading while nobody else does, and running what is nested in
         it. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
         while not call.inbox:
-            if call.nested:
+            if self._session.ended is not None:
+                call.inbox.append(_ENDED)  # the end may have come when the call was given up already
+            elif call.nested:
                 self._session.runner.run_nested(call)
             elif not self.seat:
                 self.read_for(call)
@@ -3333,12 +3335,17 @@ class _Caller:
         session.runner.disown(call)
         for message in call.running:  # a handler has raised in the midst of that, or before it could begin
             session.runner.run_after_all(message)
-        if call.number in self._calls and session.ended is None:
+        is_open = call.number in self._calls and session.ended is None
+        if is_open:
             session.post(_CANCEL, call.number)
-            if call.streams is not None and not session.serving:
-                self.probe(next(self._numbers))  # its producer may wait to send: read until a ping is answered
         self._calls.pop(call.number, None)
         self.forget(call)
+        if call.streams is not None:
+            call.inbox.append((_END, 0, call.number, 0, b"", ()))  # for a thread that waits for items
+            if call.gate is not None:
+                _open(call.gate)
+            if is_open:  # that thread may be the one that reads; and the producer may wait to send: read until a ping is
+                self.probe(next(self._numbers))  # answered
         self._reader.pass_on()
         session.flush()
 
@@ -5041,6 +5048,8 @@ class Stream:
 
     def _take(self, message: _Message) -> None:
         """Take a part of the stream. Raises StopIteration at the end, and what the generator raised."""
+        if self._over:
+            raise StopIteration  # it was closed: who gives it up tells the plugin
         if message[0] == _END:
             self._over = True
             self._session.calls.pop(self._call.number, None)
@@ -5117,12 +5126,7 @@ class Stream:
         if not self._over:
             self._over = True
             _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
-            self._call.inbox.append((_END, 0, self._call.number, 0, b"", ()))  # for a thread or a task that waits
-            if self._call.gate is not None:
-                _open(self._call.gate)
             self._tell()
-            if self._lock.locked() and self._session.ended is None:
-                self._session.post(_PING, 0)  # that thread may be the one that reads
         self._batch = (*self._batch[:1], iter(()), self._batch[2])
 
     async def aclose(self) -> None:
