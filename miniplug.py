@@ -2590,7 +2590,7 @@ class _Watch:
         token = [None]
         if self._running.setdefault(0, token) is token:
             try:
-                _start_thread("miniplug-watch", self._run)
+                _start_thread("miniplug-clock", self._run)
             except BaseException:
                 self._running.clear()
                 raise
@@ -2603,7 +2603,7 @@ class _Watch:
                 _aside_in_pool(_import("heapq").heappop(alarms)[2])
             if self._readers and now >= next_look:
                 if next_look:
-                    self._readers = [reader for reader in self._readers if reader.look()]
+                    self._readers[:] = [reader for reader in self._readers if reader.look()]
                 next_look = now + _LOOK if self._readers else 0.0
             times = [alarm[0] for alarm in alarms[:1]] + [next_look] * bool(self._readers)
             try:
@@ -3863,7 +3863,11 @@ class _Session:
         channel.gone = lambda error: None if self.cause is not None else self.end(error)
         channel.begin(max_message)
         _sessions.add(self)
-        _watch.start()
+        try:
+            _watch.start()
+        except BaseException:
+            _sessions.discard(self)
+            raise
         if serving:
             self.reader.pass_on()
 
