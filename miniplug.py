@@ -5016,6 +5016,11 @@ class Stream:
         self._credited = 0  # for how many of those credit was given
         self._waiters: list[Any] = []  # (loop, future) of the tasks that wait for items
         self._over = False
+        session.borrowed.add(id(self))  # until it is over: what has come may be unread
+
+    def _finish(self) -> None:
+        self._over = True
+        self._session.borrowed.discard(id(self))
 
     def __iter__(self) -> Stream:
         return self
@@ -5035,7 +5040,7 @@ class Stream:
                 except StopIteration:
                     raise
                 except BaseException:
-                    self._over = True
+                    self._finish()
                     _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
                     raise
 
@@ -5055,7 +5060,7 @@ class Stream:
         if self._over:
             raise StopIteration  # it was closed: who gives it up tells the plugin
         if message[0] == _END:
-            self._over = True
+            self._finish()
             self._session.calls.pop(self._call.number, None)
             self._session.caller.value(self._call, message, _END)
             raise StopIteration
@@ -5084,7 +5089,7 @@ class Stream:
                 except StopIteration:
                     raise StopAsyncIteration from None
                 except BaseException:
-                    self._over = True
+                    self._finish()
                     _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
                     raise
                 finally:
@@ -5128,7 +5133,7 @@ class Stream:
     def close(self) -> None:
         """Give the rest up: the plugin's generator is closed. Closing what has ended does nothing."""
         if not self._over:
-            self._over = True
+            self._finish()
             _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
             self._tell()
         self._batch = (*self._batch[:1], iter(()), self._batch[2])
@@ -5150,7 +5155,10 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_over", True) and self._session.ended is None:
+        if getattr(self, "_over", True):
+            return
+        self._finish()
+        if self._session.ended is None:
             _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
 
     def __repr__(self) -> str:
