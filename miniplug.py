@@ -697,6 +697,17 @@ def _are_fine(values: Sequence[Any]) -> bool:
     return min(integers) >= -_SAFE_INTEGER and max(integers) <= _SAFE_INTEGER
 
 
+_FRAGILE = sys.version_info < (3, 9)  # where what trips over the end of the stack may end the process
+
+
+def _check_stack() -> None:
+    try:
+        sys._getframe(sys.getrecursionlimit() - 80)
+    except ValueError:
+        return
+    raise RecursionError("nested too deeply")
+
+
 class _Packer:
     """One value on its way out, of one thread. `fit` gives what the encoder is to write for it, `tag` is the
     encoder's hook. `careful`: the encoder has tripped over it, as it does over NaN and lone surrogates."""
@@ -770,6 +781,8 @@ class _Packer:
         return values if self._fine.issuperset(map(type, values)) else self._fit_each(values)
 
     def _fit_each(self, values: Any) -> Any:
+        if _FRAGILE:
+            _check_stack()
         fine, copy = self._fine, None
         for index, part in enumerate(values):
             kind = type(part)
