@@ -2545,15 +2545,20 @@ class _Pool:
         _consume(map(self._tasks.put, tasks))
 
     def _work(self) -> None:
+        seconds = _IDLE_SECONDS
         while True:
             try:
-                function, arguments = self._tasks.get(True, _IDLE_SECONDS)
+                function, arguments = self._tasks.get(True, seconds)
             except _import("_queue").Empty:
                 try:
                     self._idle.pop()
                     return
-                except IndexError:  # somebody counts on this one
+                except IndexError:
+                    if seconds < _IDLE_SECONDS:
+                        return  # nobody does, after all: a handler has struck who took it
+                    seconds = 1.0  # somebody counts on this one
                     continue
+            seconds = _IDLE_SECONDS
             if function is None:
                 return
             try:
