@@ -285,17 +285,6 @@ def _is_ctrl_c(error: BaseException) -> bool:
     return issubclass(type(error), KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
-def _innermost(frame: Any, functions: Sequence[Any], *owners: Any) -> Any:
-    """Which of some methods of these objects runs in this frame, or in the nearest one below it; or None. What a signal handler
-    or a finalizer interrupts goes on only after it, and may be what it waits for."""
-    codes = {id(function.__code__): function for function in functions}
-    while frame is not None:
-        if id(frame.f_code) in codes and any(frame.f_locals.get("self") is owner for owner in owners):
-            return codes[id(frame.f_code)]
-        frame = frame.f_back
-    return None
-
-
 def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threading.Thread:
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     thread.start()
@@ -3235,12 +3224,9 @@ class _Caller:
         except _Late:
             self.give_up(call)
             future._fail(_too_late(call))
-        except BaseException as error:
+        except BaseException:
             if call.decoded is None:
                 _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
-            if type(error) is _Late:
-                self.give_up(call)
-                raise _too_late(call) from None
             raise
         return call
 
