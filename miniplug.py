@@ -2009,8 +2009,9 @@ class _Listener:
     """
 
     def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
-        """`made` is told of each folder that it has made."""
+        """`made` is told of each folder that it has made, and with a "!" before it once that is gone."""
         self.folder = ""  # the one that it has made
+        self._made = made
         self._held: list[int] = []  # a descriptor of it
         self.address = ""
         self.passed_over: list[str] = []  # the temp folders that would not do, and why
@@ -2020,7 +2021,7 @@ class _Listener:
         if _WINDOWS or address:
             self._listener = self._bind(address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}")
         else:
-            self._listener = self._bind_anywhere(made)
+            self._listener = self._bind_anywhere()
         _listeners.add(self)
 
     def _bind(self, address: str) -> Any:
@@ -2044,7 +2045,7 @@ class _Listener:
         self.address = address
         return listener
 
-    def _bind_anywhere(self, made: Callable[[str], Any]) -> Any:
+    def _bind_anywhere(self) -> Any:
         for base in _temp_folders():
             folder = os.path.join(base, _folder_name())
             try:
@@ -2052,7 +2053,7 @@ class _Listener:
                     raise OSError("its path is too long for a socket")
                 os.mkdir(folder, 0o700)
                 self.folder = folder  # from here on it is ours to remove
-                made(folder)
+                self._made(folder)
                 self._hold()
                 return self._bind(os.path.join(folder, "s"))
             except OSError as error:
@@ -2095,6 +2096,7 @@ class _Listener:
     def _remove_folder(self) -> None:
         if self.folder:
             _remove_socket(os.path.join(self.folder, "s"), self.folder)
+            self._made(f"!{self.folder}")
         self.folder = ""
         while self._held:
             os.close(self._held.pop())
@@ -5632,488 +5634,7 @@ def _standard_fields() -> frozenset[str]:
     return frozenset({*vars(record), *dir(type(record)), "message", "asctime"})
 
 
-# === 9. process =======================================================================================
-#
-# Start a process, hear what it says, and end it with all that it started. On POSIX the process leads a
-# session of its own, so that one signal reaches its group and the terminal's Ctrl-C does not; on Windows it
-# is in a job object. The host's own end, SIGKILL included: on Windows the job closes with the host's handle;
-# on POSIX the guardian waits for it. With stdin="inherit" on a terminal there is no group: then only the
-# process itself is ended.
-#
-# A process here is what has `pid`, `stdout`, `stderr` and these methods: `signal(kill)` ends it, in any
-# thread, as often as one likes; `await_exit()` and then `reap()`, which gives the exit code, are for the one
-# thread that watches it; `keep()` has it stay when the host goes; `disown()` forgets it in a forked child.
-
-_PIPE, _DEVNULL = -1, -3  # as in subprocess, which is slow to import
-_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
-
-
-def _popen(argv: Sequence[str], **options: Any) -> Any:
-    """A subprocess.Popen, unbuffered. The pipes are made here: what Popen has opened when it finds no
-    descriptor for the next, it leaves open."""
-    theirs: list[int] = []
-    ours: dict[str, int] = {}
-    try:
-        for name in ("stdin", "stdout", "stderr"):
-            stream = options.get(name)
-            if stream == _DEVNULL:
-                options[name] = os.open(os.devnull, os.O_RDWR)
-                theirs.append(options[name])
-            elif stream == _PIPE:
-                ours[name], options[name] = os.pipe()
-                theirs.append(options[name])
-        process = _import("subprocess").Popen(argv, bufsize=0, **options)
-    except BaseException:
-        for fd in ours.values():
-            os.close(fd)
-        raise
-    finally:
-        for fd in theirs:
-            os.close(fd)
-    for name, fd in ours.items():
-        setattr(process, name, open(fd, "rb", buffering=0))  # noqa: SIM115
-    return process
-
-
-if TYPE_CHECKING:
-    class _Limits(NamedTuple):
-        memory: int | None
-        cpu_seconds: float | None
-        open_files: int | None
-else:
-    _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
-
-
-class Limits(_Limits, metaclass=_Brief):
-    """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
-
-    - `memory` (bytes): on POSIX the address space of each process, on Windows what all of them have
-      allocated together. An allocation past it fails: in Python that is a MemoryError. macOS enforces none.
-      Runtimes that reserve much address space (Node's, Go's, Java's) need far more than they use.
-    - `cpu_seconds`: on POSIX the processor time of each process, in whole seconds, rounded up; on Windows
-      that of all of them together. What goes over it is ended, and PluginCrashed says so.
-    - `open_files` (a count): descriptors in each process; to open one more fails with OSError. Windows has
-      no such limit.
-
-    A limit that this system does not have is not set, and the plugin's logger warns of it. A stricter one
-    that the host itself is under stays. Immutable. Raises ValueError for what is no positive number.
-    """
-
-    __slots__ = ()
-
-    def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
-                open_files: int | None = None) -> Limits:
-        for name, value in (("memory", memory), ("cpu_seconds", cpu_seconds), ("open_files", open_files)):
-            kinds, word = ((int, float), "number") if name == "cpu_seconds" else ((int,), "whole number")
-            if value is not None and (type(value) not in kinds or not 0 < value < float("inf")):
-                raise ValueError(f"{name}={value!r}: it is a positive {word}, or None")
-        return super().__new__(cls, memory, cpu_seconds, open_files)
-
-    def _not_enforced(self) -> str | None:
-        """The name of a limit that this system does not have."""
-        name = "open_files" if _WINDOWS else "memory" if sys.platform == "darwin" else None
-        return name if name and getattr(self, name) is not None else None
-
-    def _as_job(self, stays: bool = False) -> bytes:
-        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of a job that ends with its last handle, unless it stays."""
-        time_limit, memory_limit, kill_on_close = 0x4, 0x200, 0x2000  # of the whole job, the first two
-        flags = 0 if stays else kill_on_close
-        flags |= time_limit * bool(self.cpu_seconds) | memory_limit * bool(self.memory)
-        ticks = min(int((self.cpu_seconds or 0) * 10**7), (1 << 63) - 1)  # of 100 ns
-        memory = min(self.memory or 0, (1 << 8 * struct.calcsize("N")) - 1)
-        return struct.pack("qqINNINII6Q4N", 0, ticks, flags, *[0] * 12, 0, memory, 0, 0)
-
-    def _command(self, argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
-        """A command that sets the limits and then becomes `argv`. A shell does that: nothing of Python's runs
-        between fork and exec, and nothing of the plugin's before they hold."""
-        if not os.path.exists(_SHELL):
-            raise OSError(f"its limits cannot be set: there is no {_SHELL}")
-        seconds = None if self.cpu_seconds is None else int(-(-self.cpu_seconds // 1))
-        memory = None if sys.platform == "darwin" else self.memory
-        steps = [self._step("-S -t", "CPU", seconds), self._step("-H -t", "CPU", seconds and seconds + 1),
-                 self._step("-v", "AS", memory, 1024), self._step("-n", "NOFILE", self.open_files)]
-        if "PWD" not in env:
-            steps.append("unset PWD")  # which the shell has set
-        odd = [f"{name}={env[name]}" for name in env if not (name.isascii() and name.isidentifier())]
-        again = ["env", *odd] if odd else []  # some shells drop variables with such names
-        script = " && ".join([*filter(None, steps), 'exec "$@"'])
-        return [_SHELL, "-c", script, "miniplug-limits", *again, *argv]
-
-    @staticmethod
-    def _step(option: str, kind: str, value: int | None, unit: int = 1) -> str:
-        if value is None:
-            return ""
-        resource = _import("resource")
-        hard = resource.getrlimit(getattr(resource, f"RLIMIT_{kind}"))[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        return f"ulimit {option} {max(1, value // unit)}"
-
-    def _broken(self, code: int, seconds: float) -> str:
-        """Which limit a process went over that ended so, after so many seconds of processor time; or ""."""
-        killed, time_up = -9, 1816 if _WINDOWS else -24  # SIGXCPU; at the hard limit it is SIGKILL
-        over = self.cpu_seconds is not None and code == killed and seconds >= self.cpu_seconds
-        if over or (self.cpu_seconds is not None and code == time_up):
-            return f", over its limit of {self.cpu_seconds:g} cpu_seconds"
-        if self.memory is not None and code < 0 and code not in (killed, -15):
-            return f", perhaps for its limit of {self.memory} bytes of memory"
-        return ""
-
-
-# What the guardian does. It reads "+PID" of a process that leads a group, "=PID" of one that leads none, and
-# "-PID" when that is not to be ended any more; "/FOLDER" of a door's folder that this host has made, and
-# "!/FOLDER" when that is gone. When the host is gone it removes the folders, gives the processes some time to
-# end by themselves, and kills those that have not, and what is left of their groups. Each is known by when it
-# began as well, so that no later process of its number is meant. (A number that a group has is given to
-# nobody: so what the leader has left behind is killed without a look.)
-_GUARDIAN_SECONDS = 3
-_GUARDIAN = """
-begun() {  # when the process $1 has begun
-    if [ -d /proc/self ]; then
-        read -r stat 2>/dev/null <"/proc/$1/stat" || return 1
-        set -- ${stat##*) }
-        found=${20}
-    else
-        set -- $(ps -o lstart= -p "$1")
-        [ $# -gt 0 ] && found=$2-$3-$4-$5
-    fi
-}
-rounds=$1
-shift
-told=
-while IFS= read -r line; do
-    rest=${line#?}
-    case $line in
-    [+=]*) begun "$rest" && told="$told $line@$found" ;;
-    -*) others=
-        for each in $told; do
-            case $each in [+=]$rest@*) ;; *) others="$others $each" ;; esac
-        done
-        told=$others ;;
-    /*) set -- "$@" "$line" ;;
-    !*) for each; do
-            shift
-            [ "$each" = "$rest" ] || set -- "$@" "$each"
-        done ;;
-    esac
-done
-for folder; do
-    if [ ! -h "$folder" ]; then
-        rm -f -- "$folder/s"
-        rmdir -- "$folder"
-    fi
-done 2>/dev/null
-runs() {  # whether what was told as $1 does, by its number and when it began
-    pid=${1%%@*}
-    group=${pid%%[0-9]*} pid=${pid#?}
-    begun "$pid" && [ "$found" = "${1#*@}" ]
-}
-left() {
-    for each in $told; do
-        runs "$each" && return 0
-    done
-    return 1
-}
-while [ "$rounds" -gt 0 ] && left; do
-    sleep .1 2>/dev/null || sleep 1
-    rounds=$((rounds - 1))
-done
-for each in $told; do
-    if runs "$each" || { [ "$group" = + ] && ! begun "$pid"; }; then
-        [ "$group" = + ] && pid=-$pid
-        kill -s KILL -- "$pid"
-    fi
-done 2>/dev/null
-"""
-
-
-class _Guardian:
-    """A process that outlives this host by a moment, and ends what the host was to end. There is one while
-    any plugin runs or starts. Any thread may call this; `_lock` protects all of it, and is held for moments:
-    no write waits. One that somebody has killed or stopped is replaced when it is told something."""
-
-    _FLAGS = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: Any = None
-        self._line: Any = None  # a socket, as a write to it raises no SIGPIPE; its end is the host's
-        self._told: dict[str, str] = {}  # what it is to end or to remove, and the line that said so
-        self._users = 0
-
-    def hire(self) -> None:
-        """Somebody starts a plugin, and will `leave`."""
-        with self._lock:
-            self._users += 1
-            if self._process is None:
-                self._begin()
-
-    def leave(self) -> None:
-        """The plugin of a `hire` is gone. With the last one the guardian goes."""
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                self._told.clear()  # a folder that would not do after all
-                self._part()
-
-    def watch(self, what: str, line: str = "") -> None:
-        """`what` is a folder; or the number of a process, and `line` that with the sign before it."""
-        with self._lock:
-            if "\n" not in what:
-                self._told[what] = line or what
-                self._say(self._told[what])
-
-    def forget(self, what: str) -> None:
-        """To be called while the number is still the process's own."""
-        with self._lock:
-            line = self._told.pop(what, "")
-            if line:
-                self._say(f"{'!' if line == what else '-'}{what}")
-
-    def at_exit(self) -> None:
-        """What is left is its now."""
-        with self._lock:
-            self._part()
-
-    def _begin(self) -> None:
-        """There is none where there is no shell: a plugin still ends by itself when its connection does.
-        A host that is itself a plugin has its own host's guardian behind it: then this one waits less."""
-        nested = _ADDRESS in _environment or _ADDRESS in os.environ
-        tenths = "5" if nested else str(_GUARDIAN_SECONDS * 10)
-        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", tenths]
-        try:
-            self._line, theirs = socket.socketpair()
-        except OSError:  # no descriptor to be had
-            return
-        try:
-            for end in (self._line, theirs):  # whatever the host's default timeout is
-                end.setblocking(True)
-            if sys.platform == "darwin":
-                self._line.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE
-            self._process = _popen(argv, stdin=theirs.fileno(), stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
-                                   env={"PATH": os.defpath}, start_new_session=True)
-        except OSError:
-            self._line.close()
-        finally:
-            theirs.close()
-
-    def _say(self, line: str) -> None:
-        if self._process is not None and not self._hears(line):
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-            self._line.close()
-            self._begin()
-            _ = self._process is not None and self._hears("\n".join(self._told.values()))
-
-    def _hears(self, lines: str) -> bool:
-        data = os.fsencode(lines) + b"\n"
-        try:
-            return self._process.poll() is None and self._line.send(data, self._FLAGS) == len(data)
-        except OSError:
-            return False
-
-    def _part(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        self._line.close()
-        try:
-            if not any(what.isdigit() for what in self._told):  # it has but folders to remove
-                process.wait(1.0)
-        except _import("subprocess").TimeoutExpired:  # somebody has stopped it
-            process.kill()
-            process.wait()
-
-    def disown(self) -> None:
-        """In a forked child: let go of what would keep the guardian waiting."""
-        if self._process is not None:
-            self._process.returncode = 0
-            self._line.close()
-        self.__init__()  # type: ignore[misc]
-
-
-_guardian = _Guardian()
-
-
-class _PosixProcess:
-    """A process, and the group that it leads unless it shares the terminal. `_lock` protects `_reaped`:
-    nobody is signalled after the reaping, when the number may be another's."""
-
-    excess = ""  # which limit it went over, in words, once it is reaped
-
-    def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
-        self._limits, self._leads = limits, not terminal
-        self._lock = threading.Lock()
-        self._reaped = False
-        argv = limits._command(argv, popen["env"]) if limits else argv
-        self._popen = _popen(argv, start_new_session=self._leads, **popen)
-        self.pid: int = self._popen.pid
-        self.stdout, self.stderr = self._popen.stdout, self._popen.stderr
-        self._guarded = True
-        _guardian.hire()
-        _guardian.watch(str(self.pid), f"{'+' if self._leads else '='}{self.pid}")
-
-    def signal(self, kill: bool) -> None:
-        with self._lock:
-            try:
-                if not self._reaped:
-                    (_posix.killpg if self._leads else os.kill)(self.pid, 9 if kill else 15)
-            except OSError:
-                pass  # there is nobody left (or only the dead, which macOS calls a lack of permission)
-
-    def await_exit(self) -> None:
-        """It stays unreaped, so that its number stays its own."""
-        try:
-            if hasattr(os, "waitid"):
-                _posix.waitid(_posix.P_PID, self.pid, _posix.WEXITED | _posix.WNOWAIT)
-            else:  # macOS before Python 3.13: a group keeps the number while anybody is in it
-                self._popen.wait()
-        except ChildProcessError:
-            pass  # somebody else in this host has reaped it
-
-    def reap(self) -> int | None:
-        """None if somebody else has reaped it, so that nobody knows how it ended."""
-        self.keep()
-        with self._lock:
-            self._reaped = True
-            try:
-                if self._popen.returncode is None:
-                    _, status, usage = _posix.wait4(self.pid, 0)
-                    signalled = _posix.WIFSIGNALED(status)
-                    code = -_posix.WTERMSIG(status) if signalled else _posix.WEXITSTATUS(status)
-                    self._popen.returncode = code
-                    if self._limits:
-                        self.excess = self._limits._broken(code, usage.ru_utime + usage.ru_stime)
-            except ChildProcessError:
-                self._popen.wait()  # which then knows that there is nothing to wait for
-                return None
-        return int(self._popen.returncode)
-
-    def keep(self) -> None:
-        if self._guarded:
-            self._guarded = False
-            _guardian.forget(str(self.pid))
-            _guardian.leave()
-
-    def disown(self) -> None:
-        self._reaped = True
-        self._popen.returncode = 0
-
-
-class _WindowsProcess:
-    """A process in a job object, which ends with its last handle: with the host, however that ends. `_lock`
-    protects `_job`: nothing is done to whatever has the number of a closed handle."""
-
-    excess = ""
-    _CALLS = ("CreateJobObjectW", 2), ("SetInformationJobObject", 4), ("AssignProcessToJobObject", 2), \
-             ("TerminateJobObject", 2), ("CloseHandle", 1)
-
-    def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
-        suspended, new_group, no_window = 0x4, 0x200, 0x08000000
-        self._limits = limits
-        self._lock = threading.Lock()
-        self._system = self._typed("kernel32", *self._CALLS)
-        self._job = self._system.CreateJobObjectW(None, None)
-        self._popen: Any = None
-        try:
-            self._demand(self._limit(), "Windows refuses them")
-            # a group of its own hears no Ctrl-C, not even in the host's console
-            flags = suspended | new_group | (0 if terminal else no_window)
-            self._popen = _popen(argv, creationflags=flags, **popen)
-            handle = int(self._popen._handle)
-            added = self._system.AssignProcessToJobObject(self._job, handle)
-            self._demand(added, "Windows refuses to put it into a job")
-            status = self._typed("ntdll", ("NtResumeProcess", 1)).NtResumeProcess(handle)
-            if status < 0:
-                raise OSError(f"it cannot be let run: status 0x{status & 0xFFFFFFFF:08X}")
-        except BaseException:
-            if self._popen is not None:
-                self._popen.kill()
-            self._close()
-            raise
-        self.pid: int = self._popen.pid
-        self.stdout, self.stderr = self._popen.stdout, self._popen.stderr
-
-    @staticmethod
-    def _typed(library: str, *calls: tuple[str, int]) -> Any:
-        """A library with the types of its calls: ctypes takes what it is not told for an int, and would cut a
-        handle in two. What is no handle is as large as one in a register, or smaller."""
-        ctypes = _import("ctypes")
-        functions = ctypes.WinDLL(library)
-        for name, count in calls:
-            function = getattr(functions, name)
-            function.argtypes = [ctypes.c_void_p] * count
-            function.restype = ctypes.c_void_p if name.startswith("Create") else ctypes.c_int
-        return functions
-
-    def _limit(self, stays: bool = False) -> bool:
-        settings = (self._limits or Limits())._as_job(stays)
-        return bool(self._system.SetInformationJobObject(self._job, 9, settings, len(settings)))
-
-    def _demand(self, done: Any, why: str) -> None:
-        """Without limits a process runs without a job, too."""
-        if self._limits and not done:
-            raise OSError(f"its limits cannot be set: {why}")
-
-    def keep(self) -> None:
-        self._limit(stays=True)
-
-    def signal(self, kill: bool) -> None:
-        """Windows has no gentler way for a process without a window."""
-        with self._lock:
-            if self._job is not None:
-                self._system.TerminateJobObject(self._job, 1)
-        try:
-            self._popen.kill()  # in case there is no job
-        except OSError:
-            pass  # it has ended
-
-    def await_exit(self) -> None:
-        self._popen.wait()
-
-    def reap(self) -> int:
-        self._close()
-        code = int(self._popen.wait())
-        self.excess = self._limits._broken(code, 0.0) if self._limits else ""
-        return code
-
-    def _close(self) -> None:
-        with self._lock:
-            job, self._job = self._job, None
-            if job is not None:
-                self._system.CloseHandle(job)
-
-    def disown(self) -> None:
-        """There are no forks."""
-
-
-class _NoProcess:
-    """Stands for a process that is another host's, or this one itself: there is but a connection to it. What
-    is served here has a `thread` that does that."""
-
-    stdout = stderr = None
-    excess = ""
-
-    def __init__(self, channel: _Channel, pid: int, thread: threading.Thread | None = None) -> None:
-        self.pid, self._channel, self._thread = pid, channel, thread
-        self._let_go = threading.Event()
-
-    def signal(self, kill: bool) -> None:
-        self._channel.shutdown()
-        self._let_go.set()
-
-    def await_exit(self) -> None:
-        self._let_go.wait() if self._thread is None else self._thread.join()
-
-    def reap(self) -> int | None:
-        return None if self._thread is None else 0
-
-    def keep(self) -> None:
-        """It stays anyway."""
-
-    def disown(self) -> None:
-        """A forked child has nothing of it."""
-
+# -- a plugin's output, in the host: lines, and the log records that they are
 
 _LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces, as it must be kept until its end
 _TAIL_LINES = 30  # how many last lines an error carries
@@ -6360,11 +5881,359 @@ class _LogSink:
         return record
 
 
-_WINDOWS_ERRORS = {
-    0xC0000005: "an access violation", 0xC000001D: "an illegal instruction", 0xC0000094: "a division by zero",
-    0xC00000FD: "a stack overflow", 0xC0000135: "a DLL that is missing", 0xC000013A: "Ctrl-C",
-    0xC0000142: "a DLL that did not start", 0xC0000374: "a heap that is corrupt",
-    0xC0000409: "abort() or a buffer overrun", 0xE06D7363: "a C++ exception"}
+# === 9. process =======================================================================================
+#
+# Start a process, and end it with all that it started. On POSIX the process leads a session of its own, so
+# that one signal reaches its group and the terminal's Ctrl-C does not; on Windows it is in a job object. The
+# host's own end, SIGKILL included: on Windows the job closes with the host's handle; on POSIX the guardian
+# waits for it. With stdin="inherit" on a terminal there is no group: then only the process itself is ended.
+#
+# A process here is what has `pid`, `stdout`, `stderr` and these methods: `signal(kill)` ends it, in any
+# thread, as often as one likes; `await_exit()` and then `reap()`, which gives the exit code, are for the one
+# thread that watches it; `keep()` has it stay when the host goes; `disown()` forgets it in a forked child.
+
+_PIPE, _DEVNULL = -1, -3  # as in subprocess, which is slow to import
+_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
+
+
+def _popen(argv: Sequence[str], **options: Any) -> Any:
+    return _import("subprocess").Popen(argv, bufsize=0, **options)
+
+
+if TYPE_CHECKING:
+    class _Limits(NamedTuple):
+        memory: int | None
+        cpu_seconds: float | None
+        open_files: int | None
+else:
+    _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
+
+
+class Limits(_Limits, metaclass=_Brief):
+    """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
+
+    - `memory` (bytes): on POSIX the address space of each process, on Windows what all of them have
+      allocated together. An allocation past it fails: in Python that is a MemoryError. macOS enforces none.
+      Runtimes that reserve much address space (Node's, Go's, Java's) need far more than they use.
+    - `cpu_seconds`: on POSIX the processor time of each process, in whole seconds, rounded up; on Windows
+      that of all of them together. What goes over it is ended, and PluginCrashed says so.
+    - `open_files` (a count): descriptors in each process; to open one more fails with OSError. Windows has
+      no such limit.
+
+    A limit that this system does not have is not set, and the plugin's logger warns of it. A stricter one
+    that the host itself is under stays. Immutable. Raises ValueError for what is no positive number.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
+                open_files: int | None = None) -> Limits:
+        for name, value in (("memory", memory), ("cpu_seconds", cpu_seconds), ("open_files", open_files)):
+            kinds, word = ((int, float), "number") if name == "cpu_seconds" else ((int,), "whole number")
+            if value is not None and (type(value) not in kinds or not 0 < value < float("inf")):
+                raise ValueError(f"{name}={value!r}: it is a positive {word}, or None")
+        return super().__new__(cls, memory, cpu_seconds, open_files)
+
+    def _not_enforced(self) -> str | None:
+        """The name of a limit that this system does not have."""
+        name = "open_files" if _WINDOWS else "memory" if sys.platform == "darwin" else None
+        return name if name and getattr(self, name) is not None else None
+
+    def _as_job(self, stays: bool = False) -> bytes:
+        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of a job that ends with its last handle, unless it stays."""
+        time_limit, memory_limit, kill_on_close = 0x4, 0x200, 0x2000  # of the whole job, the first two
+        flags = 0 if stays else kill_on_close
+        flags |= time_limit * bool(self.cpu_seconds) | memory_limit * bool(self.memory)
+        ticks = min(int((self.cpu_seconds or 0) * 10**7), (1 << 63) - 1)  # of 100 ns
+        memory = min(self.memory or 0, (1 << 8 * struct.calcsize("N")) - 1)
+        return struct.pack("qqINNINII6Q4N", 0, ticks, flags, *[0] * 12, 0, memory, 0, 0)
+
+    def _command(self, argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
+        """A command that sets the limits and then becomes `argv`. A shell does that: nothing of Python's runs
+        between fork and exec, and nothing of the plugin's before they hold."""
+        if not os.path.exists(_SHELL):
+            raise OSError(f"its limits cannot be set: there is no {_SHELL}")
+        seconds = None if self.cpu_seconds is None else int(-(-self.cpu_seconds // 1))
+        steps = [("-S -t", "CPU", 1, seconds), ("-H -t", "CPU", 1, seconds and seconds + 1),
+                 ("-n", "NOFILE", 1, self.open_files)]
+        if sys.platform != "darwin":
+            steps.append(("-v", "AS", 1024, self.memory))
+        script = "" if "PWD" in env else "unset PWD; "  # which the shell has set
+        resource = _import("resource")
+        for option, kind, unit, value in steps:
+            if value is not None:
+                hard = resource.getrlimit(getattr(resource, f"RLIMIT_{kind}"))[1]
+                value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+                script += f"ulimit {option} {max(1, value // unit)} && "
+        odd = [f"{name}={env[name]}" for name in env if not (name.isascii() and name.isidentifier())]
+        again = ["env", *odd] if odd else []  # some shells drop variables with such names
+        return [_SHELL, "-c", f'{script}exec "$@"', "miniplug-limits", *again, *argv]
+
+
+# What the guardian does. It reads "+PID" of a process that leads a group, "=PID" of one that leads none,
+# "/FOLDER" of a door's folder that this host has made; and the same after a "!" when that is gone. When the
+# host is gone it removes the folders, gives the processes some time to end by themselves, and kills those
+# that have not, and what is left of their groups. Each is known by when it began as well, so that no later
+# process of its number is meant. (A number that a group has is given to nobody: so what the leader has left
+# behind is killed without a look.)
+_GUARDIAN = """
+begun() {  # when the process $1 has begun
+    if [ -d /proc/self ]; then
+        read -r stat 2>/dev/null <"/proc/$1/stat" || return 1
+        set -- ${stat##*) }
+        found=${20}
+    else
+        set -- $(ps -o lstart= -p "$1")
+        [ $# -gt 0 ] && found=$2-$3-$4-$5
+    fi
+}
+runs() {  # whether what is known as $1 does
+    begun "${1##*[+=]}" && [ "$found" = "${1%%[+=]*}" ]
+}
+rounds=$1
+shift
+while IFS= read -r line; do
+    case $line in
+    !*) for each; do
+            shift
+            [ "${each#"${each%%[+=/]*}"}" = "${line#!}" ] || set -- "$@" "$each"
+        done ;;
+    /*) set -- "$@" "$line" ;;
+    *) begun "${line#?}" && set -- "$@" "$found$line" ;;
+    esac
+done
+for each; do
+    case $each in
+    /*) [ -h "$each" ] || { rm -f -- "$each/s" && rmdir -- "$each"; } ;;
+    *) others="$others $each" ;;
+    esac
+done 2>/dev/null
+set -- $others
+while [ "$rounds" -gt 0 ] && [ $# -gt 0 ]; do
+    for each; do
+        runs "$each" && break
+    done || break
+    sleep .1 2>/dev/null || sleep 1
+    rounds=$((rounds - 1))
+done
+for each; do
+    pid=${each##*[+=]}
+    case $each in
+    *+*) runs "$each" || ! begun "$pid" && kill -s KILL -- "-$pid" ;;
+    *) runs "$each" && kill -s KILL "$pid" ;;
+    esac
+done 2>/dev/null
+exit 0
+"""
+
+
+class _Guardian:
+    """A process that outlives this host by a moment, and ends what the host was to end. There is one while it
+    knows of anything. Any thread may call this; `_lock` protects all of it, and is held for moments: no write
+    waits. One that somebody has killed or stopped is replaced when it is told something."""
+
+    _TENTHS = "30"  # of a second, that processes have to end by themselves
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: Any = None
+        self._pipe: list[int] = []  # both ends, so that no write to it raises SIGPIPE
+        self._told: set[str] = set()  # what it is to end or to remove
+
+    def tell(self, line: str) -> None:
+        """In the words of its script. That a process is gone is said while its number is still its own."""
+        with self._lock:
+            if line.startswith("!"):
+                self._told.discard(line[1:])
+            elif "\n" not in line:
+                self._told.add(line)
+            if not self._told:
+                self._part()
+            elif not self._hears(line):
+                self._part()
+                self._begin()
+                self._hears("\n".join(self._told))
+
+    def _begin(self) -> None:
+        """There is none where there is no shell: a plugin still ends by itself when its connection does.
+        A host that is itself a plugin has its own host's guardian behind it: then this one waits less."""
+        nested = _ADDRESS in _environment or _ADDRESS in os.environ
+        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", "5" if nested else self._TENTHS]
+        try:
+            self._pipe.extend(os.pipe())
+            os.set_blocking(self._pipe[1], False)
+            self._process = _popen(argv, stdin=self._pipe[0], stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
+                                   env={"PATH": os.defpath}, start_new_session=True)
+        except OSError:  # no descriptor to be had
+            self._part()
+
+    def _hears(self, lines: str) -> bool:
+        data = os.fsencode(lines) + b"\n"
+        try:
+            alive = self._process is not None and self._process.poll() is None
+            return alive and os.write(self._pipe[1], data) == len(data)
+        except OSError:
+            return False
+
+    def _part(self) -> None:
+        """First its end, or it would take that of the pipe for the host's."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+        while self._pipe:
+            os.close(self._pipe.pop())
+
+    def disown(self) -> None:
+        """In a forked child: let go of what would keep the guardian waiting."""
+        if self._process is not None:
+            self._process.returncode = 0
+            self._process = None
+        self._part()
+        self.__init__()  # type: ignore[misc]
+
+
+_guardian = _Guardian()
+
+
+class _PosixProcess:
+    """A process, and the group that it leads unless it shares the terminal. `_lock` protects `_reaped`:
+    nobody is signalled after the reaping, when the number may be another's."""
+
+    def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
+        self._leads = not terminal
+        self._lock = threading.Lock()
+        self._reaped = False
+        self._code: int | None = None
+        argv = limits._command(argv, popen["env"]) if limits else argv
+        self._popen = _popen(argv, start_new_session=self._leads, **popen)
+        self.pid: int = self._popen.pid
+        self.stdout, self.stderr = self._popen.stdout, self._popen.stderr
+        self._name = f"{'+' if self._leads else '='}{self.pid}"
+        _guardian.tell(self._name)
+
+    def signal(self, kill: bool) -> None:
+        with self._lock:
+            try:
+                if not self._reaped:
+                    (_posix.killpg if self._leads else os.kill)(self.pid, 9 if kill else 15)
+            except OSError:
+                pass  # there is nobody left (or only the dead, which macOS calls a lack of permission)
+
+    def await_exit(self) -> None:
+        """It stays unreaped, so that its number stays its own."""
+        try:
+            if hasattr(os, "waitid"):
+                end = _posix.waitid(_posix.P_PID, self.pid, _posix.WEXITED | _posix.WNOWAIT)
+                self._code = end.si_status if end.si_code == _posix.CLD_EXITED else -end.si_status
+            else:  # macOS before Python 3.13: a group keeps the number while anybody is in it
+                self._code = self._popen.wait()
+        except ChildProcessError:
+            pass  # somebody else in this host has reaped it: so nobody knows how it ended
+
+    def reap(self) -> int | None:
+        self.keep()
+        with self._lock:
+            self._reaped = True
+            self._popen.wait()
+        return self._code
+
+    def keep(self) -> None:
+        _guardian.tell(f"!{self._name}")
+
+    def disown(self) -> None:
+        self._reaped = True
+        self._popen.returncode = 0
+
+
+class _WindowsProcess:
+    """A process in a job object, which ends with its last handle: with the host, however that ends. `_lock`
+    protects `_job`: nothing is done to whatever has the number of a closed handle. (There are no forks.)"""
+
+    def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
+        suspended, new_group, no_window = 0x4, 0x200, 0x08000000
+        ctypes = _import("ctypes")
+        self._limits = limits or Limits()
+        self._lock = threading.Lock()
+        self._system = ctypes.WinDLL("kernel32")
+        self._system.CreateJobObjectW.restype = ctypes.c_void_p
+        # a group of its own hears no Ctrl-C, not even in the host's console
+        flags = suspended | new_group | (0 if terminal else no_window)
+        self._popen = _popen(argv, creationflags=flags, **popen)
+        self.pid: int = self._popen.pid
+        self.stdout, self.stderr = self._popen.stdout, self._popen.stderr
+        handle = ctypes.c_void_p(int(self._popen._handle))  # what ctypes takes for an int it would cut in two
+        self._job = ctypes.c_void_p(self._system.CreateJobObjectW(None, None))
+        held = self._limit() and self._system.AssignProcessToJobObject(self._job, handle)
+        if limits and not held:  # without limits it runs without a job, too
+            self._refuse("its limits cannot be set")
+        if ctypes.WinDLL("ntdll").NtResumeProcess(handle) < 0:
+            self._refuse("it cannot be let run")
+
+    def _refuse(self, what: str) -> None:
+        self.signal(kill=True)
+        self.reap()
+        raise OSError(f"{what}: Windows refuses")
+
+    def _limit(self, stays: bool = False) -> bool:
+        settings = self._limits._as_job(stays)
+        return bool(self._system.SetInformationJobObject(self._job, 9, settings, len(settings)))
+
+    def keep(self) -> None:
+        self._limit(stays=True)
+
+    def signal(self, kill: bool) -> None:
+        """Windows has no gentler way for a process without a window."""
+        with self._lock:
+            if self._job:
+                self._system.TerminateJobObject(self._job, 1)
+        try:
+            self._popen.kill()  # in case there is no job
+        except OSError:
+            pass  # it has ended
+
+    def await_exit(self) -> None:
+        self._popen.wait()
+
+    def reap(self) -> int:
+        with self._lock:
+            job, self._job = self._job, None
+            if job:
+                self._system.CloseHandle(job)
+        return int(self._popen.wait())
+
+
+class _NoProcess:
+    """Stands for a process that is another host's, or this one itself: there is but a connection to it. What
+    is served here has a `thread` that does that."""
+
+    stdout = stderr = None
+
+    def __init__(self, channel: _Channel, pid: int, thread: threading.Thread | None = None) -> None:
+        self.pid, self._channel, self._thread = pid, channel, thread
+        self._let_go = threading.Event()
+
+    def signal(self, kill: bool) -> None:
+        self._channel.shutdown()
+        self._let_go.set()
+
+    def await_exit(self) -> None:
+        self._let_go.wait() if self._thread is None else self._thread.join()
+
+    def reap(self) -> int | None:
+        return None if self._thread is None else 0
+
+    def keep(self) -> None:
+        """It stays anyway."""
+
+    def disown(self) -> None:
+        """A forked child has nothing of it."""
+
+
+_DEATHS = {  # what the system ends a process for, where its number says little
+    0xC0000005: "an access violation", 0xC00000FD: "a stack overflow", 0xC0000135: "a DLL that is missing",
+    0xC000013A: "Ctrl-C", 0xC0000409: "abort() or a buffer overrun"}
+_OVER_TIME = ", over its limit of cpu_seconds"
 
 
 def _end_words(code: int | None) -> tuple[str, str | None]:
@@ -6372,23 +6241,18 @@ def _end_words(code: int | None) -> tuple[str, str | None]:
     if code is None:
         return "ended", None
     if 0xC0000000 <= code < 0xF0000000:  # an error of Windows, or a language's own
-        return f"died of {_WINDOWS_ERRORS.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
+        return f"died of {_DEATHS.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
     if code >= 0:
-        return f"exited with status {code}", None
+        return f"exited with status {code}{_OVER_TIME * (code == 1816)}", None  # of Windows: no more quota
     try:
         name = _import("signal").Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    return f"died of {name}", name
-
-
-_TELLING = "Fatal Python error: ", "  PYTHONHOME = '"  # what names the cause, however much comes after it
+    return f"died of {name}{_OVER_TIME * (name == 'SIGXCPU')}", name
 
 
 def _last_words(lines: Sequence[str]) -> str:
-    told = [line for line in lines[:-20] if line.startswith(_TELLING)]
-    shown = [*told, *lines[-20:][len(told):]]
-    return ". The last it wrote:" + "".join(f"\n    {line}" for line in shown) if lines else ""
+    return ". The last it wrote:" + "".join(f"\n    {line}" for line in lines) if lines else ""
 
 
 # === 10. plugin =======================================================================================
@@ -6946,8 +6810,7 @@ class _Run:
 
     def end_words(self) -> tuple[str, str | None]:
         """How it ended, in words, and the name of the signal if it was one."""
-        words, name = _end_words(self.exit_code)
-        return words + self.process.excess, name
+        return _end_words(self.exit_code)
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
@@ -6978,11 +6841,8 @@ class _Start:
         config = self.recipe.attaches_to()
         if config is not None:
             return self._attach(config)
-        guarded = self.recipe.process is _PosixProcess
-        if guarded or _WINDOWS:
+        if self.recipe.process is type(self.recipe)._process:
             self._above = self.recipe.above()
-        if guarded:
-            _guardian.hire()
         argv: list[str] = []
         try:
             argv = self.recipe.argv()
@@ -6991,9 +6851,6 @@ class _Start:
             if isinstance(error, PluginError):
                 raise
             raise self.recipe.not_started(argv, str(error)) from None
-        finally:
-            if guarded:
-                _guardian.leave()
         return None
 
     def _launch(self, argv: list[str]) -> None:
@@ -7010,8 +6867,7 @@ class _Start:
             came.append(what)
             arrival.set()
 
-        door = _Door(greet, arrived, made=_guardian.watch)
-        folder = door.listener.folder
+        door = _Door(greet, arrived, made=_guardian.tell if recipe.process is _PosixProcess else str)
         try:
             run = self._spawn(argv, door.listener, key, arrival)
             in_time = arrival.wait(recipe.start_timeout)
@@ -7023,7 +6879,6 @@ class _Start:
                 raise self._failure(run, argv, in_time, door.strangers, came[0][1] if came else None)
         finally:
             door.close()
-            _guardian.forget(folder)
             if self.run is None or self.run.session is None:
                 for channel, _ in came:  # too late
                     channel.close()
@@ -7443,7 +7298,6 @@ def _close_all() -> None:
         if run.stays:
             run.detach()
     _end_runs([run for run in runs if not run.stays], _GRACE)
-    _guardian.at_exit()
 
 
 def _disown_all() -> None:

@@ -146,7 +146,7 @@ def test_killed_before_there_is_a_plugin(write):
 def test_there_is_one_guardian_and_it_goes_with_the_last_plugin():
     plugins = [miniplug.launch(WORKSHOP) for _ in range(3)]
     guardian = miniplug._guardian._process.pid
-    assert alive(guardian) and {*miniplug._guardian._told} == {str(plugin.pid) for plugin in plugins}
+    assert alive(guardian) and miniplug._guardian._told == {f"+{plugin.pid}" for plugin in plugins}
     for plugin in plugins:
         assert alive(guardian)
         plugin.close()
@@ -184,7 +184,7 @@ def test_a_guardian_kills_whom_it_was_told_of(tmp_path):
     for sleeper, sign in zip(sleepers, (b"+", b"=", b"+")):
         told.started(sleeper.pid, 111)
         told.say(b"%s%d\n" % (sign, sleeper.pid))
-    told.say(b"-%d\n" % sleepers[2].pid)
+    told.say(b"!+%d\n" % sleepers[2].pid)
     told.end()
     assert [sleeper.wait(10) for sleeper in sleepers[:2]] == [-9, -9] and sleepers[2].poll() is None
     sleepers[2].kill()
@@ -200,7 +200,7 @@ def test_a_guardian_kills_nobody_who_has_the_number_now(tmp_path):
     for each in (bystander, fence):
         told.started(each.pid, 111)
         told.say(b"+%d\n" % each.pid)
-    told.say(b"-%d\n" % fence.pid)
+    told.say(b"!+%d\n" % fence.pid)
     os.mkfifo(str(told.proc / "1"))  # once this has a reader, what was said before has been heard
     told.say(b"+1\n")
     with open(str(told.proc / "1"), "w"):
@@ -230,8 +230,7 @@ def test_a_guardian_that_somebody_has_ended_or_stopped_is_replaced(write, fault)
             os.waitid(os.P_PID, guardian.pid, os.WEXITED | os.WNOWAIT)
         else:
             while miniplug._guardian._process is guardian:  # until its pipe is full
-                with miniplug._guardian._lock:
-                    miniplug._guardian._say("-1" * 10000)
+                miniplug._guardian.tell("!" + "1" * 10000)
         plugins.append(miniplug.launch({WORKSHOP!r}))
         plugins.pop(0).close()
         plugins.append(miniplug.launch({WORKSHOP!r}))
@@ -250,8 +249,8 @@ def test_a_guardian_that_somebody_has_ended_or_stopped_is_replaced(write, fault)
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fdinfo"), reason="only /proc tells of it")
 def test_the_guardian_of_a_host_with_a_default_timeout_waits_for_it():
-    """A socket with a timeout is one that does not block, for whoever inherits it as well: the guardian would take that
-    for the host's end."""
+    """What does not block for the host may not do so for who inherits it either: the guardian would take that for the
+    host's end."""
     import socket
 
     socket.setdefaulttimeout(0.01)
@@ -259,7 +258,7 @@ def test_the_guardian_of_a_host_with_a_default_timeout_waits_for_it():
         with miniplug.launch(WORKSHOP):
             with open(f"/proc/{miniplug._guardian._process.pid}/fdinfo/0") as info:
                 flags = int(re.findall(r"flags:\s*(\d+)", info.read())[0], 8)
-            assert not flags & os.O_NONBLOCK and miniplug._guardian._line.gettimeout() is None
+            assert not flags & os.O_NONBLOCK
     finally:
         socket.setdefaulttimeout(None)
 
