@@ -5517,7 +5517,7 @@ def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, 
     return versions
 
 
-# -- output and logging: lines on stderr, in the format of hclog, one JSON object each
+# -- output and logging in the plugin: lines on stderr, in the format of hclog, one JSON object each
 
 _LEVELS = {"error": 40, "warn": 30, "info": 20, "debug": 10, "trace": 5}
 
@@ -5540,12 +5540,14 @@ def _prepare_output() -> None:
     if _environment.pop(_NO_STDIN, "") and "PYTHONBREAKPOINT" not in os.environ:
         sys.breakpointhook = _no_breakpoint
     level = int(_environment.pop(_LOG_LEVEL, -1))
-    if level >= 0 and "logging" in sys.modules:
+    if level < 0:  # by hand
+        return
+    if "logging" in sys.modules:
         _set_up_logging(sys.modules["logging"], level)
-    elif level >= 0:
+    else:
         sys.meta_path.insert(0, _LoggingHook(level))
     main = threading.current_thread() is threading.main_thread()
-    if level >= 0 and main and not _WINDOWS and _posix.getpgrp() != os.getpid():
+    if main and not _WINDOWS and _posix.getpgrp() != os.getpid():
         signal = _import("signal")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it shares the terminal, whose Ctrl-C is the host's
 
@@ -5556,8 +5558,7 @@ def _no_breakpoint(*args: Any, **kwargs: Any) -> None:
 
 
 class _LoggingHook:
-    """An import hook that sets logging up when somebody imports it, so that nobody pays for it who does
-    not."""
+    """An import hook that sets logging up once somebody imports it: it is slow to import."""
 
     def __init__(self, level: int) -> None:
         self._level = level
@@ -5612,18 +5613,7 @@ def _log_line(formatter: Any, record: Any) -> str:
     try:
         return json.dumps({**fields, **more}, default=repr, skipkeys=True)
     except Exception:  # one of them holds itself, say, or its repr raises
-        return json.dumps({**fields, **{key: _loggable(value) for key, value in more.items()}}, default=repr)
-
-
-def _loggable(value: Any) -> Any:
-    """What a log line has of a value: itself if it can be, or else how Python writes it."""
-    try:
-        return json.dumps(value, default=repr, skipkeys=True) and value
-    except Exception:
-        try:
-            return repr(value)
-        except Exception:
-            return f"<{type(value).__name__}>"
+        return json.dumps({**fields, **{key: _import("reprlib").repr(value) for key, value in more.items()}})
 
 
 @lru_cache(maxsize=1)
@@ -5634,20 +5624,14 @@ def _standard_fields() -> frozenset[str]:
     return frozenset({*vars(record), *dir(type(record)), "message", "asctime"})
 
 
-# -- a plugin's output, in the host: lines, and the log records that they are
+# -- a plugin's output in the host: lines, and the log records that they are
 
 _LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces, as it must be kept until its end
 _TAIL_LINES = 30  # how many last lines an error carries
 _TAIL_RECORD = 1 << 14  # how much of a log record is kept for that
-
-# What a plugin's output may cost: a line that is over one of these is logged as text.
-_RECORD_LIMIT = 1 << 20  # characters of a log record
-_RECORD_DEPTH = 20  # of lists and objects in each other
+_RECORD_LIMIT = 1 << 20  # characters of a log record; a longer one is logged as text
 _TRACE_LIMIT = 1 << 20  # characters of a traceback; then its lines are logged one by one
-_MODULES = 200  # loggers that a plugin may make, in the host's life
-_MODULE_LENGTH = 200  # characters of a logger's name
-_MODULE_DEPTH = 10  # parts of it, between dots
-_modules: dict[str, set[str]] = {}  # the loggers that were made, by the plugin's own
+_NAME_LIMIT = 200  # characters of the name of a logger; what has a longer one goes to the plugin's own
 
 
 class _Lines:
@@ -5660,8 +5644,7 @@ class _Lines:
         self._log = deliver if isinstance(deliver, _LogSink) else None
         self._deliver = deliver
         self._decoder = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
-        self._begun: list[str] = []  # a line, as much of it as has come
-        self._size = 0
+        self._line = io.StringIO()  # as much of it as has come
         self._returned = False  # whether the last line has ended with a \r, which a \n may follow
         self._report: list[str] = []  # the head of what faulthandler has written
 
@@ -5679,6 +5662,19 @@ class _Lines:
                 self._flush()
         self._flush()
 
+    def _await_more(self, seconds: float | None, wake: int) -> bool:
+        """Wait for something to read, until there is something in `wake`. False if there is nothing."""
+        if not _WINDOWS:
+            return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
+        if seconds is None:
+            return True  # reading itself is what waits
+        time.sleep(seconds)
+        try:
+            handle = _import("msvcrt").get_osfhandle(self.file.fileno())
+            return bool(_import("_winapi").PeekNamedPipe(handle, 0)[0])
+        except OSError:
+            return True  # its end
+
     def _read(self) -> bool:
         """Read what there is and deliver its lines. False at the end."""
         try:
@@ -5694,24 +5690,19 @@ class _Lines:
         if text:
             text, self._returned = text[self._returned and text[0] == "\n" :], text[-1] == "\r"
         first, *others = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        self._add(first)
+        self._line.write(first)
         for text in others:
             self._end_line()
-            self._add(text)
-        if self._size >= _LINE_LIMIT or (self._size and not data):
+            self._line.write(text)
+        if self._line.tell() >= (_LINE_LIMIT if data else 1):
             self._end_line()
 
-    def _add(self, text: str) -> None:
-        self._begun.append(text)
-        self._size += len(text)
-
     def _end_line(self) -> None:
-        text, self._begun, self._size = "".join(self._begun), [], 0
+        text, self._line = self._line.getvalue(), io.StringIO()
         self.tail.append(text[:_TAIL_RECORD] if text.startswith("{") else _cut(text))
-        if text.startswith("Fatal Python error: "):
-            self._report = []
-        if text.startswith("Fatal Python error: ") or 0 < len(self._report) < 10:
-            self._report.append(self.tail[-1])
+        fatal = text.startswith("Fatal Python error: ")
+        if fatal or 0 < len(self._report) < 10:
+            self._report = [*([] if fatal else self._report), self.tail[-1]]
         _guard(self._deliver, text)
 
     def _flush(self) -> None:
@@ -5726,50 +5717,17 @@ class _Lines:
             lines = [*self._report, "...", *lines[-9:]]
         return lines
 
-    def _await_more(self, seconds: float | None, wake: int) -> bool:
-        """Wait for something to read, until there is something in `wake`. False if there is nothing."""
-        if not _WINDOWS:
-            poll = _import("select").poll()
-            poll.register(self.file, 1)  # POLLIN
-            poll.register(wake, 1)
-            return self.file.fileno() in dict(poll.poll(None if seconds is None else seconds * 1000))
-        handle = _import("msvcrt").get_osfhandle(self.file.fileno())
-        deadline = time.monotonic() + (seconds or 0.0)
-        try:
-            while seconds is not None and not _import("_winapi").PeekNamedPipe(handle, 0)[0]:
-                if time.monotonic() >= deadline:
-                    return False
-                time.sleep(0.005)
-        except OSError:
-            pass  # its end
-        return True  # without a limit reading itself is what waits
 
-
-def _record_of(line: str) -> dict[str, Any]:
-    """The fields of a log record. Raises ValueError for a line that is none, or one of more than is
-    reasonable."""
+def _record_of(line: str) -> dict[str, Any] | None:
+    """The fields of a log record. None for a line that is none, or too much of one."""
     if not line.startswith("{") or len(line) > _RECORD_LIMIT:
-        raise ValueError("no record, or too long")
+        return None
     try:
-        fields = json.loads(line, parse_int=_short_int)
-    except RecursionError:
-        raise ValueError("too deep") from None
-    if not isinstance(fields.get("@message"), str) or not _is_shallow(fields, _RECORD_DEPTH):
-        raise ValueError("no message, or too deep")
-    return {_clean(key): _clean(value) for key, value in fields.items()}
-
-
-def _short_int(digits: str) -> int:
-    if len(digits) > 1000:  # to read, print and compare it takes too long
-        raise ValueError("too many digits")
-    return int(digits)
-
-
-def _is_shallow(value: Any, depth: int) -> bool:
-    if isinstance(value, (dict, list)):
-        return depth > 0 and all(_is_shallow(each, depth - 1)
-                                 for each in (value.values() if isinstance(value, dict) else value))
-    return True
+        fields = json.loads(line, parse_int=_make_integer)
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(fields.get("@message"), str) and isinstance(fields.get("@level", ""), str)
+    return {_clean(key): _clean(value) for key, value in fields.items()} if known else None
 
 
 def _clean(value: Any) -> Any:
@@ -5779,14 +5737,12 @@ def _clean(value: Any) -> Any:
 
 def _readable(line: str) -> str:
     """A log record as text, with its traceback on lines of its own. Any other line is itself."""
-    try:
-        fields = _record_of(line)
-    except ValueError:
+    fields = _record_of(line)
+    if fields is None:
         return line
     more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
     trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
-    level = str(fields.get("@level", "info")).upper()
-    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}{more}{trace}"
+    return f"[{fields.get('@level', 'info').upper()}] {fields.get('@module', '')}: {fields['@message']}{more}{trace}"
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
@@ -5810,6 +5766,7 @@ class _LogSink:
     def __init__(self, parent: logging.Logger, stream: str) -> None:
         self._parent = parent
         self._logger = parent.getChild(stream)
+        self._prefix = self._logger.name[: -len(stream)]
         self._stderr = stream == "stderr"
         self.trace: list[str] = []  # the lines of a traceback, which may go on
         self._room = 0  # how many characters more it may have
@@ -5822,7 +5779,7 @@ class _LogSink:
         self.flush()
         if self._stderr and line.startswith(self._HEADS):
             self.trace, self._room = [line], _TRACE_LIMIT
-        elif not (self._stderr and line.startswith("{") and self._record(line)):
+        elif not (self._stderr and self._record(line)):
             self._logger.log(30 if self._stderr else 20, "%s", line)
 
     def _goes_on(self, line: str) -> bool:
@@ -5838,45 +5795,39 @@ class _LogSink:
 
     def _record(self, line: str) -> bool:
         """Log a line of hclog's JSON with its level, logger and fields. False if it is none."""
-        try:
-            fields = _record_of(line)
-            message, level = fields.pop("@message"), fields.pop("@level", "info").lower()
-        except (ValueError, AttributeError):
+        fields = _record_of(line)
+        if fields is None:
             return False
-        name, number = fields.pop("@module", ""), fields.pop("@levelno", None)
-        known = type(number) is int and 0 < number <= 100  # a logger remembers each that it was asked for
-        number = number if known else _LEVELS.get(level, 20)
-        logger = self._logger_for(name)
-        if logger.isEnabledFor(number):
-            logger.handle(self._made(logger, number, message, fields))
+        level, word, module = (fields.pop(key, "") for key in ("@levelno", "@level", "@module"))
+        if type(level) is not int or not 0 < level <= 100:  # a logger remembers each that it was asked for
+            level = _LEVELS.get(word.lower(), 20)
+        named = isinstance(module, str) and module not in ("", "root") and len(module) <= _NAME_LIMIT
+        name = f"{self._prefix}{module}" if named else self._parent.name
+        logger = self._nearest(name)
+        if logger.isEnabledFor(level):
+            logger.handle(self._made(name, level, fields))
         return True
 
-    def _logger_for(self, name: Any) -> logging.Logger:
-        """The logger of a module. One that is made is kept for ever: so those of a plugin are no more than so many, and
-        their names no longer. What is over that goes to the plugin's own."""
-        if not isinstance(name, str) or name == "root" or not all(name.split(".")):  # logging goes astray at ".."
-            return self._parent
-        whole = f"{self._parent.name}.{name}"
-        made = _modules.setdefault(self._parent.name, set())
-        if whole not in made and not hasattr(self._parent.manager.loggerDict.get(whole), "handlers"):
-            if len(made) >= _MODULES or len(name) > _MODULE_LENGTH or name.count(".") >= _MODULE_DEPTH:
-                return self._parent
-            made.add(whole)
-        return self._parent.getChild(name)
+    def _nearest(self, name: str) -> Any:
+        """The logger of that name, or the nearest above it that there is: one that were made for a plugin
+        would stay for the host's life."""
+        while len(name) > len(self._prefix):
+            found = self._parent.manager.loggerDict.get(name)
+            if hasattr(found, "handlers"):  # else it only holds the place of one
+                return found
+            name = name.rpartition(".")[0]
+        return self._parent
 
-    @staticmethod
-    def _made(logger: logging.Logger, number: int, message: str, fields: dict[str, Any]) -> logging.LogRecord:
-        record = logger.makeRecord(logger.name, number, "(plugin)", 0, "%s", (message,), None)
-        trace = fields.pop("@traceback", None)
+    def _made(self, name: str, level: int, fields: dict[str, Any]) -> logging.LogRecord:
+        record = self._parent.makeRecord(name, level, "(plugin)", 0, fields.pop("@message"), (), None)
+        trace, when, known = fields.pop("@traceback", None), fields.pop("@timestamp", None), _standard_fields()
         record.exc_text = trace if isinstance(trace, str) else None  # formatters print it below the message
         try:
-            when = fields.pop("@timestamp").replace("Z", "+00:00")
-            created = _import("datetime").datetime.fromisoformat(when).timestamp()
+            created = _import("datetime").datetime.fromisoformat(when.replace("Z", "+00:00")).timestamp()
             time.localtime(created)  # formatters do that, and no platform can for every time
             record.created, record.msecs = created, created % 1 * 1000
-        except (KeyError, AttributeError, TypeError, ValueError, OverflowError, OSError):
+        except Exception:
             pass  # then it is the time of its arrival
-        known = _standard_fields()
         vars(record).update((key, value) for key, value in fields.items() if key not in known)
         return record
 

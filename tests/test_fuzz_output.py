@@ -134,10 +134,9 @@ def test_every_line_is_a_record_that_can_be_written(lines):
         assert record.args in ((), None) or record.args[0] == record.getMessage()
 
 
-def test_afterwards_there_are_no_more_loggers_than_a_plugin_may_make():
+def test_afterwards_there_are_no_loggers_of_a_plugins():
     made = [name for name in logging.Logger.manager.loggerDict if name.startswith(PARENT + ".")]
-    assert len(made) <= (miniplug._MODULES + 1) * miniplug._MODULE_DEPTH
-    assert len(miniplug._modules.get(PARENT, ())) <= miniplug._MODULES
+    assert made in ([], [PARENT + ".stderr"])
 
 
 @SETTINGS
@@ -150,9 +149,7 @@ def test_what_a_record_says_arrives(fields):
     except ValueError:
         return
     (record,) = deliver([line])
-    shallow = all(miniplug._is_shallow(value, miniplug._RECORD_DEPTH - 1) for value in expected.values())
-    digits = max(map(len, "".join(c if c.isdigit() else " " for c in line).split()), default=0)
-    if isinstance(expected.get("@message"), str) and isinstance(expected.get("@level", ""), str) and shallow and digits <= 1000:
+    if isinstance(expected.get("@message"), str) and isinstance(expected.get("@level", ""), str):
         assert record.getMessage() == miniplug._clean(expected["@message"])
         for key, value in expected.items():
             plain = not isinstance(value, (str, float, list, dict)) and not key.startswith("@")
