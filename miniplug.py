@@ -5178,6 +5178,7 @@ def _settle_quietly(future: Any) -> None:
 
 # === 8. serve ===========================================================================================
 
+# The variables by which a host speaks to the plugin that it starts.
 _ADDRESS, _AUTHKEY, _LOG_LEVEL = "MINIPLUG_ADDRESS", "MINIPLUG_AUTHKEY", "MINIPLUG_LOG_LEVEL"
 _PERSIST = "MINIPLUG_PERSIST"  # stay when the host goes
 _ATTACH = "MINIPLUG_ATTACH"  # {NAME: config} as JSON: where a host attaches instead of launching
@@ -5203,22 +5204,16 @@ def _take_environment() -> None:
         _environment[name] = os.environ.pop(name)
 
 
-# What green threads would take the place of.
-_PATCHED = "socket.socket", "threading.get_ident", "time.sleep", "select.select", "subprocess.Popen"
-
-
 def _refuse_monkey_patches() -> None:
-    """Raises RuntimeError in a process that gevent or eventlet has put green threads into: waiting here would
-    hang it."""
-    for name in _PATCHED:
-        module, _, attribute = name.partition(".")
+    """Raises RuntimeError where gevent or eventlet has put green threads in place of the system's: waiting
+    here would hang the process."""
+    for name in ("socket.socket", "threading.get_ident", "time.sleep", "select.select", "subprocess.Popen"):
+        module, attribute = name.split(".")
         found = getattr(sys.modules.get(module), attribute, None)
         library = str(getattr(found, "__module__", "")).partition(".")[0]
         if library in ("gevent", "eventlet"):
-            raise RuntimeError(
-                f"miniplug does not run under the monkey patches of {library} (here: {name}): it needs the "
-                "system's own threads and sockets. Do not patch this process; or let another one, which is "
-                "not patched, have the plugins, and talk to that")
+            raise RuntimeError(f"miniplug does not run under the monkey patches of {library} (here: {name}). Do "
+                               "not patch this process; or let another one, which is not, have the plugins")
 
 
 def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
@@ -5276,12 +5271,9 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
     _prepare_output()
     try:
         if persist or address is not None:
-            passed_over = server.listen(address or "", secret)
-            _heed_signals(host is not None)
+            server.listen(address or "", secret)
+            _heed_sigterm()
         if host is None:
-            for folder in passed_over:
-                where = server.config["address"]
-                print(f"miniplug: it listens at {where}, not in {folder}", file=sys.stderr, flush=True)
             print(json.dumps(server.config), flush=True)
         else:
             server.serve_launcher(host, key, cookie)
@@ -5294,11 +5286,18 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
 
 
 def _refuse_by_hand(address: str | None, persist: bool, hint: str) -> None:
-    """Exit with a word if there is neither a host that has started this process nor a place for one to attach
-    to."""
+    """Exit with a word if there is neither a host that has started this process nor a place to attach to."""
     if _ADDRESS not in _environment and not persist and address is None:
         whose = "the application that it belongs to starts it, not a person"
         sys.exit(f"This program is a plugin: {whose}. ({hint})")
+
+
+def _heed_sigterm() -> None:
+    """Have it end a plugin that listens in the orderly way, as Ctrl-C does."""
+    signal = _import("signal")
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _checked_key(key: bytes | str) -> bytes:
@@ -5317,37 +5316,22 @@ def _checked_key(key: bytes | str) -> bytes:
 def _checked_config(config: Any) -> dict[str, Any]:
     """What another host needs to attach. Raises ValueError for what is not, without telling the key."""
     kinds = {"network": str, "address": str, "authkey": str, "pid": int, "protocol_version": int}
-    takes = f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it"
-    if not isinstance(config, dict):
-        raise ValueError(f"{takes}, and not a {type(config).__name__}")
-    wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
+    given = config if isinstance(config, dict) else {}
+    wrong = [key for key, kind in kinds.items() if type(given.get(key)) is not kind]
     if wrong:
-        are = "is" if len(wrong) == 1 else "are"
-        raise ValueError(f"{takes}, and {', '.join(wrong)} {are} missing or of another type")
+        raise ValueError(f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it, and "
+                         f"{', '.join(wrong)} is missing or of another type")
     if _transport(config["address"]) != config["network"] or (config["network"] == "pipe") != _WINDOWS:
         raise ValueError(f"{config['address']!r} is no address for the network {config['network']!r} here")
-    if config["network"] != "pipe":
-        _endpoint(config["address"])
     _checked_key(config["authkey"])
     return {key: config[key] for key in kinds}
-
-
-def _heed_signals(launched: bool) -> None:
-    """Of a plugin that listens: SIGTERM ends it orderly, as Ctrl-C does, and its host's terminal's end does
-    not."""
-    signal = _import("signal")
-    main = threading.current_thread() is threading.main_thread()
-    if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if not _WINDOWS:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN if launched else signal.default_int_handler)
 
 
 class _Server:
     """What this process serves, and the hosts that it serves it to, each over a session of its own.
 
     The main thread listens, serves the launcher, waits and closes. A thread of the door attends to each host
-    that attaches. Any thread may `stop` it. `_lock` protects `_sessions` to `_over`.
+    that attaches. Any thread may `stop` it. `_lock` protects `_sessions`, `_grace` and `_over`.
     """
 
     def __init__(self, versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None,
@@ -5361,38 +5345,20 @@ class _Server:
         self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
         self._slots = _Slots(_checked_count(max_workers, "max_workers", 1))
         self._door: _Door | None = None
+        self._threads: set[threading.Thread] = set()  # that attend to those who have come through it
         self._lock = threading.Lock()
         self._sessions: list[_Session] = []  # those that are not disposed of
-        self._threads: list[threading.Thread] = []  # that attend to those who have come through the door
-        self._hosts = 0  # how many are there
-        self._attended = False  # whether one has been
         self._grace = _GRACE  # in seconds, that the calls have and what is served
         self._over = threading.Event()  # set once it is to end
 
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
-        """Run the handshake. From now on this host counts as one that is there: it may know before this side
-        that it is in."""
+        """Run the handshake."""
         versions = None if None in self._served else sorted(self._served)
         hello = _Hello(channel, address, key, "plugin")
-        with self._lock:
-            self._hosts += 1
-        try:
-            return hello.as_plugin(versions, self._max_message, cookie, ["persist"] if self.stays else [])
-        except BaseException:
-            self._leave()
-            raise
+        return hello.as_plugin(versions, self._max_message, cookie, ["persist"] if self.stays else [])
 
-    def _leave(self) -> None:
-        """A host is gone."""
-        with self._lock:
-            self._hosts -= 1
-            last = self._attended and not (self._hosts or self.stays)
-        if last:
-            self.stop()
-
-    def listen(self, address: str, key: bytes) -> list[str]:
-        """Let hosts attach. They need no cookie: it is not they who start this program. Returns the temp
-        folders that would not do, and why."""
+    def listen(self, address: str, key: bytes) -> None:
+        """Let hosts attach. They need no cookie: it is not they who start this program."""
         if not address:
             _remove_left_behind()
         self._door = _Door(lambda channel, address: self.greet(channel, address, key, {"matches": True}),
@@ -5403,18 +5369,17 @@ class _Server:
                            protocol_version=version)
         for served in self._served.values():
             served.config = self.config
-        return self._door.listener.passed_over
 
     def _arrived(self, channel: _Channel, terms: Any) -> None:
         if isinstance(terms, _Terms):  # or the host has refused this plugin
-            with self._lock:
-                alive = [each for each in self._threads if each.is_alive()]
-                self._threads = [*alive, threading.current_thread()]
+            thread = threading.current_thread()
+            self._threads.add(thread)
             self.attend(channel, terms)
+            self._threads.discard(thread)
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
-        gone = _outlet() if self.stays else None
+        gone = partial(_turn_output, os.open(os.devnull, os.O_RDWR)) if self.stays else None
         try:
             channel, terms = _come_in(
                 address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
@@ -5443,12 +5408,12 @@ class _Server:
                 return None
             session = _open_session(channel, terms, self._max_message, served, lost, True, self._slots)
             self._sessions.append(session)
-            self._attended = True
         session.finished.acquire()
         assert session.closing is not None
         if session.closing >= 0:
             self.stop(session.closing)
-        self._leave()
+        elif not self.stays and all(each.closing is not None for each in list(self._sessions)):
+            self.stop()  # the last one is gone
         if not self._over.is_set():  # else `close` does that
             self._part([session])
         return session.cause
@@ -5483,20 +5448,14 @@ class _Server:
         self.stop()
         if self._door is not None:
             self._door.close()
-        for thread in self._threads:
+        for thread in list(self._threads):
             thread.join()
         self._part(list(self._sessions), self._served.values())
 
 
-def _outlet() -> Callable[[], None]:
-    """What a plugin that stays calls when its host is gone: from then on output goes nowhere."""
-    null = os.open(os.devnull, os.O_RDWR)
-
-    def close() -> None:
-        for fd in (1, 2):
-            os.dup2(null, fd)
-
-    return close
+def _turn_output(fd: int) -> None:
+    for stream in (1, 2):
+        os.dup2(fd, stream)
 
 
 def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
@@ -5507,11 +5466,9 @@ def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, 
         _checked_count(version, "protocol_version")
         if not hasattr(mapping, "keys"):
             kind = getattr(mapping, "__name__", type(mapping).__name__)
-            example = f"{{{kind.lower()!r}: {kind}}}"
-            raise TypeError(f"{kind} is no mapping: what is served has a name, such as {example}")
+            raise TypeError(f"{kind} is no mapping: what is served has a name, such as {{{kind.lower()!r}: {kind}}}")
         if not mapping or not all(isinstance(name, str) for name in mapping):
-            takes = "{name: object, ...}, or {version: {name: object, ...}, ...}"
-            raise TypeError(f"plugins is {takes}, and not empty")
+            raise TypeError("plugins is {name: object, ...}, or {version: {name: object, ...}}, and not empty")
         if "system" in mapping:
             raise ValueError("the name 'system' is reserved: give the plugin another one")
     return versions
@@ -5742,7 +5699,8 @@ def _readable(line: str) -> str:
         return line
     more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
     trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
-    return f"[{fields.get('@level', 'info').upper()}] {fields.get('@module', '')}: {fields['@message']}{more}{trace}"
+    level = fields.get("@level", "info").upper()
+    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}{more}{trace}"
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
@@ -5820,7 +5778,7 @@ class _LogSink:
 
     def _made(self, name: str, level: int, fields: dict[str, Any]) -> logging.LogRecord:
         record = self._parent.makeRecord(name, level, "(plugin)", 0, fields.pop("@message"), (), None)
-        trace, when, known = fields.pop("@traceback", None), fields.pop("@timestamp", None), _standard_fields()
+        trace, when = (fields.pop(key, None) for key in ("@traceback", "@timestamp"))
         record.exc_text = trace if isinstance(trace, str) else None  # formatters print it below the message
         try:
             created = _import("datetime").datetime.fromisoformat(when.replace("Z", "+00:00")).timestamp()
@@ -5828,7 +5786,8 @@ class _LogSink:
             record.created, record.msecs = created, created % 1 * 1000
         except Exception:
             pass  # then it is the time of its arrival
-        vars(record).update((key, value) for key, value in fields.items() if key not in known)
+        own = _standard_fields()
+        vars(record).update((key, value) for key, value in fields.items() if key not in own)
         return record
 
 

@@ -644,11 +644,11 @@ def test_bad_options_are_one_line(options, said):
 
 
 @posix
-def test_by_hand_it_says_where_it_does_not_listen(monkeypatch):
+def test_by_hand_it_listens_where_it_can(monkeypatch):
     """Where the temporary folder will not do."""
     monkeypatch.setenv("TMPDIR", "/proc")
     with by_hand("--persist") as (plugin, config):
-        assert plugin.stderr.readline().startswith(f"miniplug: it listens at {config['address']}, not in /proc (")
+        assert not config["address"].startswith("/proc")
         plugin.terminate()
         plugin.wait(20)
         assert not os.path.exists(os.path.dirname(config["address"]))
