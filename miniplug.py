@@ -5258,12 +5258,14 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
 
 
 def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secret: bytes,
-           persist: bool) -> None:
+           persist: bool, hint: str = "In Python, miniplug.launch() with its path and handshake does.") -> None:
     """The plugin's main loop."""
     _refuse_monkey_patches()
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
-    _refuse_by_hand(address, persist, "In Python, miniplug.launch() with its path and handshake does.")
+    if host is None and not persist and address is None:
+        whose = "the application that it belongs to starts it, not a person"
+        sys.exit(f"This program is a plugin: {whose}. ({hint})")
     if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
@@ -5285,13 +5287,6 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
         server.close()
 
 
-def _refuse_by_hand(address: str | None, persist: bool, hint: str) -> None:
-    """Exit with a word if there is neither a host that has started this process nor a place to attach to."""
-    if _ADDRESS not in _environment and not persist and address is None:
-        whose = "the application that it belongs to starts it, not a person"
-        sys.exit(f"This program is a plugin: {whose}. ({hint})")
-
-
 def _heed_sigterm() -> None:
     """Have it end a plugin that listens in the orderly way, as Ctrl-C does."""
     signal = _import("signal")
@@ -5303,11 +5298,11 @@ def _heed_sigterm() -> None:
 def _checked_key(key: bytes | str) -> bytes:
     """A key that is given as bytes or in hexadecimal digits. Raises ValueError, or TypeError."""
     if not isinstance(key, (str, bytes, bytearray)):
-        raise TypeError(f"authkey: it is bytes or hexadecimal digits, and not of type {type(key).__name__}")
+        raise TypeError("authkey: it is bytes, or hexadecimal digits as a str")
     try:
         data = bytes.fromhex(key) if isinstance(key, str) else bytes(key)
-    except ValueError as error:
-        raise ValueError(f"the authkey is not in hexadecimal digits: {error}") from None
+    except ValueError:
+        raise ValueError("the authkey is not in hexadecimal digits") from None
     if len(data) < 16:
         raise ValueError(f"the authkey has {len(data)} bytes, where at least 16 are needed")
     return data
@@ -5316,11 +5311,8 @@ def _checked_key(key: bytes | str) -> bytes:
 def _checked_config(config: Any) -> dict[str, Any]:
     """What another host needs to attach. Raises ValueError for what is not, without telling the key."""
     kinds = {"network": str, "address": str, "authkey": str, "pid": int, "protocol_version": int}
-    given = config if isinstance(config, dict) else {}
-    wrong = [key for key, kind in kinds.items() if type(given.get(key)) is not kind]
-    if wrong:
-        raise ValueError(f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it, and "
-                         f"{', '.join(wrong)} is missing or of another type")
+    if not isinstance(config, dict) or any(type(config.get(key)) is not kind for key, kind in kinds.items()):
+        raise ValueError(f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it")
     if _transport(config["address"]) != config["network"] or (config["network"] == "pipe") != _WINDOWS:
         raise ValueError(f"{config['address']!r} is no address for the network {config['network']!r} here")
     _checked_key(config["authkey"])
@@ -5379,26 +5371,24 @@ class _Server:
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
-        gone = partial(_turn_output, os.open(os.devnull, os.O_RDWR)) if self.stays else None
+        gone = partial(_turn_output, os.open(os.devnull, os.O_RDWR)) if self.stays else bool
         try:
             channel, terms = _come_in(
                 address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
-        except HandshakeError as error:
-            sys.exit(f"miniplug: the host refused this plugin: {error}")
         except (OSError, EOFError, ValueError, PluginError) as error:
-            sys.exit(f"miniplug: no host at {address}: {type(error).__name__}: {error}")
+            refused = isinstance(error, HandshakeError)
+            what = "the host refused this plugin" if refused else f"no host at {address}: {type(error).__name__}"
+            sys.exit(f"miniplug: {what}: {error}")
         cause = self.attend(channel, terms, gone)
         orderly = isinstance(cause, (EOFError, ConnectionError)) and not isinstance(cause, ProtocolError)
         if not (self.stays or cause is None or orderly):
             sys.exit(f"miniplug: the connection to the host has failed: {type(cause).__name__}: {cause}")
 
-    def attend(self, channel: _Channel, terms: _Terms,
-               gone: Callable[[], None] | None = None) -> BaseException | None:
+    def attend(self, channel: _Channel, terms: _Terms, gone: Callable[[], Any] = bool) -> BaseException | None:
         """Serve one host, until it says stop or is gone: then `gone` is called, at once. Returns why the
         session has ended."""
         def lost(cause: BaseException) -> Callable[[list[str]], BaseException]:
-            if gone is not None:
-                gone()
+            gone()
             return lambda calls: PluginClosed("the host is gone")
 
         served = self._served.get(terms.protocol_version) or self._served[None]
@@ -5565,12 +5555,11 @@ def _log_line(formatter: Any, record: Any) -> str:
     trace = formatter.formatException(record.exc_info) if record.exc_info else record.exc_text
     if trace or record.stack_info:
         fields["@traceback"] = "\n".join(filter(None, (trace, record.stack_info)))
-    more = {key: value for key, value in vars(record).items()
-            if key not in _standard_fields() and not key.startswith("@")}
+    more = {key: value for key, value in vars(record).items() if key not in _standard_fields()}
     try:
-        return json.dumps({**fields, **more}, default=repr, skipkeys=True)
+        return json.dumps({**more, **fields}, default=repr, skipkeys=True)
     except Exception:  # one of them holds itself, say, or its repr raises
-        return json.dumps({**fields, **{key: _import("reprlib").repr(value) for key, value in more.items()}})
+        return json.dumps({**{key: _import("reprlib").repr(value) for key, value in more.items()}, **fields})
 
 
 @lru_cache(maxsize=1)
@@ -5586,8 +5575,7 @@ def _standard_fields() -> frozenset[str]:
 _LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces, as it must be kept until its end
 _TAIL_LINES = 30  # how many last lines an error carries
 _TAIL_RECORD = 1 << 14  # how much of a log record is kept for that
-_RECORD_LIMIT = 1 << 20  # characters of a log record; a longer one is logged as text
-_TRACE_LIMIT = 1 << 20  # characters of a traceback; then its lines are logged one by one
+_RECORD_LIMIT = 1 << 20  # characters of a log record, or of a traceback; what is longer is logged line by line
 _NAME_LIMIT = 200  # characters of the name of a logger; what has a longer one goes to the plugin's own
 
 
@@ -5597,13 +5585,12 @@ class _Lines:
 
     def __init__(self, file: IO[bytes], deliver: Callable[[str], Any]) -> None:
         self.file = file
-        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self.tail: deque[str] = deque(maxlen=200)
         self._log = deliver if isinstance(deliver, _LogSink) else None
         self._deliver = deliver
         self._decoder = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
         self._line = io.StringIO()  # as much of it as has come
         self._returned = False  # whether the last line has ended with a \r, which a \n may follow
-        self._report: list[str] = []  # the head of what faulthandler has written
 
     def read_until(self, ended: Callable[[], bool], wake: int) -> None:
         """Deliver lines until the stream ends, or the process has and nothing more comes: another one may
@@ -5657,9 +5644,6 @@ class _Lines:
     def _end_line(self) -> None:
         text, self._line = self._line.getvalue(), io.StringIO()
         self.tail.append(text[:_TAIL_RECORD] if text.startswith("{") else _cut(text))
-        fatal = text.startswith("Fatal Python error: ")
-        if fatal or 0 < len(self._report) < 10:
-            self._report = [*([] if fatal else self._report), self.tail[-1]]
         _guard(self._deliver, text)
 
     def _flush(self) -> None:
@@ -5667,12 +5651,13 @@ class _Lines:
             _guard(self._log.flush)
 
     def last(self) -> list[str]:
-        """The last lines, for people: a log record reads as one does in a log."""
-        lines = [line for text in self.tail for line in _readable(text).splitlines() or [""]]
-        lines = [_cut(line) for line in lines[-_TAIL_LINES:]]
-        if self._report and self._report[0] not in lines:  # its head tells most: the latest frames come first
-            lines = [*self._report, "...", *lines[-9:]]
-        return lines
+        """The last lines, for people: a log record reads as one does in a log. Of a longer report of
+        faulthandler's also the head, which tells most: the latest frames come first."""
+        lines = [_cut(line) for text in self.tail for line in _readable(text).splitlines() or [""]]
+        heads = [place for place, line in enumerate(lines) if line.startswith("Fatal Python error: ")]
+        if heads and heads[-1] < len(lines) - _TAIL_LINES:
+            return [*lines[heads[-1] :][:10], "...", *lines[-9:]]
+        return lines[-_TAIL_LINES:]
 
 
 def _record_of(line: str) -> dict[str, Any] | None:
@@ -5736,7 +5721,7 @@ class _LogSink:
             return
         self.flush()
         if self._stderr and line.startswith(self._HEADS):
-            self.trace, self._room = [line], _TRACE_LIMIT
+            self.trace, self._room = [line], _RECORD_LIMIT
         elif not (self._stderr and self._record(line)):
             self._logger.log(30 if self._stderr else 20, "%s", line)
 
@@ -5803,7 +5788,7 @@ class _LogSink:
 # thread that watches it; `keep()` has it stay when the host goes; `disown()` forgets it in a forked child.
 
 _PIPE, _DEVNULL = -1, -3  # as in subprocess, which is slow to import
-_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
+_SHELL = "/bin/sh"
 
 
 def _popen(argv: Sequence[str], **options: Any) -> Any:
@@ -5830,24 +5815,20 @@ class Limits(_Limits, metaclass=_Brief):
     - `open_files` (a count): descriptors in each process; to open one more fails with OSError. Windows has
       no such limit.
 
-    A limit that this system does not have is not set, and the plugin's logger warns of it. A stricter one
-    that the host itself is under stays. Immutable. Raises ValueError for what is no positive number.
+    A stricter one that the host itself is under stays. Immutable. Raises ValueError for what is no positive
+    number.
     """
 
     __slots__ = ()
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
-        for name, value in (("memory", memory), ("cpu_seconds", cpu_seconds), ("open_files", open_files)):
+        self = super().__new__(cls, memory, cpu_seconds, open_files)
+        for name, value in zip(cls._fields, self):
             kinds, word = ((int, float), "number") if name == "cpu_seconds" else ((int,), "whole number")
             if value is not None and (type(value) not in kinds or not 0 < value < float("inf")):
                 raise ValueError(f"{name}={value!r}: it is a positive {word}, or None")
-        return super().__new__(cls, memory, cpu_seconds, open_files)
-
-    def _not_enforced(self) -> str | None:
-        """The name of a limit that this system does not have."""
-        name = "open_files" if _WINDOWS else "memory" if sys.platform == "darwin" else None
-        return name if name and getattr(self, name) is not None else None
+        return self
 
     def _as_job(self, stays: bool = False) -> bytes:
         """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of a job that ends with its last handle, unless it stays."""
@@ -5868,8 +5849,7 @@ class Limits(_Limits, metaclass=_Brief):
                  ("-n", "NOFILE", 1, self.open_files)]
         if sys.platform != "darwin":
             steps.append(("-v", "AS", 1024, self.memory))
-        script = "" if "PWD" in env else "unset PWD; "  # which the shell has set
-        resource = _import("resource")
+        script, resource = "", _import("resource")
         for option, kind, unit, value in steps:
             if value is not None:
                 hard = resource.getrlimit(getattr(resource, f"RLIMIT_{kind}"))[1]
@@ -6134,10 +6114,9 @@ class _NoProcess:
         return None if self._thread is None else 0
 
     def keep(self) -> None:
-        """It stays anyway."""
+        """There is nothing to do."""
 
-    def disown(self) -> None:
-        """A forked child has nothing of it."""
+    disown = keep
 
 
 _DEATHS = {  # what the system ends a process for, where its number says little
@@ -6800,8 +6779,6 @@ class _Start:
                _LOG_LEVEL: str(logger.getEffectiveLevel()), _NO_STDIN: "1" * (recipe.stdin == "discard")}
         for folder in listener.passed_over:
             logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
-        if recipe.limits and recipe.limits._not_enforced():
-            logger.warning("this system has no limit of %s: it runs without", recipe.limits._not_enforced())
         words = {"discard": _DEVNULL, "inherit": None}
         stdin = words[recipe.stdin] if isinstance(recipe.stdin, str) else recipe.stdin
         sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
@@ -7933,8 +7910,6 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
                  persist: bool = False) -> None:
     """Serve what the specs name, under whatever cookie and version the host asks for."""
     plugins: dict[str, Any] = {}
-    how = "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS."
-    _refuse_by_hand(address, persist, how)
     _environment.setdefault(_LOADING, '[[null, ""]]')
     for spec in specs:
         name, source, attribute = _split_spec(spec)
@@ -7946,7 +7921,9 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
         plugins[name] = _load(source, attribute)
     try:
         secret = _read_key(authkey_file) if authkey_file else os.urandom(32)
-        _serve(_Server({None: plugins}, None, 64, _MAX_MESSAGE), {"matches": True}, address, secret, persist)
+        server = _Server({None: plugins}, None, 64, _MAX_MESSAGE)
+        how = "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS."
+        _serve(server, {"matches": True}, address, secret, persist, how)
     except (OSError, ValueError) as error:
         sys.exit(f"miniplug: {error}")
 

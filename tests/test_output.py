@@ -485,7 +485,7 @@ def test_a_traceback_without_end_comes_in_pieces(log):
             most = max(most, sum(map(len, take.trace)))
     take("ValueError: the end")
     take.flush()
-    assert most <= miniplug._TRACE_LIMIT
+    assert most <= miniplug._RECORD_LIMIT
     text = "\n".join(record.getMessage() for record in log.records).splitlines()
     assert text == ["Traceback (most recent call last):", *(f"  File {number}" for number in range(200000)), "ValueError: the end"]
 
@@ -493,7 +493,7 @@ def test_a_traceback_without_end_comes_in_pieces(log):
 def test_a_traceback_of_one_long_line_too(log):
     take = sink()
     take("Traceback (most recent call last):")
-    take(" " + "x" * (miniplug._TRACE_LIMIT + 1))
+    take(" " + "x" * (miniplug._RECORD_LIMIT + 1))
     take("ValueError: the end")
     assert take.trace == [] and len(log.records) == 3
 

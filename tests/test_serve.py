@@ -57,7 +57,7 @@ def test_what_is_no_mapping_of_names_is_told(plugins, words):
     ({"max_workers": "4"}, ValueError, "max_workers='4': it is a whole number, at least 1"),
     ({"max_workers": 0}, ValueError, "max_workers=0: "),
     ({"max_message": 4095}, ValueError, "max_message=4095: it is a whole number, at least 4096"),
-    ({"authkey": 32}, TypeError, "authkey: it is bytes or hexadecimal digits, and not of type int"),
+    ({"authkey": 32}, TypeError, "authkey: it is bytes, or hexadecimal digits as a str"),
     ({"authkey": ["00"] * 32}, TypeError, "authkey: it is bytes"),
     ({"authkey": "geheim"}, ValueError, "the authkey is not in hexadecimal digits"),
     ({"authkey": b"short"}, ValueError, "the authkey has 5 bytes, where at least 16 are needed"),
