@@ -6410,47 +6410,48 @@ def _is_output(value: Any) -> bool:
     return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
 
 
-# What the options take, in words and as a test; where the words end so, None as well. Their defaults are those
-# of Plugin's signature, where type checkers look for them.
-_OPTIONS: Sequence[tuple[str, type, str, Callable[[Any], Any]]] = (
-    ("name", TypeError, "a str, or None", lambda value: isinstance(value, str)),
-    ("handshake", TypeError, "a miniplug.Handshake",
-     lambda value: hasattr(value, "magic_cookie_value")),  # that of another copy of this file will do
-    ("protocol_versions", ValueError, "a list of whole numbers, each at least 0",
-     lambda value: isinstance(value, list) and value and all(type(each) is int and each >= 0 for each in value)),
-    ("cwd python", TypeError, "a path, or None", lambda value: isinstance(value, (str, bytes, os.PathLike))),
-    ("env", TypeError, "a dict; names and values are str; or None",
-     lambda value: hasattr(value, "items") and all(isinstance(part, str) for item in value.items() for part in item)),
-    ("restart_window heartbeat idle_timeout", ValueError, "more than 0 seconds, or None", bool),
-    ("stdin", ValueError, "'discard', 'inherit', or a file",
-     lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
-    ("stdout stderr", ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
-    ("logger", TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger), or None",
-     lambda value: hasattr(value, "getChild")),
-    ("limits", TypeError, "a miniplug.Limits, or None", lambda value: isinstance(value, Limits)),
-    ("on_start on_exit", TypeError, "a function, which is called with the plugin, or None", callable),
-    ("inherit_env managed persist", TypeError, "True or False", lambda value: value in (True, False)))
+# What the options take, by their types in Plugin's signature: the error, in words, and as a test.
+_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
+    "str": (TypeError, "a str", lambda value: isinstance(value, str)),
+    "bool": (TypeError, "True or False", lambda value: value in (True, False)),
+    "int": (ValueError, "a whole number, at least 0", lambda value: type(value) is int and value >= 0),
+    "float": (ValueError, "a number of seconds, or None for no limit",
+              lambda value: isinstance(value, (int, float)) and value >= 0),
+    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
+    "Handshake": (TypeError, "a miniplug.Handshake", lambda value: hasattr(value, "magic_cookie_value")),
+    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
+                      isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
+    "Mapping[str, str]": (TypeError, "a dict; names and values are str", lambda value: hasattr(value, "items")
+                          and all(isinstance(part, str) for item in value.items() for part in item)),
+    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
+                      lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
+    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
+    "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
+                       lambda value: hasattr(value, "getChild")),
+    "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
+    "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
 
 
 def _check_options(given: dict[str, Any]) -> None:
     """Raises TypeError and ValueError."""
-    for name in ("start_timeout", "call_timeout", "restart_window", "heartbeat", "idle_timeout"):
-        _checked_timeout(given[name], name)
-    _checked_count(given["max_restarts"], "max_restarts")
+    for name, annotation in Plugin.__init__.__annotations__.items():
+        wanted, none, _ = annotation.partition(" | None")
+        if wanted in _TYPES and not (none and given[name] is None):
+            kind, words, is_right = _TYPES[wanted]
+            if not is_right(given[name]):
+                raise kind(f"{name}={given[name]!r}: it is {words}")
     _checked_count(given["max_message"], "max_message", _HELLO_LIMIT)
-    for names, kind, words, is_right in _OPTIONS:
-        for name in names.split():
-            value = given[name]
-            if not (is_right(value) or (value is None and words.endswith("None"))):
-                raise kind(f"{name}={value!r}: it is {words}")
+    for name in ("restart_window", "heartbeat", "idle_timeout"):
+        if given[name] == 0:
+            raise ValueError(f"{name}=0: it is more than 0 seconds, or None")
 
 
 class _Recipe:
-    """What a plugin is made from: the options, checked once, as attributes; what is to be run; and where its
-    paths start. Nothing of it changes any more once it starts, so any thread may read it. `config`: of a
-    process to attach to. `process` starts one."""
+    """What a plugin is made from: the options, checked once, as attributes; what is to be run; where its
+    paths start. It does not change, so any thread may read it. `config`: of a process to attach to. `process`
+    starts one."""
 
-    def __init__(self, command: _Command, **options: Any) -> None:
+    def __init__(self, command: Any, **options: Any) -> None:
         versions = options["protocol_versions"]
         if versions is None:
             versions = [getattr(options["handshake"], "protocol_version", 1)]
@@ -6459,15 +6460,6 @@ class _Recipe:
         vars(self).update(options)
         self.config: dict[str, Any] | None = None
         self.process = _Process
-        self.command = _checked_command(command)
-        if isinstance(self.command, str):
-            self.spec_name, self.source, self.attribute = _split_spec(self.command)
-        else:
-            self.spec_name, self.source, self.attribute = "", _script_of(self.command or [""]), ""
-        stem = os.path.splitext(os.path.basename(self.source))[0]
-        self.name: str = options["name"] or self.spec_name or stem or "plugin"
-        self.is_module = bool(self.attribute) and not self.source.endswith(".py")
-        self.sha256 = _checked_digests(options["sha256"], self.is_module)
         limit = options["start_timeout"]
         self.start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
         self.folder = _current_folder()  # what is relative starts there
@@ -6476,6 +6468,22 @@ class _Recipe:
         python = os.fsdecode(self.python or sys.executable or "")
         self.is_own = python == (sys.executable or "")  # whether that is this interpreter
         self.interpreter = os.path.join(self.folder, python) if os.path.dirname(python) else python
+        self.is_list = not isinstance(command, (str, bytes, os.PathLike))
+        try:
+            self.command = [os.fsdecode(part) for part in (command if self.is_list else [command])]
+        except TypeError:
+            wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
+            raise TypeError(f"command={command!r}: it is {wanted}") from None
+        scripts = [part for part in self.command if part.endswith((".py", ".pyw"))]
+        spec = "", (scripts or self.command or [""])[0], ""
+        spec_name, source, self.attribute = spec if self.is_list else _split_spec(self.command[0])
+        self.name: str = self.name or spec_name or os.path.splitext(os.path.basename(source))[0] or "plugin"
+        self.is_module = self.attribute != "" and not source.endswith(".py")
+        self.source = source if self.is_module else self._whole(source)
+        self.spec = f"{spec_name}={self.source}:{self.attribute}"
+        digests = _checked_digests(options["sha256"], self.is_module)
+        self.sha256 = {self._whole(os.fsdecode(path or self.source)): digest.lower()
+                       for path, digest in digests.items()}
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
@@ -6498,45 +6506,43 @@ class _Recipe:
         """What to run, once its files are checked. Raises LaunchError if that can be told to fail."""
         if not self.command:
             raise self.not_started([], "the command is empty")
-        source = self.source if self.is_module else self._whole(self.source)
-        if not isinstance(self.command, str):
-            argv = [*self.command]
-            if None in self.sha256 and argv[0] is self.source:
-                argv[0] = source  # and not one of that name on the PATH
-        elif self.attribute:
-            argv = [*self._loader(), "serve", f"{self.spec_name}={source}:{self.attribute}"]
-        else:
-            argv = [*self._loader(), "run", source] if source.endswith((".py", ".pyw")) else [source]
-        if isinstance(self.command, str) and not self.is_module and not os.path.isfile(source):
-            raise self.not_started(argv, self._missing(source))
+        argv = [*self.command]
+        if self.attribute:
+            argv = [*self._loader(), "serve", self.spec]
+        elif not self.is_list:
+            is_script = self.source.endswith((".py", ".pyw"))
+            argv = [*self._loader(), "run", self.source] if is_script else [self.source]
+        elif self.source == self._whole(argv[0]) in self.sha256:
+            argv[0] = self.source  # and not one of that name on the PATH
+        if not (self.is_list or self.is_module or os.path.isfile(self.source)):
+            raise self.not_started(argv, self._missing())
         for path, expected in self.sha256.items():
-            self._check_file(argv, source if path is None else self._whole(path), expected)
+            self._check_file(argv, path, expected)
         return argv
 
     def _loader(self) -> list[str]:
         """What runs Python code by this very file."""
-        frozen = hasattr(sys, "frozen")
+        python, frozen = self.interpreter, hasattr(sys, "frozen")
         if self.python is None and _frozen_mains:
-            return [self.interpreter, _FROZEN]
-        known = os.path.basename(self.interpreter).lower().startswith(("python", "pypy", "graalpy"))
+            return [python, _FROZEN]
+        known = re.match("python|pypy|graalpy", os.path.basename(python), re.IGNORECASE)
         if self.python is None and (frozen or not known):
             how = "pass python='/path/to/python', or call miniplug.freeze_support() first in its main program"
-            reason = f"this application ({self.interpreter}) has no interpreter of its own to run it: {how}"
-            raise self.not_started([], reason)
-        file = _FILE.rstrip("c") if frozen else _FILE  # .pyc, says PyInstaller
+            raise self.not_started([], f"this application ({python}) has no interpreter to run it: {how}")
         flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
-        return [self.interpreter, *flags, "-c", _BOOTSTRAP, file, __name__]
+        file = _FILE.rstrip("c") if frozen else _FILE  # .pyc, says PyInstaller
+        return [python, *flags, "-c", _BOOTSTRAP, file, __name__]
 
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
 
-    def _missing(self, path: str) -> str:
-        why = f"{path}: it is a folder" if os.path.isdir(path) else f"{path}: there is no such file"
-        words, attribute = self.source.split(), "'path/to/file.py:Attr' or 'module:Attr'"
-        if len(words) > 1 or not (os.path.dirname(self.source) or path.endswith((".py", ".pyw"))):
-            why += f"; a program of the PATH, or with arguments, is a list: {words}; what is in a file or "
-            why += f"module is named after a colon: {attribute}"
-        return why
+    def _missing(self) -> str:
+        command = self.command[0]
+        why = "it is a folder" if os.path.isdir(self.source) else "there is no such file"
+        if " " in command or not (os.path.dirname(command) or self.source.endswith((".py", ".pyw"))):
+            why += f"; a program of the PATH, or with arguments, is a list: {command.split()}; what is in a"
+            why += " file or module is named after a colon: 'path/to/file.py:Attr' or 'module:Attr'"
+        return f"{self.source}: {why}"
 
     def _check_file(self, argv: list[str], path: str, expected: str) -> None:
         """Raises ChecksumError, or OSError for a file that cannot be read."""
@@ -6549,28 +6555,29 @@ class _Recipe:
             reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
             raise self.not_started(argv, reason, ChecksumError, path=path, expected=expected, actual=actual)
 
-    def failure(self, run: _Run, argv: list[str], in_time: bool, refusal: Any) -> Exception:
+    def failure(self, run: _Run, argv: list[str], in_time: bool, refusal: Any) -> LaunchError:
         """Why a process did not come up."""
-        if run.asked:
-            return run.supervisor.is_closed()
+        kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
             run.wait(1.0)  # it says on stderr that it was refused
-            return self.not_started(argv, str(refusal), HandshakeError, **vars(refusal))
-        if not in_time:
+            kind, reason, told = HandshakeError, str(refusal), vars(refusal)
+        elif not in_time:
             _end_runs([run], None)
             reason = f"it did not connect within {self.start_timeout:g} s; does it call miniplug.serve()?"
-            return self.not_started(argv, reason, output=run.output.tail())
-        kind, reason, tail = LaunchError, f"it {run.end_words()[0]}", run.output.tail()
-        if run.exit_code == 0:
-            kind, reason = HandshakeError, f"{reason} without connecting: it is no plugin, or does not call serve()"
-            if isinstance(self.command, str) and not self.attribute:
+        else:
+            reason = f"it {run.end_words()[0]}"
+        if in_time and run.exit_code == 0:
+            kind = HandshakeError
+            reason += " without connecting: it is no plugin, or does not call miniplug.serve()"
+            if not (self.is_list or self.attribute):
                 reason += f"; what else has something to serve is named with it: '{self.source}:Attr'"
             if self.python is not None:
                 reason += f"; or python={self.python!r} is no Python"
-        wants_input = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # the last since Python 3.14
+        tail = run.output.tail()
+        wants_input = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # since Python 3.14
         if self.stdin == "discard" and "".join(tail[-1:]).startswith(wants_input):
             reason += "; its stdin is discarded: stdin='inherit' gives it the host's"
-        return self.not_started(argv, reason, kind, exit_code=run.exit_code, output=tail)
+        return self.not_started(argv, reason, kind, **{"exit_code": run.exit_code, "output": tail, **told})
 
     # -- and around it
 
@@ -6578,7 +6585,7 @@ class _Recipe:
         """What the plugin's environment has beside the address and the key."""
         env = {name: value for name, value in os.environ.items()
                if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
-        if isinstance(self.command, str) and not self.is_own:
+        if not (self.is_list or self.is_own):
             for name in ("PYTHONHOME", "PYTHONEXECUTABLE", "PYTHONPATH", "__PYVENV_LAUNCHER__"):
                 env.pop(name, None)
             for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
@@ -6588,7 +6595,7 @@ class _Recipe:
         env.update((_variable(name), value) for name, value in (self.env or {}).items())
         if self.sha256:
             env[_SOURCE_ONLY] = "1"
-        if any(path and path.endswith(".py") for path in self.sha256):
+        if any(path.endswith(".py") and path != self.source for path in self.sha256):
             env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
         env[_COOKIE_KEY] = self.handshake.magic_cookie_key
         env[_variable(self.handshake.magic_cookie_key)] = self.handshake.magic_cookie_value
@@ -6597,11 +6604,8 @@ class _Recipe:
 
     def above(self) -> list[Any]:
         """What is being started, from the first host down to this process, while this one does not serve yet:
-        [[the program, None for a spec; where its host listens], ...].
-
-        Raises RuntimeError if this plugin must not be launched there: one whose module launches what imports
-        it would go on for ever.
-        """
+        [[the program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin must
+        not be launched there: one whose module launches what imports it would go on for ever."""
         above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
         for program, address in above:
             if program in (None, self.identity()):
@@ -6619,8 +6623,8 @@ class _Recipe:
         """By which a program knows itself, whatever its arguments. (A spec's process launches nothing.)"""
         if self.attribute:
             return None
-        if isinstance(self.command, str) or self.source.endswith((".py", ".pyw")):
-            return os.path.realpath(self._whole(self.source))
+        if not self.is_list or self.source.endswith((".py", ".pyw")):
+            return os.path.realpath(self.source)
         end = self.command.index("-m") + 2 if "-m" in self.command else None
         return " ".join(self.command[:end])
 
@@ -6678,18 +6682,17 @@ class _Streams:
 
 
 class _Run:
-    """One process of a plugin, from the wish to have it to its end: how it comes up, the session with it, why it
-    ended.
+    """One process of a plugin, from the wish to have it to its end.
 
-    A thread brings it up, whose number is `thread`: until on_start has returned that one alone may call on it.
-    The supervisor's `news` protects `settled`, which is set when it serves or will not, and `failure`, which says
-    why not. When `gone` is set the last line is delivered, the process reaped, `exit_code` known; when `ended` is
-    set all that follows holds: the calls have failed, and the supervisor knows. Who asks for its end sets `asked`
-    first: an end that nobody asked for is a crash.
+    The thread of the number `thread` brings it up; until on_start has returned that one alone may call on it.
+    The supervisor's `news` protects `settled`, set when it serves or will not, and `failure`, which says why
+    not. When `gone` is set the last line is delivered, the process reaped, `exit_code` known; when `ended` is
+    set the calls have failed, too, and the supervisor knows. Who asks for its end sets `asked` first: else it
+    is a crash.
 
-    Another thread waits for the process and reaps it, and one minds it if there is a heartbeat or an idle
-    timeout. Any thread may call its methods; none waits without a bound. `_claim` is held for good by who ends
-    the run: the thread that waits, or who detaches from the process before.
+    Another thread waits for the process and reaps it, and one minds it if there is a heartbeat or idle
+    timeout. Any thread may call its methods. `_claim` is held for good by who ends the run: who waits, or who
+    detaches before.
     """
 
     def __init__(self, supervisor: _Supervisor, not_before: float, drain: float | None, counts: bool) -> None:
@@ -6709,7 +6712,6 @@ class _Run:
         self.asked = False
         self.exit_code: int | None = None
         self.gone, self.ended = threading.Event(), threading.Event()
-        self.ended_at = 0.0  # on the monotonic clock
         self._arrival = threading.Event()  # set when it has connected, was refused, or has ended
         self._why = ""  # what is said of one that had to be killed
         self._claim = threading.Lock()
@@ -6717,14 +6719,14 @@ class _Run:
     # -- how it comes up
 
     def open(self) -> None:
-        """From nothing to a session. Raises LaunchError, PluginClosed, or RuntimeError where nothing may be
-        launched."""
+        """Raises LaunchError, PluginClosed, or RuntimeError where nothing may be launched."""
         recipe = self.recipe
         config, launches, argv = recipe.attaches_to(), recipe.process is _Process, []
         if config is not None:
             return self._attach(config)
         above = recipe.above() if launches else []
-        if launches and not _WINDOWS:
+        guarded = launches and not _WINDOWS
+        if guarded:
             _guardian.hire()
         try:
             argv = recipe.argv()
@@ -6734,7 +6736,7 @@ class _Run:
         except (OSError, RuntimeError, ValueError, PluginError, _Sealed) as error:
             raise recipe.not_started(argv, ": ".join([*argv[:1], str(error)])) from None
         finally:
-            if launches and not _WINDOWS:
+            if guarded:
                 _guardian.leave()
         return None
 
@@ -6858,8 +6860,7 @@ class _Run:
     # -- how it ends
 
     def ask(self, grace: float | None) -> None:
-        """Ask it to end; without a grace kill it. With a process of another host's it is the other way round:
-        the connection is ended; without a grace it is asked."""
+        """Ask it to end, without a grace kill it. Another host's is let go of, without a grace asked."""
         self.asked = True
         if self.owned == (grace is None):
             self.process.signal(kill=True)
@@ -6867,7 +6868,6 @@ class _Run:
             self.session.ask_to_end(grace or 0.0)
 
     def wait(self, seconds: float = -1) -> bool:
-        """Wait until it is over, at most that long. Returns whether it is."""
         return self.ended.wait(None if seconds < 0 else min(seconds, _FOREVER))
 
     def detach(self) -> None:
@@ -6902,7 +6902,6 @@ class _Run:
             self.output.stop(1.0)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
-            self.ended_at = time.monotonic()
             self._over()
             if crashed and self.recipe.on_exit is not None:
                 _guard(self.recipe.on_exit, self.supervisor.plugin, what="on_exit")
@@ -6916,12 +6915,10 @@ class _Run:
     def _over(self) -> None:
         self.gone.set()
         _runs.discard(self)
-        if self.session is not None:
-            self.session.end(EOFError())
+        self._end_session()
         self.supervisor.notice()
         self._arrival.set()
         self.ended.set()
-        self._end_session()
 
     def _end_session(self) -> None:
         if self.session is not None:
@@ -6954,7 +6951,8 @@ class _Run:
         words, signal_name = self.end_words()
         kind, text = PluginCrashed, f"{name} {self._why or words}{during}{_last_words(tail)}"
         if isinstance(self.session.cause, ProtocolError):
-            kind, text = ProtocolError, f"{name} broke the protocol and was ended{during}: {self.session.cause}"
+            kind = ProtocolError
+            text = f"{name} broke the protocol and was ended{during}: {self.session.cause}"
         return kind(text, exit_code=self.exit_code, signal_name=signal_name, output=tail, calls=[*calls])
 
     def end_words(self) -> tuple[str, str | None]:
@@ -6964,19 +6962,18 @@ class _Run:
 
 
 class _Supervisor:
-    """Which run the calls on a plugin go to, and when another one is started. One word tells where it stands:
+    """Which run the calls on a plugin go to, and when another one is started. Its `state`:
 
-        "down"      nobody serves: it was never started, was idle, or has crashed; a call starts it
+        "down"      nobody serves; a call starts it
         "starting"  `start` is under way, and calls wait for it
-        "up"        `run` serves. With a `start` too, restart() has another one made to take its place
-        "closed"    somebody has ended it; only start() starts it. With a `start`, that is being undone
+        "up"        `run` serves. With a `start` too, that is to take its place
+        "closed"    only start() starts it. With a `start`, that is being undone
 
         down --call, start()--> starting --it serves--> up --crash, idle--> down (or starting, with a `start`)
         starting --it fails--> down      any --close(), kill(), detach(), exit--> closed --start()--> starting
 
-    `news` protects all fields and is notified of each change. It is held for moments; a thread that waits for it
-    looks again within a second, in case that a signal handler has changed something between its look and its
-    sleep. Any thread may call any method.
+    `news` protects all fields. It is held for moments; who waits for it looks again within a second, should a
+    signal handler have changed something between look and sleep. Any thread may call any method.
     """
 
     def __init__(self, recipe: _Recipe, plugin: Plugin) -> None:
@@ -6995,33 +6992,25 @@ class _Supervisor:
     # -- for calls
 
     def session(self, asked: _Call | None = None) -> _Session:
-        """The session that this thread is to call on. Waits for a start, at most until the deadline of what
-        is asked. Raises PluginClosed, PluginCrashed, or why it did not start."""
+        """The session that this thread is to call on. Waits for a start, until the deadline of what is asked.
+        Raises why there is none."""
         self._check_owner()
         while True:
             session = self.open
             if session is not None and not session.sealed:
                 return session
-            with self.news:
-                session = self._mine()
-                start = self._wanted() if session is None else None
-            if start is None:
-                return session  # type: ignore[return-value]
-            self._await(start, asked)
+            found = self._seek()
+            if isinstance(found, _Session):
+                return found
+            self._await(found, asked)
 
     def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
         """Have a submitted call begin in a thread of its own, if it has to wait for a start."""
         self._check_owner()
-        with self.news:
-            waits = self._mine() is None and self._wanted() is not None
+        waits = isinstance(self._seek(), _Run)
         if waits:
             _aside("miniplug-submit", _attempt, call, begin, seconds)
         return waits
-
-    def _mine(self) -> _Session | None:
-        """The session that this thread may call on now."""
-        run = self.own_start() or (self.run if self.state == "up" else None)
-        return run.session if run is not None and run.takes_calls else None
 
     def _check_owner(self) -> None:
         """Before any lock: in a forked child a thread that is not there may hold it."""
@@ -7045,16 +7034,21 @@ class _Supervisor:
 
     # -- starting
 
-    def _wanted(self) -> _Run:
-        """The start that calls wait for, which begins now if none is under way. Raises why there is none."""
-        self.notice()
-        own = self.own_start()
-        if self.state == "closed":
-            raise self.is_closed()
-        if own is not None:
-            raise own.error()  # it has crashed while on_start runs
-        if self.start is not None:
-            return self.start
+    def _seek(self) -> Any:
+        """The session that this thread may call on, or the start to wait for, which may begin now."""
+        with self.news:
+            self.notice()
+            own = self.own_start()
+            run = own or (self.run if self.state == "up" else None)
+            if run is not None and run.takes_calls:
+                return run.session
+            if self.state == "closed":
+                raise self.is_closed()
+            if own is not None:
+                raise own.error()  # it has crashed while on_start runs
+            return self.start or self._start_for_calls()
+
+    def _start_for_calls(self) -> _Run:
         if self.crash is None:
             return self._started()
         most, window = self.recipe.max_restarts, self.recipe.restart_window or _FOREVER
@@ -7077,8 +7071,8 @@ class _Supervisor:
         return start
 
     def start_up(self, drain: float | None = None) -> None:
-        """Start it, unless it is up. With `drain` have another run take the place of one that is up, which has
-        so many seconds then. Who is interrupted while it waits for a start closes the plugin."""
+        """Start it, unless it is up; with `drain` have another run take its place then, and give it so many
+        seconds. Who is interrupted while it waits for its start closes the plugin."""
         self._check_owner()
         if self.own_start() is not None:
             if drain is not None:
@@ -7093,7 +7087,8 @@ class _Supervisor:
             if self.state != "up":
                 drain = None
             elif not self.run.owned:
-                raise PluginError(f"the plugin {self.recipe.name!r} belongs to another host: that can restart it")
+                who = f"the plugin {self.recipe.name!r} belongs to another host"
+                raise PluginError(f"{who}: that can restart it")
             begins = self.start is None
             if begins and drain is None:
                 self.tries.clear()
@@ -7132,9 +7127,8 @@ class _Supervisor:
                 start.open()
             if not start.settled and on_start is not None:
                 on_start(self.plugin)
-        except StopIteration as problem:  # which would end a loop of the caller's, and no asyncio future takes
+        except StopIteration:  # which no asyncio future takes
             error = RuntimeError("on_start raised StopIteration")
-            error.__cause__ = problem
         except BaseException as problem:
             error = problem
         with self.news:
@@ -7174,7 +7168,7 @@ class _Supervisor:
             run = self.run
             if self.state == "up" and not run.takes_calls:
                 self.state, self.open = "down" if self.start is None else "starting", None
-                self.down_at = run.ended_at or time.monotonic()
+                self.down_at = time.monotonic()
                 self.crash = self.crash if run.asked else run
                 self.news.notify_all()
 
@@ -7209,20 +7203,16 @@ _runs: set[_Run] = set()  # all that have a process which has not ended
 
 
 def _end_runs(runs: Sequence[_Run], grace: float | None) -> None:
-    """End runs side by side: ask them, after `grace` seconds terminate, a second later kill; without a grace kill
-    at once. Returns when they are gone."""
+    """End runs side by side: ask them, after `grace` seconds terminate, a second later kill; without a grace
+    kill at once. Returns when they are gone."""
     for run in runs:
         run.ask(grace)
     seconds = 1.0 if grace is None else grace if any(run.session for run in runs) else 0.0
-    for kill in (False, True):
-        deadline = time.monotonic() + seconds
+    for kill in (False, True, True):
+        deadline, seconds = time.monotonic() + seconds, 1.0
         runs = [run for run in runs if not run.wait(_left(deadline))]
         for run in runs:
             run.process.signal(kill)
-        seconds = 1.0
-    deadline = time.monotonic() + 1.0
-    for run in runs:
-        run.wait(_left(deadline))
 
 
 def _close_all() -> None:
@@ -7258,9 +7248,8 @@ def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
-    """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin. It is
-    waited for also when the task is cancelled, so that nothing is left half done; `undo` is called then,
-    before and after it has returned."""
+    """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin.
+    Cancelled, it calls `undo` before and after that has returned: so nothing is left half done."""
     asyncio, call = _import("asyncio"), _on_first_use("Call")(function.__name__)
     _aside("miniplug-async", _attempt, call, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
@@ -7273,18 +7262,26 @@ async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[]
         raise
 
 
+def _ask(kind: type, session: _Session, *what: Any) -> Any:
+    """Call a method of `system` that has to return a `kind`."""
+    result = session.call(*what)
+    if not issubclass(type(result), kind) or (kind is _Remote and result._target.session is not session):
+        session.end(ProtocolError(f"system.{what[1]}() returned a {type(result).__name__}"))
+        raise session.ended([what[1]])  # type: ignore[misc]
+    return result
+
+
 class _Dispensed(_Target):
-    """What a plugin serves under a name: an object of the session of each run in turn, `at` these numbers.
-    It is dispensed anew in a run that it does not know, by one thread: `_lock` is for that."""
+    """What a plugin serves under a name: an object of the session of each run in turn, `at` which number. One
+    thread dispenses it anew in a run that it does not know: `_lock` is for that."""
 
-    __slots__ = ("_dispense", "_lock", "_supervisor", "at")
+    __slots__ = ("_lock", "_name", "_supervisor", "at")
 
-    def __init__(self, supervisor: _Supervisor, dispense: Callable[[_Session, float | None], _Remote],
-                 first: _Target) -> None:
+    def __init__(self, supervisor: _Supervisor, name: str | None, first: _Target) -> None:
         self.at: dict[_Session, _Target] = {}
         super().__init__(first.session, 0)  # what is given back are those
         self.identity = first.identity
-        self._supervisor, self._dispense = supervisor, dispense
+        self._supervisor, self._name = supervisor, name
         self._lock = threading.RLock()
         self._add(first)
 
@@ -7311,7 +7308,8 @@ class _Dispensed(_Target):
                 raise _too_late(asked)
             try:
                 if session not in self.at:
-                    self._add(self._dispense(session, asked.left())._target)
+                    found = _ask(_Remote, session, 0, "dispense", (self._name,), {}, asked.left())
+                    self._add(found._target)
             finally:
                 self._lock.release()
         return session, self.at[session].number
@@ -7330,8 +7328,8 @@ class Plugin:
 
     The parameters are those of `launch`, which makes one and starts it. One that was only made starts on
     first use. As a context manager it starts and closes. Any thread may use it. After `close()` calls raise
-    PluginClosed, after a crash PluginCrashed (unless `max_restarts` has it start again), until `start()`;
-    then the proxies that were dispensed work again, on fresh instances.
+    PluginClosed, after a crash PluginCrashed, until `start()`; then the proxies work again, on fresh
+    instances.
     """
 
     def __init__(self, command: _Command, *, name: str | None = None, handshake: Handshake = Handshake(),
@@ -7359,34 +7357,30 @@ class Plugin:
         return self
 
     def restart(self, drain: float | None = 30.0) -> Plugin:
-        """Swap in a fresh process. Returns when that serves; calls go there from then on, and none is lost or
-        refused.
+        """Swap in a fresh process, or start one. Returns when that serves, and new calls go there.
 
-        Calls in flight, streams and references finish in the old process, for at most `drain` seconds (None:
-        no limit), behind the caller. What is cut off then raises PluginClosed, a reference DeadReference. If
-        the new process does not come up, the old one stays, and this raises what `start` does. A plugin that
-        does not run is started.
+        What is in flight, streams and references too, finishes in the old one behind the caller, in at most
+        `drain` seconds (None: no limit). What is cut off then raises PluginClosed, a reference DeadReference.
+        If the new process does not come up, the old one stays, and this raises what `start` does.
         """
         seconds = _checked_timeout(drain, "drain")
         self._supervisor.start_up(_FOREVER if seconds is None else seconds)
         return self
 
     def close(self, grace: float | None = _GRACE) -> None:
-        """End the plugin: ask it, after `grace` seconds (None: never) terminate it, then kill it, and all
-        that it started. Returns within `grace` + 2 seconds, after its last line of output. Calls in flight
-        raise PluginClosed. Closing what is closed does nothing."""
+        """End the plugin and all that it started: ask it, after `grace` seconds (None: never) terminate it,
+        then kill it. Returns within `grace` + 2 seconds. Calls in flight raise PluginClosed."""
         seconds = _checked_timeout(grace, "grace")
         _end_runs(self._supervisor.close(), _FOREVER if seconds is None else seconds)
 
     def kill(self) -> None:
-        """End the plugin and all that it started at once, without asking. (One that was attached to is asked,
-        and then let go of.)"""
+        """End the plugin and all that it started at once. One that was attached to is asked, and let go
+        of."""
         _end_runs(self._supervisor.close(), None)
 
     def detach(self) -> None:
-        """Let go of the plugin, and leave it running, for this host or another one to `attach` to. Raises
-        PluginError for one that cannot stay, as `persist=True` makes it. To detach from what does not run does
-        nothing."""
+        """Let go of the plugin, and leave it running for a host to `attach` to. Raises PluginError for one
+        that cannot stay."""
         run = self._supervisor.own_run()
         if run in _runs:
             self._config_of(run)
@@ -7401,7 +7395,7 @@ class Plugin:
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until the process that runs now has ended, at most `timeout` seconds. Returns its exit code,
-        or None if it still runs. (Another one may have taken its place by then.)"""
+        or None if it still runs."""
         run = self._supervisor.own_run()
         if run is None:
             return None
@@ -7416,8 +7410,8 @@ class Plugin:
 
     async def astart(self) -> Plugin:
         """As `start`, without blocking the event loop. Cancelled, it leaves no plugin that was not there."""
-        undo = bool if self.running else self.kill
-        return await _in_thread(self.start, undo=undo)  # type: ignore[no-any-return]
+        await _in_thread(self.start, undo=bool if self.running else self.kill)
+        return self
 
     async def aclose(self, grace: float | None = _GRACE) -> None:
         """As `close`, without blocking the event loop."""
@@ -7463,7 +7457,7 @@ class Plugin:
     @property
     def info(self) -> dict[str, Any]:
         """What the plugin says about itself: the `info` given to `serve`."""
-        return self._ask_system("info", (), dict)  # type: ignore[no-any-return]
+        return dict(self._ask_system("info", (), dict))
 
     # -- its use
 
@@ -7477,11 +7471,10 @@ class Plugin:
 
     def dispense(self, name: str | None = None, interface: Any = None, *,
                  timeout: float | None = None) -> Any:
-        """A proxy for the plugin of that name, or for the only one there is. The name "system" gives the
-        introspection. It has the plugin's public methods, not its attributes and properties. A function that
-        is served can be called.
+        """A proxy for the plugin of that name, or for the only one there is. It has the plugin's public
+        methods, not its attributes and properties. The name "system" gives the introspection.
 
-        `interface`: an ABC, Protocol or class; the plugin must have its public methods, and take every call
+        `interface`: an ABC, Protocol or class, whose public methods the plugin must have, and take every call
         that they allow. The proxy is an instance of it, for type checkers and (not a Protocol) for
         isinstance(). `timeout`: the deadline of each call in seconds, instead of `call_timeout`.
 
@@ -7493,12 +7486,9 @@ class Plugin:
         if interface is not None and not isinstance(interface, type):
             raise TypeError(f"interface={interface!r}: it is an ABC, a Protocol or another class")
 
-        def dispense(session: _Session, seconds: float | None) -> _Remote:
-            return self._ask(_Remote, session, 0, "dispense", (name,), {}, seconds)  # type: ignore[no-any-return]
-
         seconds = _checked_timeout(timeout)
         found = self._ask_system("dispense", (name,), _Remote)
-        target = _Dispensed(self._supervisor, dispense, found._target)
+        target = _Dispensed(self._supervisor, name, found._target)
         target.label, target.timeout = f"the plugin {name or self.name!r}", seconds
         if type(found) is _Method and interface is None:
             return _Method(target, "")  # what is served is a function
@@ -7507,30 +7497,19 @@ class Plugin:
             proxy._adopt(interface)
         return proxy
 
-    def _reach(self, function: Callable[..., Any], method: str, args: Sequence[Any], seconds: float | None) -> Any:
-        """Call a function for what `system` is to be asked: with the session, the number 0, and the rest."""
+    def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
+        return self._reach(partial(_ask, kind), method, args, self._supervisor.recipe.call_timeout)
+
+    def _reach(self, function: Callable[..., Any], method: str, args: Sequence[Any],
+               seconds: float | None) -> Any:
         def find(asked: _Call) -> tuple[_Session, int]:
             return self._supervisor.session(asked), 0
 
         return _reach(find, function, method, args, {}, seconds)[1]
 
-    def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
-        """Call a method of `system` that has to return a `kind`."""
-        return self._reach(partial(self._ask, kind), method, args, self._supervisor.recipe.call_timeout)
-
-    @staticmethod
-    def _ask(kind: type, session: _Session, *what: Any) -> Any:
-        result = session.call(*what)
-        if not issubclass(type(result), kind) or (kind is _Remote and result._target.session is not session):
-            session.end(ProtocolError(f"system.{what[1]}() returned a {type(result).__name__}"))
-            raise session.ended([what[1]])  # type: ignore[misc]
-        return result
-
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
-        """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``.
-
-        Raises MethodNotFound for a plugin in another language that does not say.
-        """
+        """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
+        MethodNotFound for a plugin in another language that does not say."""
         try:
             found = self._ask_system("describe", (), dict)
         except MethodNotFound:
@@ -7542,24 +7521,22 @@ class Plugin:
                 for plugin, methods in found.items()}
 
     def reattach_config(self) -> dict[str, Any]:
-        """What another host needs to `attach`, as a plain dict that json can store: ``network``,
-        ``address``, ``authkey``, ``pid`` and ``protocol_version``. Who has it can call the plugin. Raises
-        PluginError for one that does not persist."""
+        """What another host needs to `attach`, as a plain dict that json can store. Who has it can call the
+        plugin. Raises PluginError for one that does not persist."""
         session = self._supervisor.session()
         config = self._config_of(next((run for run in list(_runs) if run.session is session), None))
         return {**config, "protocol_version": session.protocol_version}
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
-        return self._reach(lambda session, *what: session.ping(what[-1]), "ping", (), timeout)  # type: ignore[no-any-return]
+        return float(self._reach(lambda session, *what: session.ping(what[-1]), "ping", (), timeout))
 
 
 # Without these a Windows program does not start; on POSIX there are none such.
 _SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if _WINDOWS else "").split()
 
-# Run by the plugin's interpreter: this very file is miniplug there, under the name that it has in the host as
-# well. Loaded like this it comes from the bytecode cache, or from the zip file that the host is packed in. The
-# first lines are for any Python at all.
+# Run by the plugin's interpreter: this very file is miniplug there. Loaded like this it comes from the
+# bytecode cache, or the zip file that the host is packed in. The first lines are for any Python at all.
 _BOOTSTRAP = """
 import sys
 if sys.path[:1] == [""]:  # what lies in the current folder, a json.py say, is not what is imported here
@@ -7593,47 +7570,30 @@ def _current_folder() -> str:
         return ""  # it is gone
 
 
+_NAME = r"[^\W\d]\w*"
+_SPEC = rf"(?:({_NAME})=)?(.+\.py|{_NAME}(?:[.-]\w+)*):({_NAME}(?:\.{_NAME})*)"
+
+
 def _split_spec(command: str) -> tuple[str, str, str]:
     """``name=source:Attr`` to its parts. The attribute is empty if it is no spec."""
-    head, _, attribute = command.rpartition(":")
-    drive = len(head) == 1 and _WINDOWS  # C:program
-    dotted = all(part.isidentifier() for part in attribute.split("."))
-    if not head or drive or attribute.endswith(".py") or not dotted:
+    match = re.fullmatch(_SPEC, command, re.DOTALL)
+    if match is None or match[3].endswith(".py") or (_WINDOWS and match.start(3) == 2):  # C:program
         return "", command, ""
-    name, equals, source = head.partition("=")
-    if not equals or not name.isidentifier():
-        name, source = attribute.rpartition(".")[2].lower(), head
-    module = all(part.replace("-", "_").isidentifier() for part in source.split("."))
-    if not (module or source.endswith(".py")):  # a program with a colon in its name
-        return "", command, ""
-    return name, source, attribute
+    name, source, attribute = match.groups()
+    return name or attribute.rpartition(".")[2].lower(), source, attribute
 
 
-def _script_of(argv: Sequence[str]) -> str:
-    """The Python script in an argument list, or else the program."""
-    return next((part for part in argv if part.endswith((".py", ".pyw"))), argv[0])
-
-
-def _checked_command(command: _Command) -> str | list[str]:
-    try:
-        if isinstance(command, (str, bytes, os.PathLike)):
-            return os.fsdecode(command)
-        return [os.fsdecode(part) for part in command]
-    except TypeError:
-        wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
-        raise TypeError(f"command={command!r}: it is {wanted}") from None
-
-
-def _checked_digests(sha256: Any, is_module: bool) -> dict[str | None, str]:
+def _checked_digests(sha256: Any, is_module: bool) -> dict[Any, str]:
     """{path: digest}, the path None for the plugin itself. Raises ValueError and TypeError."""
     wanted = "it is 64 hexadecimal digits, or {path: digest}; of a module that only"
     given = {None: sha256} if isinstance(sha256, str) else {} if sha256 is None else sha256
     if not hasattr(given, "items"):
         raise TypeError(f"sha256={sha256!r}: {wanted}")
-    for digest in given.values():
-        if not isinstance(digest, str) or not re.fullmatch("[0-9a-fA-F]{64}", digest) or (is_module and None in given):
+    for path, digest in given.items():
+        is_digest = isinstance(digest, str) and re.fullmatch("[0-9a-fA-F]{64}", digest)
+        if not is_digest or (path is None and is_module):
             raise ValueError(f"sha256={digest!r}: {wanted}")
-    return {path and os.fsdecode(path): digest.lower() for path, digest in given.items()}
+    return {**given}
 
 
 def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
@@ -7646,12 +7606,9 @@ def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
     return lambda line: write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
-if TYPE_CHECKING:
-    def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callable[_P, Plugin]]: ...
-else:
-    def _like(other):
-        """For help(), editors and type checkers: the decorated function takes what `other` takes."""
-        return lambda function: vars(function).update(__wrapped__=other) or function
+def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callable[_P, Plugin]]:
+    """For help(), editors and type checkers: the decorated function takes what `other` takes."""
+    return lambda function: vars(function).update(__wrapped__=other) or function
 
 
 del Plugin.__init__.__annotations__["return"]  # or help() would say that launch returns None
@@ -7661,50 +7618,47 @@ del Plugin.__init__.__annotations__["return"]  # or help() would say that launch
 def launch(command: _Command, **options: Any) -> Plugin:
     """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin`` closes it at the end.
 
-    `command`: an argument list, run as it is; or the path of a program, a ``.py`` file being run under
-    `python`; or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``,
-    which this very file serves under `python`, where miniplug need not be installed. The options:
+    `command`: an argument list, run as it is; or a program's path, a ``.py`` file being run under `python`;
+    or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``, which this
+    very file serves under `python`, where miniplug need not be installed. The options:
 
     - `name`: what logs and errors call it; by default made from the command.
     - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
       version that both have is used.
-    - `python`: the interpreter; by default this one, with its flags. A spec or a ``.py`` file imports what
-      lies beside the file, or for ``"module:Attr"`` in `cwd`, and what is installed there; for more give a
-      ``PYTHONPATH`` in `env`. Another interpreter gets none of this one's own variables.
-    - `env`: added to the environment, and wins over it. `inherit_env`: False starts from nothing but what
+    - `python`: the interpreter; by default this one, with its flags. Another one gets none of this one's own
+      variables. A spec or ``.py`` file imports what lies beside the file, or for a module in `cwd`; for more
+      give a ``PYTHONPATH`` in `env`.
+    - `env`: added to the environment, and wins over it. `inherit_env=False`: it starts from nothing but what
       the system needs. `cwd`: where it runs, and where relative paths in `command`, `python` and `sha256`
-      start; all are made absolute at once.
-    - `start_timeout` (seconds): how long it may take to connect. `call_timeout` (seconds): the deadline of
-      every call that has no other. None is no limit.
-    - `stdin`: ``"discard"``, ``"inherit"`` (on a terminal the plugin shares the host's process group then),
-      or a file. `stdout`, `stderr`: ``"log"``, ``"inherit"``, ``"discard"``, a callable that takes each line
-      of text, or a text file to write them to.
-    - `logger` (default ``miniplug.NAME``): the parent of those that the plugin's records and lines go to: its
-      own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
-    - `max_restarts` in any `restart_window` (seconds): after a crash the next call starts the plugin anew,
-      and proxies stay good. A pause goes before, from 0.1 seconds on, and twice as long each time; calls wait
-      through it, their deadlines running. The calls in flight fail with PluginCrashed and are never run
-      again. Past the limit calls raise the last one, until `start`.
-    - `heartbeat` (seconds): a plugin that answers no ping for so long counts as crashed, and is killed. It
-      may be as busy as it likes, as long as other threads of it can run.
-    - `idle_timeout` (seconds): the plugin is closed when for so long no call, stream or reference (other than
-      what is dispensed) has been open, and starts again on the next call. Of a notification only the sending
-      counts.
-    - `on_start`: ``on_start(plugin)`` runs after every start; until it returns, only the calls of its own
-      thread get through, and what those call back. If it raises, the process is ended, and whoever started
-      it gets that. `on_exit`: ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the
-      process ends unasked.
-    - `sha256`: the digest in hex of the program, or of the spec's or script's file (of an argument list the
-      first ``.py`` file in it, or else its program); or ``{path: digest}``. It is checked before anything
-      runs. Somebody who can write to the file can still swap it after the check, and what it imports is not
-      checked unless it is named. Nothing that is checked is run from a bytecode cache.
-    - `limits`: what it may use at most. `max_message` (bytes, at least 4096): the longest message that the
-      host takes.
+      start.
+    - `start_timeout`, `call_timeout`: seconds in which it has to connect, and for every call that has no
+      deadline of its own. None is no limit.
+    - `stdin`: ``"discard"``, ``"inherit"`` (a terminal too: then it shares the host's process group) or a
+      file. `stdout`, `stderr`: ``"log"``, ``"inherit"``, ``"discard"``, a callable that takes each line, or a
+      text file.
+    - `logger` (default ``miniplug.NAME``): the parent of those that its records and lines go to: its own
+      loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
+    - `max_restarts` in any `restart_window` seconds: after a crash the next call starts it anew, after a
+      pause of 0.1 seconds, and of twice as long each time. Proxies stay good; calls wait, their deadlines
+      running. Those in flight fail with PluginCrashed and are never run again. Past the limit calls raise the
+      last one, until `start`.
+    - `heartbeat`: seconds without an answer to a ping that count as a crash. It may be busy, as long as other
+      threads of it can run. `idle_timeout`: seconds without a call, stream or reference after which it is
+      closed, to start again on the next call.
+    - `on_start(plugin)` runs after every start; until it returns only the calls of its own thread get
+      through, and what those call back. If it raises, the process is ended, and whoever started it gets that.
+      `on_exit(plugin)` runs in a thread of miniplug's, once for each time that the process ends unasked.
+    - `sha256`: the hex digest of the program, script or spec's file (not of the interpreter), or ``{path:
+      digest}``. It is checked before anything runs, and nothing checked is run from a bytecode cache. Who can
+      write to the file can still swap it after the check, and what it imports is not checked unless it is
+      named.
+    - `limits`: what it may use at most. `max_message`: bytes of the longest message that the host takes, at
+      least 4096.
     - `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host goes, unless
-      this one closes it, and can be attached to: see `attach`.
+      this one closes it, and can be attached to.
 
     Raises LaunchError, HandshakeError, ChecksumError, PluginClosed, and what `on_start` raises; TypeError or
-    ValueError for an option that is none; RuntimeError in a process that is being started as a plugin itself
+    ValueError for an option that is none; RuntimeError in a process that is itself being started as a plugin,
     and imports a host's module that launches this one, for want of an ``if __name__ == "__main__":``.
     """
     return Plugin(command, **options).start()
@@ -7714,13 +7668,12 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
            protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
            heartbeat: float | None = None, logger: logging.Logger | None = None,
            max_message: int = _MAX_MESSAGE) -> Plugin:
-    """Connect to a plugin that runs already, and return it, ready to `dispense`. `config` is what its
-    `reattach_config` gave.
+    """Connect to a plugin that runs already, and return it. `config` is what its `reattach_config` gave.
 
     The process is not this host's: `close`, the end of a ``with`` and interpreter exit disconnect; `kill`
-    asks it to end, and disconnects. What it prints does not come here. After a `close` `start` connects
-    again. The options are those of `launch` that apply. If the environment variable ``MINIPLUG_ATTACH`` is
-    ``{NAME: config}`` as JSON, `launch` attaches in the same way for a plugin of that name.
+    asks it to end first. What it prints does not come here. After a `close` `start` connects again. The
+    options are those of `launch` that apply; which attaches as well where the environment variable
+    ``MINIPLUG_ATTACH`` is ``{NAME: config}`` as JSON, and has its `name`.
 
     Raises LaunchError if there is no such plugin (any more), or its kinds HandshakeError and
     AuthenticationError.
@@ -7741,14 +7694,11 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
           protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
           heartbeat: float | None = None, logger: logging.Logger | None = None,
           max_message: int = _MAX_MESSAGE) -> Plugin:
-    """Serve plugins in this very process, for tests: over the same session and codec, started and ready to
-    `dispense`.
+    """Serve plugins in this very process, for tests: over the same session and codec, started.
 
     `plugins`, `info` and `max_workers` are those of `serve`; the options those of `launch` that apply. What a
-    plugin prints or logs goes where the process's own does, and what ends a process (``os._exit``, a crash)
-    ends this one.
-
-    Raises what `serve` and `launch` raise.
+    plugin prints or logs goes where the process's own does, and what ends a process ends this one. Raises
+    what `serve` and `launch` raise.
     """
     options = {key: value for key, value in locals().items() if key not in ("plugins", "info", "max_workers")}
     plugin, versions = Plugin(["local"], **options), _versions(plugins, handshake)
