@@ -6147,26 +6147,14 @@ def _last_words(lines: Sequence[str]) -> str:
 # === 10. plugin =======================================================================================
 #
 # Four rooms. The recipe: what was asked for, checked once. A run: one process, from its start to its end. The
-# supervisor: which run calls go to, and when another is started. Plugin: what the user holds, which has no
-# state but the name of its supervisor.
+# supervisor: which run calls go to, and when another is started. Plugin: what the user holds.
 #
 # A lock of a lower room is taken while one of a higher is held, never the other way: the supervisor's `news`,
 # then a session's. Nothing is started, ended, sent or called back under `news`.
 
 _PAUSE = 0.1  # seconds between a crash and the next start; twice that after another one, and so on
 _LONGEST_PAUSE = 10.0
-
-
-def _is_seconds(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and value >= 0)
-
-
-def _is_path(value: Any) -> bool:
-    return value is None or isinstance(value, (str, bytes, os.PathLike))
-
-
-def _is_count(value: Any, least: int = 0) -> bool:
-    return type(value) is int and value >= least
+_Process: Any = _WindowsProcess if _WINDOWS else _PosixProcess
 
 
 def _is_output(value: Any) -> bool:
@@ -6175,85 +6163,95 @@ def _is_output(value: Any) -> bool:
     return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
 
 
-def _is_environment(env: Any) -> bool:
-    if not hasattr(env, "items"):
-        return env is None
-    return all(isinstance(part, str) for item in env.items() for part in item)
+# What the options take, by their types in Plugin's signature: the error, in words, and as a test.
+_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
+    "str": (TypeError, "a str", lambda value: isinstance(value, str)),
+    "bool": (TypeError, "True or False", lambda value: value in (True, False)),
+    "int": (ValueError, "a whole number, at least 0", lambda value: type(value) is int and value >= 0),
+    "float": (ValueError, "a number of seconds, or None for no limit",
+              lambda value: isinstance(value, (int, float)) and value >= 0),
+    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
+    "Handshake": (TypeError, "a miniplug.Handshake", lambda value: hasattr(value, "magic_cookie_value")),
+    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
+                      isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
+    "Mapping[str, str]": (TypeError, "a dict; names and values are str", lambda value: hasattr(value, "items")
+                          and all(isinstance(part, str) for item in value.items() for part in item)),
+    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
+                      lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
+    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
+    "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
+                       lambda value: hasattr(value, "getChild")),
+    "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
+    "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
 
 
-# What the options take. Their defaults are those of Plugin's signature, where type checkers look for them.
-_OPTIONS: Sequence[tuple[str, str, type, Callable[[Any], bool]]] = (
-    ("name", "it is a str", TypeError, lambda value: value is None or isinstance(value, str)),
-    ("handshake", "it is a miniplug.Handshake", TypeError,
-     lambda value: hasattr(value, "magic_cookie_value")),  # that of another copy of this file will do
-    ("protocol_versions", "it is a list of whole numbers, each at least 0", ValueError,
-     lambda value: isinstance(value, list) and value != [] and all(map(_is_count, value))),
-    ("cwd python", "it is a path", TypeError, _is_path),
-    ("env", "it is a dict; names and values are str", TypeError, _is_environment),
-    ("start_timeout call_timeout", "it is a number of seconds, or None for no limit", ValueError,
-     _is_seconds),
-    ("restart_window heartbeat idle_timeout", "it is more than 0 seconds, or None", ValueError,
-     lambda value: _is_seconds(value) and value != 0),
-    ("max_restarts", "it is a whole number, at least 0", ValueError, _is_count),
-    ("max_message", f"it is a whole number, at least {_HELLO_LIMIT}", ValueError,
-     lambda value: _is_count(value, _HELLO_LIMIT)),
-    ("stdin", "it is 'discard', 'inherit', or a file", ValueError,
-     lambda value: value in ("discard", "inherit") if isinstance(value, str) else hasattr(value, "fileno")),
-    ("stdout stderr", "it is 'log', 'inherit', 'discard', a function, or a text file", ValueError,
-     _is_output),
-    ("logger", "it is a logging.Logger (that of a LoggerAdapter is its .logger)", TypeError,
-     lambda value: value is None or hasattr(value, "getChild")),
-    ("limits", "it is a miniplug.Limits", TypeError,
-     lambda value: value is None or isinstance(value, Limits)),
-    ("on_start on_exit", "it is a function, which is called with the plugin", TypeError,
-     lambda value: value is None or callable(value)),
-    ("inherit_env managed persist", "it is True or False", TypeError, lambda value: value in (True, False)))
+def _check_options(given: dict[str, Any]) -> None:
+    """Raises TypeError and ValueError."""
+    for name, annotation in Plugin.__init__.__annotations__.items():
+        wanted, none, _ = annotation.partition(" | None")
+        if wanted in _TYPES and not (none and given[name] is None):
+            kind, words, is_right = _TYPES[wanted]
+            if not is_right(given[name]):
+                raise kind(f"{name}={given[name]!r}: it is {words}")
+    _checked_count(given["max_message"], "max_message", _HELLO_LIMIT)
+    for name in ("restart_window", "heartbeat", "idle_timeout"):
+        if given[name] == 0:
+            raise ValueError(f"{name}=0: it is more than 0 seconds, or None")
 
 
 class _Recipe:
-    """What a plugin is made from: the options, checked once, as attributes, and where its paths start. None
-    of it changes any more, so any thread may read it. `config`: of a process that is attached to. `process`:
-    what starts one."""
+    """What a plugin is made from: the options, checked once, as attributes; what is to be run; where its
+    paths start. It does not change, so any thread may read it. `config`: of a process to attach to. `process`
+    starts one."""
 
-    _process: Callable[..., Any] = _WindowsProcess if _WINDOWS else _PosixProcess
-
-    def __init__(self, command: _Command, config: dict[str, Any] | None = None, **options: Any) -> None:
-        given = {**(Plugin.__init__.__kwdefaults__ or {}), **options}
-        versions = given["protocol_versions"]
+    def __init__(self, command: Any, **options: Any) -> None:
+        versions = options["protocol_versions"]
         if versions is None:
-            versions = [getattr(given["handshake"], "protocol_version", 1)]
-        given["protocol_versions"] = [*versions] if hasattr(versions, "__iter__") else versions
-        for names, words, kind, is_right in _OPTIONS:
-            for name in names.split():
-                if not is_right(given[name]):
-                    raise kind(f"{name}={given[name]!r}: {words}")
-        vars(self).update(given)
-        self.config = config
-        self.process = type(self)._process
-        self.command = _checked_command(command)
-        self.sha256 = _checked_digests(given["sha256"], self.command)
-        self.name: str = given["name"] or _default_name(self.command)
-        limit = given["start_timeout"]
+            versions = [getattr(options["handshake"], "protocol_version", 1)]
+        options["protocol_versions"] = [*versions] if hasattr(versions, "__iter__") else versions
+        _check_options(options)
+        vars(self).update(options)
+        self.config: dict[str, Any] | None = None
+        self.process = _Process
+        limit = options["start_timeout"]
         self.start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
-        try:
-            self.folder = os.path.abspath(os.fsdecode(self.cwd or ""))  # what is relative starts there
-        except FileNotFoundError:  # the current folder is gone
-            self.folder = ""
+        self.folder = _current_folder()  # what is relative starts there
+        if self.cwd is not None:
+            self.folder = os.path.join(self.folder, os.fsdecode(self.cwd))
         python = os.fsdecode(self.python or sys.executable or "")
         self.is_own = python == (sys.executable or "")  # whether that is this interpreter
-        elsewhere = os.path.dirname(python) and not self.is_own
-        self.interpreter = os.path.join(self.folder, python) if elsewhere else python
+        self.interpreter = os.path.join(self.folder, python) if os.path.dirname(python) else python
+        self.is_list = not isinstance(command, (str, bytes, os.PathLike))
+        try:
+            self.command = [os.fsdecode(part) for part in (command if self.is_list else [command])]
+        except TypeError:
+            wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
+            raise TypeError(f"command={command!r}: it is {wanted}") from None
+        scripts = [part for part in self.command if part.endswith((".py", ".pyw"))]
+        spec = "", (scripts or self.command or [""])[0], ""
+        spec_name, source, self.attribute = spec if self.is_list else _split_spec(self.command[0])
+        self.name: str = self.name or spec_name or os.path.splitext(os.path.basename(source))[0] or "plugin"
+        self.is_module = self.attribute != "" and not source.endswith(".py")
+        self.source = source if self.is_module else self._whole(source)
+        self.spec = f"{spec_name}={self.source}:{self.attribute}"
+        digests = _checked_digests(options["sha256"], self.is_module)
+        self.sha256 = {self._whole(os.fsdecode(path or self.source)): digest.lower()
+                       for path, digest in digests.items()}
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
 
     def place(self) -> str | None:
-        """The folder to start in; None for that of this process, which may not be there by its name."""
-        try:
-            moved = self.folder != os.path.abspath("")
-        except FileNotFoundError:
-            moved = False
-        return self.folder if moved or self.cwd is not None else None
+        """The folder to start in; None for that of this process, which it may not be able to enter again."""
+        return None if self.folder == _current_folder() else self.folder
+
+    def log(self) -> Any:
+        return self.logger or _import("logging").getLogger(f"miniplug.{self.name}")
+
+    def not_started(self, argv: list[str], reason: str, kind: type[LaunchError] = LaunchError,
+                    **carried: Any) -> LaunchError:
+        words = _last_words(carried.get("output", ()))
+        return kind(f"the plugin {self.name!r} did not start: {reason}{words}", command=argv, **carried)
 
     # -- what to run
 
@@ -6261,91 +6259,78 @@ class _Recipe:
         """What to run, once its files are checked. Raises LaunchError if that can be told to fail."""
         if not self.command:
             raise self.not_started([], "the command is empty")
-        argv = self._resolved(self.command) if isinstance(self.command, str) else [*self.command]
+        argv = [*self.command]
+        if self.attribute:
+            argv = [*self._loader(), "serve", self.spec]
+        elif not self.is_list:
+            is_script = self.source.endswith((".py", ".pyw"))
+            argv = [*self._loader(), "run", self.source] if is_script else [self.source]
+        elif self.source == self._whole(argv[0]) in self.sha256:
+            argv[0] = self.source  # and not one of that name on the PATH
+        if not (self.is_list or self.is_module or os.path.isfile(self.source)):
+            raise self.not_started(argv, self._missing())
         for path, expected in self.sha256.items():
-            self._check_file(argv, self._program(argv) if path is None else path, expected)
+            self._check_file(argv, path, expected)
         return argv
 
-    def _resolved(self, command: str) -> list[str]:
-        name, source, attribute = _split_spec(command)
-        path = source if attribute and not source.endswith(".py") else self._existing(source)
-        if not attribute and not path.endswith((".py", ".pyw")):
-            return [path]
-        what = ["serve", f"{name}={path}:{attribute}"] if attribute else ["run", path]
-        return [*self._loader(command), *what]
-
-    def _loader(self, command: str) -> list[str]:
+    def _loader(self) -> list[str]:
         """What runs Python code by this very file."""
         python, frozen = self.interpreter, hasattr(sys, "frozen")
-        known = os.path.basename(python).lower().startswith(("python", "pypy", "graalpy"))
-        if self.python is not None or (known and not frozen):
-            own = self.is_own and not frozen
-            flags = _import("subprocess")._args_from_interpreter_flags() if own else []
-            return [python, *flags, "-c", _BOOTSTRAP, self._own_file(command), __name__]
-        if _frozen_mains:
+        if self.python is None and _frozen_mains:
             return [python, _FROZEN]
-        freeze = ", or call miniplug.freeze_support() first in its main program" if frozen else ""
-        which = f"this application ({python or 'an embedded Python'}) has no interpreter of its own to run it"
-        raise self.not_started([command], f"{which}: pass python='/path/to/python'{freeze}")
-
-    def _own_file(self, command: str) -> str:
-        """This file, for another process to load. Where all is frozen, that has to be packed as well."""
-        if not hasattr(sys, "frozen"):
-            return _FILE
-        file = _FILE.rstrip("c")  # .pyc, says PyInstaller
-        if not os.path.isfile(file):
-            what = f"{file} is not there for {self.interpreter} to load: pack it there as a data file"
-            raise self.not_started([command], f"{what} (freeze_support tells how)")
-        return file
+        known = re.match("python|pypy|graalpy", os.path.basename(python), re.IGNORECASE)
+        if self.python is None and (frozen or not known):
+            how = "pass python='/path/to/python', or call miniplug.freeze_support() first in its main program"
+            raise self.not_started([], f"this application ({python}) has no interpreter to run it: {how}")
+        flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
+        file = _FILE.rstrip("c") if frozen else _FILE  # .pyc, says PyInstaller
+        return [python, *flags, "-c", _BOOTSTRAP, file, __name__]
 
     def _whole(self, path: str) -> str:
-        whole = os.path.normpath(os.path.join(self.folder, path))
-        if not os.path.isabs(whole):
-            raise self.not_started([], "there is no current folder")
-        return whole
+        return os.path.normpath(os.path.join(self.folder, path))
 
-    def _existing(self, path: str) -> str:
-        """A file in the folder, or a program on the path."""
-        whole = self._whole(path)
-        if os.path.isfile(whole):
-            return whole
-        which = _import("shutil").which
-        found = None if os.path.dirname(path) else which(path)
-        if found is not None:
-            return str(found)
-        why = "it is a folder" if os.path.isdir(whole) else "there is no such file"
-        words = path.split()
-        if len(words) > 1 and which(words[0]):
-            why += f"; a program with arguments is a list: {words}"
-        elif ".py" in path and not path.endswith((".py", ".pyw")):
-            why += "; what is in a file is named after a colon: 'path/to/file.py:Attr'"
-        elif not path.endswith(".py") and all(part.isidentifier() for part in path.split(".")):
-            why += "; what is in a module is named after a colon: 'module:Attr'"
-        raise self.not_started([path], f"{whole}: {why}")
-
-    def _program(self, argv: list[str]) -> str:
-        """The file that a single digest is of. A program of an argument list is looked up here, and run by
-        its path then."""
-        if isinstance(self.command, str):
-            return self._existing(_split_spec(self.command)[1])
-        if _script_of(argv) is argv[0] and not os.path.dirname(argv[0]):
-            argv[0] = _import("shutil").which(argv[0], path=self.environ().get("PATH")) or argv[0]
-        return _script_of(argv)
+    def _missing(self) -> str:
+        command = self.command[0]
+        why = "it is a folder" if os.path.isdir(self.source) else "there is no such file"
+        if " " in command or not (os.path.dirname(command) or self.source.endswith((".py", ".pyw"))):
+            why += f"; a program of the PATH, or with arguments, is a list: {command.split()}; what is in a"
+            why += " file or module is named after a colon: 'path/to/file.py:Attr' or 'module:Attr'"
+        return f"{self.source}: {why}"
 
     def _check_file(self, argv: list[str], path: str, expected: str) -> None:
-        """Raises ChecksumError, or LaunchError for a file that cannot be read."""
-        whole = self._whole(path)
+        """Raises ChecksumError, or OSError for a file that cannot be read."""
         digest = _import("hashlib").sha256()
-        try:
-            with open(whole, "rb") as file:
-                for block in iter(partial(file.read, 1 << 20), b""):
-                    digest.update(block)
-        except OSError as error:
-            raise self.not_started(argv, f"{whole} cannot be checked: {error.strerror}") from None
+        with open(path, "rb") as file:
+            for block in iter(partial(file.read, 1 << 20), b""):
+                digest.update(block)
         actual = digest.hexdigest()
         if actual != expected:
-            reason = f"{whole} is not the file expected: its SHA-256 is {actual}, not {expected}"
-            raise self.not_started(argv, reason, ChecksumError, path=whole, expected=expected, actual=actual)
+            reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
+            raise self.not_started(argv, reason, ChecksumError, path=path, expected=expected, actual=actual)
+
+    def failure(self, run: _Run, argv: list[str], in_time: bool, refusal: Any) -> LaunchError:
+        """Why a process did not come up."""
+        kind, told = LaunchError, {}
+        if isinstance(refusal, HandshakeError):
+            run.wait(1.0)  # it says on stderr that it was refused
+            kind, reason, told = HandshakeError, str(refusal), vars(refusal)
+        elif not in_time:
+            _end_runs([run], None)
+            reason = f"it did not connect within {self.start_timeout:g} s; does it call miniplug.serve()?"
+        else:
+            reason = f"it {run.end_words()[0]}"
+        if in_time and run.exit_code == 0:
+            kind = HandshakeError
+            reason += " without connecting: it is no plugin, or does not call miniplug.serve()"
+            if not (self.is_list or self.attribute):
+                reason += f"; what else has something to serve is named with it: '{self.source}:Attr'"
+            if self.python is not None:
+                reason += f"; or python={self.python!r} is no Python"
+        tail = run.output.tail()
+        wants_input = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # since Python 3.14
+        if self.stdin == "discard" and "".join(tail[-1:]).startswith(wants_input):
+            reason += "; its stdin is discarded: stdin='inherit' gives it the host's"
+        return self.not_started(argv, reason, kind, **{"exit_code": run.exit_code, "output": tail, **told})
 
     # -- and around it
 
@@ -6353,7 +6338,7 @@ class _Recipe:
         """What the plugin's environment has beside the address and the key."""
         env = {name: value for name, value in os.environ.items()
                if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
-        if isinstance(self.command, str) and not self.is_own:
+        if not (self.is_list or self.is_own):
             for name in ("PYTHONHOME", "PYTHONEXECUTABLE", "PYTHONPATH", "__PYVENV_LAUNCHER__"):
                 env.pop(name, None)
             for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBPATH"):
@@ -6363,7 +6348,7 @@ class _Recipe:
         env.update((_variable(name), value) for name, value in (self.env or {}).items())
         if self.sha256:
             env[_SOURCE_ONLY] = "1"
-        if any(path and path.endswith(".py") for path in self.sha256):
+        if any(path.endswith(".py") and path != self.source for path in self.sha256):
             env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
         env[_COOKIE_KEY] = self.handshake.magic_cookie_key
         env[_variable(self.handshake.magic_cookie_key)] = self.handshake.magic_cookie_value
@@ -6372,11 +6357,8 @@ class _Recipe:
 
     def above(self) -> list[Any]:
         """What is being started, from the first host down to this process, while this one does not serve yet:
-        [[the program, None for a spec; where its host listens], ...].
-
-        Raises RuntimeError if this plugin must not be launched there: one whose module launches what imports
-        it would go on for ever.
-        """
+        [[the program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin must
+        not be launched there: one whose module launches what imports it would go on for ever."""
         above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
         for program, address in above:
             if program in (None, self.identity()):
@@ -6392,120 +6374,207 @@ class _Recipe:
 
     def identity(self) -> str | None:
         """By which a program knows itself, whatever its arguments. (A spec's process launches nothing.)"""
-        if isinstance(self.command, str):
-            return None if _split_spec(self.command)[2] else os.path.realpath(self._whole(self.command))
-        script = _script_of(self.command or [""])
-        if script.endswith((".py", ".pyw")):
-            return os.path.realpath(self._whole(script))
-        end = self.command.index("-m") + 2 if "-m" in self.command else len(self.command)
+        if self.attribute:
+            return None
+        if not self.is_list or self.source.endswith((".py", ".pyw")):
+            return os.path.realpath(self.source)
+        end = self.command.index("-m") + 2 if "-m" in self.command else None
         return " ".join(self.command[:end])
-
-    def log(self) -> Any:
-        return self.logger or _import("logging").getLogger(f"miniplug.{self.name}")
 
     def attaches_to(self) -> dict[str, Any] | None:
         """The config of the process to attach to, if it is not to be started."""
         text = os.environ.get(_ATTACH)
-        if self.config is not None or not text or self.process is not type(self)._process:
+        if self.config is not None or not text or self.process is not _Process:
             return self.config
         try:
             configs = json.loads(text)
-            if not isinstance(configs, dict) or not all(isinstance(each, dict) for each in configs.values()):
-                raise ValueError("it does not name the plugin that it is for")
-            config = _checked_config(configs[self.name]) if self.name in configs else None
-        except (ValueError, RecursionError) as error:
+            names = [*configs.keys()]
+            config = _checked_config(configs[self.name]) if self.name in names else None
+        except (ValueError, AttributeError, RecursionError) as error:
             reason = f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}"
-            raise self.not_attached(reason) from None
-        if config is None:
-            self.log().info("launched: %s names %s, and not %r", _ATTACH, [*configs], self.name)
-        else:
-            self.log().info("attaching to the process %s: so says %s", config["pid"], _ATTACH)
+            raise self.not_started([], reason) from None
+        what = "launched" if config is None else f"attached to: it is the process {config['pid']}"
+        self.log().info("%s names %s: %r is %s", _ATTACH, names, self.name, what)
         return config
 
-    # -- why it does not start
 
-    def not_started(self, argv: list[str], reason: str, kind: type[LaunchError] = LaunchError,
-                    **carried: Any) -> LaunchError:
-        words = _last_words(carried.get("output", ()))
-        return kind(f"the plugin {self.name!r} did not start: {reason}{words}", command=argv, **carried)
+class _Streams:
+    """What a process says: a thread for each of its output streams delivers the lines, and keeps the last."""
 
-    def not_attached(self, reason: str, kind: type[LaunchError] = LaunchError, **carried: Any) -> LaunchError:
-        return kind(f"there is no attaching to the plugin {self.name!r}: {reason}", **carried)
+    def __init__(self, process: Any, sinks: Sequence[_Sink | None]) -> None:
+        files = (process.stdout, process.stderr)
+        self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
+        self._wake: list[int] = []  # a pipe: a byte in it wakes the threads
+        self._ended = False
+        self.threads: list[threading.Thread] = []
 
-    def no_process(self, argv: list[str], error: Exception) -> LaunchError:
-        """Why the operating system did not start it."""
-        known: dict[type, str] = {FileNotFoundError: "there is no such program",
-                                  PermissionError: "it is not executable for this user"}
-        place = self.place()
-        if place is not None and not os.path.isdir(place):
-            return self.not_started(argv, f"cwd={place!r}: there is no such folder")
-        return self.not_started(argv, f"{argv[0]}: {known.get(type(error), error)}")
+    def start(self) -> None:
+        self._wake.extend(os.pipe() if self._streams else ())
+        for stream in self._streams:
+            what = stream.read_until, lambda: self._ended, self._wake[0]
+            self.threads.append(_start_thread("miniplug-output", *what))
 
-    def no_plugin(self, argv: list[str]) -> str:
-        """What to do about a program that has ended well, and was no plugin."""
-        hint = "it is no plugin, or does not call miniplug.serve()"
-        if not isinstance(self.command, str):
-            return hint
-        _, source, attribute = _split_spec(self.command)
-        if len(argv) == 1:
-            hint += f" (what ran is {argv[0]})"
-        elif not attribute:
-            hint += f"; or it has what is to be served, which is named after a colon: '{source}:Attr'"
-        if self.python is not None:
-            hint += f"; or python={self.python!r} is no Python"
-        return hint
+    def stop(self, seconds: float) -> None:
+        """Have the threads end, once nothing more comes, and wait for each at most that long."""
+        self._ended = True
+        if self._wake:
+            os.write(self._wake[1], b"x")
+        for thread in self.threads:
+            thread.join(seconds)
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.file.close()
+        wake, self._wake = self._wake, []
+        for fd in wake:
+            os.close(fd)
+
+    def tail(self) -> list[str]:
+        """The last lines of stderr, or else of stdout."""
+        return next((stream.last() for stream in reversed(self._streams) if stream.tail), [])
 
 
 class _Run:
-    """One process of a plugin, from its start to its end: what it says, the session with it, why it ended.
+    """One process of a plugin, from the wish to have it to its end.
 
-    It is there before its session is (`open`). When `gone` is set the last line is delivered, the process
-    reaped, `exit_code` known; when `ended` is set all that follows holds: the calls have failed, and the
-    supervisor knows. Who asks for its end sets `asked` first: an end that nobody asked for is a crash.
+    The thread of the number `thread` brings it up; until on_start has returned that one alone may call on it.
+    The supervisor's `news` protects `settled`, set when it serves or will not, and `failure`, which says why
+    not. When `gone` is set the last line is delivered, the process reaped, `exit_code` known; when `ended` is
+    set the calls have failed, too, and the supervisor knows. Who asks for its end sets `asked` first: else it
+    is a crash.
 
-    Its threads: a reader for each output stream; a watcher, which waits for the process and is the one that
-    reaps it; and a minder, if there is a heartbeat or an idle timeout. Any thread may call its methods, and
-    none of them waits without a bound. `_claim` is held for good by who ends the run: the watcher once the
-    process has ended, or else who lets go of that.
+    Another thread waits for the process and reaps it, and one minds it if there is a heartbeat or idle
+    timeout. Any thread may call its methods. `_claim` is held for good by who ends the run: who waits, or who
+    detaches before.
     """
 
-    def __init__(self, supervisor: _Supervisor, process: Any, sinks: Sequence[_Sink | None] = (),
-                 config: dict[str, Any] | None = None, settled: threading.Event | None = None) -> None:
-        self.supervisor, self.recipe, self.process = supervisor, supervisor.recipe, process
-        self.pid: int = process.pid
-        self.owned = config is None  # whether the process is to end with it
-        self.config = config  # what another host needs to attach, of a process that stays without this one
-        self.stays = config is not None  # when this host goes
-        self.session: _Session | None = None
+    def __init__(self, supervisor: _Supervisor, not_before: float, drain: float | None, counts: bool) -> None:
+        self.supervisor, self.recipe = supervisor, supervisor.recipe
+        self.not_before = not_before  # the pause before it lasts until then, on the monotonic clock
+        self.replaced_after = drain  # the seconds that the one has whose place it takes
+        self.counts = counts  # as a restart
+        self.thread = 0
+        self.settled = False
+        self.failure: BaseException | None = None
+        self.process: Any = None
+        self.output: Any = None
+        self.session: Any = None
+        self.config: dict[str, Any] | None = None  # what another host needs to attach to a process that stays
+        self.owned = True  # whether the process is this host's
+        self.stays = False  # when this host goes
         self.asked = False
         self.exit_code: int | None = None
         self.gone, self.ended = threading.Event(), threading.Event()
-        self.ended_at = 0.0  # on the monotonic clock
-        self._settled = settled or threading.Event()  # set when it has connected, was refused, or has ended
+        self._arrival = threading.Event()  # set when it has connected, was refused, or has ended
         self._why = ""  # what is said of one that had to be killed
-        self.verdict = ""  # and of one that crashed and is not started again
         self._claim = threading.Lock()
-        self._exited = False
-        self._readers: list[threading.Thread] = []
-        files = (process.stdout, process.stderr)
-        self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
-        self._wake: list[int] = []  # a pipe: a byte in it wakes the readers
+
+    # -- how it comes up
+
+    def open(self) -> None:
+        """Raises LaunchError, PluginClosed, or RuntimeError where nothing may be launched."""
+        recipe = self.recipe
+        config, launches, argv = recipe.attaches_to(), recipe.process is _Process, []
+        if config is not None:
+            return self._attach(config)
+        above = recipe.above() if launches else []
+        guarded = launches and not _WINDOWS
+        if guarded:
+            _guardian.hire()
+        try:
+            argv = recipe.argv()
+            self._launch(argv, above)
+        except (LaunchError, PluginClosed):
+            raise
+        except (OSError, RuntimeError, ValueError, PluginError, _Sealed) as error:
+            raise recipe.not_started(argv, ": ".join([*argv[:1], str(error)])) from None
+        finally:
+            if guarded:
+                _guardian.leave()
+        return None
+
+    def _greet(self, key: bytes, channel: _Channel, address: str) -> _Terms:
+        hello = _Hello(channel, address, key, "host")
+        return hello.as_host(self.recipe.protocol_versions, self.recipe.max_message)
+
+    def _launch(self, argv: list[str], above: list[Any]) -> None:
+        """Start a process, and wait until it has connected, was refused, or has ended."""
+        key = os.urandom(32)
+        came: list[Any] = []
+
+        def arrived(*what: Any) -> None:
+            came.extend(what)
+            self._arrival.set()
+
+        door = _Door(partial(self._greet, key), arrived, made=_guardian.watch)
+        folder = door.listener.folder
+        try:
+            self._spawn(argv, above, door.listener, key)
+            in_time = self._arrival.wait(self.recipe.start_timeout)
+            if self.gone.is_set():
+                door.settle(0.2)  # it may have been refused just before
+            if came and isinstance(came[1], _Terms):
+                self._connect(*came)
+            if not self.takes_calls:
+                raise self.recipe.failure(self, argv, in_time, came[1] if came else None)
+        finally:
+            door.close()
+            _guardian.forget(folder)
+            if came and self.session is None:  # too late
+                came[0].close()
+
+    def _spawn(self, argv: list[str], above: list[Any], listener: _Listener, key: bytes) -> None:
+        recipe, logger = self.recipe, self.recipe.log()
+        env = {**recipe.environ(), _ADDRESS: listener.address, _AUTHKEY: key.hex(),
+               _LOADING: json.dumps([*above, [recipe.identity(), listener.address]]),
+               _LOG_LEVEL: str(logger.getEffectiveLevel()), _NO_STDIN: "1" * (recipe.stdin == "discard")}
+        for folder in listener.passed_over:
+            logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
+        if recipe.limits and recipe.limits._not_enforced():
+            logger.warning("this system has no limit of %s: it runs without", recipe.limits._not_enforced())
+        words = {"discard": _DEVNULL, "inherit": None}
+        stdin = words[recipe.stdin] if isinstance(recipe.stdin, str) else recipe.stdin
+        sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
+        stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
+        terminal = recipe.stdin == "inherit" and os.isatty(0)
+        self._begin(recipe.process(argv, recipe.limits, terminal, env=env, cwd=recipe.place(), stdin=stdin,
+                                   stdout=stdout, stderr=stderr), sinks)
+
+    def _begin(self, process: Any, sinks: Sequence[_Sink | None] = ()) -> None:
+        """There is a process, which will have a session."""
+        self.process, self.output = process, _Streams(process, sinks)
         _runs.add(self)
         try:
-            self._wake.extend(os.pipe() if self._streams else ())
-            for stream in self._streams:
-                what = stream.read_until, lambda: self._exited, self._wake[0]
-                self._readers.append(_start_thread("miniplug-output", *what))
+            self.output.start()
             _start_thread("miniplug-watch", self._watch)
         except BaseException:  # no descriptor or thread to be had
-            self.signal(kill=True)
+            process.signal(kill=True)
             self._watch()
             raise
+        if not self.supervisor.admit(self):
+            _end_runs([self], 0.0)
 
-    # -- its beginning
+    def _attach(self, config: dict[str, Any]) -> None:
+        address, fail = config["address"], partial(self.recipe.not_started, [])
+        try:
+            channel = _connect(address, _HELLO_SECONDS)
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise fail(f"nobody listens at {address}, so the plugin has ended") from None
+        except (OSError, ValueError) as error:
+            raise fail(f"{address} cannot be reached: {error}") from None
+        self.config, self.owned, self.stays = config, False, True
+        try:
+            terms = self._greet(bytes.fromhex(config["authkey"]), channel, address)
+            self._begin(_NoProcess(channel, config["pid"]))
+            self._connect(channel, terms)
+        except BaseException as error:
+            channel.close()
+            if isinstance(error, (OSError, EOFError, PluginError)) and not isinstance(error, LaunchError):
+                raise fail(f"what listens at {address} is no plugin: {error!r}", HandshakeError) from None
+            raise
 
-    def open(self, channel: _Channel, terms: _Terms) -> None:
-        """Have a session with it, over an authenticated channel. Raises LaunchError."""
+    def _connect(self, channel: _Channel, terms: _Terms) -> None:
+        """Have a session with it, over an authenticated channel."""
         recipe = self.recipe
         session = _open_session(channel, terms, recipe.max_message, _Served({}), self._lost)
         session.call_timeout = recipe.call_timeout
@@ -6514,20 +6583,12 @@ class _Run:
             session.keep_reading()  # so that the end is seen though nobody calls
         if self.gone.is_set():  # just before
             self._end_session()
-        elif self.owned and "persist" in terms.features:
-            self._keep(session)
+        elif self.owned and "persist" in terms.features:  # it stays when this host goes: nothing is to end it
+            self.config = _checked_config(session.call(0, "reattachConfig", (), {}, _HELLO_SECONDS))
+            self.stays = True
+            self.process.keep()
         if recipe.heartbeat or recipe.idle_timeout:
             _start_thread("miniplug-mind", self._mind, session)
-
-    def _keep(self, session: _Session) -> None:
-        """It has said that it stays when this host goes: learn how to attach, and have nothing end it."""
-        try:
-            config = session.call(0, "reattachConfig", (), {}, _HELLO_SECONDS)
-            self.config, self.stays = _checked_config(config), True
-            self.process.keep()
-        except (PluginError, ValueError, _Sealed) as error:
-            words = f"the plugin {self.recipe.name!r} stays, and does not say how to attach to it: {error}"
-            raise LaunchError(words) from None
 
     @property
     def takes_calls(self) -> bool:
@@ -6539,69 +6600,45 @@ class _Run:
         heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
         pause = min(heartbeat / 4, idle / 8)
         silent = unused = 0.0
-        while not self.gone.wait(pause) and session.ended is None:
+        while not self.gone.wait(pause) and session.ended is None and silent < heartbeat:
             silent = 0.0 if heartbeat == _FOREVER or session.probe() else silent + pause
-            if silent >= heartbeat:
-                fate = "killed" if self.owned else "given up"
-                self._why = f"answered no ping for {heartbeat:g} s and was {fate}"
-                return self.signal(kill=True)
             unused = unused + pause if session.unused() else 0.0
             if unused >= idle:
                 self.supervisor.retire(self)
-        return None
+        if silent >= heartbeat:
+            fate = "killed" if self.owned else "given up"
+            self._why = f"answered no ping for {heartbeat:g} s and was {fate}"
+            self.process.signal(kill=True)
 
-    # -- its end
+    # -- how it ends
 
-    def ask(self, grace: float) -> None:
-        """Ask it to end. What is another host's is let go of."""
+    def ask(self, grace: float | None) -> None:
+        """Ask it to end, without a grace kill it. Another host's is let go of, without a grace asked."""
         self.asked = True
-        if not self.owned:
-            self.signal(kill=False)
-        else:
-            self._say_stop(grace)
-
-    def _say_stop(self, grace: float) -> None:
-        if self.session is not None and self.session.ended is None:
-            self.session.ask_to_end(grace)
-
-    def signal(self, kill: bool) -> None:
-        self.process.signal(kill)
+        if self.owned == (grace is None):
+            self.process.signal(kill=True)
+        elif self.session is not None and self.session.ended is None:
+            self.session.ask_to_end(grace or 0.0)
 
     def wait(self, seconds: float = -1) -> bool:
-        """Wait until it is over. False if it is not within that many seconds."""
         return self.ended.wait(None if seconds < 0 else min(seconds, _FOREVER))
 
-    def kill(self) -> None:
-        """End it at once. What is another host's is asked to end, and then let go of."""
-        self.asked = True
-        if not self.owned:
-            self._say_stop(0.0)
-            self.wait(1.0)
-        self.signal(kill=True)
-        self.wait(2.0)
-
-    def undo(self) -> None:
-        """It was not to be started, or attached to."""
-        (self.kill if self.owned else self.detach)()
-
     def detach(self) -> None:
-        """Let go of a process that stays without this one."""
+        """Let go of a process that stays without this host."""
         self.asked = True
         if not self.owned:
-            self.signal(kill=False)
-            self.wait(2.0)
+            _end_runs([self], 0.0)
         elif self._claim.acquire(False):
             self._end_session()  # at which it turns its output away
-            for reader in self._readers:
-                reader.join(0.3)
-            self._stop_reading(0.3)
-            if not any(reader.is_alive() for reader in self._readers):  # on Windows they may read to its end
-                self._close_files()
+            for thread in self.output.threads:
+                thread.join(0.3)
+            self.output.stop(0.3)
+            if not any(thread.is_alive() for thread in self.output.threads):  # on Windows they may read on
+                self.output.close()
             self._over()
 
     def drain(self, seconds: float) -> None:
         """Another run has taken its place: end it as soon as it is not busy, or after so many seconds."""
-        assert self.session is not None
         self.stays = False
         deadline, pause = time.monotonic() + seconds, 0.001
         while not self.session.seal() and time.monotonic() < deadline:
@@ -6612,32 +6649,29 @@ class _Run:
     def _watch(self) -> None:
         self.process.await_exit()
         if self._claim.acquire(False):
-            self.signal(kill=True)  # what it has left behind
+            self.process.signal(kill=True)  # what it has left behind
             if self.config is not None and self.owned:
                 _remove_stale(self.config["address"], 0.5)
-            self._stop_reading(1.0)
+            self.output.stop(1.0)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
-            self.ended_at = time.monotonic()
             self._over()
-            if crashed:
-                self.supervisor.tell_exit()
+            if crashed and self.recipe.on_exit is not None:
+                _guard(self.recipe.on_exit, self.supervisor.plugin, what="on_exit")
         else:
             self.ended.wait()
             self.process.reap()
-        for reader in self._readers:
-            reader.join()  # somebody's callable may hang
-        self._close_files()
+        for thread in self.output.threads:
+            thread.join()  # somebody's callable may hang
+        self.output.close()
 
     def _over(self) -> None:
         self.gone.set()
         _runs.discard(self)
-        if self.session is not None:
-            self.session.end(EOFError())
-        self.supervisor.notice()
-        self._settled.set()
-        self.ended.set()
         self._end_session()
+        self.supervisor.notice()
+        self._arrival.set()
+        self.ended.set()
 
     def _end_session(self) -> None:
         if self.session is not None:
@@ -6646,238 +6680,61 @@ class _Run:
             self.session.references.served.close()
             self.session.dispose()
 
-    def _stop_reading(self, seconds: float) -> None:
-        """Have the readers end, once nothing more comes, and wait for each at most that long."""
-        self._exited = True
-        if self._wake:
-            os.write(self._wake[1], b"x")
-        for reader in self._readers:
-            reader.join(seconds)
-
-    def _close_files(self) -> None:
-        for stream in self._streams:
-            stream.file.close()
-        wake, self._wake = self._wake, []
-        for fd in wake:
-            os.close(fd)
-
     def disown(self) -> None:
         """In a forked child of the host: nothing here is ours."""
         self.process.disown()
         self.gone = self.ended = threading.Event()  # a thread that is not here may hold the old ones' locks
         self.ended.set()
-        self._close_files()
+        self.output.close()
 
-    # -- why it ended
-
-    def _lost(self, cause: BaseException) -> Callable[[list[str]], BaseException]:
+    def _lost(self, cause: BaseException) -> Callable[[Sequence[str]], BaseException]:
         """The connection has ended: find out why, and give what makes the error to raise."""
         hopeless = not self.owned or isinstance(cause, ProtocolError)
         if hopeless or not (self.asked or self.gone.wait(0.5)):
-            self.signal(kill=True)
+            self.process.signal(kill=True)
         self.gone.wait(0.0 if self.asked else 2.0)
-        return partial(self._error, self.asked, cause)
+        return self.error
 
-    def _error(self, asked: bool, cause: BaseException, calls: list[str]) -> BaseException:
-        name = f"the plugin {self.recipe.name!r}"
-        return PluginClosed(f"{name} was closed") if asked else self._crash(name, cause, calls)
-
-    def error(self) -> BaseException:
-        """What calls on it raise, as it takes none any more."""
-        ended = self.session.ended if self.session is not None else None
-        return self._error(self.asked, EOFError(), []) if ended is None else ended([])
-
-    def _crash(self, name: str, cause: BaseException, calls: list[str]) -> PluginCrashed:
+    def error(self, calls: Sequence[str] = (), verdict: str = "") -> BaseException:
+        """What calls raise that it has cut off, by name, or else does not take any more."""
+        name, tail = f"the plugin {self.recipe.name!r}", self.output.tail()
+        if self.asked:
+            return PluginClosed(f"{name} was closed")
+        during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else verdict
         words, signal_name = self.end_words()
-        verdict = "" if calls or not self.owned else self.verdict
-        during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else ""
-        tail = self.tail()
-        kind, text = PluginCrashed, f"{name} {self._why or words}{verdict}{during}{_last_words(tail)}"
-        if isinstance(cause, ProtocolError):
-            kind, text = ProtocolError, f"{name} broke the protocol and was ended{during}: {cause}"
-        return kind(text, exit_code=self.exit_code, signal_name=signal_name, output=tail, calls=list(calls))
+        kind, text = PluginCrashed, f"{name} {self._why or words}{during}{_last_words(tail)}"
+        if isinstance(self.session.cause, ProtocolError):
+            kind = ProtocolError
+            text = f"{name} broke the protocol and was ended{during}: {self.session.cause}"
+        return kind(text, exit_code=self.exit_code, signal_name=signal_name, output=tail, calls=[*calls])
 
     def end_words(self) -> tuple[str, str | None]:
         """How it ended, in words, and the name of the signal if it was one."""
         return _end_words(self.exit_code)
 
-    def tail(self) -> list[str]:
-        """The last lines of stderr, or else of stdout."""
-        return next((stream.last() for stream in reversed(self._streams) if stream.tail), [])
-
-
-class _Start:
-    """One try to bring a run up, made by a thread of its own, from nothing to a session (`open`).
-
-    `thread` is that one's number: it alone may call on `run` until on_start has returned. The supervisor's
-    `news` protects all fields: `over` is set when it has succeeded, when it has failed, and at once when the
-    plugin is closed; then `error` says why.
-    """
-
-    def __init__(self, supervisor: _Supervisor, not_before: float, counts: bool) -> None:
-        self.supervisor, self.recipe = supervisor, supervisor.recipe
-        self.not_before = not_before  # the pause before it lasts until then, on the monotonic clock
-        self.counts = counts  # as a restart
-        self.thread = 0
-        self.run: _Run | None = None
-        self._above: list[Any] = []
-        self.over = False
-        self.error: BaseException | None = None
-
-    def open(self) -> None:
-        """Raises LaunchError, PluginClosed, or RuntimeError where nothing may be launched."""
-        _set_exit_hooks()
-        config = self.recipe.attaches_to()
-        if config is not None:
-            return self._attach(config)
-        if self.recipe.process is type(self.recipe)._process:
-            self._above = self.recipe.above()
-        argv: list[str] = []
-        try:
-            argv = self.recipe.argv()
-            self._launch(argv)
-        except (OSError, RuntimeError) as error:  # no descriptor or thread to be had
-            if isinstance(error, PluginError):
-                raise
-            raise self.recipe.not_started(argv, str(error)) from None
-        return None
-
-    def _launch(self, argv: list[str]) -> None:
-        """Start a process, and wait until it has connected, was refused, or has ended."""
-        recipe, key = self.recipe, os.urandom(32)
-        came: list[tuple[_Channel, Any]] = []
-        arrival = threading.Event()
-
-        def greet(channel: _Channel, address: str) -> _Terms:
-            hello = _Hello(channel, address, key, "host")
-            return hello.as_host(recipe.protocol_versions, recipe.max_message)
-
-        def arrived(*what: Any) -> None:
-            came.append(what)
-            arrival.set()
-
-        door = _Door(greet, arrived, made=_guardian.tell if recipe.process is _PosixProcess else str)
-        try:
-            run = self._spawn(argv, door.listener, key, arrival)
-            in_time = arrival.wait(recipe.start_timeout)
-            if run.gone.is_set():
-                door.settle(0.2)  # it may have been refused just before
-            if came and isinstance(came[0][1], _Terms):
-                run.open(*came[0])
-            if not run.takes_calls:
-                raise self._failure(run, argv, in_time, door.strangers, came[0][1] if came else None)
-        finally:
-            door.close()
-            if self.run is None or self.run.session is None:
-                for channel, _ in came:  # too late
-                    channel.close()
-
-    def _spawn(self, argv: list[str], listener: _Listener, key: bytes, settled: threading.Event) -> _Run:
-        recipe, logger = self.recipe, self.recipe.log()
-        env = {**recipe.environ(), _ADDRESS: listener.address, _AUTHKEY: key.hex(),
-               _LOADING: json.dumps([*self._above, [recipe.identity(), listener.address]]),
-               _LOG_LEVEL: str(logger.getEffectiveLevel()), _NO_STDIN: "1" * (recipe.stdin == "discard")}
-        for folder in listener.passed_over:
-            logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
-        words = {"discard": _DEVNULL, "inherit": None}
-        stdin = words[recipe.stdin] if isinstance(recipe.stdin, str) else recipe.stdin
-        sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
-        stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
-        try:
-            process = recipe.process(argv, recipe.limits, recipe.stdin == "inherit" and os.isatty(0), env=env,
-                                     cwd=recipe.place(), stdin=stdin, stdout=stdout, stderr=stderr)
-        except (OSError, ValueError) as error:
-            raise recipe.no_process(argv, error) from None
-        run = _Run(self.supervisor, process, sinks, settled=settled)
-        self.supervisor.admit(self, run)
-        return run
-
-    def _failure(self, run: _Run, argv: list[str], in_time: bool, strangers: int, refusal: Any) -> Exception:
-        """Why the plugin did not come up."""
-        recipe = self.recipe
-        if run.asked:
-            return self.supervisor.is_closed()
-        if isinstance(refusal, HandshakeError):
-            run.wait(1.0)  # it says on stderr that it was refused
-            return recipe.not_started(argv, str(refusal), HandshakeError, **vars(refusal))
-        if not in_time:
-            run.kill()
-            others = f" ({strangers} callers without the key were turned away)" if strangers else ""
-            reason = f"it did not connect within {recipe.start_timeout:g} s{others}"
-            return recipe.not_started(argv, f"{reason}; does it call miniplug.serve()?", output=run.tail())
-        kind, reason = LaunchError, f"it {run.end_words()[0]}"
-        words = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # the last since Python 3.14
-        asked = "".join(run.tail()[-1:]).startswith(words)
-        if asked and recipe.stdin == "discard":
-            reason += "; its stdin is discarded: stdin='inherit' gives it the host's"
-        if run.exit_code == 0:
-            kind = HandshakeError
-            reason += f" without connecting: {recipe.no_plugin(argv)}"
-        return recipe.not_started(argv, reason, kind, exit_code=run.exit_code, output=run.tail())
-
-    def _attach(self, config: dict[str, Any]) -> None:
-        recipe, address = self.recipe, config["address"]
-        try:
-            channel = _connect(address, _HELLO_SECONDS)
-        except (OSError, ValueError) as error:
-            gone = isinstance(error, (FileNotFoundError, ConnectionRefusedError))
-            ended = f"nobody listens at {address}, so the plugin has ended"
-            problem = ended if gone else f"{address} cannot be reached"
-            raise recipe.not_attached(f"{problem} ({error})") from None
-        try:
-            hello = _Hello(channel, address, bytes.fromhex(config["authkey"]), "host")
-            terms = hello.as_host(recipe.protocol_versions, recipe.max_message)
-            run = _Run(self.supervisor, _NoProcess(channel, config["pid"]), config=config)
-            self.supervisor.admit(self, run)
-            run.open(channel, terms)
-        except BaseException as error:
-            channel.close()
-            if isinstance(error, LaunchError):
-                raise recipe.not_attached(str(error), type(error), **vars(error)) from None
-            if isinstance(error, (OSError, EOFError, PluginError)):
-                reason = f"what listens at {address} is no plugin: {error!r}"
-                raise recipe.not_attached(reason, HandshakeError) from None
-            raise
-
-    def configure(self, plugin: Plugin) -> None:
-        on_start = self.recipe.on_start
-        try:
-            if on_start is not None and self.objection() is None:
-                on_start(plugin)
-        except StopIteration as error:  # which would end a loop of the caller's, and no asyncio future takes
-            raise RuntimeError("on_start raised StopIteration") from error
-
-    def objection(self) -> BaseException | None:
-        """Why what has started cannot serve after all."""
-        run = self.run
-        if self.over or run is None or run.session is None:
-            return self.error or self.supervisor.is_closed()
-        return None if run.takes_calls else run.error()
-
 
 class _Supervisor:
-    """Which run the calls on a plugin go to, and when another one is started. One word tells where it stands:
+    """Which run the calls on a plugin go to, and when another one is started. Its `state`:
 
-        "down"      nobody serves: it was never started, was idle, or has crashed; a call starts it
+        "down"      nobody serves; a call starts it
         "starting"  `start` is under way, and calls wait for it
-        "up"        `run` serves. With a `start` too, restart() has another one made to take its place
-        "closed"    somebody has ended it; only start() starts it. With a `start`, that is being undone
+        "up"        `run` serves. With a `start` too, that is to take its place
+        "closed"    only start() starts it. With a `start`, that is being undone
 
         down --call, start()--> starting --it serves--> up --crash, idle--> down (or starting, with a `start`)
         starting --it fails--> down      any --close(), kill(), detach(), exit--> closed --start()--> starting
 
-    `news` protects all fields and is notified of each change. It is held for moments: nothing is started,
-    ended, sent or called back under it; a thread that waits for it looks again within a second, in case that
-    a signal handler has changed something between its look and its sleep. Any thread may call any method.
+    `news` protects all fields. It is held for moments; who waits for it looks again within a second, should a
+    signal handler have changed something between look and sleep. Any thread may call any method.
     """
 
     def __init__(self, recipe: _Recipe, plugin: Plugin) -> None:
-        self.recipe, self._plugin = recipe, plugin
+        self.recipe, self.plugin = recipe, plugin
         self._owner = os.getpid()
         self.news = threading.Condition()  # with an RLock: a signal handler may close the plugin
         self.state = "down"
-        self.start: _Start | None = None
-        self.run: _Run | None = None  # the latest
+        self.start: _Run | None = None  # the one that comes up
+        self.run: Any = None  # the latest that has, or had, a process
         self.open: _Session | None = None  # that of `run`, if any thread may call on it just now
         self.restarts = 0
         self.crash: _Run | None = None  # the run that has crashed, until another serves
@@ -6887,47 +6744,25 @@ class _Supervisor:
     # -- for calls
 
     def session(self, asked: _Call | None = None) -> _Session:
-        """The session that this thread is to call on. Waits for a start, at most until the deadline of what
-        is asked. Raises PluginClosed, PluginCrashed, or why it did not start."""
+        """The session that this thread is to call on. Waits for a start, until the deadline of what is asked.
+        Raises why there is none."""
         self._check_owner()
         while True:
             session = self.open
             if session is not None and not session.sealed:
                 return session
-            with self.news:
-                session = self._mine()
-                start = self._wanted() if session is None else None
-            if session is not None:
-                return session
-            assert start is not None
-            self._await(start, asked)
-            if start.error is not None:
-                raise start.error
+            found = self._seek()
+            if isinstance(found, _Session):
+                return found
+            self._await(found, asked)
 
     def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
         """Have a submitted call begin in a thread of its own, if it has to wait for a start."""
         self._check_owner()
-        with self.news:
-            try:
-                waits = self._mine() is None and self._wanted() is not None
-            except PluginError:
-                waits = False  # it fails at once
+        waits = isinstance(self._seek(), _Run)
         if waits:
-            _aside("miniplug-submit", self._begin, call, begin, seconds)
+            _aside("miniplug-submit", _attempt, call, begin, seconds)
         return waits
-
-    @staticmethod
-    def _begin(call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> None:
-        try:
-            begin(seconds)
-        except BaseException as error:
-            call._fail(error)
-
-    def _mine(self) -> _Session | None:
-        """The session that this thread may call on now."""
-        start = self.own_start()
-        run = start.run if start is not None else self.run if self.state == "up" else None
-        return run.session if run is not None and run.takes_calls else None
 
     def _check_owner(self) -> None:
         """Before any lock: in a forked child a thread that is not there may hold it."""
@@ -6935,181 +6770,147 @@ class _Supervisor:
             where = "belongs to the process that this one was forked from: launch another here"
             raise PluginError(f"the plugin {self.recipe.name!r} {where}")
 
-    def own_start(self) -> _Start | None:
+    def own_start(self) -> _Run | None:
         """The start that this thread takes part in: it runs on_start, or what the calls of that call back."""
         start = self.start
         if start is None or start.thread == threading.get_ident():
             return start
-        if start.run is None:
-            return None
-        request = _current.get()
-        while request is not None and request.session is not start.run.session:
+        request = _current.get() if start.session is not None else None
+        while request is not None and request.session is not start.session:
             request = request.outer
         return start if request is not None else None
 
-    def own_run(self) -> _Run | None:
-        """The run that this thread has to do with."""
-        start = self.own_start()
-        return self.run if start is None or start.run is None else start.run
+    def own_run(self) -> Any:
+        """The run that this thread has to do with, if any has a process."""
+        return self.own_start() or self.run
 
     # -- starting
 
-    def _wanted(self) -> _Start:
-        """The start that calls wait for, which begins now if none is under way. Raises why there is none."""
-        self.notice()
-        own = self.own_start()
-        if self.state == "closed":
-            raise self.is_closed()
-        if own is not None and own.run is not None and own.run.session is not None:
-            raise own.run.error()  # it has crashed while on_start runs
-        if self.start is not None:
-            return self.start
+    def _seek(self) -> Any:
+        """The session that this thread may call on, or the start to wait for, which may begin now."""
+        with self.news:
+            self.notice()
+            own = self.own_start()
+            run = own or (self.run if self.state == "up" else None)
+            if run is not None and run.takes_calls:
+                return run.session
+            if self.state == "closed":
+                raise self.is_closed()
+            if own is not None:
+                raise own.error()  # it has crashed while on_start runs
+            return self.start or self._start_for_calls()
+
+    def _start_for_calls(self) -> _Run:
         if self.crash is None:
-            return self._started(0.0)
-        most, window = self.recipe.max_restarts, self.recipe.restart_window
+            return self._started()
+        most, window = self.recipe.max_restarts, self.recipe.restart_window or _FOREVER
         self.tries = [each for each in self.tries if self.down_at - each < window]
         if len(self.tries) >= most:
-            used_up = f" in {window:g} s are used up" if most else ""
-            self.crash.verdict = f", and is not started again (max_restarts={most}{used_up}): start() it"
-            raise self.crash.error()
+            why = f", and is not started again (max_restarts={most} in {window:g} s): start() it"
+            raise self.crash.error(verdict=why)
         pause = min(_PAUSE * 2 ** min(len(self.tries), 10), _LONGEST_PAUSE)
         self.tries.append(time.monotonic())
         return self._started(self.down_at + pause, counts=True)
 
-    def _started(self, not_before: float, counts: bool = False) -> _Start:
-        start = self.start = _Start(self, not_before, counts)
+    def _started(self, not_before: float = 0.0, drain: float | None = None, counts: bool = False) -> _Run:
+        start = self.start = _Run(self, not_before, drain, counts)
         self.state = self.state if self.state == "up" else "starting"
         self.open = None
         try:
             _start_thread("miniplug-start", self._bring_up, start)
         except RuntimeError as error:
-            self._fail(start, self.recipe.not_started([], str(error)))
+            self._settle(start, self.recipe.not_started([], str(error)))
         return start
 
-    def start_up(self) -> None:
-        """Start it, unless it is up. Who is interrupted while it waits for that ends it."""
+    def start_up(self, drain: float | None = None) -> None:
+        """Start it, unless it is up; with `drain` have another run take its place then, and give it so many
+        seconds. Who is interrupted while it waits for its start closes the plugin."""
         self._check_owner()
         if self.own_start() is not None:
+            if drain is not None:
+                raise RuntimeError("on_start cannot restart the plugin")
             return
         with self.news:
-            while self.start is not None and self.start.over:  # it is being undone
-                self.news.wait(1.0)
+            while self.start is not None and (self.start.settled or drain is not None):
+                self.news.wait(1.0)  # until it is undone, or over
             self.notice()
-            if self.state == "up":
+            if self.state == "up" and drain is None:
                 return
-            begins = self.start is None
-            if begins:
-                self.tries.clear()
-            start = self.start or self._started(0.0)
-            start.not_before = 0.0
-            self.news.notify_all()
-        self._finish(start, begins)
-
-    def swap(self) -> _Run | None:
-        """Have another run take the place of this one. Returns this one, or None if it was not up."""
-        self._check_owner()
-        if self.own_start() is not None:
-            raise RuntimeError("on_start cannot restart the plugin")
-        with self.news:
-            while self.start is not None:
-                self.news.wait(1.0)
-            self.notice()
-            old = self.run if self.state == "up" else None
-            if old is not None and not old.owned:
+            if self.state != "up":
+                drain = None
+            elif not self.run.owned:
                 who = f"the plugin {self.recipe.name!r} belongs to another host"
                 raise PluginError(f"{who}: that can restart it")
-            start = None if old is None else self._started(0.0)
-        if start is None:
-            self.start_up()
-        else:
-            self._finish(start, True)
-        return old
-
-    def _finish(self, start: _Start, begun: bool) -> None:
+            begins = self.start is None
+            if begins and drain is None:
+                self.tries.clear()
+            start = self.start or self._started(drain=drain)
+            start.not_before = 0.0
+            self.news.notify_all()
         try:
             self._await(start)
-        except BaseException:
-            if begun:
-                self.cancel(start)
-            raise
-        if start.error is not None:
-            raise start.error
+        finally:
+            if begins and drain is None and not start.settled:  # interrupted
+                _end_runs(self.close(), None)
 
-    def _await(self, start: _Start, asked: _Call | None = None) -> None:
+    def _await(self, start: _Run, asked: _Call | None = None) -> None:
+        """Wait until it is up. Raises why it is not."""
         with self.news:
-            while not start.over:
+            while not start.settled:
                 left = asked.left() if asked is not None else None
                 if left == 0.0:
                     raise _too_late(asked)  # type: ignore[arg-type]
                 self.news.wait(1.0 if left is None else min(left, 1.0))
+        if start.failure is not None:
+            raise start.failure
 
-    def cancel(self, start: _Start) -> None:
-        """Whoever wanted it was interrupted."""
-        with self.news:
-            if not start.over:
-                start.over, start.error = True, self.is_closed()
-            self.news.notify_all()
-        if start.run is not None:
-            start.run.undo()
-
-    # -- the thread that starts
-
-    def _bring_up(self, start: _Start) -> None:
+    def _bring_up(self, start: _Run) -> None:
+        """What the thread of a start does."""
         start.thread = threading.get_ident()
-        old = self.run
+        old, on_start = self.run, self.recipe.on_start
         error: BaseException | None = None
         try:
-            self._pause(start)
+            with self.news:
+                while not start.settled and start.not_before > time.monotonic():
+                    self.news.wait(min(start.not_before - time.monotonic(), 1.0))
             if old is not None and self.state != "up":
                 old.wait()  # it is on its way out, which has a bound
-            if not start.over:
+            if not start.settled:
                 start.open()
-                start.configure(self._plugin)
+            if not start.settled and on_start is not None:
+                on_start(self.plugin)
+        except StopIteration:  # which no asyncio future takes
+            error = RuntimeError("on_start raised StopIteration")
         except BaseException as problem:
             error = problem
         with self.news:
-            error = error or start.objection()
+            error = start.failure or error or (None if start.takes_calls else start.error())
             if error is None:
-                self._succeed(start)
+                self._settle(start)
         if error is not None:
-            if start.run is not None:
-                start.run.undo()
-            with self.news:
-                self._fail(start, error)
+            if start.process is not None:
+                _end_runs([start], 0.0)
+            self._settle(start, error)
+        elif start.replaced_after is not None:
+            old.drain(start.replaced_after)
 
-    def _pause(self, start: _Start) -> None:
+    def admit(self, run: _Run) -> bool:
+        """It has a process. Returns whether that is still wanted."""
         with self.news:
-            while not start.over and start.not_before > time.monotonic():
-                self.news.wait(min(start.not_before - time.monotonic(), 1.0))
+            self.run = self.run if self.state == "up" else run
+            return not run.settled
 
-    def admit(self, start: _Start, run: _Run) -> None:
-        """There is a process, which will have a session."""
+    def _settle(self, start: _Run, error: BaseException | None = None) -> None:
+        """It serves, or why it does not."""
         with self.news:
-            start.run = run
-            if self.state != "up":
-                self.run = run
-            unwanted = start.over
-        if unwanted:
-            run.undo()
-
-    def _succeed(self, start: _Start) -> None:
-        self.restarts += start.counts
-        self.run, self.crash, self.state = start.run, None, "up"
-        self.open = start.run.session  # type: ignore[union-attr]
-        self._settle(start)
-
-    def _fail(self, start: _Start, error: BaseException) -> None:
-        start.error = start.error or error
-        if self.state == "starting":
-            self.state, self.down_at = "down", time.monotonic()
-        elif self.state == "up":
-            self.open = self.run.session  # type: ignore[union-attr]
-        self._settle(start)
-
-    def _settle(self, start: _Start) -> None:
-        start.over = True
-        self.start = None
-        self.news.notify_all()
+            if error is None:
+                self.run, self.crash, self.state = start, None, "up"
+                self.restarts += start.counts
+            elif self.state == "starting":
+                self.state, self.down_at = "down", time.monotonic()
+            self.open = self.run.session if self.state == "up" else None
+            start.settled, start.failure, self.start = True, start.failure or error, None
+            self.news.notify_all()
 
     # -- its end
 
@@ -7117,12 +6918,11 @@ class _Supervisor:
         """Look whether the run that serves has ended. Calls and the run itself do, whichever is first."""
         with self.news:
             run = self.run
-            if self.state != "up" or run is None or run.takes_calls:
-                return
-            self.state, self.open = "down" if self.start is None else "starting", None
-            self.down_at = run.ended_at or time.monotonic()
-            self.crash = self.crash if run.asked else run
-            self.news.notify_all()
+            if self.state == "up" and not run.takes_calls:
+                self.state, self.open = "down" if self.start is None else "starting", None
+                self.down_at = time.monotonic()
+                self.crash = self.crash if run.asked else run
+                self.news.notify_all()
 
     def retire(self, run: _Run) -> None:
         """End a run that nobody uses, unless somebody does just now. The next call starts another."""
@@ -7138,10 +6938,9 @@ class _Supervisor:
         if self._owner != os.getpid():
             return []  # a thread that is not here may hold the lock
         with self.news:
-            self.state, self.open = "closed", None
-            start = self.start
-            if start is not None and not start.over:
-                start.over, start.error = True, self.is_closed()
+            self.state, self.open, start = "closed", None, self.start
+            if start is not None and not start.settled:
+                start.settled, start.failure = True, self.is_closed()
             runs = [run for run in list(_runs) if run.supervisor is self]
             for run in runs:
                 run.asked = True
@@ -7149,31 +6948,23 @@ class _Supervisor:
         return runs
 
     def is_closed(self) -> PluginClosed:
-        state = "is closed: start() it again" if self.state == "closed" else "was closed while it started"
-        return PluginClosed(f"the plugin {self.recipe.name!r} {state}")
-
-    def tell_exit(self) -> None:
-        if self.recipe.on_exit is not None:
-            _guard(self.recipe.on_exit, self._plugin, what="on_exit")
+        return PluginClosed(f"the plugin {self.recipe.name!r} is closed: start() it again")
 
 
-_runs: set[_Run] = set()  # all that have not ended
-_hooks_set: list[bool] = []
+_runs: set[_Run] = set()  # all that have a process which has not ended
 
 
-def _end_runs(runs: Sequence[_Run], grace: float) -> None:
-    """End runs side by side: ask them, after `grace` seconds terminate, a second later kill. Returns when
-    they are gone."""
+def _end_runs(runs: Sequence[_Run], grace: float | None) -> None:
+    """End runs side by side: ask them, after `grace` seconds terminate, a second later kill; without a grace
+    kill at once. Returns when they are gone."""
     for run in runs:
         run.ask(grace)
-    deadline = time.monotonic() + (grace if any(run.session for run in runs) else 0.0)
-    for kill in (False, True):
+    seconds = 1.0 if grace is None else grace if any(run.session for run in runs) else 0.0
+    for kill in (False, True, True):
+        deadline, seconds = time.monotonic() + seconds, 1.0
         runs = [run for run in runs if not run.wait(_left(deadline))]
         for run in runs:
-            run.signal(kill)
-        deadline = time.monotonic() + 1.0
-    for run in runs:
-        run.wait(_left(deadline))
+            run.process.signal(kill)
 
 
 def _close_all() -> None:
@@ -7188,58 +6979,60 @@ def _close_all() -> None:
 
 
 def _disown_all() -> None:
+    """In a forked child."""
     while _runs:
         _runs.pop().disown()
     _guardian.disown()
 
 
-def _set_exit_hooks() -> None:
-    """With the first launch: close what is open at exit, and own nothing in a forked child."""
-    if not _hooks_set:
-        _hooks_set.append(True)
-        _import("atexit").register(_close_all)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_disown_all)
+_import("atexit").register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
 
 
-def _settle_with(future: Any, function: Callable[..., Any], *args: Any) -> None:
-    future.set_running_or_notify_cancel()
+def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
+    """Do what a call is made of; what that raises is its answer."""
     try:
-        future.set_result(function(*args))
+        function(*args)
     except BaseException as error:
-        future.set_exception(error)
+        call._fail(error)
 
 
-async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] | None = None) -> Any:
-    """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin. It is
-    waited for also when the task is cancelled, so that nothing is left half done; `undo` is called then,
-    before and after it has returned."""
-    asyncio, future = _import("asyncio"), _import("concurrent.futures").Future()
-    call = asyncio.wrap_future(future)
-    _aside("miniplug-async", _settle_with, future, function, *args)
+async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
+    """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin.
+    Cancelled, it calls `undo` before and after that has returned: so nothing is left half done."""
+    asyncio, call = _import("asyncio"), _on_first_use("Call")(function.__name__)
+    _aside("miniplug-async", _attempt, call, lambda: call.set_result(function(*args)))
+    future = asyncio.wrap_future(call)
     try:
-        return await asyncio.shield(call)
+        return await asyncio.shield(future)
     except asyncio.CancelledError:
-        if undo is not None:
-            undo()
-        await asyncio.wait([call])
-        if undo is not None and not call.exception():
-            undo()
+        undo()
+        await asyncio.wait([future])
+        undo()
         raise
 
 
+def _ask(kind: type, session: _Session, *what: Any) -> Any:
+    """Call a method of `system` that has to return a `kind`."""
+    result = session.call(*what)
+    if not issubclass(type(result), kind) or (kind is _Remote and result._target.session is not session):
+        session.end(ProtocolError(f"system.{what[1]}() returned a {type(result).__name__}"))
+        raise session.ended([what[1]])  # type: ignore[misc]
+    return result
+
+
 class _Dispensed(_Target):
-    """What a plugin serves under a name: an object of the session of each run in turn, `at` these numbers.
-    It is dispensed anew in a run that it does not know, by one thread: `_lock` is for that."""
+    """What a plugin serves under a name: an object of the session of each run in turn, `at` which number. One
+    thread dispenses it anew in a run that it does not know: `_lock` is for that."""
 
-    __slots__ = ("_dispense", "_lock", "_supervisor", "at")
+    __slots__ = ("_lock", "_name", "_supervisor", "at")
 
-    def __init__(self, supervisor: _Supervisor, dispense: Callable[[_Session, float | None], _Target],
-                 first: _Target) -> None:
+    def __init__(self, supervisor: _Supervisor, name: str | None, first: _Target) -> None:
         self.at: dict[_Session, _Target] = {}
         super().__init__(first.session, 0)  # what is given back are those
         self.identity = first.identity
-        self._supervisor, self._dispense = supervisor, dispense
+        self._supervisor, self._name = supervisor, name
         self._lock = threading.RLock()
         self._add(first)
 
@@ -7266,7 +7059,8 @@ class _Dispensed(_Target):
                 raise _too_late(asked)
             try:
                 if session not in self.at:
-                    self._add(self._dispense(session, asked.left()))
+                    found = _ask(_Remote, session, 0, "dispense", (self._name,), {}, asked.left())
+                    self._add(found._target)
             finally:
                 self._lock.release()
         return session, self.at[session].number
@@ -7285,8 +7079,8 @@ class Plugin:
 
     The parameters are those of `launch`, which makes one and starts it. One that was only made starts on
     first use. As a context manager it starts and closes. Any thread may use it. After `close()` calls raise
-    PluginClosed, after a crash PluginCrashed (unless `max_restarts` has it start again), until `start()`;
-    then the proxies that were dispensed work again, on fresh instances.
+    PluginClosed, after a crash PluginCrashed, until `start()`; then the proxies work again, on fresh
+    instances.
     """
 
     def __init__(self, command: _Command, *, name: str | None = None, handshake: Handshake = Handshake(),
@@ -7302,13 +7096,9 @@ class Plugin:
                  max_message: int = _MAX_MESSAGE) -> None:
         options = dict(locals())
         del options["self"]
-        self._set_up(_Recipe(**options))
-
-    def _set_up(self, recipe: _Recipe) -> Plugin:
         _refuse_monkey_patches()
-        self.name = recipe.name
-        self._supervisor = _Supervisor(recipe, self)
-        return self
+        self._supervisor = _Supervisor(_Recipe(**options), self)
+        self.name = self._supervisor.recipe.name
 
     # -- its life
 
@@ -7318,58 +7108,50 @@ class Plugin:
         return self
 
     def restart(self, drain: float | None = 30.0) -> Plugin:
-        """Swap in a fresh process. Returns when that serves; calls go there from then on, and none is lost or
-        refused.
+        """Swap in a fresh process, or start one. Returns when that serves, and new calls go there.
 
-        Calls in flight, streams and references finish in the old process, for at most `drain` seconds (None:
-        no limit), behind the caller. What is cut off then raises PluginClosed, a reference DeadReference; a
-        notification that still runs sees `cancelled()`. If the new process does not come up, the old one
-        stays, and this raises what `start` does. A plugin that does not run is started.
+        What is in flight, streams and references too, finishes in the old one behind the caller, in at most
+        `drain` seconds (None: no limit). What is cut off then raises PluginClosed, a reference DeadReference.
+        If the new process does not come up, the old one stays, and this raises what `start` does.
         """
         seconds = _checked_timeout(drain, "drain")
-        old = self._supervisor.swap()
-        if old is not None:
-            _aside("miniplug-drain", old.drain, _FOREVER if seconds is None else seconds)
+        self._supervisor.start_up(_FOREVER if seconds is None else seconds)
         return self
 
     def close(self, grace: float | None = _GRACE) -> None:
-        """End the plugin: ask it, after `grace` seconds (None: never) terminate it, then kill it, and all
-        that it started. Returns within `grace` + 2 seconds, after its last line of output. Calls in flight
-        raise PluginClosed. Closing what is closed does nothing."""
+        """End the plugin and all that it started: ask it, after `grace` seconds (None: never) terminate it,
+        then kill it. Returns within `grace` + 2 seconds. Calls in flight raise PluginClosed."""
         seconds = _checked_timeout(grace, "grace")
         _end_runs(self._supervisor.close(), _FOREVER if seconds is None else seconds)
 
     def kill(self) -> None:
-        """End the plugin and all that it started at once, without asking. (One that was attached to is asked,
-        and then let go of.)"""
-        for run in self._supervisor.close():
-            run.kill()
+        """End the plugin and all that it started at once. One that was attached to is asked, and let go
+        of."""
+        _end_runs(self._supervisor.close(), None)
 
     def detach(self) -> None:
-        """Let go of the plugin, and leave it running, for this host or another one to `attach` to.
-
-        Raises PluginError for one that cannot stay: `launch(persist=True)` makes one that can, and so does
-        `serve(persist=True)`. To detach from what does not run does nothing.
-        """
+        """Let go of the plugin, and leave it running for a host to `attach` to. Raises PluginError for one
+        that cannot stay."""
         run = self._supervisor.own_run()
-        if run in _runs and run is not None:
-            if run.config is None:
-                raise self._cannot_stay()
+        if run in _runs:
+            self._config_of(run)
             self._supervisor.close()
             run.detach()
 
-    def _cannot_stay(self) -> PluginError:
-        how = "does not stay without its host: launch it with persist=True"
-        return PluginError(f"the plugin {self.name!r} {how}")
+    def _config_of(self, run: _Run | None) -> dict[str, Any]:
+        if run is None or run.config is None:
+            how = "does not stay without its host: launch it with persist=True"
+            raise PluginError(f"the plugin {self.name!r} {how}")
+        return run.config
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until the process that runs now has ended, at most `timeout` seconds. Returns its exit code,
-        or None if it still runs. (Another one may have taken its place by then.)"""
+        or None if it still runs."""
         run = self._supervisor.own_run()
         if run is None:
             return None
         run.wait(-1 if timeout is None else max(0.0, timeout))
-        return run.exit_code
+        return run.exit_code  # type: ignore[no-any-return]
 
     def __enter__(self) -> Plugin:
         return self.start()
@@ -7379,8 +7161,8 @@ class Plugin:
 
     async def astart(self) -> Plugin:
         """As `start`, without blocking the event loop. Cancelled, it leaves no plugin that was not there."""
-        undo = None if self.running else self.kill
-        return await _in_thread(self.start, undo=undo)  # type: ignore[no-any-return]
+        await _in_thread(self.start, undo=bool if self.running else self.kill)
+        return self
 
     async def aclose(self, grace: float | None = _GRACE) -> None:
         """As `close`, without blocking the event loop."""
@@ -7405,13 +7187,13 @@ class Plugin:
     def pid(self) -> int | None:
         """The number of the plugin's process, or None without one."""
         run = self._supervisor.own_run()
-        return run.pid if run is not None and not run.gone.is_set() else None
+        return None if run is None or run.gone.is_set() else run.process.pid
 
     @property
     def exit_code(self) -> int | None:
         """How the last process ended: its exit status, negative for a signal; None if none has ended."""
         run = self._supervisor.own_run()
-        return run.exit_code if run is not None else None
+        return None if run is None else run.exit_code
 
     @property
     def restarts(self) -> int:
@@ -7426,7 +7208,7 @@ class Plugin:
     @property
     def info(self) -> dict[str, Any]:
         """What the plugin says about itself: the `info` given to `serve`."""
-        return self._ask_system("info", (), dict)  # type: ignore[no-any-return]
+        return dict(self._ask_system("info", (), dict))
 
     # -- its use
 
@@ -7435,19 +7217,15 @@ class Plugin:
         def dispense(self, name: str | None = None, interface: None = None, *,
                      timeout: float | None = None) -> Any: ...
         @overload
-        def dispense(self, name: str | None, interface: Callable[..., _T], *,
-                     timeout: float | None = None) -> _T: ...
-        @overload
-        def dispense(self, name: str | None = None, *, interface: Callable[..., _T],
+        def dispense(self, name: str | None = None, interface: Callable[..., _T] = ..., *,
                      timeout: float | None = None) -> _T: ...
 
     def dispense(self, name: str | None = None, interface: Any = None, *,
                  timeout: float | None = None) -> Any:
-        """A proxy for the plugin of that name, or for the only one there is. The name "system" gives the
-        introspection. It has the plugin's public methods, not its attributes and properties. A function that
-        is served can be called.
+        """A proxy for the plugin of that name, or for the only one there is. It has the plugin's public
+        methods, not its attributes and properties. The name "system" gives the introspection.
 
-        `interface`: an ABC, Protocol or class; the plugin must have its public methods, and take every call
+        `interface`: an ABC, Protocol or class, whose public methods the plugin must have, and take every call
         that they allow. The proxy is an instance of it, for type checkers and (not a Protocol) for
         isinstance(). `timeout`: the deadline of each call in seconds, instead of `call_timeout`.
 
@@ -7458,14 +7236,10 @@ class Plugin:
         interface = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
         if interface is not None and not isinstance(interface, type):
             raise TypeError(f"interface={interface!r}: it is an ABC, a Protocol or another class")
+
         seconds = _checked_timeout(timeout)
         found = self._ask_system("dispense", (name,), _Remote)
-
-        def dispense(session: _Session, seconds: float | None) -> _Target:
-            lent = self._ask(_Remote, session, 0, "dispense", (name,), {}, seconds)
-            return lent._target  # type: ignore[no-any-return]
-
-        target = _Dispensed(self._supervisor, dispense, found._target)
+        target = _Dispensed(self._supervisor, name, found._target)
         target.label, target.timeout = f"the plugin {name or self.name!r}", seconds
         if type(found) is _Method and interface is None:
             return _Method(target, "")  # what is served is a function
@@ -7475,74 +7249,45 @@ class Plugin:
         return proxy
 
     def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
-        """Call a method of `system` that has to return a `kind`."""
-        seconds = self._supervisor.recipe.call_timeout
-        return _reach(self._system, partial(self._ask, kind), method, args, {}, seconds)[1]
+        return self._reach(partial(_ask, kind), method, args, self._supervisor.recipe.call_timeout)
 
-    def _system(self, asked: _Call) -> tuple[_Session, int]:
-        return self._supervisor.session(asked), 0
+    def _reach(self, function: Callable[..., Any], method: str, args: Sequence[Any],
+               seconds: float | None) -> Any:
+        def find(asked: _Call) -> tuple[_Session, int]:
+            return self._supervisor.session(asked), 0
 
-    def _ask(self, kind: type, session: _Session, *what: Any) -> Any:
-        result = session.call(*what)
-        if not issubclass(type(result), kind) or (kind is _Remote and result._target.session is not session):
-            session.end(ProtocolError(f"system.{what[1]}() returned a {type(result).__name__}"))
-            assert session.ended is not None
-            raise session.ended([what[1]])
-        return result
+        return _reach(find, function, method, args, {}, seconds)[1]
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
-        """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``.
-
-        Raises MethodNotFound for a plugin in another language that does not say.
-        """
+        """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
+        MethodNotFound for a plugin in another language that does not say."""
         try:
             found = self._ask_system("describe", (), dict)
-        except MethodNotFound:  # it is not written with miniplug
-            return self._describe_one_by_one()
+        except MethodNotFound:
+            text = f"the plugin {self.name!r} does not say what it can do"
+            raise MethodNotFound(text, name="describe") from None
         found.pop("system", None)
         return {plugin: {name: MethodInfo(name, *each[:2])
                          for name, each in _checked_description(methods).items()}
                 for plugin, methods in found.items()}
 
-    def _describe_one_by_one(self) -> dict[str, dict[str, MethodInfo]]:
-        found: dict[str, dict[str, MethodInfo]] = {}
-        try:
-            system = self.dispense("system")
-            names = system.listMethods()
-        except (MethodNotFound, PluginNotFound):
-            text = f"the plugin {self.name!r} does not say what it can do"
-            raise MethodNotFound(text, name="describe") from None
-        for full in names:
-            plugin, _, name = full.rpartition(".")
-            if plugin != "system":
-                info = MethodInfo(name, system.methodSignature(full), system.methodHelp(full))
-                found.setdefault(plugin, {})[name] = info
-        return found
-
     def reattach_config(self) -> dict[str, Any]:
-        """What another host needs to `attach`, as a plain dict that json can store: ``network``,
-        ``address``, ``authkey``, ``pid`` and ``protocol_version``. Who has it can call the plugin. Raises
-        PluginError for one that does not persist."""
+        """What another host needs to `attach`, as a plain dict that json can store. Who has it can call the
+        plugin. Raises PluginError for one that does not persist."""
         session = self._supervisor.session()
-        config = next((run.config for run in list(_runs) if run.session is session), None)
-        if config is None:
-            raise self._cannot_stay()
+        config = self._config_of(next((run for run in list(_runs) if run.session is session), None))
         return {**config, "protocol_version": session.protocol_version}
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
-        def ping(session: _Session, *what: Any) -> float:
-            return session.ping(what[-1])
-
-        return _reach(self._system, ping, "ping", (), {}, timeout)[1]  # type: ignore[no-any-return]
+        return float(self._reach(lambda session, *what: session.ping(what[-1]), "ping", (), timeout))
 
 
 # Without these a Windows program does not start; on POSIX there are none such.
 _SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if _WINDOWS else "").split()
 
-# Run by the plugin's interpreter: this very file is miniplug there, under the name that it has in the host as
-# well. Loaded like this, and not by its path, it comes from the bytecode cache; or from the zip file that the
-# host is packed in. The first lines are for any Python at all.
+# Run by the plugin's interpreter: this very file is miniplug there. Loaded like this it comes from the
+# bytecode cache, or the zip file that the host is packed in. The first lines are for any Python at all.
 _BOOTSTRAP = """
 import sys
 if sys.path[:1] == [""]:  # what lies in the current folder, a json.py say, is not what is imported here
@@ -7550,15 +7295,17 @@ if sys.path[:1] == [""]:  # what lies in the current folder, a json.py say, is n
 if sys.version_info < (3, 8):
     version = sys.version.split()[0]
     sys.exit("miniplug needs Python 3.8 or newer, and this is " + version + ": " + sys.executable)
-from importlib.util import module_from_spec, spec_from_file_location
-spec = spec_from_file_location("miniplug", sys.argv[1])
+import os
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+folder, name = os.path.split(sys.argv[1])
+spec = PathFinder.find_spec(name.partition(".")[0], [folder])
+if spec is None:
+    lack = " is not there for " + sys.executable + " to load: pack it there as a data file"
+    sys.exit(sys.argv[1] + lack + " (freeze_support tells how)")
 module = sys.modules["miniplug"] = module_from_spec(spec)
-if __import__("os").path.isfile(sys.argv[1]):
-    spec.loader.exec_module(module)
-else:
-    from zipimport import zipimporter
-    folder, name = __import__("os").path.split(sys.argv[1])
-    exec(zipimporter(folder).get_code(name[:-3]), vars(module))
+module.__name__ = "miniplug"
+exec(spec.loader.get_code(spec.name), vars(module))
 module._run_plugin(*sys.argv[2:])
 """
 
@@ -7567,60 +7314,37 @@ _FROZEN = "--miniplug-plugin"  # the first argument of a frozen application that
 _frozen_mains: list[bool] = []  # not empty: it looks for that
 
 
+def _current_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""  # it is gone
+
+
+_NAME = r"[^\W\d]\w*"
+_SPEC = rf"(?:({_NAME})=)?(.+\.py|{_NAME}(?:[.-]\w+)*):({_NAME}(?:\.{_NAME})*)"
+
+
 def _split_spec(command: str) -> tuple[str, str, str]:
     """``name=source:Attr`` to its parts. The attribute is empty if it is no spec."""
-    head, _, attribute = command.rpartition(":")
-    drive = len(head) == 1 and _WINDOWS  # C:program
-    dotted = all(part.isidentifier() for part in attribute.split("."))
-    if not head or drive or attribute.endswith(".py") or not dotted:
+    match = re.fullmatch(_SPEC, command, re.DOTALL)
+    if match is None or match[3].endswith(".py") or (_WINDOWS and match.start(3) == 2):  # C:program
         return "", command, ""
-    name, equals, source = head.partition("=")
-    if not equals or not name.isidentifier():
-        name, source = attribute.rpartition(".")[2].lower(), head
-    module = all(part.replace("-", "_").isidentifier() for part in source.split("."))
-    if not (module or source.endswith(".py")):  # a program with a colon in its name
-        return "", command, ""
-    return name, source, attribute
+    name, source, attribute = match.groups()
+    return name or attribute.rpartition(".")[2].lower(), source, attribute
 
 
-def _default_name(command: str | list[str]) -> str:
-    """A plugin's name in logs and errors: that of a spec, or else of the program or script."""
-    if isinstance(command, str):
-        name, script, _ = _split_spec(command)
-    else:
-        name, script = "", _script_of(command or [""])
-    return name or os.path.splitext(os.path.basename(script))[0] or "plugin"
-
-
-def _script_of(argv: Sequence[str]) -> str:
-    """The Python script in an argument list, or else the program."""
-    return next((part for part in argv if part.endswith((".py", ".pyw"))), argv[0])
-
-
-def _checked_command(command: _Command) -> str | list[str]:
-    try:
-        if isinstance(command, (str, bytes, os.PathLike)):
-            return os.fsdecode(command)
-        return [os.fsdecode(part) for part in command]
-    except TypeError:
-        wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
-        raise TypeError(f"command={command!r}: it is {wanted}") from None
-
-
-def _checked_digests(sha256: Any, command: str | list[str]) -> dict[str | None, str]:
+def _checked_digests(sha256: Any, is_module: bool) -> dict[Any, str]:
     """{path: digest}, the path None for the plugin itself. Raises ValueError and TypeError."""
-    if isinstance(sha256, str) and isinstance(command, str):
-        _, source, attribute = _split_spec(command)
-        if attribute and not source.endswith(".py"):
-            where = f"where the module {source!r} lies is not known beforehand"
-            raise ValueError(f"sha256={sha256!r}: {where}; give {{path: digest}}")
+    wanted = "it is 64 hexadecimal digits, or {path: digest}; of a module that only"
     given = {None: sha256} if isinstance(sha256, str) else {} if sha256 is None else sha256
     if not hasattr(given, "items"):
-        raise TypeError(f"sha256={sha256!r}: it is 64 hexadecimal digits, or {{path: digest}}")
-    for digest in given.values():
-        if not isinstance(digest, str) or len(digest) != 64 or digest.strip("0123456789abcdefABCDEF"):
-            raise ValueError(f"sha256={digest!r}: it is 64 hexadecimal digits")
-    return {path and os.fsdecode(path): digest.lower() for path, digest in given.items()}
+        raise TypeError(f"sha256={sha256!r}: {wanted}")
+    for path, digest in given.items():
+        is_digest = isinstance(digest, str) and re.fullmatch("[0-9a-fA-F]{64}", digest)
+        if not is_digest or (path is None and is_module):
+            raise ValueError(f"sha256={digest!r}: {wanted}")
+    return {**given}
 
 
 def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
@@ -7633,12 +7357,9 @@ def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
     return lambda line: write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
-if TYPE_CHECKING:
-    def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callable[_P, Plugin]]: ...
-else:
-    def _like(other):
-        """For help(), editors and type checkers: the decorated function takes what `other` takes."""
-        return lambda function: vars(function).update(__wrapped__=other) or function
+def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callable[_P, Plugin]]:
+    """For help(), editors and type checkers: the decorated function takes what `other` takes."""
+    return lambda function: vars(function).update(__wrapped__=other) or function
 
 
 del Plugin.__init__.__annotations__["return"]  # or help() would say that launch returns None
@@ -7648,50 +7369,47 @@ del Plugin.__init__.__annotations__["return"]  # or help() would say that launch
 def launch(command: _Command, **options: Any) -> Plugin:
     """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin`` closes it at the end.
 
-    `command`: an argument list, run as it is; or the path of a program, a ``.py`` file being run under
-    `python`; or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``,
-    which this very file serves under `python`, where miniplug need not be installed. The options:
+    `command`: an argument list, run as it is; or a program's path, a ``.py`` file being run under `python`;
+    or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``, which this
+    very file serves under `python`, where miniplug need not be installed. The options:
 
-    - `name` (str): what logs and errors call it; by default made from the command.
-    - `handshake` (Handshake), `protocol_versions` (ints; default: the handshake's): what the host can speak.
-      The highest version that both have is used.
-    - `python` (path): the interpreter; by default this one, with its flags. A spec or a ``.py`` file imports
-      what lies beside the file, or for ``"module:Attr"`` in `cwd`, and what is installed there; for more give
-      a ``PYTHONPATH`` in `env`. Another interpreter gets none of this one's own variables.
-    - `env` (dict of str): added to the environment, and wins over it. `inherit_env` (bool, default True):
-      False starts from nothing but what the system needs. `cwd` (path): where it runs, and where relative
-      paths in `command`, `python` and `sha256` start; all are made absolute at once.
-    - `start_timeout` (seconds, default 60): how long it may take to connect. `call_timeout` (seconds, default
-      None: no limit): the deadline of every call that has no other.
-    - `stdin`: ``"discard"`` (default), ``"inherit"`` (on a terminal the plugin shares the host's process
-      group then), or a file. `stdout`, `stderr`: ``"log"`` (default), ``"inherit"``, ``"discard"``, a
-      callable that takes each line of text, or a text file to write them to.
-    - `logger` (logging.Logger, default ``miniplug.NAME``): the parent of those that the plugin's records and
-      lines go to: its own loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
-    - `max_restarts` (int, default 0) in any `restart_window` (seconds, default 60): after a crash the next
-      call starts the plugin anew, and proxies stay good. A pause goes before, from 0.1 seconds on, and twice
-      as long each time; calls wait through it, their deadlines running. The calls in flight fail with
-      PluginCrashed and are never run again. Past the limit calls raise the last one, until `start`.
-    - `heartbeat` (seconds, default None): a plugin that answers no ping for so long counts as crashed, and
-      is killed. It may be as busy as it likes, as long as other threads of it can run.
-    - `idle_timeout` (seconds, default None): the plugin is closed when for so long no call, stream or
-      reference (other than what is dispensed) has been open, and starts again on the next call. Of a
-      notification only the sending counts.
-    - `on_start`: ``on_start(plugin)`` runs after every start; until it returns, only the calls of its own
-      thread get through, and what those call back. If it raises, the process is ended, and whoever started
-      it gets that. `on_exit`: ``on_exit(plugin)`` runs in a thread of miniplug's, once for each time that the
-      process ends unasked.
-    - `sha256`: the digest in hex of the program, or of the spec's or script's file (of an argument list the
-      first ``.py`` file in it, or else its program); or ``{path: digest}``. It is checked before anything
-      runs. Somebody who can write to the file can still swap it after the check, and what it imports is not
-      checked unless it is named. Nothing that is checked is run from a bytecode cache.
-    - `limits` (Limits): what it may use at most. `max_message` (bytes, default 256 MiB, at least 4096): the
-      longest message that the host takes.
-    - `managed` (bool, default True): closed at interpreter exit at the latest. `persist` (bool, default
-      False): it stays when this host goes, unless this one closes it, and can be attached to: see `attach`.
+    - `name`: what logs and errors call it; by default made from the command.
+    - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
+      version that both have is used.
+    - `python`: the interpreter; by default this one, with its flags. Another one gets none of this one's own
+      variables. A spec or ``.py`` file imports what lies beside the file, or for a module in `cwd`; for more
+      give a ``PYTHONPATH`` in `env`.
+    - `env`: added to the environment, and wins over it. `inherit_env=False`: it starts from nothing but what
+      the system needs. `cwd`: where it runs, and where relative paths in `command`, `python` and `sha256`
+      start.
+    - `start_timeout`, `call_timeout`: seconds in which it has to connect, and for every call that has no
+      deadline of its own. None is no limit.
+    - `stdin`: ``"discard"``, ``"inherit"`` (a terminal too: then it shares the host's process group) or a
+      file. `stdout`, `stderr`: ``"log"``, ``"inherit"``, ``"discard"``, a callable that takes each line, or a
+      text file.
+    - `logger` (default ``miniplug.NAME``): the parent of those that its records and lines go to: its own
+      loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
+    - `max_restarts` in any `restart_window` seconds: after a crash the next call starts it anew, after a
+      pause of 0.1 seconds, and of twice as long each time. Proxies stay good; calls wait, their deadlines
+      running. Those in flight fail with PluginCrashed and are never run again. Past the limit calls raise the
+      last one, until `start`.
+    - `heartbeat`: seconds without an answer to a ping that count as a crash. It may be busy, as long as other
+      threads of it can run. `idle_timeout`: seconds without a call, stream or reference after which it is
+      closed, to start again on the next call.
+    - `on_start(plugin)` runs after every start; until it returns only the calls of its own thread get
+      through, and what those call back. If it raises, the process is ended, and whoever started it gets that.
+      `on_exit(plugin)` runs in a thread of miniplug's, once for each time that the process ends unasked.
+    - `sha256`: the hex digest of the program, script or spec's file (not of the interpreter), or ``{path:
+      digest}``. It is checked before anything runs, and nothing checked is run from a bytecode cache. Who can
+      write to the file can still swap it after the check, and what it imports is not checked unless it is
+      named.
+    - `limits`: what it may use at most. `max_message`: bytes of the longest message that the host takes, at
+      least 4096.
+    - `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host goes, unless
+      this one closes it, and can be attached to.
 
     Raises LaunchError, HandshakeError, ChecksumError, PluginClosed, and what `on_start` raises; TypeError or
-    ValueError for an option that is none; RuntimeError in a process that is being started as a plugin itself
+    ValueError for an option that is none; RuntimeError in a process that is itself being started as a plugin,
     and imports a host's module that launches this one, for want of an ``if __name__ == "__main__":``.
     """
     return Plugin(command, **options).start()
@@ -7701,25 +7419,25 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
            protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
            heartbeat: float | None = None, logger: logging.Logger | None = None,
            max_message: int = _MAX_MESSAGE) -> Plugin:
-    """Connect to a plugin that runs already, and return it, ready to `dispense`. `config` is what its
-    `reattach_config` gave.
+    """Connect to a plugin that runs already, and return it. `config` is what its `reattach_config` gave.
 
     The process is not this host's: `close`, the end of a ``with`` and interpreter exit disconnect; `kill`
-    asks it to end, and disconnects. What it prints does not come here. After a `close` `start` connects
-    again. The options are those of `launch` that apply. If the environment variable ``MINIPLUG_ATTACH`` is
-    ``{NAME: config}`` as JSON, `launch` attaches in the same way for a plugin of that name.
+    asks it to end first. What it prints does not come here. After a `close` `start` connects again. The
+    options are those of `launch` that apply; which attaches as well where the environment variable
+    ``MINIPLUG_ATTACH`` is ``{NAME: config}`` as JSON, and has its `name`.
 
     Raises LaunchError if there is no such plugin (any more), or its kinds HandshakeError and
     AuthenticationError.
     """
     options = dict(locals())
     del options["config"]
-    recipe = _Recipe(["attach"], **options)
+    plugin = Plugin(["attach"], **options)
+    recipe = plugin._supervisor.recipe
     try:
         recipe.config = _checked_config(config)
     except ValueError as error:
-        raise recipe.not_attached(str(error)) from None
-    return Plugin.__new__(Plugin)._set_up(recipe).start()
+        raise recipe.not_started([], str(error)) from None
+    return plugin.start()
 
 
 def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, max_workers: int = 64,
@@ -7727,18 +7445,14 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
           protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
           heartbeat: float | None = None, logger: logging.Logger | None = None,
           max_message: int = _MAX_MESSAGE) -> Plugin:
-    """Serve plugins in this very process, for tests: over the same session and codec, started and ready to
-    `dispense`.
+    """Serve plugins in this very process, for tests: over the same session and codec, started.
 
     `plugins`, `info` and `max_workers` are those of `serve`; the options those of `launch` that apply. What a
-    plugin prints or logs goes where the process's own does, and what ends a process (``os._exit``, a crash)
-    ends this one.
-
-    Raises what `serve` and `launch` raise.
+    plugin prints or logs goes where the process's own does, and what ends a process ends this one. Raises
+    what `serve` and `launch` raise.
     """
     options = {key: value for key, value in locals().items() if key not in ("plugins", "info", "max_workers")}
-    recipe = _Recipe(["local"], **options)
-    versions = _versions(plugins, handshake)
+    plugin, versions = Plugin(["local"], **options), _versions(plugins, handshake)
 
     def server() -> _Server:
         return _Server(versions, info, max_workers, max_message)
@@ -7750,8 +7464,8 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
         return _NoProcess(channel, os.getpid(), thread)
 
     server()  # raises here what it raises
-    recipe.process = start
-    return Plugin.__new__(Plugin)._set_up(recipe).start()
+    plugin._supervisor.recipe.process = start
+    return plugin.start()
 
 
 def _serve_here(server: _Server, channel: _Channel, address: str, key: bytes) -> None:

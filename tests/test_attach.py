@@ -418,7 +418,7 @@ def test_a_wrong_pid_harms_nobody(owner):
     {"network": "pipe", "address": "\\\\.\\pipe\\none"}], ids=lambda wrong: str(wrong)[:40])
 def test_a_config_that_is_none_is_a_launch_error(wrong):
     good = {"network": "unix", "address": "/no/such/folder", "authkey": "0" * 64, "pid": 1, "protocol_version": 1}
-    with pytest.raises(miniplug.LaunchError, match="no attaching to the plugin 'attached'"):
+    with pytest.raises(miniplug.LaunchError, match="the plugin 'attached' did not start"):
         miniplug.attach({**good, **wrong} if isinstance(wrong, dict) and wrong else wrong)
 
 

