@@ -416,7 +416,7 @@ def babble(sock, pieces, stop):
 
 
 def channel_of(sock):
-    return miniplug._PipeChannel(sock.connection) if WINDOWS else miniplug._SocketChannel(sock.dup())
+    return miniplug._PipeChannel(sock.connection) if WINDOWS else miniplug._Channel(sock.dup())
 
 
 def shake(channel, address, key):

@@ -273,8 +273,8 @@ def test_an_end_wakes_the_handshake(frames):
     reader = in_thread(lambda: begun.set() or here.receive_frame(time.monotonic() + 20))
     assert begun.wait(10)
     there.shutdown()
-    assert isinstance(reader(), (EOFError, ConnectionError))
-    with pytest.raises((EOFError, ConnectionError)):
+    assert isinstance(reader(), ConnectionError)
+    with pytest.raises(ConnectionError):
         here.receive_frame(time.monotonic() + 20)
     with pytest.raises(OSError):
         for _ in range(2):  # a socket may take one
@@ -289,7 +289,7 @@ def test_what_was_sent_before_the_end_is_read(pair):
     assert read(there, 5) == [[b"%d" % number, b"and more"] for number in range(5)]
     with pytest.raises(miniplug._Broken) as caught:
         there.receive()
-    assert isinstance(caught.value.args[0], EOFError)
+    assert isinstance(caught.value.args[0], (EOFError, BrokenPipeError))
 
 
 def test_what_follows_the_handshake_is_kept(frames):
@@ -331,10 +331,10 @@ def test_a_deadline_in_the_handshake(frames):
 
 
 @pytest.mark.parametrize("sizes, said", [
-    ([300000], "300024 bytes, where at most 200000"),
-    ([200001], "200025 bytes, where at most 200000"),
-    ([7000, 193001], "193001 bytes, where at most 200000"),
-    ([0, 100000, 100000, 1], "1 bytes, where at most 200000"),
+    ([300000], "300024 bytes, where at most 200024"),
+    ([200001], "200025 bytes, where at most 200024"),
+    ([7000, 193001], "193001 bytes, where at most 193000"),
+    ([0, 100000, 100000, 1], "1 bytes, where at most 0"),
 ])
 def test_a_message_over_the_limit_is_not_read(pair, sizes, said):
     here, there = pair
