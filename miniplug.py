@@ -62,6 +62,7 @@ if _AS_PROGRAM:
 
 import binascii
 import builtins
+import io
 import itertools
 import json
 import json.encoder
@@ -1334,7 +1335,8 @@ _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
 _HELLO_LIMIT = 4096  # bytes of a frame of the handshake: until the key is proven nothing else is decoded
 _GREETING: Any = (None, 1, 0, _HELLO_LIMIT)  # for `_take`: what comes are frames of the handshake
 _READ_SIZE = 1 << 16
-_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE would end the host
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE, if the host has it at its default, would end it
+_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
 _FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
 _LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again: a wake-up may be lost when a handler raises
 _TOGETHER = 32  # so many messages at most leave with one system call
@@ -1409,15 +1411,15 @@ class _Channel:
     other side to read, so that somebody reads here; `later` when another thread has to go on with what is left;
     `gone` when somebody has closed the descriptor beneath us.
 
-    `state`: the messages that have come; one whose buffers have not all come (see `_take`); the bytes behind them,
-    in chunks; how many of those are needed to go on.
+    `state`: the messages that have come; one whose buffers have not all come (see `_take`); the bytes behind them;
+    what was read behind those; a long frame that is read into place, as (file, size): then how much was read.
     """
 
     sock: Any
     limit = 0  # bytes of a message with its header
 
     def __init__(self, connection: Any) -> None:
-        self.state: Any = (deque(), _GREETING, [], 4)
+        self.state: Any = (deque(), _GREETING, b"", [], None)
         self.stuck: Any = lambda: None
         self.later: Any = lambda: None
         self.gone: Any = lambda error: None
@@ -1456,26 +1458,30 @@ class _Channel:
         """The messages that have come, at least one; who takes one removes it. None past the deadline. Raises
         _Broken at the end of the connection, and ProtocolError."""
         while True:
-            come, partial, chunks, size = self.state
+            come, partial, rest, steps, large = self.state
             if come:
                 return come  # type: ignore[no-any-return]
-            missing = size - sum(map(len, chunks))
-            if missing <= 0 or len(chunks) > 500:
-                self.state = self._parse(b"".join(chunks), partial)
+            if large is not None and sum(steps) == large[1]:
+                come = deque()
+                self.state = come, self._take(come, large[0].getvalue(), partial), b"", [], None
                 continue
-            if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
-                return None
-            if missing <= _READ_SIZE:
-                _step(chunks, self.sock.recv, (_READ_SIZE,))
-            else:
-                _step(chunks, self.sock.recv, (missing,), (0 if deadline else socket.MSG_WAITALL,))
-            if not chunks[-1]:
-                raise _Broken(EOFError())
+            if large is not None or not steps:
+                if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
+                    return None
+                if large is None:
+                    _step(steps, self.sock.recv, (_READ_SIZE,))
+                else:
+                    with large[0].getbuffer() as view, view[sum(steps) :] as missing:
+                        _step(steps, self.sock.recv_into, (missing,))
+                if not steps[-1]:
+                    raise _Broken(EOFError())
+            if large is None:
+                self.state = self._parse(rest + steps[0] if rest else steps[0], partial)
 
     def _parse(self, data: bytes, partial: Any) -> Any:
         """What `state` is with these bytes."""
         come: deque[Any] = deque()
-        at, size, needed = 0, len(data), 4
+        at, size = 0, len(data)
         while size - at >= 4:
             if partial is None and size - at >= 28:  # the usual case: a short message without buffers
                 length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
@@ -1488,18 +1494,22 @@ class _Channel:
             if length == -1:
                 start = at + 12
                 if start > size:
-                    needed = 12
                     break
                 _, length = _LONG.unpack_from(data, at)
             self._check_size(length, partial)
-            if start + length > size:
-                needed = start + length - at
-                break
-            at = start + length
-            partial = self._take(come, data[start:at], partial)
+            end = start + length
+            if end > size:
+                if length <= _READ_SIZE:
+                    break
+                file = io.BytesIO(bytes(length))  # it gives its bytes away without a copy
+                with file.getbuffer() as view:
+                    view[: size - start] = data[start:]
+                return come, partial, b"", [size - start], (file, length)
+            partial = self._take(come, data[start:end], partial)
+            at = end
             if partial is _GREETING:  # what follows the handshake are messages
-                break
-        return come, partial, [data[at:]] if at < size else [], needed
+                return come, partial, b"", [data[at:]] * (at < size), None
+        return come, partial, data[at:], [], None
 
     def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
         """A frame has come. A message that it completes goes to `come`; of one with buffers to come it returns what
@@ -1536,7 +1546,6 @@ class _Channel:
         """A frame, in chunks."""
         size = len(head) + len(body)
         length = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size)
-        # to copy little is cheaper than to gather
         return [length + head + body] if size < _READ_SIZE else [length + head, body]
 
     def send_frame(self, data: bytes, deadline: float) -> None:
@@ -1547,14 +1556,19 @@ class _Channel:
              wait: bool, deadline: float | None) -> None:
         """Write a message: (kind, flags, number, parent), body, buffers. See `write`."""
         kind, flags, number, parent = head
-        message = self.frame(_HEADER.pack(_WIRE_VERSION, kind, flags, len(buffers), number, parent), body)
+        fields = _WIRE_VERSION, kind, flags, len(buffers), number, parent
+        size = len(body) + _HEAD
+        if size < _READ_SIZE:  # to copy little is cheaper than to gather
+            message: list[_Bytes] = [_FRAME.pack(size, *fields) + body]
+        else:
+            message = self.frame(_HEADER.pack(*fields), body)
         for buffer in buffers:
             message += self.frame(b"", buffer)
         self.write(message, lent, wait, deadline)
 
     def notice(self, number: int) -> list[list[_Bytes]]:
         """A message that gives a reference back, to be posted."""
-        return [self.frame(_HEADER.pack(_WIRE_VERSION, 9, 0, 0, number, 0), b"")]
+        return [[_FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)]]
 
     def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
               deadline: float | None = None) -> None:
@@ -1591,19 +1605,20 @@ class _Channel:
         return None
 
     def _write_all(self, wait: bool, deadline: float | None) -> None:
-        posted = self.posted
+        posted, blocking = self.posted, False
         while self.batch is not None or posted:
             if self.batch is None:
                 self.batch = ([], [])
                 messages = itertools.starmap(posted.popleft, itertools.repeat((), min(len(posted), _TOGETHER)))
                 self.batch[0].extend(itertools.chain.from_iterable(messages))
-            if self._transmit(*self.batch):
+            if self._transmit(*self.batch, blocking):
                 self.batch = None
             elif not wait:
                 return
             else:
                 self.stuck()
-                if not self._await_room(_left(deadline)):
+                blocking = deadline is None
+                if not blocking and not self._await_room(_left(deadline)):
                     raise _Late("the other side takes nothing")
 
     def _leave_to_other(self, wait: bool, deadline: float | None) -> None:
@@ -1621,10 +1636,11 @@ class _Channel:
             self.stuck()
             time.sleep(0.005)
 
-    def _transmit(self, chunks: list[_Bytes], counts: list[int]) -> bool:
+    def _transmit(self, chunks: list[_Bytes], counts: list[int], blocking: bool) -> bool:
         """Write more of the batch. False if the other side takes no more for now."""
+        flags = _NO_SIGNAL if blocking else _DONT_WAIT
         if len(chunks) == 1 and not counts:  # the usual case
-            if not _step(counts, self.sock.send, chunks, (_DONT_WAIT,)):
+            if not _step(counts, self.sock.send, chunks, (flags,)):
                 return False
             if counts[0] == len(chunks[0]):
                 return True
@@ -1636,7 +1652,7 @@ class _Channel:
                 have = max(0, have - len(chunk))
             if not rest:
                 return True
-            if not _step(counts, self.sock.sendmsg, (rest[:1000],), ((),), (_DONT_WAIT,)):  # IOV_MAX is 1024
+            if not _step(counts, self.sock.sendmsg, (rest[:1000],), ((),), (flags,)):  # IOV_MAX is 1024
                 return False
 
     def _await_room(self, seconds: float) -> bool:
@@ -1688,7 +1704,7 @@ class _PipeChannel(_Channel):
 
     @staticmethod
     def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
-        return [head + body]
+        return [_LENGTH.pack(0) + head + body]
 
     def receive(self, deadline: float | None = None) -> deque[_Message] | None:
         while not self.state[0]:
@@ -1710,12 +1726,13 @@ class _PipeChannel(_Channel):
                 self.state = come, self._take(come, have, partial), [], b"", self._FIRST
         return self.state[0]  # type: ignore[no-any-return]
 
-    def _transmit(self, chunks: list[_Bytes], counts: list[Any]) -> bool:
-        """`counts` are the writes that have begun, one for each chunk, which is a frame."""
-        while not counts or self._result(counts[-1], 0.0) is not None:
+    def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
+        """`counts` are the writes that have begun, one for each chunk: a frame behind an unused length."""
+        while not counts or self._result(counts[-1], -1 if blocking else 0) is not None:
             if len(counts) == len(chunks):
                 return True
-            self._begin(counts, self._api.WriteFile, chunks[len(counts) :][:1], (True,))
+            frame = memoryview(chunks[len(counts)])[_LENGTH.size :]
+            self._begin(counts, self._api.WriteFile, (frame,), (True,))
         return False
 
     def _await_room(self, seconds: float) -> bool:
