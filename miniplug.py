@@ -1319,9 +1319,9 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 # big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is read directly: one system
 # call takes as many frames as have come. On Windows a frame is a message of a named pipe.
 #
-# A message is a frame with a header and the body, and then a frame for each of its buffers. In the header: wire
+# A message is a frame with a header and the body, and one for each of its buffers. The header has the wire
 # version, kind, flags, how many buffers, the number of the call it is about (counted by the side that made it),
-# and in a call the number of the receiver's call on whose behalf it is made, or 0.
+# and in a call the number of the receiver's call on whose behalf it is made.
 #
 # What a signal handler raises strikes between any two steps. So what is read or written is kept track of by
 # the very step that does it (`list.extend(map(recv, ...))` is one for the interpreter), what belongs together
@@ -1332,16 +1332,16 @@ _FRAME = struct.Struct("!iBBHIQQ")  # a frame's length, and the header
 _HEADER = struct.Struct("!BBHIQQ")
 _HEAD = _HEADER.size
 _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
-_HELLO_LIMIT = 4096  # bytes of a frame of the handshake: until the key is proven nothing else is decoded
-_GREETING: Any = (None, 1, 0, _HELLO_LIMIT)  # for `_take`: what comes are frames of the handshake
+_HELLO_LIMIT = 4096  # bytes of a frame of the handshake
+_GREETING: Any = (None, 1, 0, _HELLO_LIMIT)  # for `_take`: such frames come, and no messages yet
 _READ_SIZE = 1 << 16
-_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE, if the host has it at its default, would end it
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE at its default would end the host
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
-_FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
-_LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again: a wake-up may be lost when a handler raises
+_FOREVER = 2e6  # seconds; a longer wait is more milliseconds than poll() takes
+_LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again: a handler that raises may lose a wake-up
 _TOGETHER = 32  # so many messages at most leave with one system call
-_MANY_POSTED = 256  # so many may be left to the thread that writes, before others wait for it
-_POSTED_LIMIT = 1 << 17  # so many that the other side does not take end the connection
+_MANY_POSTED, _MUCH_POSTED = 256, 1 << 20  # messages, bytes: what may be left to the thread that writes before others wait
+_POSTED_LIMIT = 1 << 17  # so many messages that the other side does not take end the connection
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
 _get_ident = threading.get_ident
@@ -1378,17 +1378,17 @@ def _step(results: list[Any], function: Callable[..., Any], *arguments: Iterable
 class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
-    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`, without a call:
-    nothing strikes before that, in Python 3.10 and later. `mine` is a weak reference to a set with the thread's
-    ident, which only a local variable of the holder's holds. So however the holder's frame is left, the seat is
-    known to be lost once it is gone; and a finalizer or a handler that comes here in the midst of it is known.
+    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing strikes
+    before that, in Python 3.10 and later. `mine` is a weak reference to a set with the thread's ident, which only
+    the holder's frame holds. So a seat is known to be lost once that is gone, and a finalizer or a handler that
+    comes here in the midst of it is known.
     """
 
     __slots__ = ()
     __missing__ = dict.get  # what nobody holds is None
 
     def holder(self) -> Any:
-        """The holder's thread, in a set; an empty one if the seat is free or lost."""
+        """The holder's thread, in a set; () if the seat is free or lost."""
         mine = self[0]
         return () if mine is None else mine() or ()
 
@@ -1400,7 +1400,7 @@ class _Seat(dict):  # type: ignore[type-arg]
                 del self[0]
 
 
-_mending = threading.Lock()  # held while a lost seat is freed: nobody else frees one that is not his
+_mending = threading.Lock()  # held to free a seat that is not one's own
 
 
 class _Channel:
@@ -1415,30 +1415,29 @@ class _Channel:
     what was read behind those; a long frame that is read into place, as (file, size): then how much was read.
     """
 
-    sock: Any
+    stuck: Any
+    later: Any
+    gone: Any
     limit = 0  # bytes of a message with its header
 
     def __init__(self, connection: Any) -> None:
         self.state: Any = (deque(), _GREETING, b"", [], None)
-        self.stuck: Any = lambda: None
-        self.later: Any = lambda: None
-        self.gone: Any = lambda error: None
+        self.stuck = self.later = self.gone = lambda *error: None
         self.posted: deque[list[_Bytes]] = deque()  # messages to be written, in chunks
         self.batch: Any = None  # chunks that are being written, and what each step has done of that
         self.writer = _Seat()
         self._take_over(connection)
 
     def _take_over(self, sock: socket.socket) -> None:
-        self.sock = sock
+        self.sock: Any = sock
         sock.setblocking(True)
         if sys.platform == "darwin":
-            sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, which stands for MSG_NOSIGNAL there
+            sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         select = _import("select")
-        self._readable, self._writable = select.poll(), select.poll()  # select() knows only descriptors below 1024
+        self._readable = select.poll()  # select() takes no descriptor over 1023
         self._readable.register(sock, select.POLLIN)
-        self._writable.register(sock, select.POLLOUT)
 
     def begin(self, limit: int) -> None:
         """From now on messages come, of at most `limit` bytes. Until then frames do."""
@@ -1456,7 +1455,7 @@ class _Channel:
 
     def receive(self, deadline: float | None = None) -> deque[_Message] | None:
         """The messages that have come, at least one; who takes one removes it. None past the deadline. Raises
-        _Broken at the end of the connection, and ProtocolError."""
+        _Broken and ProtocolError."""
         while True:
             come, partial, rest, steps, large = self.state
             if come:
@@ -1512,8 +1511,8 @@ class _Channel:
         return come, partial, data[at:], [], None
 
     def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
-        """A frame has come. A message that it completes goes to `come`; of one with buffers to come it returns what
-        there is: (message, how many buffers there will be, how many there are, bytes that the rest may have)."""
+        """A message that this frame completes goes to `come`. Of one with buffers to come, returns what there is:
+        (message, how many buffers there will be, how many there are, bytes that the rest may have)."""
         if partial is _GREETING:
             come.append(frame)
             return partial
@@ -1527,7 +1526,7 @@ class _Channel:
             have, room = 0, self.limit - len(frame)
         else:
             message, count, have, room = partial
-            message[5][have:] = (frame,)  # this may be a repetition
+            message[5][have:] = [frame]  # this may be a repetition
             have, room = have + 1, room - len(frame)
         if have < count:
             return message, count, have, room
@@ -1548,20 +1547,19 @@ class _Channel:
         length = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size)
         return [length + head + body] if size < _READ_SIZE else [length + head, body]
 
-    def send_frame(self, data: bytes, deadline: float) -> None:
-        """Send a frame, before messages begin. Raises TimeoutError and ConnectionError."""
-        self.write(self.frame(b"", data), None, True, deadline)
+    def send_frame(self, data: bytes) -> None:
+        """Send a frame, before messages begin: they are so short that none waits. Raises ConnectionError."""
+        self.write(self.frame(b"", data), None, False)
 
     def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
              wait: bool, deadline: float | None) -> None:
         """Write a message: (kind, flags, number, parent), body, buffers. See `write`."""
         kind, flags, number, parent = head
-        fields = _WIRE_VERSION, kind, flags, len(buffers), number, parent
-        size = len(body) + _HEAD
+        size, count = len(body) + _HEAD, len(buffers)
         if size < _READ_SIZE:  # to copy little is cheaper than to gather
-            message: list[_Bytes] = [_FRAME.pack(size, *fields) + body]
+            message: list[_Bytes] = [_FRAME.pack(size, _WIRE_VERSION, kind, flags, count, number, parent) + body]
         else:
-            message = self.frame(_HEADER.pack(*fields), body)
+            message = self.frame(_HEADER.pack(_WIRE_VERSION, kind, flags, count, number, parent), body)
         for buffer in buffers:
             message += self.frame(b"", buffer)
         self.write(message, lent, wait, deadline)
@@ -1572,27 +1570,26 @@ class _Channel:
 
     def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
               deadline: float | None = None) -> None:
-        """Write a message, whole; or leave it to the thread that is writing. An empty one: go on with what is
-        left. From the very step on that has it written for sure, `lent` is empty.
+        """Write a message, or leave it to the thread that writes. An empty one: go on with what is left. From the
+        very step on that has it written for sure, `lent` is empty.
 
-        Without `wait` never wait for the other side. Raises _Late past the deadline: then a message that has
-        begun, or lends, is sent by others, and any other is not. Raises _Broken.
+        With `wait` and no deadline all is written when this returns; else what the other side does not take at once
+        is left. With `wait`, wait while much is left: past the deadline raises _Late, and sends nothing. Raises
+        _Broken.
         """
-        writer, posted, token, lends = self.writer, self.posted, {_get_ident()}, bool(lent)
+        writer, posted, token = self.writer, self.posted, {_get_ident()}
         mine = _ref_to(token)
+        if posted:
+            self._await_turn(wait, deadline)
         try:
-            if writer.setdefault(0, mine) is mine and self.batch is None and message and not (posted or lends):
+            if writer.setdefault(0, mine) is mine and self.batch is None and message and not (posted or lent):
                 self.batch = (message, [])
             else:
                 clear: Any = itertools.compress(map(list.clear, [lent] if lent else ()), (0,))
                 posted.extend(itertools.chain([message] if message else (), clear))  # one step
                 if writer.setdefault(0, mine) is not mine:  # who writes may have looked before
-                    return self._leave_to_other(wait, deadline)
-            self._write_all(wait, deadline)
-        except _Late:
-            if not lends and (self.batch is None or self.batch[0] is not message):
-                message.clear()  # it is not sent, unless it has begun
-            raise
+                    return
+            self._write_all(wait and deadline is None)
         except _Broken:
             posted.clear()
             self.batch = None
@@ -1600,44 +1597,39 @@ class _Channel:
         finally:
             if writer[0] is mine:
                 del writer[0]
-            if (posted or self.batch is not None) and not writer:
-                self.later()  # this thread does not go on; or it was left here just now
-        return None
+            if (posted or self.batch is not None) and not writer.holder():
+                self.later()  # nobody goes on: it was left here, or just now by another; or the seat is lost
 
-    def _write_all(self, wait: bool, deadline: float | None) -> None:
-        posted, blocking = self.posted, False
-        while self.batch is not None or posted:
-            if self.batch is None:
-                self.batch = ([], [])
-                messages = itertools.starmap(posted.popleft, itertools.repeat((), min(len(posted), _TOGETHER)))
-                self.batch[0].extend(itertools.chain.from_iterable(messages))
-            if self._transmit(*self.batch, blocking):
-                self.batch = None
-            elif not wait:
-                return
-            else:
-                self.stuck()
-                blocking = deadline is None
-                if not blocking and not self._await_room(_left(deadline)):
-                    raise _Late("the other side takes nothing")
-
-    def _leave_to_other(self, wait: bool, deadline: float | None) -> None:
-        """Another thread writes, and the message too. Wait while it has too much to do."""
-        if len(self.posted) > _POSTED_LIMIT:
+    def _await_turn(self, wait: bool, deadline: float | None) -> None:
+        posted = self.posted
+        if len(posted) > _POSTED_LIMIT:
             self.shutdown()
-        while True:
+        while wait and (len(posted) > _MANY_POSTED or sum(map(len, itertools.chain(*posted))) > _MUCH_POSTED):
             holder = self.writer.holder()
-            if not holder:
-                return self.later()  # type: ignore[no-any-return]  # nobody does, or the seat is lost
-            if not wait or len(self.posted) <= _MANY_POSTED or _get_ident() in holder:
-                return None  # a finalizer or a handler in the midst of writing cannot wait for that
+            if not holder or _get_ident() in holder:  # this very thread writes, further down
+                return
             if _left(deadline) == 0:
                 raise _Late
             self.stuck()
             time.sleep(0.005)
 
-    def _transmit(self, chunks: list[_Bytes], counts: list[int], blocking: bool) -> bool:
-        """Write more of the batch. False if the other side takes no more for now."""
+    def _write_all(self, blocking: bool) -> None:
+        posted, full = self.posted, False
+        while self.batch is not None or posted:
+            if self.batch is None:
+                self.batch = ([], [])
+                messages = itertools.starmap(posted.popleft, itertools.repeat((), min(len(posted), _TOGETHER)))
+                self.batch[0].extend(itertools.chain.from_iterable(messages))
+            if self._transmit(*self.batch, full):  # type: ignore[call-arg]
+                self.batch = None
+            elif not blocking:
+                return
+            else:
+                self.stuck()
+                full = True
+
+    def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
+        """Write the batch. False if the other side takes no more for now."""
         flags = _NO_SIGNAL if blocking else _DONT_WAIT
         if len(chunks) == 1 and not counts:  # the usual case
             if not _step(counts, self.sock.send, chunks, (flags,)):
@@ -1655,9 +1647,6 @@ class _Channel:
             if not _step(counts, self.sock.sendmsg, (rest[:1000],), ((),), (flags,)):  # IOV_MAX is 1024
                 return False
 
-    def _await_room(self, seconds: float) -> bool:
-        return bool(self._writable.poll(seconds * 1000))
-
     # -- the end
 
     def shutdown(self) -> None:
@@ -1670,7 +1659,7 @@ class _Channel:
                 self.gone(error)
 
     def abandon(self) -> None:
-        """In a forked child: close the descriptor, and let who would still write here end the child."""
+        """In a forked child: leave the connection to its parent. Who would still write here ends the child."""
         self.write = self.send = lambda *what: _leave_fork(None)  # type: ignore[assignment, method-assign]
         self.sock.close()
 
@@ -1686,14 +1675,12 @@ class _PipeChannel(_Channel):
     """Messages over a named pipe of Windows, by overlapped reads and writes.
 
     One that is under way stays so when its caller leaves; the next one goes on with it. What is waited for are
-    events, and never the handle. To take the handle and to begin with it is one step: so whoever takes it out may
-    close it, at any time, without a lock.
-
-    `state`: the messages that have come; one whose buffers have not all come; the read that is under way, in a
-    list; what has come of a frame; how much more of it to read.
+    events, never the handle. To take the handle and to begin with it is one step: so whoever takes it out may
+    close it, without a lock. `state` ends with the read that is under way, in a list; what has come of a frame; how
+    much more of it to read.
     """
 
-    _FIRST = 8192  # bytes that are read at first; of a longer frame Windows then tells how much is left
+    _FIRST = 8192  # bytes that are read at first; of a longer frame one learns how much is left
 
     def _take_over(self, connection: Any) -> None:
         self.state = (deque(), _GREETING, [], b"", self._FIRST)
@@ -1735,25 +1722,21 @@ class _PipeChannel(_Channel):
             self._begin(counts, self._api.WriteFile, (frame,), (True,))
         return False
 
-    def _await_room(self, seconds: float) -> bool:
-        return self._result(self.batch[1][-1], seconds) is not None
-
     def _begin(self, begun: list[Any], function: Callable[..., Any], *arguments: Iterable[Any]) -> None:
-        """Append what a function gives for the handle. Raises _Broken, also if that was taken out."""
+        """Append what a function gives for the handle. Raises _Broken."""
         before = len(begun)
         _step(begun, function, self._handles, *arguments)
         if len(begun) == before:
             raise _Broken(EOFError())
 
     def _result(self, begun: Any, seconds: float) -> Any:
-        """What has become of a read or write: how many bytes, and an error's number. None past so many seconds.
-        Raises _Broken."""
+        """Of a read or write: how many bytes, and an error's number. None past so many seconds. Raises _Broken."""
         operation, status = begun
         wait = self._api.INFINITE if seconds < 0 else int(seconds * 1000 + 0.999)
         while status == self._api.ERROR_IO_PENDING:
             try:
                 which = self._api.WaitForMultipleObjects([self._down.event, operation.event], False, wait)
-            except InterruptedError:  # a signal, whose handler has returned
+            except InterruptedError:  # by a signal
                 continue
             if which == self._api.WAIT_TIMEOUT:
                 return None
@@ -1787,8 +1770,8 @@ class _PipeChannel(_Channel):
     close = shutdown
 
 
-# -- where a connection begins: every one is made by Listener and Client of multiprocessing.connection, without
-# their own key exchange, which blocks accept() for everybody, can be relayed, and needs MD5 before Python 3.12
+# -- where a connection begins: with Listener and Client of multiprocessing.connection, but not their key
+# exchange, which blocks accept() for everybody, can be relayed, and needs MD5 before Python 3.12
 
 _BACKLOG = 4096  # callers that wait to be accepted; the system takes what it allows
 _LEFT_BEHIND = 60.0  # seconds: a process that has just bound a socket does not listen there yet
@@ -1856,8 +1839,8 @@ class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
     The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it at once.
-    `address` is what _connect takes; one that is given is used instead, and the OSError or ValueError raised if
-    it cannot be. One thread may `accept` while another closes it.
+    `address` is what _connect takes. Raises OSError and ValueError if one that is given will not do. One thread may
+    `accept` while another closes.
     """
 
     def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
@@ -1916,54 +1899,47 @@ class _Listener:
         self._remove_folder()
 
     def _remove_folder(self) -> None:
-        if self.folder:
-            _remove_socket(os.path.join(self.folder, "s"))
+        try:
+            if self.folder:
+                os.rmdir(self.folder)
+        except OSError:
+            pass  # somebody else was quicker
         self.folder = ""
 
 
 def _is_ours(folder: str) -> bool:
-    """Whether this user has made it for a socket, and nobody else can have put anything there."""
-    try:
-        stat = os.lstat(folder)
-    except OSError:
-        return False
-    named = re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
-    return named and stat.st_uid == _posix.geteuid() and stat.st_mode & 0o170777 == 0o040700
-
-
-def _remove_socket(path: str) -> None:
-    """And its folder, if it was made for it."""
-    folder = os.path.dirname(path)
-    try:
-        if os.path.lexists(path):
-            os.unlink(path)
-        if _is_ours(folder):
-            os.rmdir(folder)
-    except OSError:
-        pass  # somebody else was quicker
+    """Whether this user has made it for a socket, and nobody else can have put anything there. Raises OSError."""
+    stat, named = os.lstat(folder), re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder))
+    return bool(named) and stat.st_uid == _posix.geteuid() and stat.st_mode & 0o170777 == 0o040700
 
 
 def _remove_stale(path: str, age: float = 0.0) -> bool:
-    """Remove a socket, that many seconds old, at which nobody listens: a process that was killed has left it.
-    Returns whether there was one."""
+    """Remove a socket, that many seconds old, at which nobody listens: a process that was killed has left it; and
+    its folder, if it was made for it. Returns whether it did."""
+    folder = os.path.dirname(path)
     try:
         stat = os.lstat(path)
         if _import("stat").S_ISSOCK(stat.st_mode) and time.time() - stat.st_mtime >= age:  # and nothing else
-            _connect(path, 1.0).close()
-    except ConnectionRefusedError:
-        _remove_socket(path)
-        return True
-    except (OSError, ValueError):
-        pass  # there is nothing
+            try:
+                _connect(path, 1.0).close()
+            except ConnectionRefusedError:
+                os.unlink(path)
+                if _is_ours(folder):
+                    os.rmdir(folder)
+                return True
+    except OSError:
+        pass  # there is nothing, or somebody else was quicker
     return False
 
 
 def _remove_left_behind() -> list[str]:
     """Remove, in the temp folders, what plugins that listened there and were killed have left. Returns the sockets."""
-    glob = _import("glob")
-    patterns = [os.path.join(glob.escape(base), "miniplug-*", "s") for base in _temp_folders()]
-    paths = [path for pattern in patterns for path in glob.glob(pattern)]
-    return [path for path in paths if _is_ours(os.path.dirname(path)) and _remove_stale(path, _LEFT_BEHIND)]
+    glob, removed = _import("glob"), []
+    for base in _temp_folders():
+        for path in glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")):
+            if _is_ours(os.path.dirname(path)) and _remove_stale(path, _LEFT_BEHIND):
+                removed.append(path)
+    return removed
 
 
 # === 4. handshake =======================================================================================
@@ -2026,7 +2002,7 @@ class _Hello:
 
     def say(self, **message: Any) -> None:
         self._said.append(_encode(message).encode())
-        self._channel.send_frame(self._said[-1], self._deadline)
+        self._channel.send_frame(self._said[-1])
 
     def hear(self) -> dict[str, Any]:
         self._said.append(self._channel.receive_frame(self._deadline))

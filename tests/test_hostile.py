@@ -839,7 +839,7 @@ def test_a_plugin_refuses_a_host_with_another_key(write):
         hello.say(protocol_version=1, codec="json")
         hello.prove()
         with contextlib.suppress(OSError):  # it may be gone by then
-            channel.send_frame(miniplug._HEADER.pack(1, 1, 0, 0, 1, 0) + b'[0,"dispense",[null],{}]', time.monotonic() + 10)
+            channel.send_frame(miniplug._HEADER.pack(1, 1, 0, 0, 1, 0) + b'[0,"dispense",[null],{}]')
         check_refusal(process, "does not hold the key")
 
 
@@ -867,7 +867,7 @@ def test_a_plugin_refuses_what_is_no_host(write, said):
         if not WINDOWS:
             channel.sock.sendall(said)
         elif said:
-            channel.send_frame(said, time.monotonic() + 10)
+            channel.send_frame(said)
         channel.shutdown()
         check_refusal(process, "no host at")
 
