@@ -1882,13 +1882,9 @@ class _Listener:
                 self.passed_over.append(f"{base} ({error.strerror or error})")
         return self._bind("127.0.0.1:0")  # no folder to be had: the key alone keeps others out
 
-    def accept(self) -> _Channel | None:
-        """The next connection; or None, if half a second brings none (on Windows it waits on). Raises OSError
-        when accepting fails."""
-        try:
-            return _channel_over(self._listener.accept())
-        except socket.timeout:
-            return None
+    def accept(self) -> _Channel:
+        """The next connection. Raises OSError, also if half a second brings none (on Windows it waits on)."""
+        return _channel_over(self._listener.accept())
 
     def close(self) -> None:
         _listeners.discard(self)
@@ -1944,20 +1940,15 @@ def _remove_left_behind() -> list[str]:
 
 # === 4. handshake =======================================================================================
 #
-# Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both
-# nonces.
+# Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both nonces.
 #
-#     host    {"miniplug": 1, "role": "host", "nonce", "protocol_versions", "codec", "max_message",
-#              "features"}
-#     plugin  {"miniplug": 1, "role": "plugin", "nonce", "protocol_versions", "codecs", "max_message",
-#              "features", "cookie"}
-#     plugin  {"proof"}
-#     host    {"protocol_version", "codec"}, or {"refusal"}
-#     host    {"proof"}
+#     host    its greeting                      {"miniplug": 1, "role": "host", "nonce", "protocol_versions", ...}
+#     plugin  its own, and {"proof"}
+#     host    {"protocol_version", "codec"}, or {"refusal"}; and {"proof"}
 #
-# A proof is HMAC-SHA256 over the role's name, the address and all messages before it, each with its length
-# before it, so that nothing can be changed, replayed, reflected, or relayed to another address. Until the
-# other side's was right, nothing is read but short JSON in UTF-8.
+# A proof is HMAC-SHA256 over the role's name, the address and all messages before it, so that nothing can be
+# changed, replayed, reflected, or relayed to another address. Until the other side's was right, nothing is read
+# but short JSON in UTF-8.
 
 _HELLO_SECONDS = 5.0
 _CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
@@ -1993,7 +1984,7 @@ _FEATURES = ("arrays",)  # what each side tells that it knows, beside those of a
 
 class _Hello:
     """One run of the handshake over one channel, for either role, on one thread. Its methods raise
-    AuthenticationError, HandshakeError, ProtocolError, OSError and EOFError."""
+    AuthenticationError, HandshakeError, ProtocolError and OSError."""
 
     def __init__(self, channel: _Channel, address: str, key: bytes, role: str) -> None:
         self._channel, self._address, self._key, self._role = channel, address, key, role
@@ -2014,13 +2005,11 @@ class _Hello:
             raise ProtocolError("what came is no handshake")
         return message
 
-    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (),
-              **others: Any) -> None:
+    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (), **others: Any) -> None:
         self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(),
                  protocol_versions=list(versions), max_message=max_message, features=[*_FEATURES, *features], **others)
 
     def hear_greeting(self, role: str) -> dict[str, Any]:
-        """The other side's greeting, checked as far as either role needs it."""
         theirs = self.hear()
         versions = theirs.get("protocol_versions")
         if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != role:
@@ -2043,36 +2032,37 @@ class _Hello:
             raise _on_first_use("AuthenticationError")(f"the {role} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
-        mac = _import("hmac").new(self._key, digestmod="sha256")
-        for part in (role.encode(), os.fsencode(self._address), *self._said):
-            mac.update(struct.pack("!I", len(part)) + part)
-        return str(mac.hexdigest())
+        parts = role.encode(), os.fsencode(self._address), *self._said
+        said = b"".join(struct.pack("!I", len(part)) + part for part in parts)
+        return str(_import("hmac").new(self._key, said, "sha256").hexdigest())
 
     def as_host(self, versions: Sequence[int], max_message: int) -> _Terms:
         self.greet(versions, max_message, codec="json")
         theirs = self.hear_greeting("plugin")
         self.check("plugin")
-        common = set(versions) & set(theirs["protocol_versions"])
+        choice: dict[str, Any] = {"protocol_versions": list(versions), "codec": "json"}
         refusal = self._refusal(versions, theirs)
-        self.say(**({"refusal": refusal} if refusal else {"protocol_version": max(common), "codec": "json"}))
-        self.prove()
         if refusal:
-            ours = {"protocol_versions": list(versions), "codec": "json"}
-            raise HandshakeError(refusal, host=ours, plugin=theirs)
-        return _Terms(max(common), theirs["max_message"], theirs["features"])
+            self.say(refusal=refusal)
+            self.prove()
+            raise HandshakeError(refusal, host=choice, plugin=theirs)
+        version = max({*versions}.intersection(theirs["protocol_versions"]))
+        self.say(protocol_version=version, codec="json")
+        self.prove()
+        return _Terms(version, theirs["max_message"], theirs["features"])
 
     def _refusal(self, versions: Sequence[int], theirs: Mapping[str, Any]) -> str:
         """Why this host does not take a plugin that holds the key, if it does not."""
-        cookie, offered = theirs.get("cookie"), theirs["protocol_versions"]
+        cookie, offered, codecs = theirs.get("cookie"), theirs["protocol_versions"], theirs.get("codecs")
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
             return ("it is a plugin for another host: it expects another magic cookie in "
                     f"{cookie.get('key')!r}; is the handshake given to launch() the one that it serves with?")
-        if not set(versions) & set(offered):
+        if not {*versions}.intersection(offered):
             older = "plugin" if max(offered, default=0) < max(versions) else "host"
             return (f"no common protocol version: the host has {list(versions)}, the plugin has {offered}; "
                     f"the {older} is the older one, bring it up to date")
-        if "json" not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
-            return f"the plugin does not know the codec 'json', only {theirs.get('codecs')}"
+        if not isinstance(codecs, list) or "json" not in codecs:
+            return f"the plugin does not know the codec 'json', only {codecs}"
         return ""
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
@@ -2092,43 +2082,40 @@ class _Hello:
 
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who
-    is pushed out there comes again. Raises what `greet` does."""
-    deadline = time.monotonic() + _CROWD_SECONDS
+    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who is
+    pushed out there comes again. Raises what `greet` does."""
+    deadline, tcp = time.monotonic() + _CROWD_SECONDS, _transport(address) == "tcp"
     while True:
-        channel = None
         try:
-            channel = _connect(address, _KNOCK_SECONDS if _transport(address) == "tcp" else _HELLO_SECONDS)
-            return channel, greet(channel)
-        except BaseException as error:
-            if channel is not None:
+            channel = _connect(address, _KNOCK_SECONDS if tcp else _HELLO_SECONDS)
+            try:
+                return channel, greet(channel)
+            except BaseException:
                 channel.close()
-            pushed = isinstance(error, (EOFError, ConnectionError, TimeoutError)) and not isinstance(
-                error, (PluginError, ConnectionRefusedError))
-            if not pushed or _transport(address) != "tcp" or time.monotonic() >= deadline:
+                raise
+        except (ConnectionError, TimeoutError) as error:
+            pushed_out = tcp and not isinstance(error, (PluginError, ConnectionRefusedError))
+            if not pushed_out or time.monotonic() >= deadline:
                 raise
 
 
 class _Door:
-    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let
-    in if it holds the key. A wrong, slow or silent caller holds up nobody.
+    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let in
+    if it holds the key. A wrong, slow or silent caller holds up nobody.
 
-    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError,
-    on that thread. The door closes before it is called, and lets in nobody else, unless it `stays` open. Any
-    thread may close it. `_lock` protects `_open` and `_callers`.
+    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError, on
+    that thread. The door closes before it is called, unless it `stays` open. Any thread may close it. `_lock`
+    protects `_open` and `_callers`.
     """
 
-    _CROWD = 128  # callers in the handshake at once; past that one of them, whoever chance picks, has to go
+    _CROWD = 128  # callers in the handshake at once
 
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
                  address: str = "", stays: bool = False, made: Callable[[str], Any] = str) -> None:
         self.listener = _Listener(address, made)
         self.strangers = 0
-        self._greet = greet
-        self._arrived = arrived
-        self._stays = stays
-        self._lock = threading.Lock()
-        self._open = True
+        self._greet, self._arrived, self._stays = greet, arrived, stays
+        self._lock, self._open = threading.Lock(), True
         self._callers: list[_Channel] = []
         try:
             self._thread = _start_thread("miniplug-door", self._accept)
@@ -2137,53 +2124,44 @@ class _Door:
             raise
 
     def _accept(self) -> None:
-        channel = None
         while self._open:
-            if channel is not None:
-                self._admit(channel)
             try:
-                channel = self.listener.accept()
-            except OSError:  # out of descriptors, or a caller that left at once
-                channel = None
-                time.sleep(0.05)
-        if channel is not None:
-            channel.close()
+                self._admit(self.listener.accept())
+            except OSError:  # nobody for a while; or out of descriptors, or a caller that left at once
+                time.sleep(0.01)
         self.listener.close()
 
     def _admit(self, channel: _Channel) -> None:
-        """Have a thread meet a caller. Where there is a crowd, chance picks who has to go: among strangers
-        who come faster than anybody can speak, the oldest would always be the one who is about to prove the
-        key."""
+        """Have a thread meet a caller. From a crowd chance picks who has to go: the oldest would always be the
+        one who is about to prove the key."""
         with self._lock:
+            if not self._open:
+                return channel.close()
             if len(self._callers) >= self._CROWD:
                 self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
             self._callers.append(channel)
-        _aside("miniplug-hello", self._meet, channel)
+        return _aside("miniplug-hello", self._meet, channel)
 
     def _meet(self, channel: _Channel) -> None:
-        result: Any = None
+        terms: Any = None
         try:
-            if self._open:
-                result = self._greet(channel, self.listener.address)
+            terms = self._greet(channel, self.listener.address)
         except HandshakeError as error:
-            result = error
+            terms = error
         except Exception:  # a stranger, whatever it is that he did
             self.strangers += 1
+        refused = not isinstance(terms, _Terms)
         with self._lock:
-            pushed_out = all(each is not channel for each in self._callers)
-            enters = self._open and result is not None and not pushed_out
+            enters = self._open and terms is not None and channel in self._callers
             self._open = self._open and (self._stays or not enters)
-            if enters and not isinstance(result, Exception):
-                self._forget(channel)  # first: whoever hears of it may close the door, which ends those in it
-        if not enters or isinstance(result, Exception):
+            if enters and not refused:
+                self._callers.remove(channel)  # first: whoever hears of it may close the door, and who is in it
+        if refused or not enters:
             channel.close()
         if enters:
-            self._arrived(channel, result)
+            self._arrived(channel, terms)
         with self._lock:
-            self._forget(channel)
-
-    def _forget(self, channel: _Channel) -> None:
-        self._callers = [each for each in self._callers if each is not channel]
+            self._callers = [each for each in self._callers if each is not channel]
 
     def settle(self, seconds: float) -> None:
         """Wait until nobody is being greeted, at most that long."""

@@ -75,6 +75,15 @@ def channels():
         listener.close()
 
 
+def accepted(listener):
+    """Its next connection, however long that takes."""
+    while True:
+        try:
+            return listener.accept()
+        except socket.timeout:
+            pass
+
+
 def channel_and_end():
     """A channel, and the other end of its connection to be spoken by hand."""
     if not WINDOWS:

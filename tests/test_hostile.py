@@ -12,7 +12,7 @@ import time
 
 import by_hand
 import pytest
-from conftest import HERE, WINDOWS, WINE, WORKSHOP, alive, by_hand_environment, channel_and_end, stream, until
+from conftest import HERE, WINDOWS, WINE, WORKSHOP, accepted, alive, by_hand_environment, channel_and_end, stream, until
 
 import miniplug
 
@@ -687,15 +687,11 @@ def test_who_was_pushed_out_of_a_crowd_comes_again():
 
     def doorkeeper():
         for say in (None, b"", b"\0\0"):  # he is pushed out at once, or in the midst of the host's first words
-            channel = None
-            while channel is None:
-                channel = listener.accept()
+            channel = accepted(listener)
             if say is not None:
                 channel.sock.sendall(say)
             left.append(channel.close())
-        channel = None
-        while channel is None:
-            channel = listener.accept()
+        channel = accepted(listener)
         left.append(miniplug._Hello(channel, address, key, "host").as_host([1], LIMIT))
         channel.close()
 
@@ -812,8 +808,7 @@ def lured(write, key=None):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     channel = None
     try:
-        while channel is None:
-            channel = listener.accept()
+        channel = accepted(listener)
         yield process, key, channel, listener.address
     finally:
         process.kill()
