@@ -1903,24 +1903,20 @@ class _Listener:
         self.folder = ""
 
 
-def _is_ours(folder: str) -> bool:
-    """Whether this user has made it for a socket, and nobody else can have put anything there. Raises OSError."""
-    stat, named = os.lstat(folder), re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder))
-    return bool(named) and stat.st_uid == _posix.geteuid() and stat.st_mode & 0o170777 == 0o040700
-
-
 def _remove_stale(path: str, age: float = 0.0) -> bool:
-    """Remove a socket, that many seconds old, at which nobody listens: a process that was killed has left it; and
-    its folder, if it was made for it. Returns whether it did."""
+    """Remove a socket at which nobody listens, as a process that was killed has left it, and its folder if that was
+    made for it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
     folder = os.path.dirname(path)
     try:
-        stat = os.lstat(path)
-        if _import("stat").S_ISSOCK(stat.st_mode) and time.time() - stat.st_mtime >= age:  # and nothing else
+        there, stat = os.lstat(folder), os.lstat(path)
+        made = (re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
+                and there.st_uid == _posix.geteuid() and there.st_mode & 0o170777 == 0o040700)
+        if _import("stat").S_ISSOCK(stat.st_mode) and (not age or made and time.time() - stat.st_mtime > age):
             try:
                 _connect(path, 1.0).close()
             except ConnectionRefusedError:
                 os.unlink(path)
-                if _is_ours(folder):
+                if made:
                     os.rmdir(folder)
                 return True
     except OSError:
@@ -1930,12 +1926,9 @@ def _remove_stale(path: str, age: float = 0.0) -> bool:
 
 def _remove_left_behind() -> list[str]:
     """Remove, in the temp folders, what plugins that listened there and were killed have left. Returns the sockets."""
-    glob, removed = _import("glob"), []
-    for base in _temp_folders():
-        for path in glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")):
-            if _is_ours(os.path.dirname(path)) and _remove_stale(path, _LEFT_BEHIND):
-                removed.append(path)
-    return removed
+    glob = _import("glob")
+    found = [glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")) for base in _temp_folders()]
+    return [path for path in itertools.chain(*found) if _remove_stale(path, _LEFT_BEHIND)]
 
 
 # === 4. handshake =======================================================================================
