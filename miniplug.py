@@ -1315,38 +1315,33 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 
 # === 3. channel =========================================================================================
 #
-# Whole messages, a head and the buffers that it announces, over a connection that multiprocessing.connection has
-# made, in its framing: a 4-byte big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is
-# read directly: one system call takes as many frames as have come, where Connection needs two for each. On Windows
-# a frame is a message of a named pipe.
+# Whole messages over a connection that multiprocessing.connection has made, in its framing: a 4-byte
+# big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is read directly: one system
+# call takes as many frames as have come. On Windows a frame is a message of a named pipe.
 #
-# What a signal handler raises strikes between any two steps. So what is read or written is kept track of by the very
-# step that does it (`list.extend(map(recv, ...))` is one step for the interpreter), what belongs together is one
-# tuple that is replaced by one store, and each other step may be repeated.
+# A message is a frame with a header and the body, and one for each of its buffers. The header has the wire
+# version, kind, flags, how many buffers, the number of the call it is about (counted by the side that made it),
+# and in a call the number of the receiver's call on whose behalf it is made.
 #
-# A frame that begins a message has a header:
-#
-#     offset  size  field
-#          0     1  wire version
-#          1     1  kind
-#          2     2  flags: 1 the body has tags, 2 whoever does not know the kind may ignore it, 4 a stream follows
-#          4     4  how many buffers follow, each a frame of its own
-#          8     8  the number of the call it is about, counted by the side that made the call
-#         16     8  in a call: the number of the receiver's call on whose behalf it is made, or 0
+# What a signal handler raises strikes between any two steps. So what is read or written is kept track of by
+# the very step that does it (`list.extend(map(recv, ...))` is one for the interpreter), what belongs together
+# is one tuple that is replaced by one store, and each other step may be repeated.
 
 _WIRE_VERSION = 1
 _FRAME = struct.Struct("!iBBHIQQ")  # a frame's length, and the header
 _HEADER = struct.Struct("!BBHIQQ")
 _HEAD = _HEADER.size
 _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
+_HELLO_LIMIT = 4096  # bytes of a frame of the handshake
+_GREETING: Any = (None, 1, 0, _HELLO_LIMIT)  # for `_take`: such frames come, and no messages yet
 _READ_SIZE = 1 << 16
-_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE, if the host has it at its default, would end it
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE at its default would end the host
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
-_FOREVER = 2e6  # seconds, 23 days: a longer wait is more milliseconds than poll() takes
-_LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again: a wake-up may be lost when a handler raises
+_FOREVER = 2e6  # seconds; a longer wait is more milliseconds than poll() takes
+_LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again: a handler that raises may lose a wake-up
 _TOGETHER = 32  # so many messages at most leave with one system call
-_MANY_POSTED = 256  # so many messages may be left to the thread that writes, before others wait for it
-_POSTED_LIMIT = 1 << 17  # so many that the other side does not take end the connection
+_MANY_POSTED, _MUCH_POSTED = 256, 1 << 20  # messages, bytes: what may be left to the thread that writes before others wait
+_POSTED_LIMIT = 1 << 17  # so many messages that the other side does not take end the connection
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
 _get_ident = threading.get_ident
@@ -1354,40 +1349,46 @@ _consume: Callable[[Iterable[Any]], None] = deque(maxlen=0).extend  # run an ite
 _ref_to: Any = _import("_weakref").ref
 
 
-class _Broken(Exception):
+class _Broken(ConnectionError):
     """The connection has ended, for the OSError or EOFError that is the argument."""
 
 
-class _Late(Exception):
+class _Late(TimeoutError):
     """The deadline has passed."""
 
 
 def _left(deadline: float | None) -> float:
-    """Seconds until a time.monotonic() deadline, not below 0; without one -1, which locks take for "no limit"."""
+    """Seconds until a time.monotonic() deadline, not below 0; without one -1, which stands for "no limit"."""
     return -1 if deadline is None else min(_FOREVER, max(0.0, deadline - time.monotonic()))
 
 
-def _of_system(error: OSError) -> bool:
-    """Whether a system call has failed. A signal handler may raise an OSError, too, in the midst of it: that one comes
-    from elsewhere, or was made without an errno."""
-    return error.errno is not None and _is_own(error)
+def _step(results: list[Any], function: Callable[..., Any], *arguments: Iterable[Any]) -> bool:
+    """Append what a system call gives, in one step with it. False if it would wait. Raises _Broken."""
+    try:
+        results.extend(map(function, *arguments))
+        return True
+    except OSError as error:
+        if error.errno is None or not _is_own(error):  # a signal handler has raised it
+            raise
+        if isinstance(error, BlockingIOError):
+            return False
+        raise _Broken(error) from None
 
 
 class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
-    It is taken by one step, `setdefault(0, mine)`, so that nothing strikes between having it and knowing it, and given
-    back first of all in a `finally`, without a call: so nothing strikes before that, in Python 3.10 and later. `mine`
-    is a weak reference to a set with the thread's ident, which only a local variable of the holder's holds. So
-    however the holder's frame is left, the seat is known to be lost once the frame is gone; and a finalizer or a
-    handler that comes here in the midst of it is known as well.
+    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing strikes
+    before that, in Python 3.10 and later. `mine` is a weak reference to a set with the thread's ident, which only
+    the holder's frame holds. So a seat is known to be lost once that is gone, and a finalizer or a handler that
+    comes here in the midst of it is known.
     """
 
     __slots__ = ()
     __missing__ = dict.get  # what nobody holds is None
 
     def holder(self) -> Any:
-        """The holder's thread, in a set; an empty one if the seat is free or lost."""
+        """The holder's thread, in a set; () if the seat is free or lost."""
         mine = self[0]
         return () if mine is None else mine() or ()
 
@@ -1399,309 +1400,92 @@ class _Seat(dict):  # type: ignore[type-arg]
                 del self[0]
 
 
-_mending = threading.Lock()  # held while a lost seat is freed: nobody else frees one that is not his
+_mending = threading.Lock()  # held to free a seat that is not one's own
 
 
 class _Channel:
-    """Whole messages over one connection: what sockets and pipes have in common, which is writing.
+    """Messages over a connected stream socket; `_PipeChannel` has what is different on Windows.
 
-    Any thread may write; at most one at a time receives. `writer` is the seat of who writes, and protects `batch`;
-    `posted` and `waiters` are for any thread. `stuck` is called before a writer waits for the other side to read, so
-    that somebody reads here; `later` when another thread has to go on with what is left.
+    Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat of
+    who writes, and protects `batch`; `posted` is for any thread. `stuck` is called before a writer waits for the
+    other side to read, so that somebody reads here; `later` when another thread has to go on with what is left;
+    `gone` when somebody has closed the descriptor beneath us.
+
+    `state`: the messages that have come; one whose buffers have not all come (see `_take`); the bytes behind them;
+    what was read behind those; a long frame that is read into place, as (file, size): then how much was read.
     """
 
-    skips = 0  # of a frame's length, how many bytes are not to be written
+    stuck: Any
+    later: Any
+    gone: Any
+    limit = 0  # bytes of a message with its header
 
-    def __init__(self) -> None:
-        self.limit = _HELLO_LIMIT  # bytes of a message
-        self.stuck: Callable[[], Any] = lambda: None
-        self.later: Callable[[], Any] = lambda: None
-        self.gone: Callable[[OSError], Any] = lambda error: None  # told when the descriptor was closed beneath us
+    def __init__(self, connection: Any) -> None:
+        self.state: Any = (deque(), _GREETING, b"", [], None)
+        self.stuck = self.later = self.gone = lambda *error: None
         self.posted: deque[list[_Bytes]] = deque()  # messages to be written, in chunks
-        self.batch: Any = None  # chunks of those that are being written, and how many bytes each step took of them
+        self.batch: Any = None  # chunks that are being written, and what each step has done of that
         self.writer = _Seat()
-        self.waiters: deque[Any] = deque()  # gates of those who wait until less is posted
+        self._take_over(connection)
 
-    def begin(self, limit: int) -> None:
-        """From now on receive messages, of at most `limit` bytes. Until then frames are received."""
-        self.limit = limit
-
-    def receive(self, deadline: float | None = None) -> deque[_Message] | None:
-        """The messages that have come, at least one; who takes one removes it. None past the deadline. Raises _Broken
-        at the end of the connection, and ProtocolError."""
-        raise NotImplementedError
-
-    def receive_frame(self, deadline: float) -> bytes:
-        """The next frame, before messages begin. Raises TimeoutError, EOFError, OSError and ProtocolError."""
-        frame = _plainly(self._frame, deadline)
-        if frame is None:
-            raise TimeoutError("no answer has come in time")
-        return frame  # type: ignore[no-any-return]
-
-    def send_frame(self, data: bytes, deadline: float) -> None:
-        """Send a short frame, before messages begin. Raises TimeoutError, EOFError and OSError."""
-        _plainly(self.write, [(_LENGTH.pack(len(data)) + data)[self.skips :]], (), True, deadline)
-
-    def _frame(self, deadline: float | None, partial: Any = None) -> bytes | None:
-        """The next frame; None past the deadline. Raises _Broken and ProtocolError."""
-        raise NotImplementedError
-
-    def shutdown(self) -> None:
-        """End the connection both ways, and wake whoever reads or writes. For any thread."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Give the descriptor back. Not while another thread receives."""
-        raise NotImplementedError
-
-    def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
-             wait: bool, deadline: float | None) -> None:
-        """Write a message: (kind, flags, number, parent), body, buffers. See `write`."""
-        kind, flags, number, parent = head
-        size = len(body) + _HEAD
-        if size < _READ_SIZE:  # to copy little is cheaper than to gather
-            chunks: list[_Bytes] = [
-                _FRAME.pack(size, _WIRE_VERSION, kind, flags, len(buffers), number, parent) + body]
-        else:
-            header = _HEADER.pack(_WIRE_VERSION, kind, flags, len(buffers), number, parent)
-            chunks = [_length(size) + header, body]
-        for buffer in buffers:
-            chunks += (_length(len(buffer)), buffer)
-        self.write(chunks, lent, wait, deadline)
-
-    def write(self, message: list[_Bytes], lent: Sequence[int] = (), wait: bool = True,
-              deadline: float | None = None) -> None:
-        """Write a message, whole; or leave it to the thread that is writing. An empty one: go on with what is left.
-        From the very step on that has it written for sure, `lent` is empty.
-
-        Without `wait` never wait for the other side. Raises _Late past the deadline: then a message that has begun, or
-        lends, is sent by others, and any other is not. Raises _Broken.
-        """
-        writer, posted, token, plain = self.writer, self.posted, {_get_ident()}, not lent
-        mine = _ref_to(token)
-        try:
-            if writer.setdefault(0, mine) is not mine:
-                self._post(message, lent)
-                if writer.setdefault(0, mine) is not mine:  # that one may have looked before
-                    return self._leave_to_other(message, wait, deadline)
-            elif self.batch is None and not (posted or lent) and message:
-                self.batch = (message, [])
-            else:
-                self._post(message, lent)
-            self._write_all(wait, deadline)
-        except _Late:
-            if plain:  # what it lends is lent
-                self._withdraw(message)
-            raise
-        except _Broken:
-            posted.clear()
-            self.batch = None
-            raise
-        finally:
-            if writer[0] is mine:
-                del writer[0]
-            while self.waiters:
-                _open(self.waiters.popleft())
-            if (posted or self.batch is not None) and not writer:
-                self.later()  # this thread does not go on; or it was left here just now
-        return None
-
-    def _post(self, message: list[_Bytes], lent: Any) -> None:
-        if message:
-            # one step: it is to be written, and what it lends is lent
-            clear: Any = itertools.compress(map(list.clear, (lent,)), (0,)) if lent else ()
-            self.posted.extend(itertools.chain((message,), clear))
-
-    def _withdraw(self, message: list[_Bytes]) -> None:
-        """Do not send this message, unless that has begun."""
-        try:
-            self.posted.remove(message)
-        except (ValueError, IndexError):  # it has begun; or the queue has changed meanwhile, and so it will be sent
-            pass
-
-    def _write_all(self, wait: bool, deadline: float | None) -> None:
-        """As the writer: write the batch, and all that is posted."""
-        posted, blocking = self.posted, False
-        while True:
-            if self.batch is None:
-                if not posted:
-                    return
-                self.batch = ([], [])
-                count = min(len(posted), _TOGETHER)
-                messages = itertools.starmap(posted.popleft, itertools.repeat((), count))
-                self.batch[0].extend(itertools.chain.from_iterable(messages))
-            try:
-                if self._transmit(*self.batch, blocking):  # type: ignore[call-arg]
-                    self.batch = None
-            except BlockingIOError as error:
-                if not _of_system(error):
-                    raise
-                if not wait:
-                    return
-                self.stuck()
-                blocking = deadline is None
-                if not blocking and not self._await_room(_left(deadline)):
-                    raise _Late from None
-            except OSError as error:
-                if not _of_system(error):
-                    raise
-                raise _Broken(error) from None
-
-    def _transmit(self, chunks: list[_Bytes], counts: list[int], blocking: bool) -> bool:
-        """Write some more of the batch. Returns whether all is written. Raises OSError."""
-        raise NotImplementedError
-
-    def _await_room(self, seconds: float) -> bool:
-        """Wait until the other side takes more. False: it does not."""
-        raise NotImplementedError
-
-    def _leave_to_other(self, message: list[_Bytes], wait: bool, deadline: float | None) -> None:
-        """Another thread writes, and the message too. Wait while it has too much to do."""
-        if len(self.posted) > _POSTED_LIMIT:
-            self.shutdown()
-        if not self.writer.holder():
-            self.later()  # nobody does, after all, or the seat is lost
-        while wait and len(self.posted) > _MANY_POSTED:
-            holder = self.writer.holder()
-            if not holder or _get_ident() in holder:
-                return  # nobody, now; or this thread, which a finalizer or a handler has interrupted
-            left = _left(deadline)
-            if left == 0:
-                raise _Late
-            self.stuck()
-            gate = _gate()
-            self.waiters.append(gate)
-            if self.writer:
-                gate.acquire(True, min(left, _LOOK_AGAIN) if left > 0 else _LOOK_AGAIN)
-
-    def notice(self, number: int) -> list[list[_Bytes]]:
-        """A message that gives a reference back, to be posted."""
-        frame = _FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)
-        return [[frame[self.skips :]]]
-
-    def is_mine(self) -> bool:
-        """Whether this thread is in the midst of writing, further down than the caller."""
-        return bool(self.writer) and _get_ident() in self.writer.holder()
-
-    def _take(self, come: deque[_Message], frame: bytes, partial: Any) -> Any:
-        """A frame has come. A message that it completes goes to `come`; of one that has buffers to come, it returns
-        what there is: (message, how many buffers there will be, how many there are, bytes that the rest may have)."""
-        if partial is None:
-            if len(frame) < _HEAD:
-                raise ProtocolError(f"a frame of {len(frame)} bytes, which is shorter than a header")
-            version, kind, flags, count, number, parent = _HEADER.unpack_from(frame)
-            if version != _WIRE_VERSION or count > _MAX_BUFFERS:
-                raise ProtocolError(f"a header with wire version {version} and {count} buffers")
-            message: Any = kind, flags, number, parent, frame[_HEAD:], []
-            if count:
-                return message, count, 0, self.limit + _HEAD - len(frame)
-        else:
-            message, count, have, room = partial
-            message[5][have:] = (frame,)  # this may be a repetition
-            if have + 1 < count:
-                return message, count, have + 1, room - len(frame)
-        come.append(message)
-        return None
-
-    def _check_size(self, size: int, partial: Any) -> None:
-        if not 0 <= size <= (self.limit + _HEAD if partial is None else partial[3]):
-            raise ProtocolError(f"a frame of {size} bytes, where at most {self.limit} are allowed")
-
-
-def _plainly(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call what raises _Late and _Broken, and raise what these stand for."""
-    try:
-        return function(*arguments)
-    except _Late:
-        raise TimeoutError("the other side takes nothing") from None
-    except _Broken as error:
-        raise error.args[0] from None
-
-
-def _length(size: int) -> bytes:
-    """What goes before a frame of that many bytes."""
-    return _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size)
-
-
-class _SocketChannel(_Channel):
-    """Messages over a connected stream socket.
-
-    `state`, for who receives: the messages that have come; the bytes behind them; the chunks to be read behind those;
-    the message whose buffers have not all come (see `_take`); a long frame that is read into place, as (file, size,
-    how much each step has read).
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__()
+    def _take_over(self, sock: socket.socket) -> None:
         self.sock: Any = sock
         sock.setblocking(True)
         if sys.platform == "darwin":
-            sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, which stands for MSG_NOSIGNAL there
+            sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.state: Any = (deque(), b"", [], None, None)
         select = _import("select")
-        self._readable = select.poll()  # not select(), which knows only descriptors below 1024
+        self._readable = select.poll()  # select() takes no descriptor over 1023
         self._readable.register(sock, select.POLLIN)
 
     def begin(self, limit: int) -> None:
-        super().begin(limit)
-        rest = self.state[1]
-        self.state = (deque(), b"", [rest] if rest else [], None, None)
+        """From now on messages come, of at most `limit` bytes. Until then frames do."""
+        self.limit = limit + _HEAD
+        self.state = (self.state[0], None, *self.state[2:])
 
-    def _frame(self, deadline: float | None, partial: Any = None) -> bytes | None:
-        while True:
-            come, rest, chunks, _, _ = self.state
-            data = rest + b"".join(chunks)
-            if len(data) >= 4:
-                (size,) = _LENGTH.unpack_from(data)
-                self._check_size(size, None)
-                if len(data) >= 4 + size:
-                    self.state = (come, data[4 + size :], [], None, None)
-                    return data[4 : 4 + size]  # type: ignore[no-any-return]
-            if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
-                return None
-            self._fill(chunks, self.sock.recv, _READ_SIZE)
-            if not chunks[-1]:
-                raise _Broken(EOFError())
+    # -- receiving
+
+    def receive_frame(self, deadline: float) -> bytes:
+        """The next frame, before messages begin. Raises TimeoutError, ConnectionError and ProtocolError."""
+        frames: Any = self.receive(deadline)
+        if frames is None:
+            raise _Late("no answer has come in time")
+        return frames.popleft()  # type: ignore[no-any-return]
 
     def receive(self, deadline: float | None = None) -> deque[_Message] | None:
+        """The messages that have come, at least one; who takes one removes it. None past the deadline. Raises
+        _Broken and ProtocolError."""
         while True:
-            come, rest, chunks, partial, large = self.state
+            come, partial, rest, steps, large = self.state
             if come:
                 return come  # type: ignore[no-any-return]
-            if not chunks:
-                whole = large is not None and sum(large[2]) == large[1]  # then there may be nothing more to wait for
-                if deadline is not None and not whole and not self._readable.poll(_left(deadline) * 1000):
+            if large is not None and sum(steps) == large[1]:
+                come = deque()
+                self.state = come, self._take(come, large[0].getvalue(), partial), b"", [], None
+                continue
+            if large is not None or not steps:
+                if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
                     return None
-                if large is not None:
-                    self._receive_large(*large, partial)  # type: ignore[call-arg]
-                    continue
-                self._fill(chunks, self.sock.recv, _READ_SIZE)
-            data = chunks[0]
-            if not data:
-                raise _Broken(EOFError())
-            self.state = self._parse(rest + data if rest else data, partial)
-
-    @staticmethod
-    def _fill(counts: list[Any], function: Callable[[Any], Any], what: Any) -> None:
-        """Append what a system call gives, in one step with the call."""
-        try:
-            counts.extend(map(function, (what,)))
-        except OSError as error:
-            if not _of_system(error):
-                raise
-            raise _Broken(error) from None
+                if large is None:
+                    _step(steps, self.sock.recv, (_READ_SIZE,))
+                else:
+                    with large[0].getbuffer() as view, view[sum(steps) :] as missing:
+                        _step(steps, self.sock.recv_into, (missing,))
+                if not steps[-1]:
+                    raise _Broken(EOFError())
+            if large is None:
+                self.state = self._parse(rest + steps[0] if rest else steps[0], partial)
 
     def _parse(self, data: bytes, partial: Any) -> Any:
         """What `state` is with these bytes."""
-        come: deque[_Message] = deque()
+        come: deque[Any] = deque()
         at, size = 0, len(data)
-        while at + 4 <= size:
+        while size - at >= 4:
             if partial is None and size - at >= 28:  # the usual case: a short message without buffers
                 length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
                 end = at + 4 + length
-                if _HEAD <= length <= self.limit + _HEAD and end <= size and version == _WIRE_VERSION and not count:
+                if _HEAD <= length <= self.limit and end <= size and version == _WIRE_VERSION and not count:
                     come.append((kind, flags, number, parent, data[at + 28 : end], ()))
                     at = end
                     continue
@@ -1710,7 +1494,7 @@ class _SocketChannel(_Channel):
                 start = at + 12
                 if start > size:
                     break
-                (_, length) = _LONG.unpack_from(data, at)
+                _, length = _LONG.unpack_from(data, at)
             self._check_size(length, partial)
             end = start + length
             if end > size:
@@ -1719,49 +1503,163 @@ class _SocketChannel(_Channel):
                 file = io.BytesIO(bytes(length))  # it gives its bytes away without a copy
                 with file.getbuffer() as view:
                     view[: size - start] = data[start:]
-                return come, b"", [], partial, (file, length, [size - start])
+                return come, partial, b"", [size - start], (file, length)
             partial = self._take(come, data[start:end], partial)
             at = end
-        return come, data[at:], [], partial, None
+            if partial is _GREETING:  # what follows the handshake are messages
+                return come, partial, b"", [data[at:]] * (at < size), None
+        return come, partial, data[at:], [], None
 
-    def _receive_large(self, file: Any, size: int, counts: list[int], partial: Any) -> None:
-        have = sum(counts)
-        if have < size:
-            with file.getbuffer() as view, view[have:] as rest:
-                self._fill(counts, self.sock.recv_into, rest)
-            if not counts[-1]:
-                raise _Broken(EOFError())
+    def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
+        """A message that this frame completes goes to `come`. Of one with buffers to come, returns what there is:
+        (message, how many buffers there will be, how many there are, bytes that the rest may have)."""
+        if partial is _GREETING:
+            come.append(frame)
+            return partial
+        if partial is None:
+            if len(frame) < _HEAD:
+                raise ProtocolError(f"a frame of {len(frame)} bytes, which is shorter than a header")
+            version, kind, flags, count, number, parent = _HEADER.unpack_from(frame)
+            if version != _WIRE_VERSION or count > _MAX_BUFFERS:
+                raise ProtocolError(f"a header with wire version {version} and {count} buffers")
+            message: Any = kind, flags, number, parent, frame[_HEAD:], []
+            have, room = 0, self.limit - len(frame)
         else:
-            come: deque[_Message] = deque()
-            self.state = come, b"", [], self._take(come, file.getvalue(), partial), None
+            message, count, have, room = partial
+            message[5][have:] = [frame]  # this may be a repetition
+            have, room = have + 1, room - len(frame)
+        if have < count:
+            return message, count, have, room
+        come.append(message)
+        return None
 
-    def _transmit(self, chunks: list[_Bytes], counts: list[int], blocking: bool) -> bool:
+    def _check_size(self, size: int, partial: Any) -> None:
+        limit = self.limit if partial is None else partial[3]
+        if not 0 <= size <= limit:
+            raise ProtocolError(f"a frame of {size} bytes, where at most {limit} are allowed")
+
+    # -- sending
+
+    @staticmethod
+    def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
+        """A frame, in chunks."""
+        size = len(head) + len(body)
+        length = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size)
+        return [length + head + body] if size < _READ_SIZE else [length + head, body]
+
+    def send_frame(self, data: bytes) -> None:
+        """Send a frame, before messages begin: they are so short that none waits. Raises ConnectionError."""
+        self.write(self.frame(b"", data), None, False)
+
+    def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
+             wait: bool, deadline: float | None) -> None:
+        """Write a message: (kind, flags, number, parent), body, buffers. See `write`."""
+        kind, flags, number, parent = head
+        size, count = len(body) + _HEAD, len(buffers)
+        if size < _READ_SIZE:  # to copy little is cheaper than to gather
+            message: list[_Bytes] = [_FRAME.pack(size, _WIRE_VERSION, kind, flags, count, number, parent) + body]
+        else:
+            message = self.frame(_HEADER.pack(_WIRE_VERSION, kind, flags, count, number, parent), body)
+        for buffer in buffers:
+            message += self.frame(b"", buffer)
+        self.write(message, lent, wait, deadline)
+
+    def notice(self, number: int) -> list[list[_Bytes]]:
+        """A message that gives a reference back, to be posted."""
+        return [[_FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)]]
+
+    def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
+              deadline: float | None = None) -> None:
+        """Write a message, or leave it to the thread that writes. An empty one: go on with what is left. From the
+        very step on that has it written for sure, `lent` is empty.
+
+        With `wait` and no deadline all is written when this returns; else what the other side does not take at once
+        is left. With `wait`, wait while much is left: past the deadline raises _Late, and sends nothing. Raises
+        _Broken.
+        """
+        writer, posted, token = self.writer, self.posted, {_get_ident()}
+        mine = _ref_to(token)
+        if posted:
+            self._await_turn(wait, deadline)
+        try:
+            if writer.setdefault(0, mine) is mine and self.batch is None and message and not (posted or lent):
+                self.batch = (message, [])
+            else:
+                clear: Any = itertools.compress(map(list.clear, [lent] if lent else ()), (0,))
+                posted.extend(itertools.chain([message] if message else (), clear))  # one step
+                if writer.setdefault(0, mine) is not mine:  # who writes may have looked before
+                    return
+            self._write_all(wait and deadline is None)
+        except _Broken:
+            posted.clear()
+            self.batch = None
+            raise
+        finally:
+            if writer[0] is mine:
+                del writer[0]
+            if (posted or self.batch is not None) and not writer.holder():
+                self.later()  # nobody goes on: it was left here, or just now by another; or the seat is lost
+
+    def _await_turn(self, wait: bool, deadline: float | None) -> None:
+        posted = self.posted
+        if len(posted) > _POSTED_LIMIT:
+            self.shutdown()
+        while wait and (len(posted) > _MANY_POSTED or sum(map(len, itertools.chain(*posted))) > _MUCH_POSTED):
+            holder = self.writer.holder()
+            if not holder or _get_ident() in holder:  # this very thread writes, further down
+                return
+            if _left(deadline) == 0:
+                raise _Late
+            self.stuck()
+            time.sleep(0.005)
+
+    def _write_all(self, blocking: bool) -> None:
+        posted, full = self.posted, False
+        while self.batch is not None or posted:
+            if self.batch is None:
+                self.batch = ([], [])
+                messages = itertools.starmap(posted.popleft, itertools.repeat((), min(len(posted), _TOGETHER)))
+                self.batch[0].extend(itertools.chain.from_iterable(messages))
+            if self._transmit(*self.batch, full):  # type: ignore[call-arg]
+                self.batch = None
+            elif not blocking:
+                return
+            else:
+                self.stuck()
+                full = True
+
+    def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
+        """Write the batch. False if the other side takes no more for now."""
         flags = _NO_SIGNAL if blocking else _DONT_WAIT
         if len(chunks) == 1 and not counts:  # the usual case
-            counts.extend(map(self.sock.send, chunks, (flags,)))
-            return counts[0] == len(chunks[0])
-        have, rest = sum(counts), []
-        for chunk in chunks:
-            if have < len(chunk):
-                rest.append(memoryview(chunk)[have:] if have else chunk)
-            have = max(0, have - len(chunk))
-        if rest:
-            counts.extend(map(self.sock.sendmsg, (rest[:1000],), ((),), (flags,)))  # IOV_MAX is 1024
-        return not rest
+            if not _step(counts, self.sock.send, chunks, (flags,)):
+                return False
+            if counts[0] == len(chunks[0]):
+                return True
+        while True:
+            have, rest = sum(counts), []
+            for chunk in chunks:
+                if have < len(chunk):
+                    rest.append(memoryview(chunk)[have:] if have else chunk)
+                have = max(0, have - len(chunk))
+            if not rest:
+                return True
+            if not _step(counts, self.sock.sendmsg, (rest[:1000],), ((),), (flags,)):  # IOV_MAX is 1024
+                return False
 
-    def _await_room(self, seconds: float) -> bool:
-        return _wait_for(self.sock, True, seconds)
+    # -- the end
 
     def shutdown(self) -> None:
+        """End the connection both ways, and wake whoever reads or writes."""
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
             errno = _import("errno")
-            if error.errno in (errno.EBADF, errno.ENOTSOCK):  # somebody has closed it beneath us: that wakes nobody
+            if error.errno in (errno.EBADF, errno.ENOTSOCK):  # somebody has closed it: that wakes nobody
                 self.gone(error)
 
     def abandon(self) -> None:
-        """In a forked child: close the descriptor, and let who would still write here end the child."""
+        """In a forked child: leave the connection to its parent. Who would still write here ends the child."""
         self.write = self.send = lambda *what: _leave_fork(None)  # type: ignore[assignment, method-assign]
         self.sock.close()
 
@@ -1773,176 +1671,126 @@ class _SocketChannel(_Channel):
             pass  # somebody else has closed the descriptor
 
 
-def _wait_for(sock: socket.socket, writing: bool, seconds: float) -> bool:
-    """Wait until a socket can be read or written. False past that time."""
-    select = _import("select")
-    poll = select.poll()  # not select(), which knows only descriptors below 1024
-    poll.register(sock, select.POLLOUT if writing else select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
-
-
 class _PipeChannel(_Channel):
-    """Messages over a named pipe of Windows, by overlapped reads and writes. `connection` owns its handle.
+    """Messages over a named pipe of Windows, by overlapped reads and writes.
 
-    A read or write that is under way stays so when its caller leaves; the next one goes on with it. What is waited for
-    are events, and never the handle: it is used only to begin one, and so `shutdown` can close it at any time, or the
-    last to use it does. No lock is held meanwhile: a finalizer may run in there, and wait for somebody else.
-
-    `state`, for who receives: the messages that have come; the message whose buffers have not all come (see `_take`);
-    what has come of a frame; how much more of it to read; the read that is under way, in a list.
+    One that is under way stays so when its caller leaves; the next one goes on with it. What is waited for are
+    events, never the handle. To take the handle and to begin with it is one step: so whoever takes it out may
+    close it, without a lock. `state` ends with the read that is under way, in a list; what has come of a frame; how
+    much more of it to read.
     """
 
-    skips = 4
-    _FIRST = 8192  # bytes that are read at first; of a longer frame Windows then tells how much is left
+    _FIRST = 8192  # bytes that are read at first; of a longer frame one learns how much is left
 
-    def __init__(self, connection: Any) -> None:
-        super().__init__()
+    def _take_over(self, connection: Any) -> None:
+        self.state = (deque(), _GREETING, [], b"", self._FIRST)
         self._api = _import("_winapi")
-        self._connection = [connection]  # taken out by whoever closes it
-        self._handle: int | None = connection.fileno()  # None when it is to be used no more
-        self._users: list[None] = []  # one for each use of it
-        self._down = _import("_overlapped").Overlapped()  # whose event is set when the connection has been ended
-        self.state: Any = (deque(), None, b"", self._FIRST, [])
+        self._connection = connection  # which owns the handle
+        self._handles = [connection.fileno()]
+        self._down = _import("_overlapped").Overlapped()  # its event is set when the connection was ended here
 
-    def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
-             wait: bool, deadline: float | None) -> None:
-        kind, flags, number, parent = head
-        header = _HEADER.pack(_WIRE_VERSION, kind, flags, len(buffers), number, parent)
-        self.write([header + body, *buffers], lent, wait, deadline)
-
-    def receive_frame(self, deadline: float) -> bytes:
-        frame = super().receive_frame(deadline)
-        self.state = (deque(), None, b"", self._FIRST, [])
-        return frame
+    @staticmethod
+    def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
+        return [_LENGTH.pack(0) + head + body]
 
     def receive(self, deadline: float | None = None) -> deque[_Message] | None:
         while not self.state[0]:
-            come, partial = deque(self.state[0]), self.state[1]
-            frame = self._frame(deadline, partial)
-            if frame is None:
+            come, partial, reading, have, size = self.state
+            if not reading:
+                self._begin(reading, self._api.ReadFile, (size,), (True,))
+            result = self._result(reading[0], _left(deadline))
+            if result is None:
                 return None
-            partial = self._take(come, frame, partial)
-            self.state = (come, partial, b"", self._FIRST, [])
+            have, left = have + bytes(reading[0][0].getbuffer()), [(0, 0)]
+            if result[1] == self._api.ERROR_MORE_DATA:
+                self._begin(left, self._api.PeekNamedPipe)
+            size = left[-1][1]
+            self._check_size(len(have) + size, partial)
+            if size:
+                self.state = come, partial, [], have, size
+            else:
+                come = deque()
+                self.state = come, self._take(come, have, partial), [], b"", self._FIRST
         return self.state[0]  # type: ignore[no-any-return]
 
-    def _frame(self, deadline: float | None, partial: Any = None) -> bytes | None:
-        """The same again until `state` is set."""
-        while True:
-            messages, begun, have, size, reading = self.state
-            if not size:
-                return bytes(have)
-            wait = self._api.INFINITE if deadline is None else int(_left(deadline) * 1000 + 0.999)
-            try:
-                if not reading:
-                    self._use(lambda handle: reading.extend(map(self._api.ReadFile, (handle,), (size,), (True,))))  # noqa: B023
-                if not self._is_done(reading[0], wait):
-                    return None
-                _, error = reading[0][0].GetOverlappedResult(True)
-                rest = self._left_of_frame() if error == self._api.ERROR_MORE_DATA else 0
-            except OSError as error:
-                if not _of_system(error):
-                    raise
-                raise _Broken(EOFError() if isinstance(error, BrokenPipeError) else error) from None
-            have = have + bytes(reading[0][0].getbuffer())
-            self._check_size(len(have) + rest, partial)
-            self.state = (messages, begun, have, rest, [])
-
     def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
-        """`counts` are the writes that have begun, one for each chunk: a chunk is a frame."""
-        if counts and not self._is_done(counts[-1], self._api.INFINITE if blocking else 0):
-            raise BlockingIOError(_import("errno").EAGAIN, "the pipe is full")
-        if len(counts) == len(chunks):
-            return True
-        what = itertools.islice(chunks, len(counts), len(counts) + 1)
-        self._use(lambda handle: counts.extend(map(self._api.WriteFile, (handle,), what, (True,))))
+        """`counts` are the writes that have begun, one for each chunk: a frame behind an unused length."""
+        while not counts or self._result(counts[-1], -1 if blocking else 0) is not None:
+            if len(counts) == len(chunks):
+                return True
+            frame = memoryview(chunks[len(counts)])[_LENGTH.size :]
+            self._begin(counts, self._api.WriteFile, (frame,), (True,))
         return False
 
-    def _await_room(self, seconds: float) -> bool:
-        return self._is_done(self.batch[1][-1], int(seconds * 1000 + 0.999))
+    def _begin(self, begun: list[Any], function: Callable[..., Any], *arguments: Iterable[Any]) -> None:
+        """Append what a function gives for the handle. Raises _Broken."""
+        before = len(begun)
+        _step(begun, function, self._handles, *arguments)
+        if len(begun) == before:
+            raise _Broken(EOFError())
 
-    def _is_done(self, begun: Any, wait: int) -> bool:
-        """Whether a read or write has ended, after so many milliseconds at the most. Raises BrokenPipeError if the
-        connection has been ended here, and what has failed."""
+    def _result(self, begun: Any, seconds: float) -> Any:
+        """Of a read or write: how many bytes, and an error's number. None past so many seconds. Raises _Broken."""
         operation, status = begun
+        wait = self._api.INFINITE if seconds < 0 else int(seconds * 1000 + 0.999)
         while status == self._api.ERROR_IO_PENDING:
             try:
                 which = self._api.WaitForMultipleObjects([self._down.event, operation.event], False, wait)
-            except InterruptedError:  # a signal, whose handler has returned
+            except InterruptedError:  # by a signal
                 continue
-            if which == self._api.WAIT_OBJECT_0:
-                raise BrokenPipeError(_import("errno").EPIPE, "the connection was ended here")
             if which == self._api.WAIT_TIMEOUT:
-                return False
+                return None
+            if which == self._api.WAIT_OBJECT_0:
+                self._cancel(operation)
+                raise _Broken(EOFError())
             break
-        operation.GetOverlappedResult(True)
-        return True
+        results: list[Any] = []
+        _step(results, operation.GetOverlappedResult, (True,))
+        return results[0]
 
-    def _use(self, function: Callable[[int], Any]) -> Any:
-        """Call what takes the handle, which is not closed meanwhile. Raises BrokenPipeError if it is to be used no
-        more."""
-        self._users.append(None)
-        try:
-            if self._handle is None:
-                raise BrokenPipeError(_import("errno").EPIPE, "the connection was ended here")
-            return function(self._handle)
-        finally:
-            self._users.pop()
-            if self._handle is None:
-                self._let_go()
-
-    def _left_of_frame(self) -> int:
-        return int(self._use(self._api.PeekNamedPipe)[1])
-
-    def _let_go(self) -> None:
-        """Close the handle, once nobody uses it. What is under way has to end before."""
-        if self._users:
-            return
-        try:
-            connection = self._connection.pop()
-        except IndexError:
-            return  # somebody else does, or has
-        batch = self.batch
-        for operation, _ in [*self.state[4], *(batch[1][-1:] if batch is not None else ())]:
+    @staticmethod
+    def _cancel(operation: Any) -> None:
+        for finish in (operation.cancel, partial(operation.GetOverlappedResult, True)):
             try:
-                operation.cancel()
-                operation.GetOverlappedResult(True)
+                finish()
             except OSError:
-                pass  # it ended by itself
-        connection.close()
+                pass  # it has ended by itself
 
     def shutdown(self) -> None:
-        self._handle = None
         _import("_overlapped").SetEvent(self._down.event)
-        self._let_go()
+        try:
+            self._handles.pop()
+        except IndexError:
+            return  # somebody else does that, or has
+        batch = self.batch or ((), ())
+        for operation, _ in (*self.state[2], *batch[1][-1:]):  # what is under way has to end before
+            self._cancel(operation)
+        self._connection.close()
 
-    def close(self) -> None:
-        self.shutdown()
-        del self._users[:]  # in case a handler that raised has left one
-        self._let_go()
+    close = shutdown
 
 
-# -- where a connection begins: every one is made by Listener and Client of multiprocessing.connection, without their
-# own key exchange, which blocks accept() for everybody, can be relayed, and needs MD5 before Python 3.12
+# -- where a connection begins: with Listener and Client of multiprocessing.connection, but not their key
+# exchange, which blocks accept() for everybody, can be relayed, and needs MD5 before Python 3.12
 
 _BACKLOG = 4096  # callers that wait to be accepted; the system takes what it allows
+_LEFT_BEHIND = 60.0  # seconds: a process that has just bound a socket does not listen there yet
 
 
 def _transport(address: str) -> str:
     return "pipe" if address.startswith("\\\\") else "unix" if "/" in address else "tcp"
 
 
-def _endpoint(address: str) -> tuple[str, Any]:
-    """The family of an address, and what Listener and Client call it. Raises ValueError for none of this
-    machine."""
-    if _transport(address) != "tcp":
-        return {"pipe": "AF_PIPE", "unix": "AF_UNIX"}[_transport(address)], address
+def _endpoint(address: str) -> Any:
+    """What Listener and Client call an address. Raises ValueError for none of this machine."""
+    if _transport(address) == ("pipe" if _WINDOWS else "unix"):
+        return address
     host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    here = host == "::1" or (host.startswith("127.") and host.replace(".", "").isdecimal())
-    if not (here and port.isdecimal() and int(port) < 1 << 16):
-        kinds = "a path with a / in it, 127.0.0.1:PORT or [::1]:PORT"
-        raise ValueError(f"{address!r} is no address: that is {kinds}")
-    return "AF_INET6" if ":" in host else "AF_INET", (host, int(port))
+    here = host == "[::1]" or (host.startswith("127.") and host.replace(".", "").isdecimal())
+    if here and port.isdecimal() and int(port) < 1 << 16 and not _WINDOWS:
+        return host.strip("[]"), int(port)
+    kinds = r"\\.\pipe\NAME" if _WINDOWS else "a path with a / in it, 127.0.0.1:PORT or [::1]:PORT"
+    raise ValueError(f"{address!r} is no address: here that is {kinds}")
 
 
 def _channel_over(connection: Any) -> _Channel:
@@ -1950,32 +1798,26 @@ def _channel_over(connection: Any) -> _Channel:
     if _WINDOWS:
         return _PipeChannel(connection)
     with connection:
-        return _SocketChannel(socket.socket(fileno=os.dup(connection.fileno())))
-
-
-def _client(address: str) -> Any:
-    """A Connection to `address`, however long that takes. Raises OSError."""
-    connection = _import("multiprocessing.connection")
-    family, target = _endpoint(address)
-    if family == "AF_INET6":  # Client knows no such
-        return connection.Connection(socket.create_connection(target, None).detach())
-    return connection.Client(target, family)
+        return _Channel(socket.socket(fileno=os.dup(connection.fileno())))
 
 
 def _connect(address: str, timeout: float) -> _Channel:
-    """A channel to `address`: a path, a pipe's name or ``host:port``. Raises OSError, past the timeout
-    TimeoutError."""
+    """A channel to `address`: a path, a pipe's name or ``host:port``. Raises ValueError, OSError, past the
+    timeout TimeoutError."""
+    connection, target = _import("multiprocessing.connection"), _endpoint(address)
     came: list[Any] = []
     news = threading.Event()
 
     def connect() -> None:
         try:
-            came.append(_client(address))
+            if address.startswith("["):  # Client knows no IPv6
+                came.append(connection.Connection(socket.create_connection(target, None).detach()))
+            else:
+                came.append(connection.Client(target))
         except Exception as error:
             came.append(error)
         news.set()
 
-    _import("multiprocessing.connection")
     _aside("miniplug-connect", connect)  # one that comes too late closes itself
     if not news.wait(timeout):
         raise TimeoutError(f"{address} took no connection within {timeout:g} s")
@@ -1987,14 +1829,7 @@ def _connect(address: str, timeout: float) -> _Channel:
 def _temp_folders() -> list[str]:
     """Where a socket may lie, the best place first."""
     bases = os.environ.get("TMPDIR"), "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")
-    try:
-        return [os.path.abspath(base) for base in bases if base]
-    except OSError:  # one is relative, and the current folder is gone
-        return [base for base in bases if base]
-
-
-def _folder_name() -> str:
-    return f"miniplug-{os.urandom(8).hex()}"
+    return [base for base in bases if base and os.path.isabs(base)]
 
 
 _listeners: set[_Listener] = set()  # those that are open: a forked child closes its copies
@@ -2003,87 +1838,54 @@ _listeners: set[_Listener] = set()  # those that are open: a forked child closes
 class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
-    The folder has mode 0700, so that only this user gets as far as the handshake. `address` is what _connect
-    takes; one that is given is used instead, and the OSError or ValueError raised if it cannot be. One thread
-    may `accept` while another closes it.
+    The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it at once, and
+    with a "!" before it once it is gone. `address` is what _connect takes. Raises OSError and ValueError if one that is given will not do. One thread may
+    `accept` while another closes.
     """
 
     def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
-        """`made` is told of each folder that it has made, and with a "!" before it once that is gone."""
         self.folder = ""  # the one that it has made
         self._made = made
-        self._held: list[int] = []  # a descriptor of it
-        self.address = ""
         self.passed_over: list[str] = []  # the temp folders that would not do, and why
-        if address and (_transport(address) == "pipe") != _WINDOWS:
-            kind = "here that is the name of a pipe" if _WINDOWS else "that is the name of a pipe of Windows"
-            raise ValueError(f"{address!r} is no address: {kind}")
-        if _WINDOWS or address:
-            self._listener = self._bind(address or rf"\\.\pipe\miniplug-{os.urandom(16).hex()}")
-        else:
-            self._listener = self._bind_anywhere()
+        if _WINDOWS and not address:
+            address = rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
+        self.address = self._bind(address) if address else self._bind_anywhere()
         _listeners.add(self)
 
-    def _bind(self, address: str) -> Any:
-        family, target = _endpoint(address)
-        if family == "AF_UNIX":
+    def _bind(self, address: str) -> str:
+        target, transport = _endpoint(address), _transport(address)
+        if transport == "unix":
             address = target = os.path.abspath(address)
-            _remove_stale(target)
+            _remove_stale(address)
+        family = "AF_INET6" if address.startswith("[") else None
         try:
-            listener = _import("multiprocessing.connection").Listener(target, family, _BACKLOG)
-            if family == "AF_UNIX":
-                os.chmod(target, 0o600)
-        except OSError as error:
-            if error.errno is None:  # the path is too long
-                raise OSError(f"{error}: {address!r}") from None
-            raise OSError(error.errno, error.strerror, address) from None  # it has named no file
-        if family in ("AF_INET", "AF_INET6"):
-            address = f"{address.rpartition(':')[0]}:{listener.address[1]}"
-        sock = getattr(getattr(listener, "_listener", None), "_socket", None)
-        if sock is not None:  # who accepts looks now and then whether that is still wanted
-            sock.settimeout(0.5)
-        self.address = address
-        return listener
+            self._listener = _import("multiprocessing.connection").Listener(target, family, _BACKLOG)
+            if transport == "unix":
+                os.chmod(address, 0o600)
+        except OSError as error:  # it has named no file; without a number the path is too long
+            raise OSError(error.errno or 36, error.strerror or str(error), address) from None
+        if not _WINDOWS:  # who accepts looks now and then whether that is still wanted
+            self._listener._listener._socket.settimeout(0.5)
+        if transport == "tcp":
+            return f"{address.rpartition(':')[0]}:{self._listener.address[1]}"
+        return address
 
-    def _bind_anywhere(self) -> Any:
+    def _bind_anywhere(self) -> str:
         for base in _temp_folders():
-            folder = os.path.join(base, _folder_name())
+            folder = os.path.join(base, f"miniplug-{os.urandom(8).hex()}")
             try:
-                if len(os.fsencode(folder)) > 101:  # BSD has 104 for "/s" and NUL too
-                    raise OSError("its path is too long for a socket")
                 os.mkdir(folder, 0o700)
                 self.folder = folder  # from here on it is ours to remove
                 self._made(folder)
-                self._hold()
                 return self._bind(os.path.join(folder, "s"))
             except OSError as error:
                 self._remove_folder()
                 self.passed_over.append(f"{base} ({error.strerror or error})")
         return self._bind("127.0.0.1:0")  # no folder to be had: the key alone keeps others out
 
-    def _hold(self) -> None:
-        """Lock the folder as long as this process lives: who gets the lock knows that it does not."""
-        self._held.append(os.open(self.folder, os.O_RDONLY))
-        try:
-            fcntl = _import("fcntl")
-            fcntl.flock(self._held[0], fcntl.LOCK_EX)
-        except OSError:
-            pass  # there are no locks there: then nobody else gets one either
-
-    def accept(self) -> _Channel | None:
-        """The next connection; or None, if half a second brings none (on Windows it waits on). Raises OSError
-        when accepting fails."""
-        try:
-            return _channel_over(self._listener.accept())
-        except socket.timeout:
-            return None
-
-    def wake(self) -> None:
-        """Have whoever waits in `accept` return."""
-        try:
-            _connect(self.address, 1.0).close()
-        except OSError:
-            pass  # nobody waits any more; or without a descriptor for this it looks by itself
+    def accept(self) -> _Channel:
+        """The next connection. Raises OSError, also if half a second brings none (on Windows it waits on)."""
+        return _channel_over(self._listener.accept())
 
     def close(self) -> None:
         _listeners.discard(self)
@@ -2094,47 +1896,30 @@ class _Listener:
         self._remove_folder()
 
     def _remove_folder(self) -> None:
-        if self.folder:
-            _remove_socket(os.path.join(self.folder, "s"), self.folder)
-            self._made(f"!{self.folder}")
-        self.folder = ""
-        while self._held:
-            os.close(self._held.pop())
-
-
-def _remove_socket(path: str, folder: str) -> None:
-    for remove, name in ((os.unlink, path), (os.rmdir, folder)):
         try:
-            remove(name)
+            if self.folder:
+                os.rmdir(self.folder)
+                self._made(f"!{self.folder}")
         except OSError:
-            pass
+            pass  # somebody else was quicker
+        self.folder = ""
 
 
-def _is_our_folder(folder: str) -> bool:
-    """Whether this user has made it for a socket, and nobody else can have put anything there. Raises
-    OSError."""
-    name, stat = os.path.basename(folder), os.lstat(folder)
-    return (name.startswith("miniplug-") and len(name) == len(_folder_name())
-            and stat.st_uid == _posix.geteuid() and stat.st_mode & 0o170777 == 0o040700)
-
-
-def _remove_stale(path: str, seconds: float = 0.0) -> bool:
-    """Remove the socket that a process which was killed has left, and the folder if it had made one for it.
-    Others that are being killed may hold it open for that many seconds. Whether there was one, and it is
-    gone."""
-    deadline = time.monotonic() + seconds
-    is_socket = _import("stat").S_ISSOCK
+def _remove_stale(path: str, age: float = 0.0) -> bool:
+    """Remove a socket at which nobody listens, as a process that was killed has left it, and its folder if that was
+    made for it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
+    folder = os.path.dirname(path)
     try:
-        while _transport(path) == "unix" and is_socket(os.lstat(path).st_mode):  # and nothing else
+        there, stat = os.lstat(folder), os.lstat(path)
+        made = (re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
+                and there.st_uid == _posix.geteuid() and there.st_mode & 0o170777 == 0o040700)
+        if _import("stat").S_ISSOCK(stat.st_mode) and (not age or made and time.time() - stat.st_mtime > age):
             try:
                 _connect(path, 1.0).close()
-                if time.monotonic() >= deadline:
-                    return False
-                time.sleep(0.01)
             except ConnectionRefusedError:
                 os.unlink(path)
-                if _is_our_folder(os.path.dirname(path)):
-                    os.rmdir(os.path.dirname(path))
+                if made:
+                    os.rmdir(folder)
                 return True
     except OSError:
         pass  # there is nothing, or somebody else was quicker
@@ -2142,53 +1927,24 @@ def _remove_stale(path: str, seconds: float = 0.0) -> bool:
 
 
 def _remove_left_behind() -> list[str]:
-    """Remove, in the temp folders, what plugins that listened there and were killed have left. Returns the
-    folders."""
-    removed = []
-    for base in () if _WINDOWS else _temp_folders():
-        try:
-            names = os.listdir(base)
-        except OSError:
-            continue  # it is not there, or may not be looked at
-        for folder in [os.path.join(base, name) for name in names if name.startswith("miniplug-")]:
-            try:
-                if _is_our_folder(folder) and _is_dead(folder) and _remove_stale(os.path.join(folder, "s")):
-                    removed.append(folder)
-            except OSError:
-                pass  # it is gone
-    return removed
-
-
-def _is_dead(folder: str) -> bool:
-    """Whether the process that made it is gone: then the lock is to be had. Raises OSError."""
-    fcntl, fd = _import("fcntl"), os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
+    """Remove, in the temp folders, what plugins that listened there and were killed have left. Returns the sockets."""
+    glob = _import("glob")
+    found = [glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")) for base in _temp_folders()]
+    return [path for path in itertools.chain(*found) if _remove_stale(path, _LEFT_BEHIND)]
 
 
 # === 4. handshake =======================================================================================
 #
-# Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both
-# nonces.
+# Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both nonces.
 #
-#     host    {"miniplug": 1, "role": "host", "nonce", "protocol_versions", "codec", "max_message",
-#              "features"}
-#     plugin  {"miniplug": 1, "role": "plugin", "nonce", "protocol_versions", "codecs", "max_message",
-#              "features", "cookie"}
-#     plugin  {"proof"}
-#     host    {"protocol_version", "codec"}, or {"refusal"}
-#     host    {"proof"}
+#     host    its greeting                      {"miniplug": 1, "role": "host", "nonce", "protocol_versions", ...}
+#     plugin  its own, and {"proof"}
+#     host    {"protocol_version", "codec"}, or {"refusal"}; and {"proof"}
 #
-# A proof is HMAC-SHA256 over the role's name, the address and all messages before it, each with its length
-# before it, so that nothing can be changed, replayed, reflected, or relayed to another address. Until the
-# other side's was right, nothing is read but short JSON in UTF-8.
+# A proof is HMAC-SHA256 over the role's name, the address and all messages before it, so that nothing can be
+# changed, replayed, reflected, or relayed to another address. Until the other side's was right, nothing is read
+# but short JSON in UTF-8.
 
-_HELLO_LIMIT = 4096  # bytes; until the key is proven nothing else is decoded
 _HELLO_SECONDS = 5.0
 _CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
 _KNOCK_SECONDS = 0.5  # for one try there; the system itself would try again after 1, 3 and 7 seconds
@@ -2223,7 +1979,7 @@ _FEATURES = ("arrays",)  # what each side tells that it knows, beside those of a
 
 class _Hello:
     """One run of the handshake over one channel, for either role, on one thread. Its methods raise
-    AuthenticationError, HandshakeError, ProtocolError, OSError and EOFError."""
+    AuthenticationError, HandshakeError, ProtocolError and OSError."""
 
     def __init__(self, channel: _Channel, address: str, key: bytes, role: str) -> None:
         self._channel, self._address, self._key, self._role = channel, address, key, role
@@ -2232,7 +1988,7 @@ class _Hello:
 
     def say(self, **message: Any) -> None:
         self._said.append(_encode(message).encode())
-        self._channel.send_frame(self._said[-1], self._deadline)
+        self._channel.send_frame(self._said[-1])
 
     def hear(self) -> dict[str, Any]:
         self._said.append(self._channel.receive_frame(self._deadline))
@@ -2244,13 +2000,11 @@ class _Hello:
             raise ProtocolError("what came is no handshake")
         return message
 
-    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (),
-              **others: Any) -> None:
+    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (), **others: Any) -> None:
         self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(),
                  protocol_versions=list(versions), max_message=max_message, features=[*_FEATURES, *features], **others)
 
     def hear_greeting(self, role: str) -> dict[str, Any]:
-        """The other side's greeting, checked as far as either role needs it."""
         theirs = self.hear()
         versions = theirs.get("protocol_versions")
         if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != role:
@@ -2273,36 +2027,37 @@ class _Hello:
             raise _on_first_use("AuthenticationError")(f"the {role} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
-        mac = _import("hmac").new(self._key, digestmod="sha256")
-        for part in (role.encode(), os.fsencode(self._address), *self._said):
-            mac.update(struct.pack("!I", len(part)) + part)
-        return str(mac.hexdigest())
+        parts = role.encode(), os.fsencode(self._address), *self._said
+        said = b"".join(struct.pack("!I", len(part)) + part for part in parts)
+        return str(_import("hmac").new(self._key, said, "sha256").hexdigest())
 
     def as_host(self, versions: Sequence[int], max_message: int) -> _Terms:
         self.greet(versions, max_message, codec="json")
         theirs = self.hear_greeting("plugin")
         self.check("plugin")
-        common = set(versions) & set(theirs["protocol_versions"])
+        choice: dict[str, Any] = {"protocol_versions": list(versions), "codec": "json"}
         refusal = self._refusal(versions, theirs)
-        self.say(**({"refusal": refusal} if refusal else {"protocol_version": max(common), "codec": "json"}))
-        self.prove()
         if refusal:
-            ours = {"protocol_versions": list(versions), "codec": "json"}
-            raise HandshakeError(refusal, host=ours, plugin=theirs)
-        return _Terms(max(common), theirs["max_message"], theirs["features"])
+            self.say(refusal=refusal)
+            self.prove()
+            raise HandshakeError(refusal, host=choice, plugin=theirs)
+        version = max({*versions}.intersection(theirs["protocol_versions"]))
+        self.say(protocol_version=version, codec="json")
+        self.prove()
+        return _Terms(version, theirs["max_message"], theirs["features"])
 
     def _refusal(self, versions: Sequence[int], theirs: Mapping[str, Any]) -> str:
         """Why this host does not take a plugin that holds the key, if it does not."""
-        cookie, offered = theirs.get("cookie"), theirs["protocol_versions"]
+        cookie, offered, codecs = theirs.get("cookie"), theirs["protocol_versions"], theirs.get("codecs")
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
             return ("it is a plugin for another host: it expects another magic cookie in "
                     f"{cookie.get('key')!r}; is the handshake given to launch() the one that it serves with?")
-        if not set(versions) & set(offered):
+        if not {*versions}.intersection(offered):
             older = "plugin" if max(offered, default=0) < max(versions) else "host"
             return (f"no common protocol version: the host has {list(versions)}, the plugin has {offered}; "
                     f"the {older} is the older one, bring it up to date")
-        if "json" not in (theirs["codecs"] if isinstance(theirs.get("codecs"), list) else ()):
-            return f"the plugin does not know the codec 'json', only {theirs.get('codecs')}"
+        if not isinstance(codecs, list) or "json" not in codecs:
+            return f"the plugin does not know the codec 'json', only {codecs}"
         return ""
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
@@ -2322,43 +2077,40 @@ class _Hello:
 
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who
-    is pushed out there comes again. Raises what `greet` does."""
-    deadline = time.monotonic() + _CROWD_SECONDS
+    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who is
+    pushed out there comes again. Raises what `greet` does."""
+    deadline, tcp = time.monotonic() + _CROWD_SECONDS, _transport(address) == "tcp"
     while True:
-        channel = None
         try:
-            channel = _connect(address, _KNOCK_SECONDS if _transport(address) == "tcp" else _HELLO_SECONDS)
-            return channel, greet(channel)
-        except BaseException as error:
-            if channel is not None:
+            channel = _connect(address, _KNOCK_SECONDS if tcp else _HELLO_SECONDS)
+            try:
+                return channel, greet(channel)
+            except BaseException:
                 channel.close()
-            pushed = isinstance(error, (EOFError, ConnectionError, TimeoutError)) and not isinstance(
-                error, (PluginError, ConnectionRefusedError))
-            if not pushed or _transport(address) != "tcp" or time.monotonic() >= deadline:
+                raise
+        except (ConnectionError, TimeoutError) as error:
+            pushed_out = tcp and not isinstance(error, (PluginError, ConnectionRefusedError))
+            if not pushed_out or time.monotonic() >= deadline:
                 raise
 
 
 class _Door:
-    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let
-    in if it holds the key. A wrong, slow or silent caller holds up nobody.
+    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let in
+    if it holds the key. A wrong, slow or silent caller holds up nobody.
 
-    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError,
-    on that thread. The door closes before it is called, and lets in nobody else, unless it `stays` open. Any
-    thread may close it. `_lock` protects `_open` and `_callers`.
+    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError, on
+    that thread. The door closes before it is called, unless it `stays` open. Any thread may close it. `_lock`
+    protects `_open` and `_callers`.
     """
 
-    _CROWD = 128  # callers in the handshake at once; past that one of them, whoever chance picks, has to go
+    _CROWD = 128  # callers in the handshake at once
 
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
                  address: str = "", stays: bool = False, made: Callable[[str], Any] = str) -> None:
         self.listener = _Listener(address, made)
         self.strangers = 0
-        self._greet = greet
-        self._arrived = arrived
-        self._stays = stays
-        self._lock = threading.Lock()
-        self._open = True
+        self._greet, self._arrived, self._stays = greet, arrived, stays
+        self._lock, self._open = threading.Lock(), True
         self._callers: list[_Channel] = []
         try:
             self._thread = _start_thread("miniplug-door", self._accept)
@@ -2367,53 +2119,44 @@ class _Door:
             raise
 
     def _accept(self) -> None:
-        channel = None
         while self._open:
-            if channel is not None:
-                self._admit(channel)
             try:
-                channel = self.listener.accept()
-            except OSError:  # out of descriptors, or a caller that left at once
-                channel = None
-                time.sleep(0.05)
-        if channel is not None:
-            channel.close()
+                self._admit(self.listener.accept())
+            except OSError:  # nobody for a while; or out of descriptors, or a caller that left at once
+                time.sleep(0.01)
         self.listener.close()
 
     def _admit(self, channel: _Channel) -> None:
-        """Have a thread meet a caller. Where there is a crowd, chance picks who has to go: among strangers
-        who come faster than anybody can speak, the oldest would always be the one who is about to prove the
-        key."""
+        """Have a thread meet a caller. From a crowd chance picks who has to go: the oldest would always be the
+        one who is about to prove the key."""
         with self._lock:
+            if not self._open:
+                return channel.close()
             if len(self._callers) >= self._CROWD:
                 self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
             self._callers.append(channel)
-        _aside("miniplug-hello", self._meet, channel)
+        return _aside("miniplug-hello", self._meet, channel)
 
     def _meet(self, channel: _Channel) -> None:
-        result: Any = None
+        terms: Any = None
         try:
-            if self._open:
-                result = self._greet(channel, self.listener.address)
+            terms = self._greet(channel, self.listener.address)
         except HandshakeError as error:
-            result = error
+            terms = error
         except Exception:  # a stranger, whatever it is that he did
             self.strangers += 1
+        refused = not isinstance(terms, _Terms)
         with self._lock:
-            pushed_out = all(each is not channel for each in self._callers)
-            enters = self._open and result is not None and not pushed_out
+            enters = self._open and terms is not None and channel in self._callers
             self._open = self._open and (self._stays or not enters)
-            if enters and not isinstance(result, Exception):
-                self._forget(channel)  # first: whoever hears of it may close the door, which ends those in it
-        if not enters or isinstance(result, Exception):
+            if enters and not refused:
+                self._callers.remove(channel)  # first: whoever hears of it may close the door, and who is in it
+        if refused or not enters:
             channel.close()
         if enters:
-            self._arrived(channel, result)
+            self._arrived(channel, terms)
         with self._lock:
-            self._forget(channel)
-
-    def _forget(self, channel: _Channel) -> None:
-        self._callers = [each for each in self._callers if each is not channel]
+            self._callers = [each for each in self._callers if each is not channel]
 
     def settle(self, seconds: float) -> None:
         """Wait until nobody is being greeted, at most that long."""
@@ -2428,7 +2171,10 @@ class _Door:
             callers = list(self._callers)
         for channel in callers:
             channel.shutdown()
-        self.listener.wake()
+        try:
+            _connect(self.listener.address, 1.0).close()  # who waits in `accept` returns
+        except OSError:
+            pass  # nobody waits any more; or without a descriptor for this it looks by itself
         self._thread.join(2.0)
 
 
@@ -3302,7 +3048,7 @@ class _Caller:
             raise _Sealed
         session.send(kind, 0, call.number, content, self._parent() if _current.get() is not None else 0, True,
                      call.deadline)
-        if session.channel.posted and session.channel.is_mine() and kind != _NOTIFY and call.future is None:
+        if session.channel.posted and _get_ident() in session.channel.writer.holder() and kind != _NOTIFY and call.future is None:
             raise _waits_for_itself(call)
 
     def value(self, call: _Call, message: _Message, expected: int = _RESULT) -> Any:
@@ -3917,7 +3663,7 @@ class _Session:
     def flush(self) -> None:
         """Write what is left, without waiting."""
         try:
-            self.channel.write([], (), False)
+            self.channel.write([], None, False)
         except _Broken:
             self.channel.shutdown()
 
@@ -4087,7 +3833,7 @@ class _Session:
         """In a forked child: leave the connection to its parent."""
         self.ended = lambda calls: PluginError("the connection belongs to the process that this one was forked from")
         self.sealed = self.is_abandoned = True
-        self.channel.abandon()  # type: ignore[attr-defined]
+        self.channel.abandon()
         self.reader.seat = _Seat()
 
     def dispose(self) -> None:
@@ -6651,8 +6397,8 @@ class _Run:
         if self._claim.acquire(False):
             self.process.signal(kill=True)  # what it has left behind
             if self.config is not None and self.owned:
-                _remove_stale(self.config["address"], 0.5)
-            self.output.stop(1.0)
+                _remove_stale(self.config["address"])
+            self._stop_reading(1.0)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
             self._over()

@@ -67,7 +67,7 @@ def workshop():
 def channels():
     """Two channels that are connected with each other: over a pair of sockets, or on Windows over a named pipe."""
     if not WINDOWS:
-        return [miniplug._SocketChannel(end) for end in socket.socketpair()]
+        return [miniplug._Channel(end) for end in socket.socketpair()]
     listener = miniplug._Listener()
     try:
         return [miniplug._connect(listener.address, 5.0), listener.accept()]
@@ -75,11 +75,20 @@ def channels():
         listener.close()
 
 
+def accepted(listener):
+    """Its next connection, however long that takes."""
+    while True:
+        try:
+            return listener.accept()
+        except socket.timeout:
+            pass
+
+
 def channel_and_end():
     """A channel, and the other end of its connection to be spoken by hand."""
     if not WINDOWS:
         ours, theirs = socket.socketpair()
-        return miniplug._SocketChannel(ours), theirs
+        return miniplug._Channel(ours), theirs
     listener = miniplug._Listener()
     try:
         end = by_hand.connect(listener.address)

@@ -12,7 +12,7 @@ import time
 
 import by_hand
 import pytest
-from conftest import HERE, WINDOWS, WINE, WORKSHOP, alive, by_hand_environment, channel_and_end, stream, until
+from conftest import HERE, WINDOWS, WINE, WORKSHOP, accepted, alive, by_hand_environment, channel_and_end, stream, until
 
 import miniplug
 
@@ -416,7 +416,7 @@ def babble(sock, pieces, stop):
 
 
 def channel_of(sock):
-    return miniplug._PipeChannel(sock.connection) if WINDOWS else miniplug._SocketChannel(sock.dup())
+    return miniplug._PipeChannel(sock.connection) if WINDOWS else miniplug._Channel(sock.dup())
 
 
 def shake(channel, address, key):
@@ -687,15 +687,11 @@ def test_who_was_pushed_out_of_a_crowd_comes_again():
 
     def doorkeeper():
         for say in (None, b"", b"\0\0"):  # he is pushed out at once, or in the midst of the host's first words
-            channel = None
-            while channel is None:
-                channel = listener.accept()
+            channel = accepted(listener)
             if say is not None:
                 channel.sock.sendall(say)
             left.append(channel.close())
-        channel = None
-        while channel is None:
-            channel = listener.accept()
+        channel = accepted(listener)
         left.append(miniplug._Hello(channel, address, key, "host").as_host([1], LIMIT))
         channel.close()
 
@@ -812,8 +808,7 @@ def lured(write, key=None):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     channel = None
     try:
-        while channel is None:
-            channel = listener.accept()
+        channel = accepted(listener)
         yield process, key, channel, listener.address
     finally:
         process.kill()
@@ -839,7 +834,7 @@ def test_a_plugin_refuses_a_host_with_another_key(write):
         hello.say(protocol_version=1, codec="json")
         hello.prove()
         with contextlib.suppress(OSError):  # it may be gone by then
-            channel.send_frame(miniplug._HEADER.pack(1, 1, 0, 0, 1, 0) + b'[0,"dispense",[null],{}]', time.monotonic() + 10)
+            channel.send_frame(miniplug._HEADER.pack(1, 1, 0, 0, 1, 0) + b'[0,"dispense",[null],{}]')
         check_refusal(process, "does not hold the key")
 
 
@@ -867,7 +862,7 @@ def test_a_plugin_refuses_what_is_no_host(write, said):
         if not WINDOWS:
             channel.sock.sendall(said)
         elif said:
-            channel.send_frame(said, time.monotonic() + 10)
+            channel.send_frame(said)
         channel.shutdown()
         check_refusal(process, "no host at")
 

@@ -375,10 +375,14 @@ def test_what_a_plugin_that_was_killed_has_left_is_cleared_by_the_next(tmp_path,
     os.symlink(left, str(tmp_path / ("miniplug-" + "2" * 16)))
     third, _ = start()
     try:
+        assert os.path.exists(os.path.join(left, "s"))  # it may belong to one that does not listen yet
+        for path in (left, theirs, *map(str, kept)):
+            os.utime(os.path.join(path, "s"), (1, 1))
+        fourth, _ = start()
         assert not os.path.exists(left) and os.path.exists(os.path.join(theirs, "s"))
         assert all((path / "s").exists() for path in kept)
     finally:
-        for process in (lives, third):
+        for process in (lives, third, fourth):
             process.terminate()
             process.communicate()
     assert not os.path.exists(theirs)
@@ -405,7 +409,7 @@ def test_a_folder_is_not_cleared_while_its_process_is_there(tmp_path, monkeypatc
 def test_a_name_that_somebody_else_has_taken_is_left_alone(tmp_path, monkeypatch, made):
     """A link of another user's would lead to files of this one's."""
     monkeypatch.setattr(miniplug, "_temp_folders", lambda: [str(tmp_path)])
-    monkeypatch.setattr(miniplug, "_folder_name", lambda: "miniplug-0123456789abcdef")
+    monkeypatch.setattr(miniplug.os, "urandom", lambda size: bytes.fromhex("0123456789abcdef")[:size])
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "s").write_text("precious")
@@ -446,12 +450,12 @@ def test_nobody_who_connects_waits_for_ever(tmp_path):
 
 
 def test_close_does_not_wait_where_there_is_no_descriptor_to_wake_the_door(monkeypatch):
-    def no_descriptor(address):
+    def no_descriptor(address, timeout):
         raise OSError(24, "Too many open files")
 
     door = miniplug._Door(lambda channel, address: None, lambda channel, result: None)
     if not WINDOWS:  # there nothing else wakes it
-        monkeypatch.setattr(miniplug, "_client", no_descriptor)
+        monkeypatch.setattr(miniplug, "_connect", no_descriptor)
     door.close()
     until(lambda: not door._thread.is_alive())
 

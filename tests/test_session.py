@@ -231,9 +231,8 @@ def test_a_deadline_covers_waiting_to_send(pair):
     """The other side does not read: the call still ends in time, and the connection is whole once it reads again."""
     both = pair({"e": Echo()})
     proxy = both.dispense("e")
-    step = "_left_of_frame" if WINDOWS else "_receive_large"  # in the middle of a long message
-    go_on, real = threading.Event(), getattr(both.there.channel, step)
-    setattr(both.there.channel, step, lambda *args: real(*args) if go_on.wait(20) else None)
+    go_on, check = threading.Event(), both.there.channel._check_size
+    both.there.channel._check_size = lambda *args: check(*args) if go_on.wait(20) else None  # its beginning has come
     start = time.monotonic()
     for size in (3000000, 10, 5000000):
         with pytest.raises(miniplug.CallTimeout):

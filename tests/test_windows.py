@@ -273,12 +273,12 @@ def test_an_end_wakes_the_handshake(frames):
     reader = in_thread(lambda: begun.set() or here.receive_frame(time.monotonic() + 20))
     assert begun.wait(10)
     there.shutdown()
-    assert isinstance(reader(), (EOFError, ConnectionError))
-    with pytest.raises((EOFError, ConnectionError)):
+    assert isinstance(reader(), ConnectionError)
+    with pytest.raises(ConnectionError):
         here.receive_frame(time.monotonic() + 20)
     with pytest.raises(OSError):
         for _ in range(2):  # a socket may take one
-            here.send_frame(b"x", time.monotonic() + 20)
+            here.send_frame(b"x")
 
 
 def test_what_was_sent_before_the_end_is_read(pair):
@@ -289,14 +289,14 @@ def test_what_was_sent_before_the_end_is_read(pair):
     assert read(there, 5) == [[b"%d" % number, b"and more"] for number in range(5)]
     with pytest.raises(miniplug._Broken) as caught:
         there.receive()
-    assert isinstance(caught.value.args[0], EOFError)
+    assert isinstance(caught.value.args[0], (EOFError, BrokenPipeError))
 
 
 def test_what_follows_the_handshake_is_kept(frames):
     """Also if it has come with the handshake's last frame."""
     here, there = frames
-    here.send_frame(b"a", time.monotonic() + 20)
-    here.send_frame(b"b" * 4096, time.monotonic() + 20)
+    here.send_frame(b"a")
+    here.send_frame(b"b" * 4096)
     here.begin(1000)
     send(here, b"c", b"d")
     here.close()
@@ -310,12 +310,18 @@ def test_what_follows_the_handshake_is_kept(frames):
 def test_a_deadline_leaves_a_read_and_a_write_where_they_are(pair):
     here, there = pair
     assert here.receive(time.monotonic() + 0.02) is None
-    long = os.urandom(5000000)
-    with pytest.raises(miniplug._Late):
-        send(here, long, long, deadline=time.monotonic() + 0.02)
-    assert there.receive(time.monotonic() + 0.02) is None
-    writer = in_thread(send, here, b"after")
-    assert read(there, 2) == [[long, long], [b"after"]] and writer() is None
+    long, later = os.urandom(5000000), threading.Event()
+    here.later = later.set
+    send(here, long, long, deadline=time.monotonic() + 20)  # a part of it
+    assert later.is_set() and there.receive(time.monotonic() + 0.02) is None
+    writing = threading.Event()
+    here.stuck = writing.set
+    writer = in_thread(here.write, [])
+    assert writing.wait(10)
+    send(here, long, b"posted", deadline=time.monotonic() + 20)
+    with pytest.raises(miniplug._Late):  # as there is much already
+        send(here, long, b"never sent", deadline=time.monotonic() + 0.02)
+    assert read(there, 2) == [[long, long], [long, b"posted"]] and writer() is None
     send(there, b"back")
     assert read(here, 1) == [[b"back"]]
 
@@ -324,17 +330,15 @@ def test_a_deadline_in_the_handshake(frames):
     here, there = frames
     with pytest.raises(TimeoutError):
         here.receive_frame(time.monotonic() + 0.02)
-    there.send_frame(b"late", time.monotonic() + 20)
+    there.send_frame(b"late")
     assert here.receive_frame(time.monotonic() + 20) == b"late"
-    with pytest.raises(TimeoutError):
-        here.send_frame(bytes(5000000), time.monotonic() + 0.02)
 
 
 @pytest.mark.parametrize("sizes, said", [
-    ([300000], "300024 bytes, where at most 200000"),
-    ([200001], "200025 bytes, where at most 200000"),
-    ([7000, 193001], "193001 bytes, where at most 200000"),
-    ([0, 100000, 100000, 1], "1 bytes, where at most 200000"),
+    ([300000], "300024 bytes, where at most 200024"),
+    ([200001], "200025 bytes, where at most 200024"),
+    ([7000, 193001], "193001 bytes, where at most 193000"),
+    ([0, 100000, 100000, 1], "1 bytes, where at most 0"),
 ])
 def test_a_message_over_the_limit_is_not_read(pair, sizes, said):
     here, there = pair
@@ -349,7 +353,7 @@ def test_a_message_over_the_limit_is_not_read(pair, sizes, said):
 
 def test_a_frame_over_the_limit_is_not_read(frames):
     here, there = frames
-    writer = in_thread(here.send_frame, bytes(300000), time.monotonic() + 20)
+    writer = in_thread(here.send_frame, bytes(300000))
     with pytest.raises(miniplug.ProtocolError, match="300000 bytes, where at most 4096"):
         there.receive_frame(time.monotonic() + 20)
     there.close()
