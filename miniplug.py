@@ -3082,7 +3082,7 @@ class _Caller:
         self._codec = session.codec
         self._numbers = session.numbers
         self._calls = session.calls
-        self._next_alarm: float | None = None
+        self._next_alarm = 0.0
 
     def call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], seconds: float | None,
              kind: int = _CALL) -> Any:
@@ -3223,7 +3223,7 @@ class _Caller:
         self.forget(call)
         call.wake()
         if is_open and call.streams is not None:
-            self.probe()  # its producer may wait to send: read until that is answered
+            self.probe(next(self._numbers))  # its producer may wait to send: read until that is answered
         self._reader.pass_on()
         session.flush(False)
 
@@ -3236,24 +3236,23 @@ class _Caller:
             except IndexError:
                 return  # another thread was quicker
 
-    def probe(self) -> bool:
+    def probe(self, number: int = 0) -> bool:
         """Ping without waiting, unless the last such ping is still out. Returns whether it was not."""
-        if 0 in self._reader.unattended:
+        if number in self._reader.unattended:
             return False
-        self._reader.unattended.add(0)
-        self._session.post(_PING, 0)
+        self._reader.unattended.add(number)
+        self._session.post(_PING, number)
         self._reader.pass_on()
         return True
 
     def _ring(self, when: float) -> None:
         """Have the deadlines of submitted calls looked at then."""
-        if self._next_alarm is None or when < self._next_alarm:
-            _pool.alarm(when, self._expire)
+        if when < self._next_alarm or self._next_alarm <= time.monotonic():
             self._next_alarm = when
+            _pool.alarm(when, self._expire)
 
     def _expire(self) -> None:
         """Fail submitted calls whose deadline has come."""
-        self._next_alarm = None
         now = time.monotonic()
         for call in list(self._calls.values()):
             if call.future is None or call.deadline is None or call.streams is not None:
