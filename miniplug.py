@@ -2180,12 +2180,12 @@ class _Door:
 
 # === 5. session =========================================================================================
 #
-# Calls, answers and streams, both ways, over one channel. The two sides are one class: each numbers its own calls, and
-# answers those of the other. The rooms, each with a job of its own:
+# Calls, answers and streams, both ways, over one channel. The two sides are one class: each numbers its own calls,
+# and answers those of the other. The rooms, each with a job of its own:
 #
-#     _Pool       threads, for all sessions: what is to be done, and nobody waits for
-#     _Watch      one thread that sleeps: alarms, and a look now and then whether a call holds others up
+#     _Pool       threads, for all sessions: what is to be done, now or later, and nobody waits for
 #     _Reader     the seat: who reads what has come, and where it goes
+#     _Attendant  who reads while no caller does, and runs what is quick at once
 #     _Caller     our calls: send, wait, give up
 #     _Runner     their calls: decode, run, answer
 #     _Producer   one of their calls that is answered by a stream
@@ -2194,26 +2194,28 @@ class _Door:
 # Reading. Whoever holds the seat reads, and only routes: what is about a call of ours goes to that call's inbox, and
 # whoever waits for it decodes it; a call made on behalf of one of ours goes to the thread that waits for that one, or
 # to the loop that does; any other call goes to the pool. A thread that waits takes the seat if it is free, else it
-# sleeps until there is something for it, or nobody reads. Where calls come in at any time (in a plugin always, in a
-# host while it has lent something), or an answer is due that no thread waits for, a thread of the pool, the attendant,
-# sits there while no caller does. A method that has been quick it runs at once, and reads on; for any other it first
-# has another thread read. The watch looks, twice a second while such calls are run, whether one takes long after all.
+# sleeps until there is something for it, or nobody reads.
 #
 # Sleeping and waking. Who sleeps first says so, then looks once more, then sleeps; who has something does that first,
-# then looks who sleeps. So no wake-up is lost. When a handler raises in between, one may be: so who sleeps looks again
-# after a second. A wake-up for nothing is harmless.
+# then looks who sleeps. So no wake-up is lost. When a handler raises in between, one may be: so who sleeps looks
+# again after a second. A wake-up for nothing is harmless.
+#
+# What a signal handler raises strikes the main thread between any two steps. What must not be struck, a thread of the
+# pool does; it is told by one step of the interpreter's (`_pool.put`, `_move`), which an `except` has first, with no
+# call before it: so nothing strikes before that, in Python 3.10 and later. All other steps may be repeated.
 #
 # Streams. The answer to a call may be a stream: items, several to a message, until an end or an error. The caller may
-# leave _WINDOW of them unread; for those that it has read it gives credit for as many. A producer without credit is set
-# aside, and holds no thread.
+# leave _WINDOW of them unread; for those that it has read it gives credit for as many. A producer without credit is
+# set aside, and holds no thread.
 #
-# There is one lock below: `_Producer.lock`, under which nothing is called that takes another.
+# Under the locks below nothing is called that takes another.
 
 _CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END, _CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = range(1, 13)
 _TAGGED, _IGNORABLE, _STREAM = 1, 2, 4
 _ANSWERS = frozenset((_RESULT, _ERROR, _ITEM, _END, _PONG))
 _NOTHING: Any = (b"", (), 0, [])  # a content without a value
-_ENDED: Any = (0, 0, 0, 0, b"", ())  # the message that the connection's end puts into every inbox
+_ENDED: Any = (99, 0, 0, 0, b"", ())  # the message that the connection's end puts into every inbox
+_CLOSED: Any = (_END, 0, 0, 0, b"", ())  # and the one for who waits for a call that was given up
 _WINDOW = 64  # items of a stream that may be on their way or unread
 _GATHER = 0.001  # seconds after a message of items in which the next ones wait for each other
 _QUICK = 0.001  # seconds; a method whose last three runs took less is run by the thread that reads
@@ -2259,127 +2261,97 @@ def _in_main_thread() -> bool:
 
 
 class _Pool:
-    """Daemon threads for all sessions, as many as there is to do at once. Any thread may put, a finalizer too.
+    """Daemon threads for all sessions, and a clock, as long as there is a session.
 
-    `_idle` is as long as how many threads wait, or are about to; who puts a task takes one away, or starts a thread.
-    They end when there was nothing to do for a while, or there is no session any more.
+    `put((function, *arguments))` has a thread call the function. It is one step, and takes no lock: for any thread, a
+    finalizer and a signal handler too. One thread at least waits for tasks: who takes one starts another if none does.
+    `_lock` protects `_idle` and `_ticks`; a finalizer may take it again.
     """
 
     def __init__(self) -> None:
-        self._tasks: Any = _import("_queue").SimpleQueue()
-        self._idle: list[None] = []
+        queue = _import("_queue")
+        self._tasks, self._alarms, self._none = queue.SimpleQueue(), queue.SimpleQueue(), queue.Empty
+        self.put: Callable[[tuple[Any, ...]], None] = self._tasks.put
+        self._numbers = itertools.count()
+        self._lock = threading.RLock()
+        self._idle = 0  # how many threads wait, or are about to
+        self._ticks = False  # whether there is a clock
 
-    def put(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Have a thread call the function. Raises RuntimeError if none can be started."""
-        self.move(((function, arguments),))
+    def begin(self) -> None:
+        """There is a session. Raises RuntimeError if no thread can be started."""
+        self.check()
+        with self._lock:
+            if not self._ticks:
+                _start_thread("miniplug-clock", self._tick)
+                self._ticks = True
 
-    def move(self, tasks: Iterable[tuple[Callable[..., Any], Any]]) -> None:
-        """Take the one (function, arguments) out of an iterable, in one step. Raises RuntimeError as `put` does."""
-        try:
-            self._idle.pop()
-        except IndexError:
-            _start_thread("miniplug-worker", self._work)
-        _consume(map(self._tasks.put, tasks))
+    def check(self) -> None:
+        """See to it that a thread waits for tasks. Raises RuntimeError if none can be started."""
+        if self._idle < 1:
+            with self._lock:
+                if self._idle < 1:
+                    _start_thread("miniplug-worker", self._work)
+                    self._idle += 1
 
     def _work(self) -> None:
-        seconds = _IDLE_SECONDS
         while True:
             try:
-                function, arguments = self._tasks.get(True, seconds)
-            except _import("_queue").Empty:
-                try:
-                    self._idle.pop()
-                    return
-                except IndexError:
-                    if seconds < _IDLE_SECONDS:
-                        return  # nobody does, after all: a handler has struck who took it
-                    seconds = 1.0  # somebody counts on this one
-                    continue
-            seconds = _IDLE_SECONDS
-            if function is None:
-                return
+                task = self._tasks.get(True, _IDLE_SECONDS)
+            except self._none:
+                with self._lock:
+                    if self._idle > 1:
+                        self._idle -= 1
+                        return
+                continue
+            with self._lock:
+                self._idle -= 1
             try:
-                function(*arguments)
+                if _sessions or not self._tasks.empty():
+                    self.check()
+            except RuntimeError:
+                pass  # until one can be started, or is done, tasks wait
+            try:
+                task[0](*task[1:])
             except BaseException:
                 _import("traceback").print_exc()
-            function = arguments = None
-            if not _sessions:
-                return
-            self._idle.append(None)
-
-    def retire(self) -> None:
-        """Let those go that wait."""
-        while True:
-            try:
-                self._idle.pop()
-            except IndexError:
-                return
-            self._tasks.put((None, ()))
-
-
-class _Watch:
-    """One thread for all sessions of this process, which sleeps when there is nothing: it calls functions at a time, and
-    looks after sessions that ask for it. It runs while there is a session.
-
-    `tasks` are (function, arguments) for it to call, soon, in its thread. Any thread may put, a finalizer too. To put is
-    one step: so who is struck by a handler leaves its cleanup here, before another strikes.
-    """
-
-    def __init__(self) -> None:
-        self.tasks: Any = _import("_queue").SimpleQueue()
-        self._numbers = itertools.count()
-        self._alarms: list[tuple[float, int, Callable[[], Any]]] = []  # a heap, the thread's own
-        self._readers: list[_Reader] = []  # the thread's own as well
-        self._running: dict[int, Any] = {}  # {0: a token} while the thread runs
+            task = None
+            with self._lock:
+                if not _sessions and self._tasks.empty():
+                    if self._idle:
+                        self.put((bool,))  # the next one goes, too
+                    return
+                self._idle += 1
 
     def alarm(self, when: float, function: Callable[[], Any]) -> None:
-        """Have a thread of the pool call a function at a time."""
-        self.tasks.put((_import("heapq").heappush, (self._alarms, (when, next(self._numbers), function))))
+        """Have a thread call a function at a time, of time.monotonic(). Takes no lock, either."""
+        self._alarms.put((when, next(self._numbers), function))
 
-    def look_after(self, reader: _Reader) -> None:
-        """Call its `look` now and then, until that says no."""
-        self.tasks.put((self._readers.append, (reader,)))
-
-    def start(self) -> None:
-        """There is a session. Raises RuntimeError if no thread can be started."""
-        token = [None]
-        if self._running.setdefault(0, token) is token:
-            try:
-                _start_thread("miniplug-clock", self._run)
-            except BaseException:
-                self._running.clear()
-                raise
-
-    def _run(self) -> None:
-        alarms, next_look = self._alarms, 0.0
-        while _sessions:
+    def _tick(self) -> None:
+        heapq = _import("heapq")
+        alarms: list[Any] = []
+        while True:
+            with self._lock:
+                if not _sessions:
+                    self._ticks = False
+                    return
             now = time.monotonic()
             while alarms and alarms[0][0] <= now:
-                _aside_in_pool(_import("heapq").heappop(alarms)[2])
-            if self._readers and now >= next_look:
-                if next_look:
-                    self._readers[:] = [reader for reader in self._readers if reader.look()]
-                next_look = now + _LOOK if self._readers else 0.0
-            times = [alarm[0] for alarm in alarms[:1]] + [next_look] * bool(self._readers)
+                self.put(heapq.heappop(alarms)[2:])
             try:
-                function, arguments = self.tasks.get(True, max(0.0, min(min(times) - now, _FOREVER)) if times else None)
-                function(*arguments)
-            except _import("_queue").Empty:
+                seconds = max(0.0, min(alarms[0][0] - now, _FOREVER)) if alarms else None
+                heapq.heappush(alarms, self._alarms.get(True, seconds))
+            except self._none:
                 pass
-            function = arguments = None
-        self._running.clear()
-        if _sessions:
-            self.start()
+
+    def retire(self) -> None:
+        """There is no session any more."""
+        self.put((bool,))
+        self.alarm(0.0, bool)
 
 
-def _aside_in_pool(function: Callable[..., Any], *arguments: Any) -> None:
-    """Have a thread of the pool call a function, or call it here if there is none to be had."""
-    try:
-        _pool.put(function, *arguments)
-    except RecursionError:
-        raise
-    except RuntimeError:
-        function(*arguments)
+def _move(function: Callable[[Any], Any], take: Callable[[], Any]) -> None:
+    """Have a thread of the pool call a function with what `take`, a queue's popleft, gives: in one step."""
+    _consume(map(_pool.put, zip((function,), itertools.starmap(take, _ONCE))))
 
 
 def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -2394,7 +2366,8 @@ def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
             results.append((None, error))
         _open(gate)
 
-    _aside_in_pool(run)
+    _pool.check()
+    _pool.put((run,))
     gate.acquire()
     value, error = results.pop()
     if error is not None:
@@ -2402,14 +2375,14 @@ def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
     return value
 
 
-_pool, _watch = _Pool(), _Watch()
+_pool = _Pool()
 _sessions: set[_Session] = set()  # those that have not ended: a forked child leaves them
 
 
 def _after_fork() -> None:
     """In a forked child: the connections are its parent's, and the threads are not here."""
-    global _pool, _watch
-    _pool, _watch = _Pool(), _Watch()
+    global _pool
+    _pool = _Pool()
     while _sessions:
         _sessions.pop().abandon()
     for listener in _listeners:
@@ -2421,30 +2394,42 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def _leave_fork(error: BaseException | None) -> None:
+    """End a forked child whose method has ended there: it must neither answer nor serve beside its parent."""
+    code: Any = 0 if error is None else error.code if isinstance(error, SystemExit) else 1
+    if error is not None and not isinstance(error, SystemExit):
+        _import("traceback").print_exception(type(error), error, error.__traceback__)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # it has none
+    os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
+
+
 class _Call:
-    """A call of ours. `inbox` is what has come about it: messages, which whoever waits decodes."""
+    """A call of ours. `inbox` is what has come about it: messages, each decoded by who takes it; or, before them, a call
+    of the other side's on its behalf, as long as the thread that waits runs it."""
 
     gate: Any = None  # of the thread that waits, while it sleeps
-    home = True  # whether the thread that waits runs what is nested in it
+    home = True  # whether a thread waits that runs what is nested in it
     loop: Any = None  # the event loop that does, if it was submitted where one runs
     context: Any = None  # contextvars.Context, of the submit
-    nested: deque[_Message] | None = None  # calls made on behalf of this one, for the thread that waits
-    running: Any = ()  # the one of them that it runs
-    raised: dict[int, BaseException] | None = None  # what these have raised, by their numbers
+    raised: Any = ()  # what calls on its behalf have raised: (number, exception)
     streams: _Message | None = None  # the result that said so
-    decoded: Any = None  # the latest message that was
-    granted = _WINDOW  # for how many there was credit
+    over = False  # whether its answer was decoded
+    granted = _WINDOW  # for how many items there was credit
     deadline: float | None = None
     session: Any = None  # of a submitted one
     future: Any = None  # the Call that the user has
     watcher: Callable[[], Any] | None = None  # called by who reads when an item has come, where no thread waits
-    lent: Any = ()  # references in it, until it is sent
 
     def __init__(self, number: int, method: str, seconds: float | None) -> None:
         self.number = number
         self.method = method
         self.seconds = seconds
         self.inbox: deque[_Message] = deque()
+        self.lent: list[int] = []  # references in it, until it is sent
         if seconds is not None:
             self.deadline = time.monotonic() + seconds
 
@@ -2452,10 +2437,17 @@ class _Call:
         """Seconds until the deadline, or None without one."""
         return None if self.deadline is None else _left(self.deadline)
 
+    def wake(self) -> None:
+        """Something has come for who waits."""
+        if self.watcher is not None:
+            self.watcher()
+        if self.gate is not None:
+            _open(self.gate)
+
 
 def _waits_for_itself(call: _Call) -> Exception:
-    return RuntimeError(f"{call.method}() would wait for ever: called by a signal handler, a __del__ or a decode, it has "
-                        "interrupted what is to bring the answer; use submit or notify there")
+    return RuntimeError(f"{call.method}() would wait for ever: called by a signal handler, a __del__ or a decode, it "
+                        "has interrupted what is to bring the answer; use submit or notify there")
 
 
 def _too_late(call: _Call) -> Exception:
@@ -2468,28 +2460,22 @@ class _Sealed(Exception):
 
 
 class _Request:
-    """A call of the other side's, to be answered."""
+    """A call of the other side's, to be answered. `inbox` is its message, until that is decoded."""
 
     begun = False
-    decoded: Any = None  # its message, once that was
     cancelled = False
     outer: _Request | None = None  # the call in which this one is run
     body: Any = None  # [target, method, args, kwargs], from when it is decoded until it has run
     method = ""
     producer: _Producer | None = None  # of the stream that is its answer
-    slots: _Slots | None = None  # where it has a slot, or waits for one
     loop: Any = None  # the host's event loop, where it runs on that
     task: Any = None  # asyncio's, where it runs as one
-    sending = False  # at home: whether it is answered, once `lent` is empty
-    at_home = False  # whether the thread runs it that waits for the call on whose behalf it is made
-    lent: Any = ()  # references in the answer, until that is sent; also 0, at home, to tell when it is
+    lent: Any = ()  # references in the answer, until that is sent
 
     def __init__(self, session: _Session, message: _Message) -> None:
         self.session = session
-        self.message: _Message | None = message  # until it is decoded
-        self.kind: int = message[0]
-        self.number: int = message[2]
-        self.parent: int = message[3]
+        self.inbox = deque((message,))
+        self.kind, _, self.number, self.parent, _, _ = message
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -2511,84 +2497,41 @@ class _Request:
             return False
 
 
-def _renamed(error: PluginError, old: str, new: str) -> PluginError:
-    """The same error, with the place that it names told in full."""
-    error.args = (str(error).replace(old, new, 1),)
-    if isinstance(error, NotSerializable):
-        error.path = error.path.replace(old, new, 1)
-    return error
-
-
-def _leave_fork(error: BaseException | None) -> None:
-    """End a forked child whose method has ended there: it must neither answer nor serve beside its parent."""
-    code = error.code if isinstance(error, SystemExit) else int(error is not None)
-    if error is not None and not isinstance(error, SystemExit):
-        _import("traceback").print_exception(type(error), error, error.__traceback__)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # it has none
-    os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
-
-
 class _Slots:
-    """How many calls may run at once. All sessions of a plugin share them. Any thread: to take from a list or a deque,
-    and to add to it, are one step each. Who queues looks for a slot after that, and who gives one back looks at the
-    queue after that."""
+    """How many calls may run at once. All sessions of a plugin share them. For threads of the pool; `_lock` protects
+    the rest."""
 
     def __init__(self, count: int) -> None:
+        self._lock = threading.Lock()
         self.free = [None] * count  # as long as how many more calls may run
-        self.queue: deque[_Request] = deque()  # calls that wait for a slot
+        self._queue: deque[_Request] = deque()  # calls that wait for a slot
 
     def take(self, request: _Request) -> bool:
         """Whether a call may run now; else it runs when there is a slot."""
-        request.slots = self
-        try:
-            self.free.pop()
-            return True
-        except IndexError:
-            self.queue.append(request)
+        with self._lock:
             if self.free:
-                self._start_queued()
+                self.free.pop()
+                return True
+            self._queue.append(request)
             return False
 
     def give_back(self) -> None:
-        self.free.append(None)
-        if self.queue:
-            self._start_queued()
-
-    def _start_queued(self) -> None:
-        while self.queue:
-            try:
-                self.free.pop()
-            except IndexError:
-                return  # whoever has one looks at the queue
-            try:
-                request = self.queue.popleft()
-            except IndexError:
+        with self._lock:
+            request = self._queue.popleft() if self._queue else None
+            if request is None:
                 self.free.append(None)
-                continue
-            runner = request.session.runner
-            try:
-                _pool.put(runner.run_with_slot, request)
-            except RecursionError:
-                raise
-            except RuntimeError as error:
-                self.free.append(None)
-                runner.fail(request, error)
+        if request is not None:
+            _pool.put((request.session.runner.run_with_slot, request))
 
 
 class _Reader:
-    """Who reads what has come, and where it goes.
+    """Who reads what has come, and where it goes. Any thread may call `wait` and `pass_on`; `read` and what it calls the
+    holder of the seat does: each step may be repeated, as a handler that raises leaves the message first in the
+    channel's queue.
 
-    Any thread may call `read_for`, `wait` and `pass_on`; `look` is the watch's. What `_read` and `_route_...` do, the
-    holder of the seat does: each of their steps may be repeated, as a handler that raises leaves the message first in
-    the channel's queue.
-
-        nobody --a caller: read_for, leaves when it has its answer--> nobody
-        nobody --pass_on: a sleeper is woken, takes the seat------> nobody
-        nobody --pass_on: else the attendant, from the pool-------> nobody, while it runs a quick call itself
+        nobody --a caller: wait, until it has its answer-----> nobody
+        nobody --pass_on: a sleeper is woken, takes the seat-> nobody
+        nobody --pass_on: else the attendant-----------------> nobody
     """
 
     def __init__(self, session: _Session) -> None:
@@ -2598,46 +2541,37 @@ class _Reader:
         self._requests = session.requests
         self.seat = _Seat()
         self.sleepers: dict[int, _Call] = {}  # our calls whose threads sleep
-        self.unattended: set[int] = set()  # the numbers of those whose answer must be read though no thread waits
-        self.attendant: Any = None  # the task of the pool that reads, or runs a call and then reads on
-        self._quick: dict[str, int] = {}  # by the method: how many times in a row it was, up to 3
-        self._inline = 0  # the number of the call that the attendant runs; negative when it has
-        self._seen = 0  # that, at the last look
-        self._watched = False
-        self._retry = False  # whether there was no thread for an attendant
-        self._last = 0.0  # when a call came that was not watched
-        self._looked_at = 0.0  # until then it is sure that somebody looks whether a thread should read
-        self.vacant = _gate()  # opens when somebody has stopped reading after the end
-
-    def read_for(self, call: _Call) -> None:
-        """Read, unless another thread does, until there is something for the call. Raises _Late past its deadline."""
-        seat, token = self.seat, {_get_ident()}
-        mine = _ref_to(token)
-        try:
-            if seat.setdefault(0, mine) is mine and not (call.inbox or call.nested):  # who read before may have brought it
-                self._read(call)
-        except (_Broken, ProtocolError) as error:
-            self._session.end(error)
-        finally:
-            if seat[0] is mine:
-                del seat[0]
-            session = self._session
-            if self.sleepers or self.unattended or self._requests or session.references.lends or session.sealed \
-                    or session.serving:
-                self.pass_on()
+        self.unattended: set[int] = set()  # numbers of those whose answer must be read though no thread waits
 
     def wait(self, call: _Call) -> None:
         """Wait until something has come about the call, reading while nobody else does, and running what is nested in
         it. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
-        while not call.inbox:
-            if self._session.ended is not None:
-                call.inbox.append(_ENDED)  # the end may have come when the call was given up already
-            elif call.nested:
-                self._session.runner.run_nested(call)
-            elif not self.seat:
-                self.read_for(call)
-            else:
-                self._sleep(call)
+        seat, session, token = self.seat, self._session, {_get_ident()}
+        mine = _ref_to(token)
+        try:
+            while True:
+                if call.inbox:
+                    if call.inbox[0][0] > _NOTIFY:
+                        return
+                    self.pass_on()
+                    session.runner.run_nested(call)
+                elif session.ended is not None:
+                    call.inbox.append(_ENDED)  # the end may have come when the call was given up already
+                elif seat.setdefault(0, mine) is not mine:
+                    self._sleep(call)
+                else:
+                    if not call.inbox:  # who read before may have brought it
+                        self.read(call)
+                    del seat[0]
+        except (_Broken, ProtocolError) as error:
+            session.end(error)
+            call.inbox.append(_ENDED)
+        finally:
+            if seat[0] is mine:
+                del seat[0]
+            if self.sleepers or self.unattended or self._requests or session.references.lends or session.sealed \
+                    or session.serving:
+                self.pass_on()
 
     def _sleep(self, call: _Call) -> None:
         """Sleep until there may be something to do."""
@@ -2647,18 +2581,16 @@ class _Reader:
         try:
             call.gate = gate = _gate()
             self.sleepers[call.number] = call
-            if not call.inbox and not call.nested and seat:
+            if not call.inbox and seat:
                 holder = seat.holder()
                 if _get_ident() in holder:
                     raise _waits_for_itself(call)
                 if not holder:
-                    _pool.put(seat.mend)
+                    _pool.put((seat.mend,))
                 gate.acquire(True, min(left, _LOOK_AGAIN) if left > 0 else _LOOK_AGAIN)
         finally:
             call.gate = None
             self.sleepers.pop(call.number, None)
-            if not seat:
-                self.pass_on()  # this thread may have been woken to read
 
     def pass_on(self) -> None:
         """Where somebody should read and nobody does, wake one who will."""
@@ -2668,80 +2600,31 @@ class _Reader:
             gate = call.gate
             if gate is not None:
                 return _open(gate)
-        if self._session.ended is not None:
-            _open(self.vacant)
-        elif self.attendant is None:
-            if self._session.serving or self.unattended:
-                self._attend_if_possible()
-            elif self._session.is_open:
-                self._attend_soon()
-        return None
-
-    def _attend_soon(self) -> None:
-        """Where only what is lent asks for a reader: a caller who calls again at once finds the seat free until then."""
-        now = time.monotonic()
-        if now < self._looked_at:
-            return
-        self._looked_at = now + 5 * _LAZY
-        try:
-            _watch.alarm(now + _LAZY, self._attend_if_quiet)
-        except RecursionError:
-            raise
-        except RuntimeError:
-            self._looked_at = 0.0  # no thread to be had: the next one who stops reading tries again
-
-    def _is_wanted(self) -> bool:
-        """Whether somebody must read though nobody waits."""
-        return self._session.ended is None and bool(self.unattended or self._session.is_open)
-
-    def attend(self) -> None:
-        """See to it that somebody reads, though nobody waits. Raises RuntimeError if no thread can be started."""
-        if self.attendant is None and not self.seat:
-            self.attendant = task = [None]
-            try:
-                _pool.put(self._attend, task)
-            except BaseException:
-                self.attendant = None
-                raise
-
-    def _attend_if_possible(self) -> None:
-        try:
-            self.attend()
-        except RecursionError:
-            raise
-        except RuntimeError:  # no thread to be had: the calls wait for each other, until the watch can start one
-            self._retry = True
-            self.be_watched()
-
-    def _attend_if_quiet(self) -> None:
-        """It is a while ago that a caller has stopped reading. If none reads now, a thread of the pool does."""
-        self._looked_at = 0.0
-        if self._is_wanted():
-            self._attend_if_possible()
+        if self._session.is_disposed:
+            return self._channel.close()
+        return self._session.attendant.come()
 
     # -- as the holder of the seat
 
-    def _read(self, waiting: _Call | None = None) -> _Request | None:
+    def read(self, waiting: _Call | None = None) -> _Request | None:
         """Hand on what comes, until there is something about the call for which this thread is `waiting`. Without one,
-        as the attendant, until there is a call to be run, which is returned, or a caller reads better."""
+        as the attendant, until there is a call to be run, which is returned, or a caller may read."""
         calls, receive = self._calls, self._channel.receive
-        number = 0 if waiting is None else waiting.number
+        number, deadline = (0, None) if waiting is None else (waiting.number, waiting.deadline)
         while True:
-            come = receive(None if waiting is None else waiting.deadline)
+            come = receive(deadline)
             if come is None:
                 raise _Late
             while come:
                 message = come[0]
                 if message[1] & _TAGGED and b'"$own"' in message[4]:
                     message = come[0] = self._session.references.held(message)
-                if message[2] == number and message[0] == _RESULT and not message[1] & _STREAM:  # the usual case
-                    if waiting.streams is None and number in calls:  # type: ignore[union-attr]
-                        waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
-                        calls.pop(number, None)
-                        continue
                 kind = message[0]
                 if kind in _ANSWERS:
-                    if self._route_answer(come, message, waiting):
+                    if kind == _RESULT and message[2] == number and number in calls and not message[1] & _STREAM:
+                        waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
+                        calls.pop(number, None)  # the usual case
+                    elif self._route_answer(come, message, waiting):
                         return None
                 elif kind in (_CALL, _NOTIFY):
                     request = self._route_call(come, message, waiting)
@@ -2750,17 +2633,16 @@ class _Reader:
                 else:
                     self._session.steer(come, message)
             message = ()  # what has come is not kept alive by who waits for more
-            if waiting is not None and (waiting.inbox or waiting.nested):
+            if waiting is not None and waiting.inbox:
                 return None
 
     def _route_answer(self, come: deque[_Message], message: _Message, waiting: _Call | None) -> bool:
-        """Put a message into its call's inbox. Returns whether the attendant may go, as a caller reads better."""
+        """Put a message into its call's inbox. Returns whether the attendant may go, as a caller is woken."""
         kind, flags, number = message[:3]
         call = self._calls.get(number)
         if call is None:  # it was given up
-            if not number:
-                self.unattended.discard(0)  # what `probe` waits for
-            self._session.once(come, self._session.drop, message)
+            self.unattended.discard(number)
+            self.take(come, self._session.drop)
             return False
         if flags & _STREAM and kind == _RESULT and call.streams is None:
             call.streams = message
@@ -2773,151 +2655,174 @@ class _Reader:
         if kind != _ITEM and call.streams is not message and self._calls.pop(number, None) is None:
             self._session.caller.forget(call)  # it was given up meanwhile
         self.unattended.discard(number)
-        if call.watcher is not None:
-            call.watcher()
-        if call.gate is not None:
-            _open(call.gate)
-            if waiting is None and not (self._session.serving or self.unattended):
-                self.attendant = None
-                return True
-        return False
+        sleeps = call.gate is not None
+        call.wake()
+        return sleeps and waiting is None
 
     def _route_call(self, come: deque[_Message], message: _Message, waiting: _Call | None) -> _Request | None:
         """Give a call to who runs it: the thread or the loop that waits for the one on whose behalf it is made, or the
-        pool. As the attendant returns any other."""
-        _, _, number, parent, _, _ = message
-        request = self._requests.get(number)
+        pool. As the attendant return any other."""
+        number, parent = message[2:4]
+        request, runner = self._requests.get(number), self._session.runner
         if request is None:
             request = self._requests[number] = _Request(self._session, message)
-        elif request.message is not message:
+        elif not request.inbox or request.inbox[0] is not message:
             raise ProtocolError("the number of a call is that of another one")
-        runner = self._session.runner
+        if not parent and waiting is None:
+            come.popleft()
+            return request
         call = self._calls.get(parent) if parent else None
-        if call is not None and call.home:
-            if call.nested is None:
-                call.nested = deque()
-            call.nested.extend(itertools.starmap(come.popleft, _ONCE))
-            if not call.home:
-                runner.disown(call)
-            elif call.gate is not None:
-                _open(call.gate)
+        if call is not None and call.home and not call.inbox:  # that thread runs one, and no more
+            call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
+            if parent not in self._calls:
+                self._session.caller.forget(call)  # it was given up meanwhile
+            call.wake()
         elif call is not None and call.loop is not None and runner.run_on_loop(call, request):
             come.popleft()
-        elif parent or waiting is not None:
-            function = runner.run_nested_in_slot if parent else runner.run_in_slot
-            requests = map(self._requests.get, map(_number_of, itertools.starmap(come.popleft, _ONCE)))
+        else:
             try:
-                _pool.move(zip((function,), zip(requests)))
+                _pool.check()
+                _move(runner.run_message, come.popleft)
             except RecursionError:
                 raise
             except RuntimeError as error:  # no thread to be had: that fails the call
                 runner.fail(request, error, wait=False)
                 come.popleft()
-        else:
-            come.popleft()
-            return request
         return None
 
-    # -- the attendant
+    @staticmethod
+    def take(come: deque[_Message], function: Callable[[_Message], Any]) -> None:
+        """Call a function with the first of `come`, which must neither be lost nor done twice: where a handler may
+        strike, a thread of the pool does."""
+        if _in_main_thread():
+            _move(function, come.popleft)
+        else:
+            function(come.popleft())
 
-    def _attend(self, task: Any) -> None:
-        """As a thread of the pool: read while no caller does, and run calls that are quick at once."""
-        seat, runner, token = self.seat, self._session.runner, {_get_ident()}
-        mine = _ref_to(token)
+
+class _Attendant:
+    """Who reads while no caller does: a thread of the pool, where calls come in at any time (in a plugin always, in a
+    host while it has lent something), or an answer is due that no thread waits for. A method that has been quick it runs
+    at once, and reads on; for any other it first has another thread read. While such calls are run, `_look` is called
+    twice a second: should one take long after all, another thread reads.
+
+    Any thread may call `come`, `attend` and `watch`; all else is for threads of the pool. There is one attendant: the
+    thread that has taken what is in `_rights`.
+    """
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+        self._reader = session.reader
+        self._rights: deque[Any] = deque(([None],))
+        self._current: Any = None  # what the attendant has taken
+        self.quick: dict[str, int] = {}  # by the method: how many times in a row it was, up to 3
+        self._inline = 0  # the number of the call that the attendant runs; negative when it has
+        self._seen = 0  # that, at the last look
+        self._watched = False
+        self._coming_until = 0.0  # until then it is sure that somebody looks whether a thread should read
+
+    def come(self) -> None:
+        """Nobody reads, and nobody waits: have a thread read, if one must."""
+        if not self._rights or self._session.ended is not None:
+            return
+        if self._session.serving or self._reader.unattended:
+            self.attend()
+        elif self._session.is_open and time.monotonic() >= self._coming_until:
+            # only what is lent asks for it: a caller who calls again at once finds the seat free until then
+            soon = time.monotonic() + _LAZY
+            _pool.alarm(soon, self._come_late)
+            self._coming_until = soon + _LAZY
+
+    def _come_late(self) -> None:
+        self._coming_until = 0.0
+        if self._is_wanted():
+            self.attend()
+
+    def _is_wanted(self) -> bool:
+        """Whether somebody must read though nobody waits."""
+        return self._session.ended is None and bool(self._reader.unattended or self._session.is_open)
+
+    def attend(self) -> None:
+        """Have a thread read, unless one does."""
+        if self._rights and not self._reader.seat:
+            try:
+                _move(self._attend, self._rights.popleft)
+            except IndexError:
+                pass  # somebody else was quicker
+
+    def _attend(self, right: Any) -> None:
+        """Read while no caller does, and run calls that are quick at once."""
+        self._current = right
+        session, seat, runner, token = self._session, self._reader.seat, self._session.runner, {_get_ident()}
+        mine, slow = _ref_to(token), None
         try:
-            while self.attendant is task:
-                if not self._is_wanted() or seat.setdefault(0, mine) is not mine:
-                    self.attendant = None  # who stops reading looks for one after that
-                    if seat or not self._is_wanted() or self.attendant is not None:
-                        return None
-                    self.attendant = task
-                    continue
-                request = self._read()
-                if request is None or not runner.slots.take(request):
-                    pass
-                elif not runner.decode(request):
-                    runner.slots.give_back()
-                elif self._quick.get(request.method, 0) < 3 or (not self._watched and self._is_rare()):
-                    self.attendant = None
-                    del seat[0]
-                    self.pass_on()  # another thread reads
-                    return runner.run_with_slot(request)
-                else:
-                    self._inline = request.number
-                    self.be_watched()
-                    del seat[0]
-                    runner.run(request)
-                    runner.slots.give_back()
-                    if self.attendant is not task:
-                        return None
-                    self._inline = -request.number
+            while slow is None and self._current is right and self._is_wanted() and seat.setdefault(0, mine) is mine:
+                request = self._reader.read()
+                if request is None:
+                    if not (session.serving or self._reader.unattended):
+                        break  # the caller that was woken reads better
+                elif runner.slots.take(request):
+                    runner.decode(request)
+                    if self.quick.get(request.method, 0) < 3:
+                        slow = request
+                    else:
+                        self._inline = request.number
+                        if not self._watched:
+                            self.watch()
+                        del seat[0]
+                        runner.run_with_slot(request)
+                        if self._current is right:
+                            self._inline = -request.number
                 request = None
                 if seat[0] is mine:
                     del seat[0]
         except BaseException as error:  # no memory is left, say: what it was to do would be waited for in vain
-            self._session.end(error)
+            session.end(error)
         finally:
             if seat[0] is mine:
                 del seat[0]
-            if self.attendant is task:
-                self.attendant = None
-            self.pass_on()
+            if self._current is right:
+                self._current = None
+                self._rights.append(right)
+            self._reader.pass_on()
+        if slow is not None:
+            runner.run_with_slot(slow)
 
     def took(self, method: str, seconds: float) -> None:
         """A method has run that long."""
-        runs = self._quick.get(method, 0)
-        if seconds > _QUICK or runs < 3:
-            if len(self._quick) > 1000:
-                self._quick.clear()  # an object that answers every name
-            self._quick[method] = 0 if seconds > _QUICK else runs + 1
+        if len(self.quick) > 1000:
+            self.quick.clear()  # an object that answers every name
+        self.quick[method] = 0 if seconds > _QUICK else min(3, self.quick.get(method, 0) + 1)
 
-    def _is_rare(self) -> bool:
-        """Whether no call came for a while: then another thread reads, which costs less than to be watched."""
-        last, self._last = self._last, time.monotonic()
-        return self._last - last > _LOOK
-
-    def be_watched(self) -> None:
+    def watch(self) -> None:
+        """Look now and then, from now on."""
         if not self._watched:
+            _pool.alarm(time.monotonic() + _LOOK, self._look)
             self._watched = True
-            _watch.look_after(self)
 
-    def look(self) -> bool:
-        """Called by the watch now and then. Returns whether it shall look again."""
-        if self._session.ended is not None:
-            return False
-        if self._channel.posted:
-            self._session.flush()  # what finalizers have left
-        if self._retry:
-            self._retry = False
-            self.pass_on()
-        inline = self._inline
-        if inline != self._seen:
-            self._seen = inline
-            return True
-        if not self.seat and self._is_wanted():  # a call has outlasted a whole look: another thread reads
-            self.attendant = None
-            self._attend_if_possible()
-            return True
-        if inline > 0:
-            return True
-        self._watched = False
-        if self._inline != inline or self._channel.posted:
-            self._watched = True
-        return self._watched
-
-
-def _number_of(message: _Message) -> int:
-    return message[2]  # type: ignore[no-any-return]
-
-
-def _first_of(what: Any, _: Any) -> Any:
-    return what
+    def _look(self) -> None:
+        """Whether a call has outlasted a whole look, or finalizers have left something. Until nothing happens any more."""
+        session, inline, seen = self._session, self._inline, self._seen
+        if session.ended is not None:
+            return
+        if session.channel.posted:
+            session.flush()
+        self._seen = inline
+        if inline == seen and inline > 0 and self._current is not None and not self._reader.seat and self._is_wanted():
+            self._current = None  # that one reads no more
+            self._rights.append([None])
+            self.attend()
+        elif inline == seen and inline <= 0:
+            self._watched = False  # first, then look once more
+            if self._inline == inline and not session.channel.posted:
+                return
+        self._watched = True
+        _pool.alarm(time.monotonic() + _LOOK, self._look)
 
 
 class _Caller:
     """Our calls, from the proxy to the answer. Any thread, from any number of them at once. What may be left when a
-    handler raises is cleared up by a thread of the pool (`give_up`), where none strikes again. It is told in the first
-    step of an `except`, which has no call before it: so nothing strikes before that, in Python 3.10 and later."""
+    handler raises, or for another reason, a thread of the pool clears up: `give_up`."""
 
     def __init__(self, session: _Session) -> None:
         self._session = session
@@ -2925,114 +2830,82 @@ class _Caller:
         self._codec = session.codec
         self._numbers = session.numbers
         self._calls = session.calls
+        self._next_alarm = 0.0
 
-    def call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], seconds: float | None) -> Any:
+    def call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], seconds: float | None,
+             kind: int = _CALL) -> Any:
         """Call and wait for the answer, which may be a Stream. Raises what the method raised, CallTimeout, _Sealed, and
         what the session's `lost` said when the connection ends."""
-        if _loop_threads and _get_ident() in _loop_threads:
+        if _loop_threads and kind != _NOTIFY and _get_ident() in _loop_threads:
             raise RuntimeError(f"{method}() would block the event loop of the async methods: await {method}.submit(...)")
         call = _Call(next(self._numbers), method, seconds)
         try:
-            call.lent = []
-            self._start(call, _CALL, self._codec.dumps_call(target, method, args, kwargs, call.lent))
-            reader = self._reader
-            if not reader.seat:
-                reader.read_for(call)
-            if not call.inbox:
-                reader.wait(call)
-            call.home = False
-            if call.nested:
-                self._session.runner.disown(call)
+            if kind == _PING:
+                self._start(call, kind, _NOTHING)
+            else:
+                self._start(call, kind, self._codec.dumps_call(target, method, args, kwargs, call.lent))
+            if kind == _NOTIFY:
+                self._reader.pass_on()  # it may lend something
+                self._calls.pop(call.number, None)
+                return None
+            self._reader.wait(call)
             if call.number in self._calls and call.streams is None:  # who read was struck before that
                 self._calls.pop(call.number, None)
-            return self.value(call, call.inbox[0])
+            return self.value(call, _RESULT if kind == _CALL else _PONG)
         except BaseException as error:
-            if call.decoded is None:
-                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
+            if not call.over:
+                _pool.put((self.give_up, call))
             if type(error) is _Late:
-                self.give_up(call)
                 raise _too_late(call) from None
             raise
+
+    def notify(self, *call: Any) -> None:
+        """Call, and want no answer. Raises what sending raises."""
+        self.call(*call, kind=_NOTIFY)  # type: ignore[misc]
+
+    def ping(self, seconds: float) -> float:
+        """Seconds that a message takes there and back. Raises as `call` does."""
+        start = time.perf_counter()
+        self.call(0, "ping", (), {}, seconds, _PING)
+        return time.perf_counter() - start
 
     def submit(self, future: Any, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
                seconds: float | None) -> _Call:
         """Call; the future, a Call, has the answer when it has come. Raises what sending raises."""
         call = future._call = _Call(next(self._numbers), method, seconds)
-        call.session, call.future, call.home, call.lent = self._session, future, False, []
+        call.session, call.future, call.home = self._session, future, False
         asyncio = sys.modules.get("asyncio")
         call.loop = asyncio._get_running_loop() if asyncio is not None else None
         if call.loop is not None:
             call.context = _import("contextvars").copy_context()
         try:
+            _pool.check()  # without a thread to read the answer nothing is sent
             self._reader.unattended.add(call.number)
-            self._reader.attend()  # first: without a thread to read the answer nothing is sent
             self._start(call, _CALL, self._codec.dumps_call(target, method, args, kwargs, call.lent))
+            self._reader.pass_on()
             if call.deadline is not None:
-                self._session.alarm(call.deadline)
-        except _Late:
-            self.give_up(call)
+                self._ring(call.deadline)
+        except BaseException as error:
+            _pool.put((self.give_up, call))
+            if type(error) is not _Late:
+                raise
             future._fail(_too_late(call))
-        except BaseException:
-            if call.decoded is None:
-                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
-            raise
         return call
 
-    def notify(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
-               seconds: float | None) -> None:
-        """Call, and want no answer. Raises what sending raises."""
-        call = _Call(next(self._numbers), method, seconds)
+    def next(self, call: _Call) -> None:
+        """Wait until there is a message of a stream in the inbox. Raises as `call` does; who calls this gives it up."""
+        if call.inbox:
+            return
+        if _loop_threads and _get_ident() in _loop_threads:
+            raise RuntimeError(f"{call.method}() would block the event loop of the async methods: use async for")
+        call.deadline = None if call.seconds is None else time.monotonic() + call.seconds
         try:
-            call.lent = []
-            self._start(call, _NOTIFY, self._codec.dumps_call(target, method, args, kwargs, call.lent))
-            self._reader.pass_on()  # it may lend something
-            self._calls.pop(call.number, None)
-        except BaseException as error:
-            if call.decoded is None:
-                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
-            if type(error) is _Late:
-                self.give_up(call)
-                raise _too_late(call) from None
-            raise
-
-    def ping(self, seconds: float) -> float:
-        """Seconds that a message takes there and back. Raises as `call` does."""
-        call = _Call(next(self._numbers), "ping", seconds)
-        start = time.perf_counter()
-        try:
-            self._start(call, _PING, _NOTHING)
+            call.home = True
             self._reader.wait(call)
-            self._calls.pop(call.number, None)
-            self.value(call, call.inbox[0], _PONG)
-        except BaseException as error:
-            if call.decoded is None:
-                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
-            if type(error) is _Late:
-                self.give_up(call)
-                raise _too_late(call) from None
-            raise
-        return time.perf_counter() - start
-
-    def next(self, call: _Call) -> _Message:
-        """The next message of a stream, which stays in the inbox. Raises as `call` does."""
-        if not call.inbox:
-            if _loop_threads and _get_ident() in _loop_threads:
-                raise RuntimeError(f"{call.method}() would block the event loop of the async methods: use async for")
-            call.deadline = None if call.seconds is None else time.monotonic() + call.seconds
-            try:
-                call.home = True
-                self._reader.wait(call)
-            except BaseException as error:
-                _watch.tasks.put((_aside_in_pool, (self.give_up, call)))
-                if type(error) is _Late:
-                    self.give_up(call)
-                    raise _too_late(call) from None
-                raise
-            finally:
-                call.home = False
-                if call.nested:
-                    self._session.runner.disown(call)
-        return call.inbox[0]
+        except _Late:
+            raise _too_late(call) from None
+        finally:
+            call.home = False
 
     def _parent(self) -> int:
         """The number of the other side's call on whose behalf this thread calls, or 0."""
@@ -3046,101 +2919,103 @@ class _Caller:
         self._calls[call.number] = call
         if session.sealed:  # only now, as the end fails those that are there
             raise _Sealed
-        session.send(kind, 0, call.number, content, self._parent() if _current.get() is not None else 0, True,
-                     call.deadline)
-        if session.channel.posted and _get_ident() in session.channel.writer.holder() and kind != _NOTIFY and call.future is None:
+        parent = 0 if _current.get() is None else self._parent()
+        session.send(kind, 0, call.number, content, parent, True, call.deadline)
+        channel = session.channel
+        if channel.posted and _get_ident() in channel.writer.holder() and kind != _NOTIFY and call.future is None:
             raise _waits_for_itself(call)
 
-    def value(self, call: _Call, message: _Message, expected: int = _RESULT) -> Any:
-        """What a message that ends a call, or begins its stream, stands for. Raises what it says."""
-        kind, flags, _, _, body, _ = message
+    def value(self, call: _Call, expected: int = _RESULT) -> Any:
+        """What the first message of the inbox stands for, which is taken out: the answer, or items of a stream. Raises
+        what it says, and StopIteration at the end of a stream."""
         try:
-            value = self._session.decode(message, call) if body else None
+            message = call.inbox[0]
+            value = self._session.decode(call.inbox)
+            call.over = True
         except _Undecodable as error:
             raise error.args[0] from None
         except ProtocolError as error:
             raise self._session.failed(error, call) from None
+        except IndexError:  # another thread has closed the stream
+            raise StopIteration from None
+        kind = message[0]
         if kind == expected:
-            return Stream(self._session, call) if flags & _STREAM else value
+            return Stream(self._session, call) if message[1] & _STREAM else value
         if kind == _ERROR:
             raise self._raised(call, value)
-        if kind == 0:
+        if message is _ENDED:
             raise self._session.ended(self._session.lost_calls)  # type: ignore[misc]
+        if kind == _END and expected == _ITEM:
+            raise StopIteration
         raise self._session.failed(ProtocolError(f"a message of kind {kind} answers {call.method}()"), call)
 
     def _raised(self, call: _Call, body: Any) -> BaseException:
         """The exception that a call has raised: what began here comes home as itself."""
         home = body.get("home") if type(body) is dict else None
-        if call.raised is not None and type(home) is int and home in call.raised:
-            return call.raised[home]
+        for number, error in call.raised:
+            if type(home) is int and number == home:
+                return error  # type: ignore[no-any-return]
         error = _decode_error(body)
         if isinstance(error, RemoteError):
             vars(error)["_origin"] = (_ref_to(self._session), call.number)
         return error  # type: ignore[no-any-return]
 
     def give_up(self, call: _Call) -> None:
-        """Want nothing more of a call. The other side is told, unless it is over. (This may be repeated.)"""
+        """Want nothing more of a call. The other side is told, unless it is over. For threads of the pool."""
         session = self._session
         call.home = False
         self._reader.unattended.discard(call.number)
         session.references.unlend(call.lent)
-        session.runner.disown(call)
-        for message in call.running:  # a handler has raised in the midst of that, or before it could begin
-            session.runner.run_after_all(message)
-        is_open = call.number in self._calls and session.ended is None
+        is_open = self._calls.pop(call.number, None) is not None and session.ended is None
         if is_open:
             session.post(_CANCEL, call.number)
-        self._calls.pop(call.number, None)
         self.forget(call)
-        if call.streams is not None:
-            call.inbox.append((_END, 0, call.number, 0, b"", ()))  # for a thread that waits for items
-            if call.gate is not None:
-                _open(call.gate)
-            if is_open:  # that thread may be the one that reads; and the producer may wait to send: read until a ping is
-                self.probe(next(self._numbers))  # answered
+        call.wake()
+        if is_open and call.streams is not None:
+            self.probe(next(self._numbers))  # its producer may wait to send: read until that is answered
         self._reader.pass_on()
-        session.flush()
+        session.flush(False)
 
     def forget(self, call: _Call) -> None:
         """Want nothing of what has come about a call."""
-        while call.inbox:
+        inbox, call.inbox = call.inbox, deque((_CLOSED,))
+        while inbox:
             try:
-                message = call.inbox.popleft()
+                self._session.drop(inbox.popleft())
             except IndexError:
                 return  # another thread was quicker
-            if message is not call.decoded:
-                self._session.drop(message)
 
     def probe(self, number: int = 0) -> bool:
         """Ping without waiting, unless the last such ping is still out. Returns whether it was not."""
         if number in self._reader.unattended:
             return False
         self._reader.unattended.add(number)
-        if number:
-            self._calls[number] = ping = _Call(number, "ping", None)
-            ping.home = False
         self._session.post(_PING, number)
         self._reader.pass_on()
         return True
 
-    def expire(self) -> None:
-        """Fail submitted calls whose deadline has come. Called by the session's alarm."""
-        now, soonest = time.monotonic(), None
+    def _ring(self, when: float) -> None:
+        """Have the deadlines of submitted calls looked at then."""
+        if when < self._next_alarm or self._next_alarm <= time.monotonic():
+            self._next_alarm = when
+            _pool.alarm(when, self._expire)
+
+    def _expire(self) -> None:
+        """Fail submitted calls whose deadline has come."""
+        now = time.monotonic()
         for call in list(self._calls.values()):
             if call.future is None or call.deadline is None or call.streams is not None:
                 continue
             if call.deadline <= now:
                 self.give_up(call)
                 call.future._fail(_too_late(call))
-            elif soonest is None or call.deadline < soonest:
-                soonest = call.deadline
-        if soonest is not None:
-            self._session.alarm(soonest)
+            else:
+                self._ring(call.deadline)
 
 
 class _Runner:
     """Their calls: decode, run, answer. `run_nested` and `run` are for the thread that waits for the call on whose behalf
-    one is made; `run_on_loop` and `disown` for who routes; all others for threads of the pool."""
+    one is made; `run_on_loop` for who routes; all others for threads of the pool."""
 
     def __init__(self, session: _Session, slots: _Slots) -> None:
         self._session = session
@@ -3152,59 +3027,33 @@ class _Runner:
 
     # -- which thread
 
-    def run_in_slot(self, request: _Request | None) -> None:
-        if request is not None and self.slots.take(request):
-            self.run_with_slot(request)
-
-    def run_nested_in_slot(self, request: _Request | None) -> None:
-        if request is not None and self._nested_slots.take(request):
-            self.run_with_slot(request)
-
-    def run_with_slot(self, request: _Request) -> None:
-        """Run a call that has a slot, and with the same slot those that wait for one."""
-        slots: Any = request.slots
-        try:
-            self.run(request)
-            while slots.queue:
-                try:
-                    request = slots.queue.popleft()
-                except IndexError:
-                    break
-                request.session.runner.run(request)
-        finally:
-            slots.give_back()
-
-    def run_nested(self, call: _Call) -> None:
-        """As the thread that waits for a call: run one that is made on its behalf."""
-        call.home = False  # this thread is busy: what comes now others run
-        running: deque[Any] = deque()
-        call.running = running
-        running.extend(itertools.starmap(call.nested.popleft, _ONCE))  # type: ignore[union-attr]
-        self.disown(call)
-        request = self._requests.get(running[0][2])
-        if request is not None:
-            request.at_home = True
-            self.run(request)
-        running.clear()
-        call.home = True
-
-    def disown(self, call: _Call) -> None:
-        """The thread that waited for a call does not run what is nested in it: the pool does."""
-        while call.nested:
-            try:
-                messages = itertools.starmap(call.nested.popleft, _ONCE)
-                requests = map(self._requests.get, map(_number_of, messages))
-                _pool.move(zip((self.run_nested_in_slot,), zip(requests)))
-            except IndexError:
-                pass  # another thread was quicker
-
-    def run_after_all(self, message: _Message) -> None:
-        """Its thread has gone before it began to run this, or in the midst of it."""
+    def run_message(self, message: _Message) -> None:
+        """Run the call that a message is, once there is a slot; unless a thread has gone in the midst of it."""
         request = self._requests.get(message[2])
         if request is not None and request.begun:
             self.fail(request, KeyboardInterrupt())
         elif request is not None:
-            self.run_nested_in_slot(request)
+            self.run_in_slot(request)
+
+    def _slots_of(self, request: _Request) -> _Slots:
+        return self._nested_slots if request.parent else self.slots  # else they might wait for each other
+
+    def run_in_slot(self, request: _Request) -> None:
+        if self._slots_of(request).take(request):
+            self.run_with_slot(request)
+
+    def run_with_slot(self, request: _Request) -> None:
+        try:
+            self.run(request)
+        finally:
+            self._slots_of(request).give_back()
+
+    def run_nested(self, call: _Call) -> None:
+        """As the thread that waits for a call: run the one that is made on its behalf."""
+        request = self._requests.get(call.inbox[0][2])
+        if request is not None:
+            self.run(request)
+        call.inbox.popleft()  # not before: should this thread go, who gives the call up sees to it
 
     def run_on_loop(self, call: _Call, request: _Request) -> bool:
         """Have the loop that waits for a call run one made on its behalf. False if that is closed."""
@@ -3218,69 +3067,66 @@ class _Runner:
 
     # -- running
 
-    def decode(self, request: _Request) -> bool:
-        """Make the call of what has come. False: it is answered already. Raises ProtocolError."""
-        message, request.message = request.message, None
+    def decode(self, request: _Request) -> None:
+        """Make the call of what has come: `request.body`. Without one it is answered already."""
         try:
-            call = self._session.decode(message, request)  # type: ignore[arg-type]
+            call = self._session.decode(request.inbox)
         except _Undecodable as error:
             return self.fail(request, error.args[0], own=True)
+        except ProtocolError as error:
+            return self._session.end(error)
         if (type(call) is not list or len(call) < 4 or type(call[1]) is not str or type(call[2]) is not list
                 or type(call[3]) is not dict):
-            raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
-        request.body, request.method = call, call[1]
+            text = "a call is [target, method, [argument, ...], {name: argument, ...}]"
+            return self._session.end(ProtocolError(text))
         if self._session.closing is not None:
             return self.fail(request, PluginClosed("the plugin is shutting down"), own=True)
-        return True
+        request.body, request.method = call, call[1]
+        return None
 
     def run(self, request: _Request) -> None:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises is an
         answer too."""
         if request.producer is not None:
-            return self._go_on(request)
+            return request.producer.go_on()
         if request.begun:
             return None
-        own = True  # whether a PluginError would be about this call itself
+        own, returned = True, False  # whether a PluginError would be about this call itself; whether the method has
         request.outer = outer = _current.get()
         try:
             request.begun = True
             _current.set(request)
-            if request.body is None and not self.decode(request):
-                return None
+            if request.body is None:
+                self.decode(request)
+                if request.body is None:
+                    return None
             start = time.monotonic()
             target, method, args, kwargs = request.body[:4]
             function = self._session.references.resolve(target, method)
             own = target == 0
             value = function(*args, **kwargs)
-            self._session.reader.took(method, time.monotonic() - start)
-            if type(value) not in _ATOMS and self._is_more(request, value):
-                return None
-            own = True
-            self.answer(request, value)
+            own = returned = True
+            seconds = time.monotonic() - start
+            if seconds > _QUICK or self._session.attendant.quick.get(method, 0) < 3:
+                self._session.attendant.took(method, seconds)
+            if type(value) in _ATOMS or not self._is_more(request, value):
+                self.answer(request, value)
         except BaseException as error:
-            self._failed(request, error, own)
+            self._failed(request, error, own and issubclass(type(error), PluginError), returned)
         finally:
             _current.set(outer)
             request.body = args = kwargs = None  # not kept alive by a frame that lingers
         return None
 
-    def _failed(self, request: _Request, error: BaseException, own: bool) -> None:
-        """A call has ended with an exception. If it had been answered before, or is Ctrl-C, that goes on to who waits."""
-        kind = type(error)  # isinstance() would ask the exception itself
-        if issubclass(kind, ProtocolError) and request.body is None:
-            return self._session.end(error)
-        unanswered = self._requests.get(request.number) is request and (request.lent or not request.sending)
-        if not unanswered:
-            self.finish(request)
+    def _failed(self, request: _Request, error: BaseException, own: bool, returned: bool) -> None:
+        """A call has ended with an exception: that is the answer. (Should there be one, the other side ignores this.) What
+        a handler has raised after the method, and Ctrl-C, goes on to who waits here, too."""
+        if _in_main_thread() or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
+            _pool.put((self.fail, request, error, own))
         else:
-            own = own and issubclass(kind, PluginError)
-            if _in_main_thread() or issubclass(kind, RecursionError):  # no handler strikes there, and there is room
-                _aside_in_pool(self.fail, request, error, own)
-            else:
-                self.fail(request, error, own)
-        if not unanswered or _is_ctrl_c(error):
+            self.fail(request, error, own)
+        if _is_ctrl_c(error) or (returned and _in_main_thread()):
             raise error
-        return None
 
     def _is_more(self, request: _Request, value: Any) -> bool:
         """Whether what a method has returned is not its answer yet: a coroutine, or a stream."""
@@ -3295,24 +3141,17 @@ class _Runner:
 
     def answer(self, request: _Request, value: Any) -> None:
         """Answer with what a method has returned."""
+        lent: list[int] = []
         if request.kind == _CALL and not request.cancelled:
             try:
-                request.lent = []
-                content = self._codec.dumps(value, "the result", request.lent)
-                if request.at_home:
-                    request.lent.append(0)
-                    request.sending = True
-                self._session.send(_RESULT, 0, request.number, content)
+                request.lent = lent
+                self._session.send(_RESULT, 0, request.number, self._codec.dumps(value, "the result", lent))
             except PluginError as error:  # it cannot travel
-                name = f"{request.method}()" if request.method else "the function"
-                self.fail(request, _renamed(error, "the result", f"the result of {name}"), own=True)
-                return
+                return self.fail(request, error, own=True)
         elif type(value) is _Ref:  # an instance that was dispensed in vain is to be exited
-            lent: list[int] = []
-            references = self._session.references
-            references.lend(self._session, value, lent)
-            references.unlend(lent)
-        self.finish(request)
+            self._session.references.lend(self._session, value, lent)
+            self._session.references.unlend(lent)
+        return self.finish(request)
 
     def finish(self, request: _Request) -> None:
         """The call has been answered."""
@@ -3320,13 +3159,13 @@ class _Runner:
         if self._session.closing is not None and not self._requests:
             _open(self._session.drained)
 
-    def fail(self, request: _Request, error: BaseException, own: bool = False, wait: bool = True) -> bool:
-        """Answer with an exception, unless it has been answered. Returns False."""
+    def fail(self, request: _Request, error: BaseException, own: bool = False, wait: bool = True) -> None:
+        """Answer with an exception, unless it has been answered."""
         session = self._session
         if session.is_abandoned:
             _leave_fork(error)
         if self._requests.get(request.number) is not request:
-            return False
+            return
         session.references.unlend(request.lent)
         if request.kind == _NOTIFY:
             _import("traceback").print_exception(type(error), error, error.__traceback__)
@@ -3336,46 +3175,44 @@ class _Runner:
             for tell in (partial(_encode_error, error, own), partial(_encode_error, error, own, bare=True),
                          partial(dict, message="an exception that cannot be told")):
                 try:
-                    body = self._with_home(tell(), error)
-                    session.send(_ERROR, 0, request.number, self._codec.dumps(body, "the exception"), wait=wait)
+                    content = self._codec.dumps({**tell(), **self._home(error)}, "the exception")
+                    session.send(_ERROR, 0, request.number, content, wait=wait)
                     break
                 except BaseException as problem:  # its arguments cannot travel, or are too long, or it is a trap
                     if _is_ctrl_c(problem):
                         raise
         self.finish(request)
-        return False
 
     def _remember(self, request: _Request, error: BaseException) -> None:
         """What has been raised here, on behalf of a call of ours, may come home as that one's."""
-        call = self._calls.get(request.parent) if request.parent else None
+        call = self._calls.get(request.parent)
         if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
-            call.raised = dict([*(call.raised or {}).items()][1 - _RAISED :])
-            call.raised[request.number] = error
+            call.raised = deque([*call.raised, (request.number, error)], _RAISED)
 
-    def _with_home(self, body: dict[str, Any], error: BaseException) -> dict[str, Any]:
-        """The same, if it has come from the other side, with the number of the call that had raised it here."""
+    def _home(self, error: BaseException) -> dict[str, Any]:
+        """Of an exception that has come from the other side: the number of the call that had raised it here."""
         if issubclass(type(error), RemoteError):
             origin, number = vars(error).get("_origin") or (lambda: None, None)
             if origin() is self._session:
-                return {**body, "home": number}
-        return body
+                return {"home": number}
+        return {}
 
     # -- coroutines and streams
 
     def _run_as_task(self, request: _Request, coroutine: Any) -> None:
         """Run a coroutine on the loop of who waits for it, or on the one that the async methods share."""
         def begin() -> None:
+            asyncio = _import("asyncio")
             _current.set(request)
-            request.task = task = _import("asyncio").ensure_future(coroutine)
-            if request.cancelled and request.producer is None:  # once it has begun, or nothing would finish the request
-                _import("asyncio").get_running_loop().call_soon(task.cancel)
+            request.task = task = asyncio.ensure_future(coroutine)
+            if request.cancelled:  # once it has begun, or nothing would finish the request
+                asyncio.get_running_loop().call_soon(task.cancel)
 
         if request.loop is not None:
-            return begin()
-        if not request.on_loop(begin):
+            begin()
+        elif not request.on_loop(begin):
             coroutine.close()
             self.fail(request, PluginClosed("the plugin is shutting down"), own=True)
-        return None
 
     async def _await(self, request: _Request, awaitable: Any) -> None:
         try:
@@ -3393,179 +3230,144 @@ class _Runner:
             request.cancelled = True  # nobody will read it
         else:
             self._session.send(_RESULT, _STREAM, request.number, _NOTHING)
-        if hasattr(type(iterator), "__anext__") or _get_ident() in _loop_threads or request.loop is not None:
-            self.resume(request)
+        if request.producer.is_async or request.loop is not None or _get_ident() in _loop_threads:
+            request.producer.resume()
         else:
-            request.producer.run()
-
-    def resume(self, request: _Request) -> None:
-        """Have somebody go on with a stream."""
-        if hasattr(type(request.producer.iterator), "__anext__"):  # type: ignore[union-attr]
-            request.on_loop(partial(self._go_on, request))
-        elif request.parent:
-            _aside_in_pool(self.run_nested_in_slot, request)
-        elif self.slots.take(request):  # first: a thread for each that finds no slot would be one too many
-            _aside_in_pool(self.run_with_slot, request)
-
-    def _go_on(self, request: _Request) -> None:
-        producer: Any = request.producer
-        if hasattr(type(producer.iterator), "__anext__"):
-            _current.set(request)
-            request.task = _import("asyncio").ensure_future(producer.run_async())
-        else:
-            outer = _current.get()
-            try:
-                _current.set(request)
-                producer.run()
-            finally:
-                _current.set(outer)
+            request.producer.go_on()
 
 
 class _Producer:
     """The sending end of a stream: it takes from an iterator what the other side has given credit for. Items that come
     quickly gather, and leave together; a slow producer's leave one by one, when they are made.
 
-    `credit` is what has come of it: who routes adds to it, and calls `resume`. One thread, or one task, produces: the
-    one that is `_running`. `_lock` protects `_group`, `_size` and `_last`, and is held while items leave, so that they
-    leave in order.
+    Any thread may call `grant` and `resume`. One thread, or one task, produces: the one that holds `_turn`. `_lock`
+    protects `_group`, `_size` and `_last`, and is held while items leave, so that they leave in order.
     """
 
     def __init__(self, request: _Request, iterator: Any) -> None:
         self._request = request
         self._session = request.session
-        self.iterator = iterator
-        self.credit: deque[int] = deque()
-        self._granted, self._used = _WINDOW, 0  # items for which there was credit; that were made
-        self._running: dict[int, Any] = {}
+        self._iterator = iterator
+        self.is_async = hasattr(type(iterator), "__anext__")
+        self._credit = deque((_WINDOW,))  # what has come of it
+        self._left = 0  # for how many more items there was credit
         self._over = False  # whether the end has been told
+        self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._group: list[Any] = []  # items that wait for others
         self._size = 0  # of those, in bytes
         self._last = 0.0  # when some left
         self._alarmed = False  # whether those that wait are seen to
 
-    def grant(self, count: int) -> None:
+    def grant(self, message: _Message) -> None:
         """There is credit for so many more items."""
-        self.credit.append(count)
+        self._credit.append(int(message[4]))
         self.resume()
 
     def resume(self) -> None:
-        """There is credit, or the stream is given up: have it go on, if it waits for that."""
-        if not self._running:
-            self._session.runner.resume(self._request)
+        """There is credit, or the stream is given up: have somebody go on, unless somebody does."""
+        if self._turn.locked():
+            return
+        if self.is_async:
+            self._request.on_loop(self.go_on)
+        else:
+            _pool.put((self._session.runner.run_in_slot, self._request))
+
+    def go_on(self) -> None:
+        """Produce, in this thread or as a task of this thread's loop, until the end or until there is no credit."""
+        outer = _current.get()
+        try:
+            _current.set(self._request)
+            if self.is_async:
+                self._request.task = _import("asyncio").ensure_future(self._produce())
+            else:
+                self._produce().send(None)
+        except StopIteration:
+            pass  # nothing is awaited in there
+        finally:
+            _current.set(outer)
 
     def _has_credit(self) -> bool:
-        while self.credit:
-            self._granted += self.credit.popleft()
-        return self._used < self._granted
+        while self._credit:
+            self._left += self._credit.popleft()
+        return self._left > 0
 
-    def _begin(self) -> Any:
-        """What to hold while this produces; None if there is nothing to be done, or somebody else does it."""
-        token = [None]
-        waits = self._over or not (self._request.cancelled or self.credit or self._used < self._granted)
-        return None if waits or self._running.setdefault(0, token) is not token else token
-
-    def run(self) -> None:
-        """Produce, until the end or until there is no credit."""
-        while self._begin() is not None:
+    async def _produce(self) -> None:
+        request, iterator = self._request, self._iterator
+        end = StopAsyncIteration if self.is_async else StopIteration
+        while not self._over and (request.cancelled or self._credit or self._left > 0) and self._turn.acquire(False):
             ended, error = True, None
             try:
-                while self._has_credit() and not self._request.cancelled:
-                    self._put(next(self.iterator))
-                ended = self._request.cancelled
-                self.flush()
-            except StopIteration:
+                while self._has_credit() and not request.cancelled:
+                    self._put(await iterator.__anext__() if self.is_async else next(iterator))
+                    self._left -= 1
+                ended = request.cancelled
+                if ended and hasattr(iterator, "aclose"):
+                    await iterator.aclose()
+                self._flush()
+            except end:
                 pass
             except BaseException as problem:
                 ended, error = True, problem
             if ended:
+                self._over, request.task = True, None
                 self._end(error)
-            self._running.clear()
-
-    async def run_async(self) -> None:
-        """The same for an async iterator."""
-        while self._begin() is not None:
-            ended, error = True, None
-            try:
-                while self._has_credit() and not self._request.cancelled:
-                    self._put(await self.iterator.__anext__())
-                ended = self._request.cancelled
-                if ended and hasattr(self.iterator, "aclose"):
-                    await self.iterator.aclose()
-                self.flush()
-            except StopAsyncIteration:
-                pass
-            except BaseException as problem:
-                ended, error = True, problem
-            if ended:
-                self._request.task = None
-                self._end(error)
-            self._running.clear()
+            self._turn.release()
 
     def _put(self, item: Any) -> None:
         """Encode an item, now, as its maker may change it; and send it, or let it wait for others."""
+        session = self._session
         lent: list[int] = []
         try:
-            content = self._session.codec.dumps(item, "an item", lent)
-            self._session.check_size(content)
-        except PluginError as error:
-            self._session.references.unlend(lent)
-            raise _renamed(error, "an item", f"item {self._used} of {self._request.method}()") from None
-        self._used += 1
+            content = session.codec.dumps(item, "an item", lent)
+            session.check_size(content)
+        except PluginError:
+            session.references.unlend(lent)
+            raise
+        size, alone = len(content[0]) + 1, bool(content[1])  # what has buffers leaves alone
         with self._lock:
+            if alone or self._size + size + 1 > session.send_limit:
+                self._send()
             self._group.append(content)
-            self._size += len(content[0])
+            self._size += size
             now = time.monotonic()
-            full = len(self._group) >= _WINDOW // 2 or self._size >= _READ_SIZE or content[1]
-        if full or now - self._last > _GATHER:
-            self.flush()
-        elif not self._alarmed:
-            self._alarmed = True
-            _watch.alarm(now + 3 * _GATHER, self._flush_late)
+            if alone or len(self._group) >= _WINDOW // 2 or self._size >= _READ_SIZE or now - self._last > _GATHER:
+                self._send()
+            elif not self._alarmed:
+                self._alarmed = True
+                _pool.alarm(now + 3 * _GATHER, self._flush)
 
-    def _flush_late(self) -> None:
-        self._alarmed = False
-        self.flush()
-
-    def flush(self) -> None:
-        """Send what has gathered: in one message what fits, and one that has buffers alone."""
+    def _flush(self) -> None:
         with self._lock:
-            group, self._group, self._size = self._group, [], 0
-            while group:
-                count, size = 1, len(group[0][0])
-                while count < len(group) and not (group[count - 1][1] or group[count][1]):
-                    size += len(group[count][0]) + 1
-                    if size + 2 > self._session.send_limit:
-                        break
-                    count += 1
-                self._send(group[:count])
-                del group[:count]
-            self._last = time.monotonic()
+            self._alarmed = False
+            self._send()
 
-    def _send(self, group: list[Any]) -> None:
+    def _send(self) -> None:
+        """Under the lock: send what has gathered, in one message."""
+        group, self._group, self._size = self._group, [], 0
         lent = [number for content in group for number in content[3]]
         if self._request.cancelled:
-            return self._session.references.unlend(lent)  # type: ignore[no-any-return]
-        body = b"[" + b",".join([content[0] for content in group]) + b"]"
-        tagged = max(content[2] for content in group)
-        return self._session.send(_ITEM, 0, self._request.number, (body, group[0][1], tagged, lent))
+            self._session.references.unlend(lent)
+        elif group:
+            body = b"[" + b",".join([content[0] for content in group]) + b"]"
+            tagged = max(content[2] for content in group)
+            self._session.send(_ITEM, 0, self._request.number, (body, group[0][1], tagged, lent))
+        self._last = time.monotonic()
 
     def _end(self, error: BaseException | None) -> None:
         """Send the rest and the end, and be done with the call."""
-        self._over = True
         request, runner = self._request, self._session.runner
-        self.flush()
+        self._flush()
         try:
-            if hasattr(self.iterator, "close"):
-                self.iterator.close()
+            if hasattr(self._iterator, "close"):
+                self._iterator.close()
         except BaseException as problem:
             error = error or problem
         if error is not None:
-            runner.fail(request, error, own=issubclass(type(error), (NotSerializable, MessageTooLarge)))
-        else:
-            if not request.cancelled:
-                self._session.send(_END, 0, request.number, _NOTHING)
-            runner.finish(request)
+            return runner.fail(request, error, own=issubclass(type(error), (NotSerializable, MessageTooLarge)))
+        if not request.cancelled:
+            self._session.send(_END, 0, request.number, _NOTHING)
+        return runner.finish(request)
 
 
 class _Session:
@@ -3600,23 +3402,24 @@ class _Session:
         self.cause: BaseException | None = None  # why it has
         self.lost_calls: list[str] = []  # the methods that were being called then
         self.is_abandoned = False  # in a forked child
+        self.is_disposed = False  # whether who reads last closes the channel
         self.closing: float | None = None  # the grace in seconds, once the host has said stop; -1: gone without a word
         self.finished = _gate()  # opens when the other side says stop or is gone
         self.drained = _gate()  # opens when the last of their calls has ended after that
         self._lost = lost
-        self._next_alarm: float | None = None
         self._last_asked = 0  # the number taken by the last `unused`
         self.reader = _Reader(self)
+        self.attendant = _Attendant(self)
         self.runner = _Runner(self, slots or _Slots(64))
         self.caller = _Caller(self)
         self.call, self.submit, self.notify = self.caller.call, self.caller.submit, self.caller.notify
         self.ping, self.probe = self.caller.ping, self.caller.probe
-        channel.stuck, channel.later = self.reader.pass_on, self._flush_later
+        channel.stuck, channel.later = self.reader.pass_on, lambda: _pool.put((self.flush,))
         channel.gone = lambda error: None if self.cause is not None else self.end(error)
         channel.begin(max_message)
         _sessions.add(self)
         try:
-            _watch.start()
+            _pool.begin()
         except BaseException:
             _sessions.discard(self)
             raise
@@ -3655,53 +3458,33 @@ class _Session:
 
     def discard(self, notices: Iterable[list[_Bytes]]) -> None:
         """Have references given back: finalizers call this, which may run at any moment, inside any lock. It leaves with
-        what is sent next, or when the watch looks."""
+        what is sent next, or when the attendant looks."""
         if self.ended is None:
             self.channel.posted.extend(notices)
-            self.reader.be_watched()
+            self.attendant.watch()
 
-    def flush(self) -> None:
-        """Write what is left, without waiting."""
-        try:
-            self.channel.write([], None, False)
-        except _Broken:
-            self.channel.shutdown()
-
-    def _flush_later(self) -> None:
-        _aside_in_pool(self._flush_waiting)
-
-    def _flush_waiting(self) -> None:
+    def flush(self, wait: bool = True) -> None:
+        """Write what is left. For threads of the pool."""
         self.channel.writer.mend()
         try:
-            self.channel.write([])
+            self.channel.write([], None, wait)
         except _Broken:
             self.channel.shutdown()
-
-    def alarm(self, when: float) -> None:
-        """Have the deadlines of submitted calls looked at then."""
-        if self._next_alarm is None or when < self._next_alarm:
-            self._next_alarm = when
-            _watch.alarm(when, self._ring)
-
-    def _ring(self) -> None:
-        self._next_alarm = None
-        if self.ended is None:
-            self.caller.expire()
 
     # -- what is neither a call nor an answer
 
     def steer(self, come: deque[_Message], message: _Message) -> None:
-        """As the reader: the first of `come` is about a call, a reference, or the whole. To repeat this does no harm."""
+        """As the reader: the first of `come` is about a call, a reference, or the whole."""
         kind, flags, number, _, body, _ = message
         request = self.requests.get(number)  # None: it has ended meanwhile
         if kind == _RELEASE:
-            return self.once(come, self.references.release_unless_busy, number)
+            return self.reader.take(come, lambda message: self.references.release_unless_busy(message[2]))
         if kind == _CREDIT:
             count = self.codec.loads(body, (), 0) if body else None
             if type(count) is not int or not 0 < count <= _WINDOW:
                 raise ProtocolError(f"a credit of {_shown(count)} items")
             if request is not None and request.producer is not None:
-                return self.once(come, request.producer.grant, count)
+                return self.reader.take(come, request.producer.grant)
         elif kind == _PING:
             self.post(_PONG, number)
         elif kind == _CANCEL:
@@ -3715,45 +3498,21 @@ class _Session:
         come.popleft()
         return None
 
-    @staticmethod
-    def once(come: deque[_Message], function: Callable[[Any], Any], what: Any) -> None:
-        """Call a function for the first of `come`, which must neither be lost nor done twice: where a handler may raise,
-        the message is handed to the pool in one step."""
-        if _in_main_thread():
-            try:
-                return _pool.move(zip((function,), zip(map(_first_of, (what,),
-                                                           itertools.starmap(come.popleft, _ONCE)))))
-            except RecursionError:
-                raise
-            except RuntimeError:
-                pass  # no thread to be had
-        come.popleft()
-        return function(what)  # type: ignore[no-any-return]
-
-    def decode(self, message: _Message, owner: Any) -> Any:
-        """The value of a message about a call or request. References in it are borrowed in a thread where no handler
-        strikes: so none gets lost halfway. Raises as the codec does."""
-        _, flags, _, _, body, buffers = message
-        if flags & _TAGGED and b'"$ref"' in body and _in_main_thread():
-            ticket = [message]
-            try:
-                return _in_pool(self._decode, ticket, owner)
-            finally:
-                ticket.clear()  # once this thread has gone that one does not begin
-        owner.decoded = message
-        return self.codec.loads(body, buffers, flags & _TAGGED)
-
-    def _decode(self, ticket: list[_Message], owner: Any) -> Any:
-        vars(owner).update(zip(("decoded",), itertools.starmap(ticket.pop, _ONCE)))  # one step: it has begun
-        _, flags, _, _, body, buffers = owner.decoded
-        return self.codec.loads(body, buffers, flags & _TAGGED)
+    def decode(self, inbox: deque[_Message], safely: bool = False) -> Any:
+        """The value of the first message, which is taken out. References in it a thread of the pool borrows, where
+        handlers may strike: so none gets lost halfway. Raises as the codec does."""
+        if inbox[0][1] & _TAGGED and not safely and b'"$ref"' in inbox[0][4] and _in_main_thread():
+            return _in_pool(self.decode, inbox, True)
+        _, flags, _, _, body, buffers = inbox.popleft()
+        return self.codec.loads(body, buffers, flags & _TAGGED) if body else None
 
     def drop(self, message: _Message) -> None:
-        """A message that nobody wants any more: references in it are given back."""
-        _, flags, _, _, body, buffers = message
-        if flags & _TAGGED and self.ended is None:
+        """A message that nobody waits for any more: a call is run all the same, references are given back."""
+        if message[0] in (_CALL, _NOTIFY):
+            self.runner.run_message(message)
+        elif message[1] & _TAGGED and self.ended is None:
             try:
-                self.codec.loads(body, buffers, True)
+                self.decode(deque((message,)), True)
             except (_Undecodable, ProtocolError):
                 pass  # it does not matter any more
 
@@ -3805,8 +3564,7 @@ class _Session:
     def end(self, cause: BaseException) -> None:
         """The connection has ended: fail every call that waits, and let every thread go. Any thread; the first one ends
         it. `cause`: a _Broken, whose argument counts, or what the other side has done."""
-        cause = cause.args[0] if type(cause) is _Broken else cause
-        self.cause = self.cause or cause  # the first one is the reason of the others
+        self.cause = self.cause or (cause.args[0] if type(cause) is _Broken else cause)
         self.channel.shutdown()
         make_error = self._lost(self.cause)
         if self.ended is None:
@@ -3815,19 +3573,15 @@ class _Session:
         self.sealed = True
         for call in list(self.calls.values()):
             if call.future is not None and call.streams is None:
-                _aside_in_pool(call.future._settle, call, _ENDED)
+                _pool.put((call.future._settle, call, _ENDED))
             else:
                 call.inbox.append(_ENDED)
             self.calls.pop(call.number, None)
-            if call.watcher is not None:
-                call.watcher()
-            if call.gate is not None:
-                _open(call.gate)
+            call.wake()
         self.stop(-1.0 if self.closing is None else self.closing)
         _sessions.discard(self)
         if not _sessions:
             _pool.retire()
-            _watch.tasks.put((bool, ()))  # it ends
 
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""
@@ -3837,15 +3591,10 @@ class _Session:
         self.reader.seat = _Seat()
 
     def dispose(self) -> None:
-        """Close the channel, once nobody uses it. Not for a thread that reads."""
+        """Close the channel, once nobody reads."""
         self.channel.shutdown()
-        token = {_get_ident()}
-        mine = _ref_to(token)
-        for _ in range(5):
-            if self.reader.seat.setdefault(0, mine) is mine:
-                return self.channel.close()
-            self.reader.vacant.acquire(True, 0.1)  # in vain, if somebody has closed the descriptor: that wakes nobody
-        return None
+        self.is_disposed = True
+        self.reader.pass_on()
 
 
 # === 6. dispatcher ======================================================================================
@@ -4252,7 +4001,7 @@ class _References:
     def release_unless_busy(self, number: int) -> None:
         """The same for who reads: a finalizer that calls in the midst of `lend` waits for that one."""
         if not self._lock.acquire(False):
-            return _aside_in_pool(self.release, number)
+            return _pool.put((self.release, number))
         try:
             return self.release(number)
         finally:
@@ -4405,7 +4154,7 @@ class _Method(_Remote):
                 begin(self._seconds())
             return call
         except BaseException:
-            _watch.tasks.put((_aside_in_pool, (call.cancel,)))
+            _pool.put((call.cancel,))
             raise
 
     def notify(self, *args: Any, **kwargs: Any) -> None:
@@ -4665,7 +4414,7 @@ class _Awaitable:
         self._session = session
         call = session.submit(self, *what)
         if self._state[:9] == "CANCELLED":  # meanwhile, by a signal handler
-            session.caller.give_up(call)
+            _pool.put((session.caller.give_up, call))
 
     def _arrive(self, call: _Call, come: deque[_Message], attends: bool) -> None:
         """Called by who reads, once the answer has come. Callbacks may take long: a thread of the pool runs them, and does
@@ -4676,13 +4425,7 @@ class _Awaitable:
                     return self._settle(call, come.popleft())
             finally:
                 self._condition.release()
-        try:
-            _pool.move(zip((self._settle,), zip((call,), itertools.starmap(come.popleft, _ONCE))))
-        except RecursionError:
-            raise
-        except RuntimeError:  # no thread to be had
-            self._settle(call, come.popleft())
-        return None
+        return _move(partial(self._settle, call), come.popleft)
 
     def _settle(self, call: _Call, message: _Message) -> None:
         future: Any = self
@@ -4692,7 +4435,8 @@ class _Awaitable:
         if self.done():
             return call.session.drop(message)  # type: ignore[no-any-return]
         try:
-            value = call.session.caller.value(call, message)
+            call.inbox.appendleft(message)  # items may have come already
+            value = call.session.caller.value(call)
         except BaseException as error:
             self._fail(error)
             return None
@@ -4764,7 +4508,7 @@ class Stream:
         self._session = session
         self._call = call
         self._lock = threading.Lock()  # held by who takes a message from the inbox
-        self._batch: Any = (call.streams, iter(()), 0)  # the latest message; its items; how many have come with it, in all
+        self._batch: Any = (iter(()), 0)  # the items of the latest message; how many have come with it, in all
         self._credited = 0  # for how many of those credit was given
         self._waiters: list[Any] = []  # (loop, future) of the tasks that wait for items
         self._over = False
@@ -4778,71 +4522,69 @@ class Stream:
         return self
 
     def __next__(self) -> Any:
-        for item in self._batch[1]:
+        for item in self._batch[0]:
             return item
         with self._lock:
             while True:
-                for item in self._batch[1]:
+                for item in self._batch[0]:
                     return item
                 if self._over:
                     raise StopIteration
                 try:
-                    self._drop_read()
-                    self._take(self._session.caller.next(self._call))
+                    self._give_credit()
+                    self._session.caller.next(self._call)
+                    self._take()
                 except StopIteration:
                     raise
                 except BaseException:
+                    _pool.put((self._session.caller.give_up, self._call))
                     self._finish()
-                    _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
                     raise
 
-    def _drop_read(self) -> None:
-        """The latest message has been read: give credit, unless little is due yet, and let go of it."""
-        inbox, (message, _, received) = self._call.inbox, self._batch
-        count = received - self._credited
+    def _give_credit(self) -> None:
+        """The latest message has been read: give credit, unless little is due yet."""
+        count = self._batch[1] - self._credited
         if count >= _WINDOW // 2 and self._call.number in self._session.calls:
             self._call.granted += count  # first: should a handler raise, all this is done again
             self._session.post(_CREDIT, self._call.number, count)
             self._credited += count
-        if inbox and inbox[0] is message:
-            inbox.popleft()
 
-    def _take(self, message: _Message) -> None:
+    def _take(self) -> None:
         """Take a part of the stream. Raises StopIteration at the end, and what the generator raised."""
         if self._over:
             raise StopIteration  # it was closed: who gives it up tells the plugin
-        if message[0] == _END:
+        try:
+            values = self._session.caller.value(self._call, _ITEM)
+        except StopIteration:
             self._finish()
             self._session.calls.pop(self._call.number, None)
-            self._session.caller.value(self._call, message, _END)
-            raise StopIteration
-        values = self._session.caller.value(self._call, message, _ITEM)
-        received = self._batch[2] + len(values) if type(values) is list else 0
+            raise
+        received = self._batch[1] + len(values) if type(values) is list else 0
         if not values or not received or received > self._call.granted:
             text = "items of a stream are a list, of one at least, and no more than there is credit for"
             raise self._session.failed(ProtocolError(text), self._call)
-        self._batch = (message, iter(values), received)
+        self._batch = (iter(values), received)
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> Any:
         while True:
-            for item in self._batch[1]:
+            for item in self._batch[0]:
                 return item
             if self._over:
                 raise StopAsyncIteration
             if self._lock.acquire(False):
                 try:
-                    self._drop_read()
+                    self._give_credit()
                     if self._call.inbox:
-                        self._take(self._call.inbox[0])
+                        self._take()
                         continue
                 except StopIteration:
                     raise StopAsyncIteration from None
                 except BaseException:
+                    _pool.put((self._session.caller.give_up, self._call))
                     self._finish()
-                    _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
                     raise
                 finally:
                     self._lock.release()
@@ -4857,9 +4599,9 @@ class Stream:
         try:
             self._call.watcher = self._tell
             self._session.reader.unattended.add(self._call.number)
-            if self._has_news():
+            if self._call.inbox:
                 return
-            self._session.reader.attend()
+            self._session.reader.pass_on()
             await asyncio.wait_for(waiter[1], self._call.seconds)
         except asyncio.TimeoutError:
             self.close()
@@ -4869,10 +4611,6 @@ class Stream:
             if not self._waiters:
                 self._call.watcher = None  # which would keep the stream alive
                 self._session.reader.unattended.discard(self._call.number)
-
-    def _has_news(self) -> bool:
-        inbox = self._call.inbox
-        return bool(inbox) and not (len(inbox) == 1 and inbox[0] is self._batch[0])
 
     def _tell(self) -> None:
         """Something has come: every task looks. Called by who reads."""
@@ -4886,9 +4624,9 @@ class Stream:
         """Give the rest up: the plugin's generator is closed. Closing what has ended does nothing."""
         if not self._over:
             self._finish()
-            _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
+            _pool.put((self._session.caller.give_up, self._call))
             self._tell()
-        self._batch = (*self._batch[:1], iter(()), self._batch[2])
+        self._batch = (iter(()), self._batch[1])
 
     async def aclose(self) -> None:
         """As `close`."""
@@ -4911,7 +4649,7 @@ class Stream:
             return
         self._finish()
         if self._session.ended is None:
-            _watch.tasks.put((_aside_in_pool, (self._session.caller.give_up, self._call)))
+            _pool.put((self._session.caller.give_up, self._call))
 
     def __repr__(self) -> str:
         return f"<stream of {self._call.method}(), {'ended' if self._over else 'open'}>"

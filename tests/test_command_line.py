@@ -214,7 +214,7 @@ def test_another_interpreter(write, tmp_path):
     ([WORKSHOP, "hard_exit", "3"], "exited with status 3 during hard_exit()"),
     pytest.param([WORKSHOP, "segfault"], "The last it wrote: Fatal Python error: Segmentation fault", marks=posix),
     ([WORKSHOP, "say_and_die", "last words"], "The last it wrote: err: last words"),
-    ([WORKSHOP, "unserializable"], "miniplug: the result of unserializable()[1]['deep'] is of type object: "),
+    ([WORKSHOP, "unserializable"], "miniplug: the result[1]['deep'] is of type object: "),
     ([WORKSHOP, "fail", "BrokenPipeError", "of the plugin's"], "miniplug: BrokenPipeError: of the plugin's"),
     ([WORKSHOP, "fail", "KeyboardInterrupt"], "miniplug: KeyboardInterrupt"),
 ])

@@ -132,6 +132,6 @@ def test_in_asyncio():
 
 
 def test_a_callback_whose_result_cannot_travel_is_told_as_that():
-    told = pytest.raises(miniplug.RemoteError, match=r"^NotSerializable: the result of the function is")
+    told = pytest.raises(miniplug.RemoteError, match=r"^NotSerializable: the result is")
     with miniplug.local({"shop": Shop()}) as plugin, told:
         plugin.dispense().apply(lambda: object())

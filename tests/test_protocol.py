@@ -171,7 +171,7 @@ CONVERSATION = ["handshake", "dispense", "call", "error", "unknown", "cancel", "
                 "callback", "own", "release", "buffer", "shutdown"]
 
 
-def be_host(channel):
+def be_host(channel, given_up):
     """The host of the conversation, by the real code. What it receives is checked here."""
     session = host_session(channel, hello(channel, "host"))
     proxy = session.call(0, "dispense", ("greeter",), {}, SECONDS)
@@ -185,6 +185,7 @@ def be_host(channel):
     assert (missing.value.name, missing.value.matches) == ("great", ["greet"])
     with pytest.raises(miniplug.CallTimeout):
         session.call(1, "wait", (), {}, 0.05)
+    assert given_up.acquire(timeout=SECONDS)  # a thread of the pool tells
     proxy.greet.notify("nobody")
     assert session.ping(SECONDS) < SECONDS
     assert proxy.about() == {}
@@ -221,15 +222,9 @@ def test_the_document_has_all_of_the_conversation():
 def test_the_host_says_and_takes_what_the_document_says(ends, nonce, monkeypatch):
     channel, plugin = ends
     nonce("host")
-    given_up, give_up = [], miniplug._Caller.give_up
-
-    def once(caller, call):  # two threads see to a call that is late, and may both tell: here the first one alone
-        given_up.append(call.number)
-        if given_up.count(call.number) == 1:
-            give_up(caller, call)
-
-    monkeypatch.setattr(miniplug._Caller, "give_up", once)
-    host = Background(be_host, channel)
+    given_up, give_up = threading.Semaphore(0), miniplug._Caller.give_up
+    monkeypatch.setattr(miniplug._Caller, "give_up", lambda *args: (give_up(*args), given_up.release()))
+    host = Background(be_host, channel, given_up)
     play(plugin, CONVERSATION, "<")
     session = host.result()
     plugin.close()

@@ -683,7 +683,7 @@ def test_two_alarms_of_the_same_moment(shop):
     """Clocks are coarse on some platforms."""
     with miniplug.launch(shop) as one, miniplug.launch(shop) as other:
         for plugin in (one, other):
-            miniplug._watch.alarm(time.monotonic() // 1 + 600, plugin.close)
+            miniplug._pool.alarm(time.monotonic() // 1 + 600, plugin.close)
         assert one.ping() + other.ping() < 10
 
 
