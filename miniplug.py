@@ -72,7 +72,7 @@ import socket
 import struct
 import threading
 import time
-from collections import deque, namedtuple
+from collections import Counter, deque, namedtuple
 from contextvars import ContextVar
 from functools import lru_cache, partial, reduce
 
@@ -315,11 +315,12 @@ _MAX_COMBINATIONS = 1 << 14  # of an enum's flags: Python keeps each for ever
 _MANY = 32  # items of a list that goes in a shorter form, where the other side knows that
 _INLINE = 2048  # bytes up to this many go in base64, longer ones in a frame beside the message
 _MAX_BUFFERS = 1 << 16  # that go beside one message; what is over goes in base64 again
-_FINE = frozenset((str, bool, type(None), float))  # the encoder changes none; it trips over NaN, surrogates
-_CONSTANTS = frozenset((bool, type(None)))
-_ATOMS = _FINE | {int}
+_PLAIN = frozenset((str, bool, type(None), float))  # the encoder changes none; it trips over NaN, surrogates
+_ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
 _BASES = (str, int, float, list, tuple, dict)  # the encoder takes instances of their subclasses for theirs
+_FINE = {*_PLAIN}  # what goes to the encoder as it is, also as it asks its hook for that
+_FINE_WITH_CARE = {bool, type(None)}  # the same, once it has tripped
 _HEAP = 1 << 9  # the flag of a class that a class statement made
 _flatten = itertools.chain.from_iterable
 
@@ -371,13 +372,14 @@ def _bounded(value: int) -> int:
     return value
 
 
-def _told_apart(values: list[Any]) -> list[Any]:
+def _told_apart(values: Sequence[Any]) -> Sequence[Any]:
     """The values for a set, or the keys. To tell many with the same hash apart would take quadratic time."""
-    if len(values) > _MAX_ALIKE and len(values) - len(set(map(hash, values))) >= _MAX_ALIKE:
-        if max(_call("collections.Counter", map(hash, values)).values()) > _MAX_ALIKE:
-            raise NotSerializable(f"more than {_MAX_ALIKE} of its values have the same hash")
+    if len(values) > _MAX_ALIKE and max(Counter(map(hash, values)).values()) > _MAX_ALIKE:
+        raise NotSerializable(f"more than {_MAX_ALIKE} of its values have the same hash")
     return values
 
+
+# -- the tags: what gives a value's state, and what makes a value of it
 
 def _make_dict(state: list[Any]) -> dict[Any, Any]:
     if len(state) % 2:
@@ -396,9 +398,9 @@ def _make_each(state: list[Any]) -> list[Any]:
     tag, states = state
     if tag not in _EACH or type(states) is not list:
         raise ValueError("no tag that each may have, and states")
-    makes, kinds = _makes_of(tag), set(map(type, states))
-    if len(kinds) == 1:
-        return [*map(makes[kinds.pop()], states)]
+    makes = {kind: _found(_TAGS[tag].make[kind]) for kind in set(map(type, states))}
+    if len(makes) == 1:
+        return [*map(makes.popitem()[1], states)]
     return [makes[type(held)](held) for held in states]
 
 
@@ -406,7 +408,7 @@ def _make_array(state: list[Any]) -> Any:
     code, size, order, data = state
     if type(data) is not bytes or order not in ("little", "big"):
         raise ValueError("an array is a letter, the size of an item, the byte order, and bytes")
-    if code not in _import("array").typecodes or _call("array.array", code).itemsize != size:
+    if code not in _found("array.typecodes") or _call("array.array", code).itemsize != size:
         raise NotSerializable(f"an array of {code!r} with items of {size} bytes is not to be had here")
     array = _call("array.array", code, data)
     if order != sys.byteorder:
@@ -418,7 +420,7 @@ def _moment(value: Any) -> str | list[Any]:
     """A datetime or time as one text, if that says all; else what it reads without
     its zone, its fold, and its zone."""
     zone = value.tzinfo
-    told = zone is None or (_way_of(type(zone)).tag == "$timezone" and len(zone.__getinitargs__()) == 1)
+    told = zone is None or (type(zone) is _found("datetime.timezone") and len(zone.__getinitargs__()) == 1)
     if told and not value.fold:
         return str(value.isoformat())
     return [value.replace(tzinfo=None).isoformat(), value.fold, zone]
@@ -436,8 +438,8 @@ def _make_zone(key: str) -> Any:
         raise NotSerializable(f"the time zone {_shown(key)} is not to be had here: {_shown(error)}") from None
 
 
-def _decimal(value: Any) -> str:
-    text = str(value)
+def _decimal(value: Any, text: str = "") -> str:
+    text = text or str(value)
     if len(text) > _MAX_DIGITS or not -_MAX_DIGITS <= value.adjusted() <= _MAX_DIGITS:
         raise NotSerializable(f"decimals of more than {_MAX_DIGITS} digits, or exponents, do not travel")
     return text
@@ -445,19 +447,8 @@ def _decimal(value: Any) -> str:
 
 def _make_decimal(text: str) -> Any:
     value = _call("decimal.Decimal", text)
-    if len(text) > _INLINE or "E" in text or "e" in text:
-        _decimal(value)
+    _decimal(value, text)
     return value
-
-
-def _make_fraction(state: list[Any]) -> Any:
-    """In lowest terms as it was sent: to reduce it would take longer than to read it."""
-    numerator, denominator = state
-    if type(numerator) is not int or type(denominator) is not int or denominator < 1:
-        raise ValueError("a fraction is two integers")
-    fraction = object.__new__(_found("fractions.Fraction"))
-    fraction._numerator, fraction._denominator = numerator, denominator
-    return fraction
 
 
 def _make_registered(state: list[Any]) -> Any:
@@ -469,9 +460,7 @@ def _make_registered(state: list[Any]) -> Any:
                               "both sides have to call miniplug.register for it")
     try:
         return _registered[name][1](held)
-    except BaseException as error:
-        if _is_ctrl_c(error):
-            raise
+    except Exception as error:
         why = f"a value of the registered type {name!r} cannot be made from what came: {_shown(error)}"
         raise NotSerializable(why) from error
 
@@ -485,23 +474,23 @@ def _bounds(value: Any) -> list[Any]:
 # WindowsPath cannot exist on POSIX, nor the reverse.
 _Row = namedtuple("_Row", "type state make")
 _TAGS = {tag: _Row(*row) for tag, row in {
-    "$int": ("", None, {str: lambda text: _bounded(int(text, 16))}),
-    "$float": ("", None, {str: float}),
-    "$str": ("", None, {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
-    "$tuple": ("", None, {list: tuple}),
-    "$dict": ("", None, {list: _make_dict}),
-    "$numbers": ("", None, {list: _make_numbers}),
-    "$each": ("", None, {list: _make_each}),
-    "$bytes": ("builtins.bytes", bytes, {str: binascii.a2b_base64}),
-    "$bytearray": ("builtins.bytearray", memoryview,  # a view, so that nobody resizes what is being sent
+    "$int": (None, None, {str: lambda text: _bounded(int(text, 16))}),
+    "$float": (None, None, {str: float}),
+    "$str": (None, None, {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
+    "$tuple": (None, None, {list: tuple}),
+    "$dict": (None, None, {list: _make_dict}),
+    "$numbers": (None, None, {list: _make_numbers}),
+    "$each": (None, None, {list: _make_each}),
+    "$bytes": (bytes, bytes, {str: binascii.a2b_base64}),
+    "$bytearray": (bytearray, memoryview,  # a view, so that nobody resizes what is being sent
                    {str: lambda text: bytearray(binascii.a2b_base64(text))}),
-    "$set": ("builtins.set", lambda held: _told_apart([*held]), {list: lambda held: set(_told_apart(held))}),
-    "$frozenset": ("builtins.frozenset", lambda held: _told_apart([*held]),
+    "$set": (set, lambda held: _told_apart([*held]), {list: lambda held: set(_told_apart(held))}),
+    "$frozenset": (frozenset, lambda held: _told_apart([*held]),
                    {list: lambda held: frozenset(_told_apart(held))}),
-    "$complex": ("builtins.complex", lambda z: [z.real, z.imag], {list: lambda state: complex(*state)}),
-    "$ellipsis": ("builtins.ellipsis", lambda _: [], {list: lambda _: ...}),
-    "$range": ("builtins.range", _bounds, {list: lambda state: range(*state)}),
-    "$slice": ("builtins.slice", _bounds, {list: lambda state: slice(*state)}),
+    "$complex": (complex, lambda z: [z.real, z.imag], {list: lambda state: complex(*state)}),
+    "$ellipsis": (type(...), lambda _: [], {list: lambda _: ...}),
+    "$range": (range, _bounds, {list: lambda state: range(*state)}),
+    "$slice": (slice, _bounds, {list: lambda state: slice(*state)}),
     "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, memoryview(a)],
                {list: _make_array}),
     "$date": ("datetime.date", "datetime.date.isoformat", {str: "datetime.date.fromisoformat"}),
@@ -515,44 +504,40 @@ _TAGS = {tag: _Row(*row) for tag, row in {
                   {list: lambda state: _call("datetime.timezone", *state)}),
     "$zone": ("zoneinfo.ZoneInfo", lambda zone: zone.__reduce__()[1][0], {str: _make_zone}),
     "$decimal": ("decimal.Decimal", _decimal, {str: _make_decimal}),
-    "$fraction": ("fractions.Fraction", lambda f: [f.numerator, f.denominator], {list: _make_fraction}),
+    "$fraction": ("fractions.Fraction", lambda f: [f.numerator, f.denominator],
+                  {list: lambda state: _call("fractions.Fraction", *map(int.__index__, state))}),
     "$uuid": ("uuid.UUID", lambda value: f"{value.int:032x}", {str: "uuid.UUID"}),
     "$posixpath": ("pathlib.PosixPath", str, {str: f"pathlib.{'Pure' if _WINDOWS else ''}PosixPath"}),
     "$windowspath": ("pathlib.WindowsPath", str, {str: f"pathlib.{'' if _WINDOWS else 'Pure'}WindowsPath"}),
     "$pureposixpath": ("pathlib.PurePosixPath", str, {str: "pathlib.PurePosixPath"}),
     "$purewindowspath": ("pathlib.PureWindowsPath", str, {str: "pathlib.PureWindowsPath"}),
-    "$type": ("", None, {list: _make_registered}),  # each registered type has its own state
+    "$type": (None, None, {list: _make_registered}),  # each registered type has its own state
 }.items()}
-_OF_TYPE = {row.type: tag for tag, row in _TAGS.items()}
+_OF_TYPE = {row.type: tag for tag, row in _TAGS.items() if row.type}
 _EACH = frozenset((  # what "$each" may hold: nothing that is much longer than its state
     "$tuple", "$dict", "$bytes", "$date", "$datetime", "$time", "$timedelta", "$decimal", "$uuid", "$type"))
-_Way = namedtuple("_Way", "tag state")
-_NO_WAY = _Way("", None)
-_WAYS: dict[type, Any] = {memoryview: _Way("$bytes", _flat)}  # by the type: its tag, and what gives its state
-_ASKED: set[type] = {memoryview}  # those for which the encoder asks its hook
-_MAKES: dict[str, dict[type, Callable[[Any], Any]]] = {}  # what makes a value, by its tag and state's type
 
 
-def _way_of(kind: type) -> Any:
-    """The _Way of a type, or _NO_WAY. (That is not kept: the type may be registered later.)"""
-    tag = _OF_TYPE.get(f"{kind.__module__}.".partition(".")[0] + "." + kind.__qualname__)
-    if kind in _WAYS or tag is None or (kind is not type(...) and _found(_TAGS[tag].type) is not kind):
-        return _WAYS.get(kind, _NO_WAY)
-    return _set_way(kind, _Way(tag, _found(_TAGS[tag].state)))
+class _Ways(dict):  # type: ignore[type-arg]
+    """By the type of a value: its tag, and what gives its state. Of others "" and None, which is not kept: they
+    may be registered later."""
+
+    def __missing__(self, kind: type) -> tuple[str, Any]:
+        name = f"{kind.__module__}.".partition(".")[0] + "." + kind.__qualname__
+        tag = _OF_TYPE.get(kind) or _OF_TYPE.get(name)
+        if tag is None or _found(_TAGS[tag].type) is not kind:
+            return "", None
+        self.add(kind, tag, _found(_TAGS[tag].state))
+        return self[kind]  # type: ignore[no-any-return]
+
+    def add(self, kind: type, tag: str, state: Callable[[Any], Any]) -> None:
+        self[kind] = tag, state
+        if not issubclass(kind, _BASES):
+            _FINE.add(kind)
+            _FINE_WITH_CARE.add(kind)
 
 
-def _set_way(kind: type, way: Any) -> Any:
-    _WAYS[kind] = way
-    if not issubclass(kind, _BASES):
-        _ASKED.add(kind)
-    return way
-
-
-def _makes_of(tag: str) -> dict[type, Callable[[Any], Any]]:
-    """What makes the values of a tag, by the type of its state."""
-    if tag not in _MAKES:
-        _MAKES[tag] = {kind: _found(make) for kind, make in _TAGS[tag].make.items()}
-    return _MAKES[tag]
+_WAYS = _Ways({memoryview: ("$bytes", _flat)})
 
 
 # -- registered types
@@ -597,7 +582,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
             f"{cls.__qualname__} is in __main__, which on the other side is another module: give name=")
     if (encode is None) != (decode is None):
         raise TypeError("encode and decode go together")
-    if cls in _ATOMS or cls in _BASES or _way_of(cls).tag not in ("", "$type"):
+    if cls in _ATOMS or cls in _BASES or _WAYS[cls][0] not in ("", "$type"):
         raise ValueError(f"{cls.__qualname__} travels by itself")
     name = name or f"{cls.__module__}.{cls.__qualname__}"
     former = _registered.get(name, (cls,))[0]
@@ -606,8 +591,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
     state, make = (encode, decode) if encode and decode else _own_state(cls)
     _registered[name] = (cls, make)
     _WAYS.pop(former, None)
-    _ASKED.discard(former)
-    _set_way(cls, _Way("$type", lambda value: [name, state(value)]))
+    _WAYS.add(cls, "$type", lambda value: [name, state(value)])
     return cls
 
 
@@ -675,161 +659,126 @@ def _is_text(value: str) -> bool:
         return False
 
 
-def _are_fine(values: Sequence[Any]) -> bool:
+def _are_plain(values: Sequence[Any]) -> bool:
     """Whether they are atoms of which the encoder changes none; at C speed."""
     kinds = set(map(type, values))
-    if int not in kinds:
-        return kinds <= _FINE
-    if not kinds <= _ATOMS:
-        return False
-    integers = [value for value in values if type(value) is int]
+    if int not in kinds or not kinds <= _ATOMS:
+        return kinds <= _PLAIN
+    integers = values if len(kinds) == 1 else [value for value in values if type(value) is int]
     return min(integers) >= -_SAFE_INTEGER and max(integers) <= _SAFE_INTEGER
-
-
-_FRAGILE = sys.version_info < (3, 9)  # where what trips over the end of the stack may end the process
-
-
-def _check_stack() -> None:
-    try:
-        sys._getframe(sys.getrecursionlimit() - 80)
-    except ValueError:
-        return
-    raise RecursionError("nested too deeply")
 
 
 class _Packer:
     """One value on its way out, of one thread. `fit` gives what the encoder is to write for it, `tag` is the
     encoder's hook. `careful`: the encoder has tripped over it, as it does over NaN and lone surrogates."""
 
-    __slots__ = ("_arrays", "_fine", "_lend", "buffers", "lent", "tagged")
+    __slots__ = ("_codec", "_fine", "buffers", "lent", "tagged")
 
     def __init__(self, codec: _Codec, lent: list[int], careful: bool = False) -> None:
         self.buffers: list[_Bytes] = []  # that go beside the message
         self.lent = lent  # the numbers of what was lent
         self.tagged = 0
-        self._fine = _CONSTANTS if careful else _FINE  # what goes as it is
-        self._arrays = codec.arrays
-        self._lend = codec.lend
+        self._codec = codec
+        self._fine = _FINE_WITH_CARE if careful else _FINE
 
     def tag(self, value: Any) -> dict[str, Any]:
         """What JSON does not have, with its tag. Raises NotSerializable, and whatever an `encode` raises."""
-        self.tagged = 1
         kind = type(value)
-        if kind is bytes and len(value) <= _INLINE:
-            return {"$bytes": binascii.b2a_base64(value, newline=False).decode()}
-        way = _WAYS.get(kind) or _way_of(kind)
-        if way is _NO_WAY:
-            loan = self._lend(value, self.lent)
+        tag, tell = _WAYS[kind]
+        if tell is None:
+            loan = self._codec.lend(value, self.lent)
             if loan is None:
                 raise NotSerializable(_advice(kind))
-            return dict((loan,))
-        tag, state = way[0], way[1](value)
-        if type(state) in self._fine:
-            return {tag: state}
-        if tag != "$bytes" and tag != "$bytearray":
-            return {tag: self.fit(state)}
-        if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-            return {tag: _base64(state)}
-        self.buffers.append(state)
-        return {tag: len(self.buffers) - 1}
+            return self._tagged(*loan)
+        state = tell(value)
+        if tag == "$bytes" or tag == "$bytearray":
+            if len(state) > _INLINE and len(self.buffers) < _MAX_BUFFERS:
+                self.buffers.append(state)
+                return self._tagged(tag, len(self.buffers) - 1)
+            state = _base64(state)
+        return self._tagged(tag, state if type(state) in self._fine else self.fit(state))
 
-    def fit_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _tagged(self, tag: str, state: Any) -> dict[str, Any]:
+        self.tagged = 1
+        return {tag: state}
+
+    def fit_call(self, call: Any) -> Any:
+        target, method, args, kwargs = call
         return target, method, self._fit_list(args), kwargs and self._fit_dict(kwargs)
 
     def fit(self, value: Any) -> Any:
         """The value, or where the encoder would change it without a word, a copy with tags."""
-        kind, tagged = type(value), None
+        kind = type(value)
         if kind is list:
             return self._fit_list(value)
         if kind is dict:
             return self._fit_dict(value)
         if kind is tuple:
-            tagged = {"$tuple": self._fit_list(value)}
-        elif kind is int:
-            if not -_SAFE_INTEGER <= value <= _SAFE_INTEGER:
-                tagged = {"$int": hex(_bounded(value))}
-        elif kind is float:
-            if value - value != 0.0:
-                tagged = {"$float": repr(value)}
-        elif kind is str:
-            if not _is_text(value):
-                tagged = {"$str": _base64(value.encode("utf-8", "surrogatepass"))}
-        elif issubclass(kind, _BASES):
-            return self.tag(value)
-        if tagged is None:
-            return value  # as it is, or the encoder asks for it
-        self.tagged = 1
-        return tagged
+            return self._tagged("$tuple", self._fit_list(value))
+        if kind is int:
+            fine = -_SAFE_INTEGER <= value <= _SAFE_INTEGER
+            return value if fine else self._tagged("$int", hex(_bounded(value)))
+        if kind is float:
+            return value if value - value == 0.0 else self._tagged("$float", repr(value))
+        if kind is str:
+            if _is_text(value):
+                return value
+            return self._tagged("$str", _base64(value.encode("utf-8", "surrogatepass")))
+        return self.tag(value) if issubclass(kind, _BASES) else value
 
     def _fit_list(self, values: Sequence[Any]) -> Any:
         """The same of a list, or of a tuple's items."""
         if len(values) >= _MANY:
-            fitted = self._fit_many(values)
-            if fitted is not None:
-                return fitted
+            shorter = self._codec.arrays and self._fit_many(values)
+            if shorter:
+                return shorter
+            if self._fine is _FINE and _are_plain(values):
+                return values
         return values if self._fine.issuperset(map(type, values)) else self._fit_each(values)
 
     def _fit_each(self, values: Any) -> Any:
-        if _FRAGILE:
-            _check_stack()
         fine, copy = self._fine, None
-        for index, part in enumerate(values):
+        for place, part in enumerate(values):
             kind = type(part)
-            if kind in fine or (kind is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER) or kind in _ASKED:
+            if kind in fine or (kind is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER):
                 continue
             fitted = self.fit(part)
             if fitted is not part:
-                copy = [*values] if copy is None else copy
-                copy[index] = fitted
-        return values if copy is None else copy
+                copy = copy or [*values]
+                copy[place] = fitted
+        return copy or values
 
     def _fit_many(self, values: Sequence[Any]) -> Any:
-        """The same of a long list by one look at all that it holds; None if each item has to be looked at."""
-        kinds: list[Any] = [*map(type, values)]
-        kind = kinds[0]
-        alike = kinds.count(kind) == len(kinds)
-        if alike and self._arrays and (kind is int or kind is float):
-            return self._fit_numbers("q" if kind is int else "d", values)
-        if self._fine is not _FINE:
+        """The shorter form of a long list of values of one type, or None if it has none."""
+        kind = type(values[0])
+        if [*map(type, values)].count(kind) < len(values):
             return None
-        if not alike or kind in _ATOMS:
-            return values if _are_fine(values) else None
-        if kind is tuple:
-            return self._fit_rows("$tuple", values)
-        if kind is dict and values[0] and str not in map(type, _flatten(values)):
-            return self._fit_rows("$dict", [[*_flatten(row.items())] for row in values])
-        if kind not in _ASKED:
+        if kind is int or kind is float:
+            code = "q" if kind is int else "d"
+            try:
+                return self._tagged("$numbers", [code, struct.pack(f"<{len(values)}{code}", *values)])
+            except struct.error:  # beyond 64 bits
+                return None
+        if kind is tuple or (kind is dict and values[0] and str not in map(type, _flatten(values))):
+            rows = values if kind is tuple else [[*_flatten(row.items())] for row in values]
+            plain = max(map(len, rows)) < _MANY and _are_plain([*_flatten(rows)])
+            plain = plain and self._fine is _FINE
+            return self._tagged("$each", ["$" + kind.__name__, rows]) if plain else None
+        tag, tell = _WAYS[kind]
+        if tag not in _EACH:
             return None
-        way = _way_of(kind)
-        if kind is bytes and self._arrays and max(map(len, values)) <= _INLINE:
-            return self._each("$bytes", [*map(_base64, values)])
-        if not self._arrays or way.tag not in _EACH or way.tag == "$bytes":
-            return values
-        return self._each(way.tag, self._fit_list([*map(way.state, values)]))
-
-    def _fit_numbers(self, code: str, values: Sequence[Any]) -> Any:
-        try:
-            data = struct.pack(f"<{len(values)}{code}", *values)
-        except struct.error:  # beyond 64 bits
-            return None
-        self.tagged = 1
-        return {"$numbers": [code, data]}
-
-    def _fit_rows(self, tag: str, rows: Sequence[Any]) -> Any:
-        short = max(map(len, rows)) < _MANY
-        return self._each(tag, rows) if short and _are_fine([*_flatten(rows)]) else None
-
-    def _each(self, tag: str, states: Any) -> Any:
-        """A list whose items all have one tag."""
-        self.tagged = 1
-        return {"$each": [tag, states]} if self._arrays else [{tag: state} for state in states]
+        states = [*map(tell, values)]
+        if tag == "$bytes":
+            if max(map(len, states)) > _INLINE:
+                return None
+            states = [*map(_base64, states)]
+        return self._tagged("$each", [tag, self._fit_list(states)])
 
     def _fit_dict(self, value: dict[Any, Any]) -> Any:
         plain = _TEXTS.issuperset(map(type, value)) and (self._fine is _FINE or all(map(_is_text, value)))
         if not plain or (len(value) == 1 and next(iter(value))[:1] == "$"):
-            self.tagged = 1
             _told_apart([*value])
-            return {"$dict": self._fit_list([*_flatten(value.items())])}
+            return self._tagged("$dict", self._fit_list([*_flatten(value.items())]))
         values = value.values()
         if self._fine.issuperset(map(type, values)):
             return value
@@ -842,7 +791,7 @@ def _advice(kind: type) -> str:
     if hasattr(kind, "__next__") and kind.__module__ != "_io":
         return "send list(...) of it"
     for base in kind.__mro__:
-        if base in _BASES or _way_of(base).tag not in ("", "$type"):
+        if base in _BASES or _WAYS[base][0] not in ("", "$type"):
             name = base.__name__
             return f"it would lose its type; register it with miniplug.register, or send {name}(...) of it"
     return "register it with miniplug.register, pass miniplug.ref(...) to lend it, or send plain data"
@@ -855,15 +804,18 @@ def _parts(value: Any, path: str) -> list[tuple[str, Any]]:
         keys = [(f"a key of {path}", key) for key in value]
         return keys + [(f"{path}[{_shown(key)}]", part) for key, part in value.items()]
     if kind is not list and kind is not tuple:
-        way = _way_of(kind)
-        value = () if way is _NO_WAY else way.state(value)
-        if way.tag == "$type":
+        tag, tell = _WAYS[kind]
+        try:
+            value = tell(value)
+        except Exception:
+            return []
+        if tag == "$type":
             value = value[1]
             if type(value) is dict:
                 return [(f"{path}.{name}", part) for name, part in value.items()]
         if type(value) is not list:
-            return [(path, value)] if way.tag == "$type" else []
-    return [(f"{path}[{index}]", part) for index, part in enumerate(value)]
+            return [(path, value)] if tag == "$type" else []
+    return [(f"{path}[{place}]", part) for place, part in enumerate(value)]
 
 
 def _writer(hook: Any) -> Callable[[Any], str]:
@@ -882,7 +834,7 @@ _encode = _writer(None)
 
 # -- decoding
 
-_LONG_NUMBER = re.compile(f"[0-9]{{{_MAX_DIGITS // 2}}}")  # to read one takes quadratic time
+_DIGITS = re.compile("[0-9]{50}")  # of every hundredth character: there may be a number of thousands of digits
 
 
 def _refuse(*what: Any) -> NoReturn:
@@ -890,6 +842,7 @@ def _refuse(*what: Any) -> NoReturn:
 
 
 def _make_integer(text: str) -> int:
+    """One that may be long: to read it takes quadratic time."""
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
@@ -904,37 +857,27 @@ def _scanner(hook: Any, integers: Any = None) -> Callable[[str, int], tuple[Any,
 _scan = _scanner(None)
 
 
-class _Unpacker:
-    """What the tags of a message stand for, on its way in; or of any number of messages that have no buffers.
-    A tag's state must be of a type that _TAGS names: what that holds is not run."""
+class _Unpacker(dict):  # type: ignore[type-arg]
+    """What makes the values of a message that has buffers, or of any number of those that have none: by the tag
+    and the type of the state, which must be one that _TAGS names."""
 
     def __init__(self, borrow: Callable[[str, Any], Any], buffers: Sequence[_Bytes] = ()) -> None:
-        self._borrow = borrow
-        self._buffers = dict(enumerate(buffers))  # taken once each: a short message must not fill the memory
+        left = dict(enumerate(buffers))  # taken once each: a short message must not fill the memory
+        self["$bytes", int] = lambda number: bytes(left.pop(number))
+        self["$bytearray", int] = lambda number: bytearray(left.pop(number))
+        self["$ref", list], self["$own", list] = partial(borrow, "$ref"), partial(borrow, "$own")
+
+    def __missing__(self, key: tuple[str, type]) -> Any:
+        tag, kind = key
+        self[key] = make = _found(_TAGS[tag].make[kind])
+        return make
 
     def unmark(self, mapping: dict[str, Any]) -> Any:
-        """What an object stands for."""
+        """What an object stands for: the scanner's hook."""
         if len(mapping) != 1:
             return mapping
-        tag, state = mapping.popitem()
-        try:
-            make = _MAKES[tag][type(state)]
-        except KeyError:
-            return self._unmark_rare(tag, state)
-        return make(state)
-
-    def _unmark_rare(self, tag: str, state: Any) -> Any:
-        """The same of what is no tag, or one of the session or this message, or comes for the first time."""
-        if tag[:1] != "$":
-            return {tag: state}
-        if tag == "$ref" or tag == "$own":
-            return self._borrow(tag, state)
-        if type(state) is int and (tag == "$bytes" or tag == "$bytearray"):
-            return (bytes if tag == "$bytes" else bytearray)(self._buffers.pop(state))
-        makes = _makes_of(tag)
-        if type(state) not in makes:
-            raise ValueError(f"{tag} of a {type(state).__name__}")
-        return makes[type(state)](state)
+        ((tag, state),) = mapping.items()
+        return self[tag, type(state)](state) if tag[:1] == "$" else mapping
 
 
 # -- the codec
@@ -945,14 +888,6 @@ def _is_deep() -> bool:
         return bool(sys._getframe(sys.getrecursionlimit() // 2))
     except ValueError:
         return False
-
-
-def _is_own(error: BaseException) -> bool:
-    """Whether this file has raised an exception, or what it calls in C; and not a signal handler in the midst of it."""
-    trace: Any = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__") in (__name__, "json.encoder")
 
 
 class _Codec:
@@ -968,110 +903,99 @@ class _Codec:
         self._scan = _scanner(_Unpacker(borrow).unmark)
 
     def dumps(self, value: Any, label: str, lent: list[int] | None = None) -> _Content:
-        """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent: the list `lent`, if
-        there is one, which knows each of them from the start. Raises NotSerializable, naming the place; `label` names
-        the value."""
+        """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent: the list
+        `lent`, if there is one, which knows each of them from the start. Raises NotSerializable, naming the
+        place; `label` names the value."""
         lent = [] if lent is None else lent
         try:
-            if type(value) in _FINE:
+            if type(value) in _PLAIN:
                 return _encode(value).encode(), (), 0, lent
-            return self._pack(_Packer(self, lent), value)
+            return self._pack(_Packer.fit, value, lent)
         except Exception as error:
-            return self._pack_carefully(value, label, lent, error)
+            return self._pack_again(_Packer.fit, value, lent, error, [(label, value)])
 
     def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
                    lent: list[int] | None = None) -> _Content:
         """The same of a call."""
         lent = [] if lent is None else lent
+        call = target, method, args, kwargs
         try:
-            if not kwargs and _FINE.issuperset(map(type, args)):
-                return _encode((target, method, args, kwargs)).encode(), (), 0, lent
-            return self._pack(_Packer(self, lent), (target, method, args, kwargs), call=True)
+            if not kwargs and _PLAIN.issuperset(map(type, args)):
+                return _encode(call).encode(), (), 0, lent
+            return self._pack(_Packer.fit_call, call, lent)
         except Exception as error:
-            return self._pack_carefully([target, method, [*args], kwargs], "call", lent, error)
+            return self._pack_again(_Packer.fit_call, call, lent, error, [("args", args), ("kwargs", kwargs)])
 
-    def _pack(self, packer: _Packer, value: Any, call: bool = False) -> _Content:
+    def _pack(self, fit: Any, value: Any, lent: list[int], careful: bool = False) -> _Content:
+        packer = _Packer(self, lent, careful)
         try:
-            text = _writer(packer.tag)(packer.fit_call(*value) if call else packer.fit(value))
-            return text.encode(), packer.buffers, packer.tagged, packer.lent
+            text = _writer(packer.tag)(fit(packer, value))
+            return text.encode(), packer.buffers, packer.tagged, lent
         except BaseException:
-            self.unlend(packer.lent)
+            self.unlend(lent)
             raise
 
-    def _can_be_packed(self, value: Any) -> bool:
-        try:
-            self.unlend(self._pack(_Packer(self, [], careful=True), value)[3])
-            return True
-        except Exception:
-            return False
-
-    def _pack_carefully(self, value: Any, label: str, lent: list[int], first: Exception) -> _Content:
-        """The same of what the encoder has tripped over, or what cannot be written at all. What a signal handler has
-        raised meanwhile goes on to the caller: the value itself can be packed then."""
-        try:
-            content = self._pack(_Packer(self, lent, careful=True), value)
-            if not _is_own(first):
-                self.unlend(lent)
-                raise first
-            return content
-        except RecursionError:
-            if _is_deep():
-                raise
-            raise NotSerializable(f"{label} is nested too deeply, or contains itself", path=label) from None
-        except Exception as error:
-            if error is first or self._can_be_packed(value):
-                raise
-            path, kind, cause = self._blame(label, value, error)
-        why = str(cause)
-        if type(cause) is not NotSerializable:
-            why = f"its state could not be told: {_shown(cause)}"
-        else:
-            cause = cause.__cause__
-        path = path.replace("call[2]", "args", 1).replace("call[3]", "kwargs", 1)
-        name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
-        raise NotSerializable(f"{path} is of type {name}: {why}", path=path, type_name=name) from cause
-
-    def _blame(self, path: str, value: Any, error: Any) -> tuple[str, type, Any]:
-        """Which part of a value cannot travel: its place, its type, and why."""
-        try:
-            parts = _parts(value, path)
-        except Exception:
-            parts = []
-        for place, part in parts:
+    def _pack_again(self, fit: Any, value: Any, lent: list[int], error: Exception,
+                    parts: list[tuple[str, Any]]) -> _Content:
+        """With care, if the encoder has tripped over a NaN or a lone surrogate; else raise what is wrong. (What a
+        signal handler has raised meanwhile goes on to the caller: then each part can be packed.)"""
+        if isinstance(error, UnicodeEncodeError) or "JSON compliant" in str(error):
             try:
-                self.unlend(self._pack(_Packer(self, [], careful=True), part)[3])
-            except Exception as reason:
-                return self._blame(place, part, reason)
-        return path, type(value), error
+                return self._pack(fit, value, lent, careful=True)
+            except Exception as later:
+                error = later
+        if isinstance(error, RecursionError):
+            if _is_deep():
+                raise error
+            path = parts[0][0]
+            raise NotSerializable(f"{path} is nested too deeply, or contains itself", path=path) from None
+        blamed = self._blame(parts)
+        if blamed is None:
+            raise error
+        path, kind, cause = blamed
+        why, origin = str(cause), cause.__cause__
+        if type(cause) is not NotSerializable:
+            why, origin = f"its state could not be told: {_shown(cause)}", cause
+        name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
+        raise NotSerializable(f"{path} is of type {name}: {why}", path=path, type_name=name) from origin
+
+    def _blame(self, parts: list[tuple[str, Any]]) -> tuple[str, type, Exception] | None:
+        """Which part of some values, or of their parts, cannot travel: its place, its type, and why."""
+        for place, part in parts:
+            lent: list[int] = []
+            try:
+                self._pack(_Packer.fit, part, lent, careful=True)
+                self.unlend(lent)
+            except Exception as error:
+                return self._blame(_parts(part, place)) or (place, type(part), error)
+        return None
 
     def loads(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int) -> Any:
-        """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be made
-        here."""
+        """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be made here."""
         try:
-            return self._decode(body, buffers, tagged, self.borrow)
-        except ProtocolError:
-            raise
-        except (DeadReference, MethodNotFound) as error:  # of what comes home
-            raise _Undecodable(error) from error
-        except Exception as error:
-            if isinstance(error, RecursionError) and _is_deep():
+            return self._decode(body, buffers, tagged)
+        except RecursionError:
+            if _is_deep():
                 raise  # it is the caller's stack that is full
+            raise ProtocolError("a malformed value: it is nested too deeply") from None
+        except Exception as error:
             failure = error
         try:
-            self._decode(body, buffers, tagged, lambda tag, state: None)
-        except NotSerializable as error:
+            self._decode(body, buffers, tagged)
+        except (NotSerializable, DeadReference, MethodNotFound) as error:
             raise _Undecodable(error) from error
+        except ProtocolError:
+            raise
         except Exception as error:
             raise ProtocolError(f"a malformed value: {_shown(error)}") from None
         raise failure.__cause__ or failure  # a signal handler's: the value itself is good
 
-    def _decode(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int, borrow: Callable[[str, Any], Any]) -> Any:
+    def _decode(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int) -> Any:
         text = str(body, "utf-8").strip(" \t\r\n")
-        long = len(text) > _MAX_DIGITS and any(map(_LONG_NUMBER.match, itertools.repeat(text),
-                                                   range(0, len(text), _MAX_DIGITS // 2)))
         scan = self._scan if tagged else _scan
-        if buffers or long or borrow is not self.borrow:
-            hook = _Unpacker(borrow, buffers).unmark if tagged else None
+        long = len(text) > _MAX_DIGITS // 2 and _DIGITS.search(text[::100])
+        if buffers or long:
+            hook = _Unpacker(self.borrow, buffers).unmark if tagged else None
             scan = _scanner(hook, _make_integer if long else None)
         value, end = scan(text, 0)
         if end != len(text):
@@ -1124,49 +1048,38 @@ def _encode_error(error: BaseException, own: bool = False, bare: bool = False) -
         body["type"] = cut(str(error.type_name))
         if kind is RemoteError:
             body["message"] = cut(str(error.message))
-    if _is_group(error) or _can_be_raised(kind):
-        _add_type(body, error, bare)
+    is_group = _GROUP is not None and isinstance(error, builtins.BaseExceptionGroup)
+    if is_group or _can_be_raised(kind):
+        _add_type(body, error, is_group, bare)
     return body
 
 
-def _is_group(error: BaseException) -> bool:
-    return _GROUP is not None and isinstance(error, builtins.BaseExceptionGroup)
-
-
-def _add_type(body: dict[str, Any], error: Any, bare: bool) -> None:
+def _add_type(body: dict[str, Any], error: Any, is_group: bool, bare: bool) -> None:
     """Tell an exception's registered or builtin type, and its state."""
     mro = type(error).__mro__
-    registered = next((base for base in mro if _WAYS.get(base, _NO_WAY).tag == "$type"), None)
-    if registered is not None and not bare and not _is_group(error):  # a group's parts are no data
-        body["registered"] = _WAYS[registered].state(error)
+    registered = next((base for base in mro if _WAYS[base][0] == "$type"), None)
+    if registered is not None and not bare and not is_group:  # a group's parts are no data
+        body["registered"] = _WAYS[registered][1](error)
     nearest = next((base for base in mro if _BUILTIN_ERRORS.get(base.__name__) is base), Exception)
-    if nearest is Exception and not _is_group(error):
+    if nearest is Exception and not is_group:
         return
     state = {} if bare else _error_state(error)
     body.update(kind=nearest.__name__, args=state.pop("args", [body["message"]]), state={
         key: held for key, held in state.items() if key[0] != "_" or key == "__notes__"})
-    if _is_group(error) and not bare:
+    if is_group and not bare:
         parts = [*map(_encode_error, error.exceptions)]
         body.update(kind="ExceptionGroup", args=[error.message], parts=parts)
 
 
 def _carried(kind: type, attributes: Mapping[str, Any]) -> dict[str, Any]:
     """What an error of miniplug's carries by its class, of some attributes, if it is of the right type."""
-    carried = {}
-    for name in vars(kind).get("__annotations__", ()):
-        held: Any = attributes.get(name)
-        default = getattr(kind, name)
-        if type(held) in (list, tuple):
-            fits = default == () and _TEXTS.issuperset(map(type, held))
-        else:
-            fits = type(held) is type(default) and (type(held) is str or _is_small(held))
-        if fits:
-            carried[name] = held
-    return carried
+    def fits(held: Any, default: Any) -> bool:
+        if type(held) is list or type(held) is tuple:
+            return default == () and _TEXTS.issuperset(map(type, held))
+        return type(held) is type(default) and (type(held) is str or (type(held) is int and held < 2**63))
 
-
-def _is_small(value: Any) -> bool:
-    return type(value) is int and -(2**63) <= value < 2**63
+    return {name: attributes[name] for name, default in vars(kind).items()
+            if name[0] != "_" and fits(attributes.get(name), default)}
 
 
 def _format_traceback(error: BaseException) -> str:
@@ -1190,8 +1103,9 @@ def _error_state(error: Any) -> dict[str, Any]:
     state = {name: getattr(base, name).__get__(error) for name in _FIELDS if hasattr(base, name)}
     state = {name: held for name, held in state.items() if held is not None}
     state.update(vars(error), args=[*error.args])
-    hidden = ("type_name", "remote_traceback", "_body") if isinstance(error, RemoteError) else ()
-    return {name: held for name, held in state.items() if name not in hidden}
+    for name in ("type_name", "remote_traceback", "_body") if isinstance(error, RemoteError) else ():
+        state.pop(name, None)
+    return state
 
 
 def _make_error(cls: Any, state: Any) -> Any:
@@ -1200,14 +1114,14 @@ def _make_error(cls: Any, state: Any) -> Any:
     if type(state) is not dict or type(state.get("args")) is not list:
         raise ValueError("the state of an exception is its args and attributes")
     base, args = _error_base(cls), state["args"]
-    known = _place_of(args) if issubclass(base, SyntaxError) else args
+    known = _with_place(args) if issubclass(base, SyntaxError) else args
     error = base.__new__(cls, *known)
     base.__init__(error, *known)
     BaseException.__setattr__(error, "args", tuple(args))
     for name, held in state.items():
         kind = type(held)
         if name in _FIELDS and hasattr(base, name):
-            if kind in _FINE or kind is bytes or _is_small(held) or _way_of(kind).tag[-4:] == "path":
+            if kind in (str, bytes, int) or _WAYS[kind][0][-4:] == "path":
                 getattr(base, name).__set__(error, held)
         elif name == "__notes__":
             if kind is list and _TEXTS.issuperset(map(type, held)):
@@ -1217,28 +1131,19 @@ def _make_error(cls: Any, state: Any) -> Any:
     return error
 
 
-def _place_of(args: list[Any]) -> list[Any]:
+def _with_place(args: list[Any]) -> list[Any]:
     """The arguments of a SyntaxError, with no more of its place than can be printed."""
-    place: Any = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
+    place = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
     for held, kind, limit in zip(place, (str, int, int, str), (0, 2**31, _MAX_COLUMN, 0)):
-        if held is not None and (type(held) is not kind or (type(held) is int and not 0 <= held <= limit)):
-            place = ()
+        if held is not None and (type(held) is not kind or (kind is int and not 0 <= held <= limit)):
+            return args[:1]
     return [args[0], tuple(place)] if len(place) == 4 else args[:1]
 
 
 @lru_cache(None)
-def _remote_type(kind: Any) -> Any:
-    """The type that is an exception's own and RemoteError at once. It can be printed whatever came."""
-    def printed(method: Callable[[Any], str]) -> Callable[[Any], str]:
-        def text(self: Any) -> str:
-            try:
-                return "" + method(self)
-            except Exception:  # an integer that is too long for it, or an attribute that is not there
-                return str(self._body["message"]) if self._body else ""
-        return text
-
+def _remote_type(kind: type) -> Any:
+    """The type that is an exception's own and RemoteError at once."""
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    body.update(__str__=printed(kind.__str__), __repr__=printed(kind.__repr__))
     return type(kind.__name__, (kind, RemoteError), {**body, "__reduce__": RemoteError.__reduce__})
 
 
@@ -1262,54 +1167,61 @@ def _decode_error(body: Any) -> Any:
 
 
 def _raised_error(body: dict[str, Any], state: dict[str, Any]) -> Any:
-    """An instance of the registered or builtin exception that a body names, a RemoteError too; or None."""
-    kind: Any = None
-    try:
-        if "parts" in body:
-            if _GROUP is not None and _is_printable(body):
-                parts = [*map(_decode_error, body["parts"])]
-                kind, state = _GROUP, {**state, "args": [body["args"][0], parts]}
-        else:
-            error = _make_registered(body["registered"])
-            kind, state = type(error), _error_state(error)
-    except Exception:  # none, or one that is not registered here
-        kind, state = _BUILTIN_ERRORS.get(body["kind"]), {**state, "args": body.get("args")}
-    try:
-        return _make_error(_remote_type(kind), state) if kind is not None and _can_be_raised(kind) else None
-    except Exception:  # not what it takes
-        return None
+    """An instance of the registered or builtin exception that a body names, a RemoteError too; or None. It is one
+    that can be printed: else it has no more than its text."""
+    kind: Any = _BUILTIN_ERRORS.get(body["kind"])
+    for tell in (_group_in if "parts" in body else _registered_in,
+                 lambda _: (kind, {**state, "args": body["args"]}), lambda _: (kind, {"args": [body["message"]]})):
+        try:
+            told, held = tell(body)
+            if _can_be_raised(told):
+                error = _make_error(_remote_type(told), held)
+                "" + str(error) + repr(error)
+                return error
+        except Exception:  # none, or not registered here, or not what it takes, or it holds what has no text
+            continue
+    return None
 
 
-def _is_printable(group: dict[str, Any]) -> bool:
-    """Whether a group of exceptions has few enough parts in few enough levels."""
-    level, count = [group], 0
-    for _ in range(_MAX_LEVELS + 1):
-        level = [part for held in level if type(held) is dict for part in held.get("parts", ())]
-        count += len(level)
-        if not level or count > _MAX_PARTS:
-            return not level
-    return False
+def _registered_in(body: dict[str, Any]) -> tuple[Any, Any]:
+    error = _make_registered(body["registered"])
+    return type(error), _error_state(error)
+
+
+def _group_in(body: dict[str, Any]) -> tuple[Any, Any]:
+    if _count_parts(body) > _MAX_PARTS:
+        raise ValueError("too many exceptions in a group")
+    return _GROUP, {**body.get("state", {}), "args": [body["args"][0], [*map(_decode_error, body["parts"])]]}
+
+
+def _count_parts(body: Any, level: int = 0) -> int:
+    """How many exceptions there are in a group's body, in all its levels."""
+    if type(body) is not dict or "parts" not in body:
+        return 0
+    if level == _MAX_LEVELS:
+        raise ValueError("too many groups in each other")
+    return len(body["parts"]) + sum(_count_parts(part, level + 1) for part in body["parts"])
 
 
 _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # without references
 
 
 def _reduce_error(error: RemoteError) -> tuple[Any, ...]:
-    """What copy and pickle keep of an error: the body that it was made from, as on the wire."""
-    texts = {"type": error.type_name, "message": str(error), "traceback": error.remote_traceback}
-    if error._body:
-        texts = {key: error._body[key] for key in texts}
+    """What copy and pickle keep of an error: the body that it was made from, as on the wire; and its texts, if
+    that holds a reference, or is decoded where a type in it is not registered."""
+    body = error._body or {
+        "type": error.type_name, "message": str(error), "traceback": error.remote_traceback}
     try:
-        body, buffers, tagged, _ = _portable.dumps(error._body or texts, "")
-        return _restore_error, (texts, body, [*map(bytes, buffers)], tagged)
-    except NotSerializable:  # there is a reference in it
-        return _decode_error, (texts,)
+        content, buffers, tagged, _ = _portable.dumps(body, "")
+    except NotSerializable:
+        content, buffers, tagged = b"", (), 0
+    return _restore_error, ({key: body[key] for key in _TEXT_KEYS[:3]}, content, [*map(bytes, buffers)], tagged)
 
 
 def _restore_error(texts: dict[str, str], *content: Any) -> Any:
     try:
         return _decode_error(_portable.loads(*content))
-    except (ProtocolError, _Undecodable):  # a type in it is not registered in this process
+    except (ProtocolError, _Undecodable):
         return _decode_error(texts)
 
 
@@ -1362,13 +1274,22 @@ def _left(deadline: float | None) -> float:
     return -1 if deadline is None else min(_FOREVER, max(0.0, deadline - time.monotonic()))
 
 
+def _of_system(error: OSError) -> bool:
+    """Whether a system call has failed. A signal handler may raise an OSError, too, in the midst of it: that one comes
+    from elsewhere, or was made without an errno."""
+    trace: Any = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return error.errno is not None and trace.tb_frame.f_globals.get("__name__") == __name__
+
+
 def _step(results: list[Any], function: Callable[..., Any], *arguments: Iterable[Any]) -> bool:
     """Append what a system call gives, in one step with it. False if it would wait. Raises _Broken."""
     try:
         results.extend(map(function, *arguments))
         return True
     except OSError as error:
-        if error.errno is None or not _is_own(error):  # a signal handler has raised it
+        if not _of_system(error):
             raise
         if isinstance(error, BlockingIOError):
             return False
@@ -1839,8 +1760,8 @@ class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
     The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it at once, and
-    with a "!" before it once it is gone. `address` is what _connect takes. Raises OSError and ValueError if one that is given will not do. One thread may
-    `accept` while another closes.
+    with a "!" before it once it is gone. `address` is what _connect takes. Raises OSError and ValueError if one that
+    is given will not do. One thread may `accept` while another closes.
     """
 
     def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:

@@ -198,7 +198,7 @@ def test_what_cannot_travel_is_named_wherever_it_sits(beside, around):
         else:
             value, path = AppError(value), f".code{path}"
     with pytest.raises(miniplug.NotSerializable, match="is of type object: ") as caught:
-        codec().dumps([1, "method", [value], {}], "call")
+        codec().dumps_call(1, "method", [value], {})
     assert caught.value.path == f"args[0]{path}" and caught.value.type_name == "object"
 
 
