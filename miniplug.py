@@ -3523,25 +3523,19 @@ class _Session:
 # Names to methods, as xmlrpc.server does it: a method is looked up on the served object, a name that begins with an
 # underscore never is, and an object with a _dispatch(method, args, kwargs) of its own answers every name itself.
 
-def _has_method(obj: Any, name: str) -> bool:
-    """Whether an object has that public method. Looked up on the class, so that no property is run."""
-    found = callable(getattr(_class_of(obj), name, None)) or callable(getattr(obj, "__dict__", {}).get(name))
-    return found and not name.startswith("_")
-
-
-def _class_of(obj: Any) -> Any:
-    return obj if isinstance(obj, type) else type(obj)
-
-
 def _method_names(obj: Any) -> list[str] | None:
-    """The public methods of an object, sorted; None if it answers every name."""
+    """The public methods of an object, sorted; None if it answers every name. No property is run for that."""
+    kind = obj if isinstance(obj, type) else type(obj)
     if issubclass(type(obj), _Remote):
         return None if obj._names is None else list(obj._names)
-    if callable(getattr(_class_of(obj), "_dispatch", None)):
+    if callable(getattr(kind, "_dispatch", None)):
         return None
     if hasattr(type(obj), "__code__") or hasattr(type(obj), "__self__"):
         return []  # a function: there is nothing to it but to be called
-    return sorted(name for name in {*dir(_class_of(obj)), *getattr(obj, "__dict__", ())} if _has_method(obj, name))
+    found = {name: getattr(kind, name, None) for name in dir(kind)}
+    if kind is not obj:
+        found.update(getattr(obj, "__dict__", {}))
+    return sorted(name for name in found if not name.startswith("_") and callable(found[name]))
 
 
 def _no_method(name: str, names: Iterable[str] | None, where: str) -> MethodNotFound:
@@ -3556,22 +3550,16 @@ def _no_method(name: str, names: Iterable[str] | None, where: str) -> MethodNotF
 def _makes_instances(served: Any) -> bool:
     """Whether what is served is a class or a zero-argument factory, and not the object itself. A function that
     needs arguments is there to be called; so is one with *args or **kwargs, or in C, if it may take some."""
-    if isinstance(served, type) or type(served).__name__ not in _FUNCTIONS:
-        return isinstance(served, type)
-    in_c = type(served).__name__ == "builtin_function_or_method"
-    of_class = isinstance(getattr(served, "func", None), type)  # a partial, which has what the class needs
+    if isinstance(served.func if type(served) is partial else served, type):
+        return True
+    kind = type(served).__name__
+    if kind not in ("function", "method", "partial", "builtin_function_or_method"):
+        return False
     try:
         parameters = _import("inspect").signature(served).parameters.values()
     except ValueError:
-        return of_class  # a C function that does not tell
-    for each in parameters:
-        takes_any = each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-        if in_c or (not of_class if takes_any else each.default is each.empty):
-            return False
-    return True
-
-
-_FUNCTIONS = "function", "method", "partial", "builtin_function_or_method"
+        return False  # a C function that does not tell
+    return not parameters or (kind[0] != "b" and all(each.default is not each.empty for each in parameters))
 
 
 class _Loop:
@@ -3591,8 +3579,7 @@ class _Loop:
             return False
 
     def _run(self) -> None:
-        asyncio = _import("asyncio")
-        asyncio.set_event_loop(self._loop)
+        _import("asyncio").set_event_loop(self._loop)
         _loop_threads.add(threading.get_ident())
         try:
             while not self._closing:
@@ -3600,14 +3587,18 @@ class _Loop:
                     self._loop.run_forever()
                 except BaseException:  # some task that the plugin has started calls sys.exit()
                     _import("traceback").print_exc()
-            tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.run_until_complete(self._cancel_all())
         finally:
             _loop_threads.discard(threading.get_ident())
             self._loop.close()
+
+    async def _cancel_all(self) -> None:
+        asyncio = _import("asyncio")
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
 
     def close(self) -> None:
         self._closing = True
@@ -3630,10 +3621,10 @@ class _Served:
 
     def find(self, name: str | None) -> tuple[str, Any]:
         """What is served under a name, or the only plugin. Raises PluginNotFound."""
-        if name is None and len(self.plugins) == 1:
-            (name,) = self.plugins
-        if name is None or name not in self.plugins:
-            names = sorted(self.plugins)
+        names = sorted(self.plugins)
+        if name is None and len(names) == 1:
+            (name,) = names
+        if name is None or name not in names:
             problem = "several plugins are served, name one" if name is None else f"no plugin {name!r} is served"
             raise PluginNotFound(f"{problem}: there {'is' if len(names) == 1 else 'are'} {', '.join(names)}", names=names)
         return name, self.plugins[name]
@@ -3659,9 +3650,8 @@ class _Served:
             self._closed = True
         if self._loop is not None:
             self._loop.close()
-        managers, self._shared = [manager for _, manager in self._shared.values()], {}
-        for manager in reversed(managers):
-            _exit(manager)
+        while self._shared:
+            _exit(self._shared.popitem()[1][1])
 
 
 def _enter(obj: Any) -> tuple[Any, Any]:
@@ -3700,19 +3690,18 @@ def ref(obj: Any) -> Any:
 
 
 class _Target:
-    """What a proxy and its methods share: the session, and the number that the object is lent under there. What a plugin
-    serves has another kind, which finds it again in another session (_Dispensed)."""
+    """What a proxy and its methods share: the session, and the number that the object is lent under there. What a
+    plugin serves has another kind, which finds it again in another session (_Dispensed)."""
 
-    __slots__ = ("__weakref__", "_notice", "identity", "label", "number", "released", "session", "timeout")
+    released = False
+    label = "the object"
+    timeout: float | None = None  # the deadline of its calls, instead of the session's
 
     def __init__(self, session: _Session, number: int) -> None:
         self.session = session
         self.number = number
-        self._notice = session.channel.notice(number) if number else []  # until it is given back
         self.identity: Any = (session, number)  # what it stands for, also when it is released or dispensed anew
-        self.released = False
-        self.label = "the object"
-        self.timeout: float | None = None  # the deadline of its calls, instead of the session's
+        self._notice = session.channel.notice(number) if number else []  # until it is given back
         session.borrowed.add(id(self))
 
     def here(self) -> tuple[_Session, int] | None:
@@ -3742,19 +3731,18 @@ class _Target:
         self.session.borrowed.discard(id(self))
 
     def __del__(self) -> None:
-        if hasattr(self, "released"):
+        if hasattr(self, "_notice"):
             self.release()
 
 
-def _reach(find: Callable[[_Call], tuple[_Session, int]], function: Callable[..., Any], method: str, args: Sequence[Any],
-           kwargs: dict[str, Any], seconds: float | None) -> tuple[_Session, Any]:
-    """Call `function` with the session and number that `find` gives, and with other ones if that takes no calls by then.
-    Returns the session, and what the function returned. To find it, too, is within the deadline."""
+def _reach(find: Callable[[_Call], tuple[_Session, int]], act: Callable[..., Any], method: str, args: Any,
+           kwargs: Any, seconds: float | None) -> Any:
+    """Call `act` with the session and number that `find` gives, and with others if that takes no calls by then. To
+    find them, too, is within the deadline."""
     asked = _Call(0, method, seconds)
     while True:
         try:
-            session, number = find(asked)
-            return session, function(session, number, method, args, kwargs, asked.left())
+            return act(*find(asked), method, args, kwargs, asked.left())
         except _Sealed:
             pass
         except _on_first_use("CallTimeout"):
@@ -3764,7 +3752,7 @@ def _reach(find: Callable[[_Call], tuple[_Session, int]], function: Callable[...
 
 
 class _Remote:
-    """What stands for an object of the other side's: a proxy, or a method of one. Equal ones stand for the same object."""
+    """What stands for an object of the other side's: a proxy, or a method of one. Equal ones stand for the same."""
 
     __slots__ = ()
     _target: _Target
@@ -3779,8 +3767,8 @@ class _Remote:
     def __hash__(self) -> int:
         return hash(self._target.identity)
 
-    def __reduce__(self) -> NoReturn:
-        raise NotSerializable("a proxy cannot be copied or pickled: it stays in its process", type_name="proxy")
+    def __repr__(self) -> str:
+        return f"<{f'method {self._name}' if self._name else 'proxy'} of {self._target.label}>"
 
 
 def release(proxy: Any) -> None:
@@ -3796,8 +3784,6 @@ def release(proxy: Any) -> None:
 class _Loan:
     """An object lent to the other side, and the context manager to exit with the loan, if any."""
 
-    __slots__ = ("__weakref__", "key", "known", "manager", "methods", "object", "sent")
-
     def __init__(self, obj: Any, key: Any, manager: Any = None) -> None:
         self.object = obj
         self.key = key
@@ -3812,7 +3798,7 @@ class _Held(tuple):  # type: ignore[type-arg]
 
 
 class _References:
-    """What one side has lent over one session, by number. 0 is `system`, which lends what is served."""
+    """What one side has lent over one session, by number. 0 is `system`, which lends what is served. Any thread."""
 
     def __init__(self, served: _Served) -> None:
         self.served = served
@@ -3821,39 +3807,30 @@ class _References:
         self._lock = threading.RLock()  # protects the following three
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
-        self._parting: dict[int, Any] = {}  # loans that were given back, as long as they are held: weak references
-        self._exiting: list[threading.Thread] = []  # those that exit a context manager
         self.lends = False  # whether anything is lent
+        self._held: Any = _import("weakref").WeakValueDictionary()  # loans, also those given back, if a message holds them
+        self._exit_lock = threading.RLock()  # held while those are exited that were given back
+        self._parting: list[_Loan] = []
 
     def resolve(self, target: Any, method: str) -> Callable[..., Any]:
         """The function that a call runs. An empty name calls the object itself. Raises MethodNotFound, DeadReference."""
         loan = self._loans.get(target) if type(target) is int else None
-        if loan is not None and method in loan.known:  # not by the string that has come: classes cache those they are asked by
+        if loan is None:
+            loan = self.loan(target)
+        if method in loan.known:  # not by the string that has come: classes cache those they are asked by
             return getattr(loan.object, loan.known[method])  # type: ignore[no-any-return]
-        loan = self.loan(target)
         obj = loan.object
         if not method and callable(obj):
             return obj  # type: ignore[no-any-return]
-        if loan.methods is None and not method.startswith("_"):
-            return lambda *args, **kwargs: obj._dispatch(method, args, kwargs)
-        if not _has_method(obj, method):
+        if loan.methods is not None or method.startswith("_"):
             raise _no_method(method, loan.methods, "the plugin")
-        return getattr(obj, method)  # type: ignore[no-any-return]
+        return lambda *args, **kwargs: obj._dispatch(method, args, kwargs)
 
     def loan(self, number: Any) -> _Loan:
-        loan = None
-        if type(number) is int:
-            loan = self._loans.get(number) or self._parting.get(number, lambda: None)()
+        loan = self._loans.get(number) or self._held.get(number) if type(number) is int else None
         if loan is None:
             raise DeadReference(f"reference {number!r} is not lent, or no longer")
         return loan
-
-    def dispense(self, name: str | None) -> _Ref:
-        """Raises PluginNotFound, and what the plugin's factory raises."""
-        if name == "system":
-            return _Ref(self._loans[0].object)
-        name, served = self.served.find(name)
-        return _Ref(*_enter(served())) if _makes_instances(served) else _Ref(self.served.shared(name), None)
 
     def lend(self, session: _Session, value: Any, lent: list[int]) -> tuple[str, Any] | None:
         """The tag and state of what goes by reference, or None. The number of a new loan is added to `lent`."""
@@ -3867,14 +3844,13 @@ class _References:
             return None
         owner = getattr(obj, "__self__", None)  # a bound method is made anew each time
         function = getattr(obj, "__func__", None) or getattr(obj, "__name__", None)
-        key: Any = (id(obj),) if owner is None else (id(owner), function)
-        key = object() if manager else key
+        key: Any = object() if manager else (id(obj),) if owner is None else (id(owner), function)
         with self._lock:
             number = 0 if obj is self._loans[0].object else self._lent.get(key)
             if number is None:
                 loan = _Loan(obj, key, *manager)  # a finalizer may run in there, and lend and release as well
                 number = self._lent.setdefault(key, next(self._numbers))
-                self._loans.setdefault(number, loan)
+                self._held[number] = self._loans.setdefault(number, loan)
             loan = self._loans[number]
             self.lends = True
             loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
@@ -3893,10 +3869,10 @@ class _References:
         """What comes home. Raises DeadReference, MethodNotFound."""
         if method is not None and type(method) is not str:
             raise ProtocolError(f"a method named {_shown(method)}")
-        return self.loan(number).object if not method else self.resolve(number, method)
+        return self.resolve(number, method) if method else self.loan(number).object
 
     def release(self, number: int) -> None:
-        """Take one count of a loan back. To exit it may take long: a thread of its own does that."""
+        """Take one count of a loan back. To exit it may take long: a thread of the pool does that."""
         with self._lock:
             loan = self._loans.get(number) if number else None
             if loan is None:
@@ -3905,19 +3881,17 @@ class _References:
                 loan.sent.pop()
             if loan.sent:
                 return
-            self._parting[number] = _ref_to(loan, lambda gone: self._parting.pop(number, None))
             del self._loans[number]
             self._lent.pop(loan.key, None)
             self.lends = len(self._loans) > 1
-            if loan.manager is None:
-                return
-            exiting = [thread for thread in self._exiting if thread.is_alive()]
-            try:
-                self._exiting = [*exiting, _start_thread("miniplug-exit", _exit, loan.manager)]
-                return
-            except RuntimeError:
-                pass  # no thread to be had
-        _exit(loan.manager)
+        if loan.manager is not None:
+            self._parting.append(loan)
+            _aside_in_pool(self._exit_parting)
+
+    def _exit_parting(self) -> None:
+        with self._exit_lock:
+            while self._parting:
+                _exit(self._parting.pop().manager)
 
     def release_unless_busy(self, number: int) -> None:
         """The same for who reads: a finalizer that calls in the midst of `lend` waits for that one."""
@@ -3933,21 +3907,17 @@ class _References:
         numbers = list(lent)
         if numbers:
             lent.clear()
-        for number in numbers:
-            self.release(number)
         with self._lock:
-            for number in [number for number, loan in self._loans.items() if number and not loan.sent]:
+            for number in numbers + [number for number, loan in self._loans.items() if number and not loan.sent]:
                 self.release(number)
 
     def close(self) -> None:
         """The connection has ended: exit the context managers, the latest first."""
         with self._lock:
-            loans = [loan for number, loan in self._loans.items() if number]
-            self._loans, self._lent, self.lends = {0: self._loans[0]}, {}, False
-        for thread in self._exiting:
-            thread.join()
-        for loan in reversed(loans):
-            _exit(loan.manager)
+            loans, self._loans = self._loans, {0: self._loans[0]}
+            self._lent, self.lends = {}, False
+        self._parting.extend(loan for number, loan in loans.items() if number)
+        self._exit_parting()
 
 
 class _System:
@@ -3955,18 +3925,22 @@ class _System:
 
     def __init__(self, references: _References) -> None:
         self._references = references
+        self._served = references.served
 
     def dispense(self, name: str | None = None) -> Any:
         """Lend the plugin of that name, or the only one."""
-        return self._references.dispense(name)
+        if name == "system":
+            return _Ref(self)
+        name, served = self._served.find(name)
+        return _Ref(*_enter(served())) if _makes_instances(served) else _Ref(self._served.shared(name), None)
 
     def info(self) -> dict[str, Any]:
         """What the plugin says about itself."""
-        return self._references.served.info
+        return self._served.info
 
     def reattachConfig(self) -> dict[str, Any] | None:
         """What another host needs to attach: network, address, authkey and pid. None if nobody can."""
-        return self._references.served.config
+        return self._served.config
 
     def listMethods(self) -> list[str]:
         """The names of all methods."""
@@ -3990,10 +3964,10 @@ class _System:
         return {"": _describe(obj), **methods} if type(target) is int and callable(obj) else methods
 
     def _names(self) -> list[str]:
-        return ["system", *sorted(self._references.served.plugins)]
+        return ["system", *sorted(self._served.plugins)]
 
     def _object(self, plugin: str) -> Any:
-        return self if plugin == "system" else self._references.served.shared(plugin)
+        return self if plugin == "system" else self._served.shared(plugin)
 
     def _described(self, name: str) -> list[Any]:
         plugin, _, method = name.rpartition(".")
@@ -4033,46 +4007,43 @@ class MethodInfo(namedtuple("_MethodInfo", "name signature doc"), metaclass=_Bri
         doc: str | None
 
 
-class _Method(_Remote):
-    """A method of the other side's, or with an empty name what can only be called itself, a function: call it."""
+def _call_at(session: _Session, number: int, method: str, args: Any, kwargs: Any, seconds: float | None) -> Any:
+    return session.call(number, method, args, kwargs, seconds)
 
-    __slots__ = ("_about", "_name", "_target", "_timeout")
+
+def _notify_at(session: _Session, *what: Any) -> None:
+    session.notify(*what)
+
+
+def _help(remote: Any) -> str:
+    """What help() shows: methods, with their signatures and docs if they can be asked for."""
+    try:
+        about = _ask_description(remote._target)
+    except (PluginError, RuntimeError):  # gone, or asked on the thread of an event loop
+        about = {}
+    names = remote._names or about if remote._name is None else [remote._name]
+    return "\n\n".join(_outline(name, *(about.get(name) or (None, None))[:2]) for name in names)
+
+
+class _Method(_Remote):
+    # A method of the other side's, or with an empty name what can only be called itself, a function: call it.
+
+    __slots__ = ("_name", "_target", "_timeout")
+    __doc__ = property(_help)
 
     def __init__(self, target: _Target, name: str, timeout: float | None = None) -> None:
         self._target = target
         self._name = name
         self._timeout = timeout
-        self._about: list[Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        target = self._target
-        found = target.here()
-        if found is not None:
-            session, number = found
-            seconds = self._timeout
-            if seconds is None:
-                seconds = session.call_timeout if target.timeout is None else target.timeout
-            try:
-                return session.call(number, self._name, args, kwargs, seconds)
-            except _Sealed:
-                pass
-        return _reach(target.find, _call_at, self._name, args, kwargs, self._seconds())[1]
+        return self._act(_call_at, args, kwargs)
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:
         """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
         call: Call = _on_first_use("Call")(self.__name__)
-        target, what = self._target, (self._name, args, kwargs)
         try:
-            found = target.here()
-            if found is not None:
-                try:
-                    call._begin(*found, *what, self._seconds())
-                    return call
-                except _Sealed:
-                    pass
-            begin = partial(_reach, target.find, call._begin, *what)
-            if not target.put_off(call, begin, self._seconds()):
-                begin(self._seconds())
+            self._act(call._begin, args, kwargs, call)
             return call
         except BaseException:
             _pool.put((call.cancel,))
@@ -4080,53 +4051,49 @@ class _Method(_Remote):
 
     def notify(self, *args: Any, **kwargs: Any) -> None:
         """Call, and want no answer. What the method raises goes to the plugin's stderr."""
-        _reach(self._target.find, _notify_at, self._name, args, kwargs, self._seconds())
+        self._act(_notify_at, args, kwargs)
 
     def timeout(self, seconds: float | None) -> _Method:
         """The same method with a deadline: past `seconds` a call raises CallTimeout. None: the default one."""
-        return _Method(self._target, self._name, _checked_timeout(seconds))
+        return type(self)(self._target, self._name, _checked_timeout(seconds))
 
-    def _seconds(self) -> float | None:
-        target = self._target
-        if self._timeout is not None:
-            return self._timeout
-        return target.session.call_timeout if target.timeout is None else target.timeout
-
-    # What help() shows is asked of the plugin. It takes for a function what has a __get__.
+    def _act(self, act: Callable[..., Any], args: Any, kwargs: Any, call: Any = None) -> Any:
+        """Call `act` with the session and the number where the object is now, and all that a call needs. One
+        that was submitted, `call`, may begin later, if it has to wait for a start."""
+        target, seconds = self._target, self._timeout
+        if seconds is None:
+            seconds = target.session.call_timeout if target.timeout is None else target.timeout
+        found = target.here()
+        if found is not None:
+            try:
+                return act(*found, self._name, args, kwargs, seconds)
+            except _Sealed:
+                pass
+        begin = partial(_reach, target.find, act, self._name, args, kwargs)
+        return None if call and target.put_off(call, begin, seconds) else begin(seconds)
 
     @property
     def __name__(self) -> str:
         return self._name or "function"
 
-    @property
-    def __doc__(self) -> str | None:  # type: ignore[override]
-        return self._described()[1]  # type: ignore[no-any-return]
-
-    @property
-    def __signature__(self) -> Any:
-        signature = _signature(self._described()[2])
-        if signature is None:
-            raise AttributeError("__signature__")
-        return signature
-
-    def __get__(self, instance: Any, owner: Any = None) -> _Method:
-        return self
-
-    def _described(self) -> list[Any]:
-        if self._about is None:
-            self._about = _ask_description(self._target).get(self._name) or [None, None, None]
-        return self._about
-
     def __repr__(self) -> str:
         return f"<method {self._name} of {self._target.label}>" if self._name else f"<proxy of {self._target.label}>"
 
 
-def _call_at(session: _Session, *what: Any) -> Any:
-    return session.call(*what)
+class _AsyncMethod(_Method):
+    # One that the interface declares ``async def``.
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return await self.submit(*args, **kwargs)
 
 
-def _notify_at(session: _Session, *what: Any) -> None:
-    session.notify(*what)
+class _AsyncStream(_Method):
+    # One that it declares as an async generator.
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with await self.submit(*args, **kwargs) as stream:
+            async for item in stream:
+                yield item
 
 
 def _checked_count(count: Any, name: str, least: int = 0) -> int:
@@ -4144,16 +4111,9 @@ def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
 
 
 class _Proxy(_Remote):
-    """An object of the other side's: it has the object's public methods."""
+    # An object of the other side's: it has the object's public methods.
 
-    @property
-    def __doc__(self) -> str:  # type: ignore[override]
-        """What help() shows: the methods, with their signatures and docs, if they can be asked for."""
-        try:
-            about = _ask_description(self._target)
-        except (PluginError, RuntimeError):  # gone, or asked on the thread of an event loop
-            about = {}
-        return "\n\n".join(_outline(name, *(about.get(name) or (None, None))[:2]) for name in self._names or about)
+    __doc__ = property(_help)
 
     def __init__(self, target: _Target, names: Sequence[str] | None) -> None:
         vars(self).update(_target=target, _names=names, _interface=_Proxy)
@@ -4161,10 +4121,16 @@ class _Proxy(_Remote):
     def __getattr__(self, name: str) -> Any:
         if "_target" not in self.__dict__:
             raise AttributeError(name)
-        target, names = self.__dict__["_target"], self.__dict__["_names"]
-        if name.startswith("_") or (names is not None and name not in names):
-            raise _no_method(name, names, target.label)
-        method = self.__dict__[name] = _Method(target, name)  # found there the next time
+        if name.startswith("_") or (self._names is not None and name not in self._names):
+            raise _no_method(name, self._names, self._target.label)
+        kind: type[_Method] = _Method
+        if self._interface is not _Proxy:
+            inspect, declared = _import("inspect"), getattr(self._interface, name, None)
+            if inspect.iscoroutinefunction(declared):
+                kind = _AsyncMethod
+            elif inspect.isasyncgenfunction(declared):
+                kind = _AsyncStream
+        method = self.__dict__[name] = kind(self._target, name)  # found there the next time
         return method
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -4187,7 +4153,8 @@ class _Proxy(_Remote):
         return self.__dict__["_interface"]  # what isinstance() believes, also of an ABC
 
     def _adopt(self, interface: type) -> None:
-        """Be an instance of the interface. Raises InterfaceMismatch unless all of it is there, and takes its arguments."""
+        """Be an instance of the interface. Raises InterfaceMismatch unless all of it is there, and takes its
+        arguments."""
         differences = _differences(interface, self._names, lambda: _ask_description(self._target))
         if differences:
             text = f"{self._target.label} is no {interface.__name__}: " + "; ".join(differences)
@@ -4196,7 +4163,8 @@ class _Proxy(_Remote):
 
 
 def _borrow(session: _Session, tag: str, state: Any) -> Any:
-    """What a reference that has come stands for. Raises ProtocolError for what is none, DeadReference and MethodNotFound."""
+    """What a reference that has come stands for. Raises ProtocolError for what is none, DeadReference and
+    MethodNotFound."""
     number, second, *rest = state if type(state) is list and len(state) > 1 else (None, None)
     if tag == "$own":
         return session.references.own(number, second)
@@ -4214,21 +4182,22 @@ def _open_session(channel: _Channel, terms: _Terms, max_message: int, served: _S
 
 # -- what interfaces and descriptions are made of
 
-class _Text(str):
-    """Stands for a default or an annotation of which only the text is known."""
-
-    __repr__ = str.__str__
-
-
 def _ask_description(target: _Target) -> dict[str, Any]:
     """{method: [signature, doc, parameters]}, as far as the other side tells."""
     def ask(session: _Session, number: int, method: str, *others: Any) -> Any:
         return session.call(0, method, (number,), *others[1:])
 
     try:
-        return _checked_description(_reach(target.find, ask, "describe", (), {}, target.session.call_timeout)[1])
+        return _checked_description(_reach(target.find, ask, "describe", (), {}, target.session.call_timeout))
     except MethodNotFound:  # it is not written with miniplug
         return {}
+
+
+def _checked_description(found: Any) -> dict[str, Any]:
+    """As much of what `describe` told as is what it should be."""
+    methods = found if type(found) is dict else {}
+    return {name: each for name, each in methods.items() if type(each) is list and len(each) == 3
+            and {type(text) for text in each[:2]} <= {str, type(None)}}
 
 
 def _outline(name: str, signature: str | None, doc: str | None) -> str:
@@ -4240,28 +4209,6 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
 
 
-def _checked_description(found: Any) -> dict[str, Any]:
-    """As much of what `describe` told as is what it should be."""
-    methods = found if type(found) is dict else {}
-    return {name: each for name, each in methods.items() if type(each) is list and len(each) == 3}
-
-
-def _signature(parameters: Any) -> Any:
-    """An inspect.Signature made from what `describe` tells; None if it is not known."""
-    inspect = _import("inspect")
-
-    def value(text: Any) -> Any:
-        return inspect.Parameter.empty if text is None else _Text(text)
-
-    try:
-        *others, (_, _, _, result) = parameters
-        made = [inspect.Parameter(name, inspect._ParameterKind(kind), default=value(default), annotation=value(annotation))
-                for name, kind, default, annotation in others]
-        return inspect.Signature(made, return_annotation=value(result))
-    except (TypeError, ValueError):
-        return None
-
-
 def _differences(interface: type, names: Sequence[str] | None, describe: Callable[[], dict[str, Any]]) -> list[str]:
     """In which ways something with methods of these names (None: all) is not the interface, in words."""
     inspect = _import("inspect")
@@ -4270,38 +4217,43 @@ def _differences(interface: type, names: Sequence[str] | None, describe: Callabl
     found += [f"{name!r} is a property, and a plugin has methods only" for name in dir(interface)
               if not name.startswith("_") and isinstance(inspect.getattr_static(interface, name), property)
               and (name in abstract or getattr(interface, "_is_protocol", False))]
-    wanted = _method_names(interface) or []
-    found += [f"it has no method {name!r}" for name in wanted if names is not None and name not in names]
-    described = describe() if names is not None else {}
-    for name in wanted:
-        theirs = _signature(described.get(name, (None, None, None))[2])
-        if theirs is not None:
-            found += _refusals(name, inspect.getattr_static(interface, name), theirs)
+    if names is None:
+        return found
+    described = describe()
+    for name in _method_names(interface) or []:
+        if name not in names:
+            found.append(f"it has no method {name!r}")
+        else:
+            signature, _, parameters = described.get(name, (None, None, None))
+            found += _refusals(name, inspect.getattr_static(interface, name), f"{name}{signature}", parameters)
     return found
 
 
-def _refusals(name: str, method: Any, theirs: Any) -> list[str]:
+def _refusals(name: str, method: Any, shown: str, parameters: Any) -> list[str]:
     """A call that the interface's method allows and the plugin's does not take, in words; or nothing."""
     inspect = _import("inspect")
-    own = not isinstance(method, (staticmethod, classmethod))
+    own = not isinstance(method, staticmethod)
     try:
         mine = inspect.signature(getattr(method, "__func__", method))
+        *others, (_, _, _, _) = parameters
+        theirs = inspect.Signature([
+            inspect.Parameter(name, inspect._ParameterKind(kind), default=mine.empty if default is None else 0)
+            for name, kind, default, _ in others])
     except (TypeError, ValueError):
-        return []
-    parameters = list(mine.parameters.values())[own or isinstance(method, classmethod):]
-    for count, keywords in _allowed_calls(parameters):
+        return []  # one of the two is not known
+    mine = mine.replace(parameters=[*mine.parameters.values()][own:])
+    for count, keywords in _allowed_calls(mine.parameters.values()):
         try:
             theirs.bind(*[None] * count, **dict.fromkeys(keywords))
         except TypeError as error:
-            shown = ", ".join(["..."] * count + [f"{keyword}=..." for keyword in keywords])
-            wanted = mine.replace(parameters=parameters)
-            return [f"{name}{theirs} does not take all that {name}{wanted} allows: {name}({shown}): {error}"]
+            call = ", ".join(["..."] * count + [f"{keyword}=..." for keyword in keywords])
+            return [f"{shown} does not take all that {name}{mine} allows: {name}({call}): {error}"]
     return []
 
 
-def _allowed_calls(parameters: Sequence[Any]) -> Iterable[tuple[int, list[str]]]:
-    """The shapes of calls that these parameters allow, as (how many by position, names of the others): each count with no
-    optional name, with every single one, and with all. What takes those takes all."""
+def _allowed_calls(parameters: Iterable[Any]) -> Iterable[tuple[int, list[str]]]:
+    """The shapes of calls that these parameters allow, as (how many by position, names of the others): each
+    count with no optional name, with every single one, and with all. What takes those takes all."""
     only, either, var, keyword, rest = ([each for each in parameters if each.kind == kind] for kind in range(5))
     positional = [*only, *either]
     least = sum(each.default is each.empty for each in only)
@@ -4326,23 +4278,21 @@ class _Awaitable:
     def __init__(self, method: str) -> None:
         super().__init__()
         self._method = method
-        self._session: _Session | None = None
         self._call: _Call | None = None
 
     def _begin(self, session: _Session, *what: Any) -> None:
-        if self._state != "PENDING":  # cancelled before it could be sent, or lost with the session that took no more calls
+        if self._state != "PENDING":  # cancelled before it could be sent, or lost with a session
             return
-        self._session = session
         call = session.submit(self, *what)
         if self._state[:9] == "CANCELLED":  # meanwhile, by a signal handler
             _pool.put((session.caller.give_up, call))
 
     def _arrive(self, call: _Call, come: deque[_Message], attends: bool) -> None:
-        """Called by who reads, once the answer has come. Callbacks may take long: a thread of the pool runs them, and does
-        it all where the reader may be interrupted."""
-        if attends and self._condition.acquire(False):  # who was struck in the midst of a `result` may hold it for ever
+        """Called by who reads, once the answer has come. Callbacks may take long: a thread of the pool runs
+        them, and does it all where the reader may be interrupted."""
+        if attends and self._condition.acquire(False):  # who was struck in the midst of a `result` may hold it
             try:  # no callback is added meanwhile
-                if not any(map(_may_block, self._done_callbacks)):
+                if all(map(_is_asyncios, self._done_callbacks)):
                     return self._settle(call, come.popleft())
             finally:
                 self._condition.release()
@@ -4359,21 +4309,19 @@ class _Awaitable:
             call.inbox.appendleft(message)  # items may have come already
             value = call.session.caller.value(call)
         except BaseException as error:
-            self._fail(error)
-            return None
+            return self._fail(error)
         call.future = None  # which may have a stream, that shall go when nobody wants it
-        try:
-            future.set_result(value)
-        except _import("concurrent.futures").InvalidStateError:
-            pass  # cancelled meanwhile, or settled before
+        return self._set(future.set_result, value)
 
     def _fail(self, error: BaseException) -> None:
-        """It could not begin."""
         future: Any = self
+        self._set(future.set_exception, error)
+
+    def _set(self, function: Callable[[Any], Any], outcome: Any) -> None:
         try:
-            future.set_exception(error)
+            function(outcome)
         except _import("concurrent.futures").InvalidStateError:
-            pass  # cancelled meanwhile
+            pass  # cancelled meanwhile, or settled before
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
@@ -4384,11 +4332,12 @@ class _Awaitable:
         with self._condition:
             if self.done():
                 return self.cancelled()
-            callbacks, self._done_callbacks = self._done_callbacks, []  # they run without the lock, which a reader may want
+            callbacks, self._done_callbacks = self._done_callbacks, []  # a reader may want the lock
             base.cancel()
             base.set_running_or_notify_cancel()
-        if self._session is not None and self._call is not None:
-            self._session.caller.give_up(self._call)
+        call = self._call
+        if call is not None and call.session is not None:
+            call.session.caller.give_up(call)
         for callback in callbacks:
             base.add_done_callback(callback)
         return True
@@ -4405,9 +4354,9 @@ class _Awaitable:
         return f"<Call of {self._method}(), {state}>"
 
 
-def _may_block(callback: Any) -> bool:
-    """asyncio's own callbacks only send word to a loop."""
-    return str(getattr(callback, "__module__", "")).split(".")[0] != "asyncio"  # None for those written in C
+def _is_asyncios(callback: Any) -> bool:
+    """Those only send word to a loop."""
+    return str(getattr(callback, "__module__", "")).split(".")[0] == "asyncio"  # None for those written in C
 
 
 if TYPE_CHECKING:
@@ -4420,71 +4369,33 @@ if TYPE_CHECKING:
 class Stream:
     """What a method gives that returns a generator or an iterator: iterate with ``for`` or ``async for``.
 
-    Few items wait here unread, however slow the reader is. `close()` (or `aclose()`, or the end of ``with``) gives the
-    rest up and closes the plugin's generator; so does letting go of the stream. An exception of the generator's is
-    raised where it happened. Each item has the deadline that the call had.
+    Few items wait here unread, however slow the reader is. `close()` (or `aclose()`, or the end of ``with``)
+    gives the rest up and closes the plugin's generator; so does letting go of the stream. An exception of the
+    generator's is raised where it happened. Each item has the deadline that the call had.
     """
 
     def __init__(self, session: _Session, call: _Call) -> None:
         self._session = session
         self._call = call
-        self._lock = threading.Lock()  # held by who takes a message from the inbox
+        self._lock = threading.Lock()  # held by who goes on to the next message
         self._batch: Any = (iter(()), 0)  # the items of the latest message; how many have come with it, in all
         self._credited = 0  # for how many of those credit was given
-        self._waiters: list[Any] = []  # (loop, future) of the tasks that wait for items
+        self._waiters: list[Any] = []  # (loop, event) of the tasks that wait for items
         self._over = False
+        call.watcher = partial(_wake, self._waiters)
         session.borrowed.add(id(self))  # until it is over: what has come may be unread
-
-    def _finish(self) -> None:
-        self._over = True
-        self._session.borrowed.discard(id(self))
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Any:
-        for item in self._batch[0]:
-            return item
-        with self._lock:
-            while True:
-                for item in self._batch[0]:
-                    return item
-                if self._over:
-                    raise StopIteration
-                try:
-                    self._give_credit()
-                    self._session.caller.next(self._call)
-                    self._take()
-                except StopIteration:
-                    raise
-                except BaseException:
-                    _pool.put((self._session.caller.give_up, self._call))
-                    self._finish()
-                    raise
-
-    def _give_credit(self) -> None:
-        """The latest message has been read: give credit, unless little is due yet."""
-        count = self._batch[1] - self._credited
-        if count >= _WINDOW // 2 and self._call.number in self._session.calls:
-            self._call.granted += count  # first: should a handler raise, all this is done again
-            self._session.post(_CREDIT, self._call.number, count)
-            self._credited += count
-
-    def _take(self) -> None:
-        """Take a part of the stream. Raises StopIteration at the end, and what the generator raised."""
-        if self._over:
-            raise StopIteration  # it was closed: who gives it up tells the plugin
-        try:
-            values = self._session.caller.value(self._call, _ITEM)
-        except StopIteration:
-            self._finish()
-            self._session.calls.pop(self._call.number, None)
-            raise
-        received = self._batch[1] + len(values) if type(values) is list else 0
-        if not values or not received or received > self._call.granted:
-            text = "items of a stream are a list, of one at least, and no more than there is credit for"
-            raise self._session.failed(ProtocolError(text), self._call)
-        self._batch = (iter(values), received)
+        while True:
+            for item in self._batch[0]:
+                return item
+            if self._over:
+                raise StopIteration
+            with self._lock:
+                self._advance(True)
 
     def __aiter__(self) -> Stream:
         return self
@@ -4497,56 +4408,75 @@ class Stream:
                 raise StopAsyncIteration
             if self._lock.acquire(False):
                 try:
-                    self._give_credit()
-                    if self._call.inbox:
-                        self._take()
-                        continue
-                except StopIteration:
-                    raise StopAsyncIteration from None
-                except BaseException:
-                    _pool.put((self._session.caller.give_up, self._call))
-                    self._finish()
-                    raise
+                    self._advance(False)
                 finally:
                     self._lock.release()
-            await self._news()
+            if not (self._call.inbox or self._over):
+                await self._news()
+
+    def _advance(self, wait: bool) -> None:
+        """Go on to the next message, unless there is still something to read. Not to `wait` for it is to do so
+        only if it has come."""
+        call, batch = self._call, self._batch
+        if self._over or batch[0].__length_hint__():
+            return
+        try:
+            count = batch[1] - self._credited
+            if count >= _WINDOW // 2 and call.number in self._session.calls:
+                call.granted += count  # first: should a handler raise, all this is done again
+                self._session.post(_CREDIT, call.number, count)
+                self._credited += count
+            if wait:
+                self._session.caller.next(call)
+            if call.inbox and not self._over:
+                self._take(call)
+        except BaseException:
+            _pool.put((self._session.caller.give_up, call))
+            self._finish()
+            raise
+
+    def _take(self, call: _Call) -> None:
+        try:
+            values = self._session.caller.value(call, _ITEM)
+        except StopIteration:
+            self._finish()
+            self._session.calls.pop(call.number, None)
+            return
+        received = self._batch[1] + len(values) if type(values) is list else 0
+        if not values or not 0 < received <= call.granted:
+            text = "items of a stream are a list, of one at least, and no more than there is credit for"
+            raise self._session.failed(ProtocolError(text), call)
+        self._batch = (iter(values), received)
 
     async def _news(self) -> None:
         """Wait until something has come."""
-        asyncio = _import("asyncio")
-        loop = asyncio.get_running_loop()
-        waiter = loop, loop.create_future()
+        asyncio, call, reader = _import("asyncio"), self._call, self._session.reader
+        waiter = asyncio.get_running_loop(), asyncio.Event()
         self._waiters.append(waiter)
         try:
-            self._call.watcher = self._tell
-            self._session.reader.unattended.add(self._call.number)
-            if self._call.inbox:
-                return
-            self._session.reader.pass_on()
-            await asyncio.wait_for(waiter[1], self._call.seconds)
+            reader.unattended.add(call.number)
+            if not (call.inbox or self._over):
+                reader.attend()
+                await asyncio.wait_for(waiter[1].wait(), call.seconds)
         except asyncio.TimeoutError:
             self.close()
-            raise _too_late(self._call) from None
+            raise _too_late(call) from None
         finally:
             self._waiters.remove(waiter)
             if not self._waiters:
-                self._call.watcher = None  # which would keep the stream alive
-                self._session.reader.unattended.discard(self._call.number)
+                reader.unattended.discard(call.number)
 
-    def _tell(self) -> None:
-        """Something has come: every task looks. Called by who reads."""
-        for loop, future in list(self._waiters):
-            try:
-                loop.call_soon_threadsafe(_settle_quietly, future)
-            except RuntimeError:
-                pass  # the loop is closed
+    def _finish(self) -> None:
+        self._over = True
+        self._session.borrowed.discard(id(self))
 
     def close(self) -> None:
         """Give the rest up: the plugin's generator is closed. Closing what has ended does nothing."""
         if not self._over:
             self._finish()
             _pool.put((self._session.caller.give_up, self._call))
-            self._tell()
+            self._finish()
+            _wake(self._waiters)
         self._batch = (iter(()), self._batch[1])
 
     async def aclose(self) -> None:
@@ -4566,19 +4496,20 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_over", True):
-            return
-        self._finish()
-        if self._session.ended is None:
-            _pool.put((self._session.caller.give_up, self._call))
+        if not getattr(self, "_over", True):
+            self.close()
 
     def __repr__(self) -> str:
         return f"<stream of {self._call.method}(), {'ended' if self._over else 'open'}>"
 
 
-def _settle_quietly(future: Any) -> None:
-    if not future.done():
-        future.set_result(None)
+def _wake(waiters: list[Any]) -> None:
+    """Something has come: every task looks. Called by who reads."""
+    for loop, event in list(waiters):
+        try:
+            loop.call_soon_threadsafe(event.set)
+        except RuntimeError:
+            pass  # the loop is closed
 
 
 # === 8. serve ===========================================================================================
@@ -6661,7 +6592,7 @@ class Plugin:
         def find(asked: _Call) -> tuple[_Session, int]:
             return self._supervisor.session(asked), 0
 
-        return _reach(find, function, method, args, {}, seconds)[1]
+        return _reach(find, function, method, args, {}, seconds)
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
