@@ -3016,8 +3016,8 @@ class _Reader:
             return False
         if flags & _STREAM and kind == _RESULT and call.streams is None:
             call.streams = message
-        if kind == _ITEM and len(call.inbox) > _WINDOW:  # each has an item at least
-            raise ProtocolError("more items of a stream than there is credit for")
+        if kind == _ITEM and (len(call.inbox) > _WINDOW or (call.future is not None and call.streams is None)):
+            raise ProtocolError("more items of a stream than there is credit for")  # each message has one at least
         if call.future is not None and kind != _ITEM and (call.streams is None or call.streams is message):
             call.future._arrive(call, come, waiting is None)
         else:
@@ -3314,7 +3314,7 @@ class _Caller:
             raise self._session.failed(error, call) from None
         if kind == expected:
             return Stream(self._session, call) if flags & _STREAM else value
-        if kind == _ERROR:
+        if kind == _ERROR and expected != _PONG:
             raise self._raised(call, value)
         if kind == 0:
             raise self._session.ended(self._session.lost_calls)  # type: ignore[misc]
@@ -4824,8 +4824,9 @@ def _indented(text: str) -> str:
 
 def _checked_description(found: Any) -> dict[str, Any]:
     """As much of what `describe` told as is what it should be."""
-    methods = found if type(found) is dict else {}
-    return {name: each for name, each in methods.items() if type(each) is list and len(each) == 3}
+    methods, texts = found if type(found) is dict else {}, {str, type(None)}
+    return {name: each for name, each in methods.items() if type(name) is str and type(each) is list
+            and len(each) == 3 and texts.issuperset(map(type, each[:2]))}
 
 
 def _signature(parameters: Any) -> Any:
@@ -7757,25 +7758,25 @@ class Plugin:
         try:
             found = self._ask_system("describe", (), dict)
         except MethodNotFound:  # it is not written with miniplug
-            return self._describe_one_by_one()
+            found = self._describe_one_by_one()
         found.pop("system", None)
         return {plugin: {name: MethodInfo(name, *each[:2])
                          for name, each in _checked_description(methods).items()}
-                for plugin, methods in found.items()}
+                for plugin, methods in found.items() if type(plugin) is str}
 
-    def _describe_one_by_one(self) -> dict[str, dict[str, MethodInfo]]:
-        found: dict[str, dict[str, MethodInfo]] = {}
+    def _describe_one_by_one(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         try:
             system = self.dispense("system")
-            names = system.listMethods()
+            names = self._ask_system("listMethods", (), list)
         except (MethodNotFound, PluginNotFound):
             text = f"the plugin {self.name!r} does not say what it can do"
             raise MethodNotFound(text, name="describe") from None
-        for full in names:
+        for full in map(str, names):
             plugin, _, name = full.rpartition(".")
             if plugin != "system":
-                info = MethodInfo(name, system.methodSignature(full), system.methodHelp(full))
-                found.setdefault(plugin, {})[name] = info
+                each = [system.methodSignature(full), system.methodHelp(full), None]
+                found.setdefault(plugin, {})[name] = each
         return found
 
     def reattach_config(self) -> dict[str, Any]:
