@@ -2567,8 +2567,8 @@ class _Reader:
             return False
         if flags & _STREAM and kind == _RESULT and call.streams is None:
             call.streams = message
-        if kind == _ITEM and len(call.inbox) > _WINDOW:  # each has an item at least
-            raise ProtocolError("more items of a stream than there is credit for")
+        if kind == _ITEM and (len(call.inbox) > _WINDOW or (call.future is not None and call.streams is None)):
+            raise ProtocolError("more items of a stream than there is credit for")  # each message has one at least
         if call.future is not None and kind != _ITEM and (call.streams is None or call.streams is message):
             call.future._arrive(call, come, waiting is None)
         else:
@@ -2862,7 +2862,7 @@ class _Caller:
         kind = message[0]
         if kind == expected:
             return Stream(self._session, call) if message[1] & _STREAM else value
-        if kind == _ERROR:
+        if kind == _ERROR and expected != _PONG:
             raise self._raised(call, value)
         if message is _ENDED:
             raise self._session.ended(self._session.lost_calls)  # type: ignore[misc]
@@ -4195,9 +4195,9 @@ def _ask_description(target: _Target) -> dict[str, Any]:
 
 def _checked_description(found: Any) -> dict[str, Any]:
     """As much of what `describe` told as is what it should be."""
-    methods = found if type(found) is dict else {}
-    return {name: each for name, each in methods.items() if type(each) is list and len(each) == 3
-            and {type(text) for text in each[:2]} <= {str, type(None)}}
+    methods, texts = found if type(found) is dict else {}, {str, type(None)}
+    return {name: each for name, each in methods.items() if type(name) is str and type(each) is list
+            and len(each) == 3 and texts.issuperset(map(type, each[:2]))}
 
 
 def _outline(name: str, signature: str | None, doc: str | None) -> str:
@@ -6605,7 +6605,7 @@ class Plugin:
         found.pop("system", None)
         return {plugin: {name: MethodInfo(name, *each[:2])
                          for name, each in _checked_description(methods).items()}
-                for plugin, methods in found.items()}
+                for plugin, methods in found.items() if type(plugin) is str}
 
     def reattach_config(self) -> dict[str, Any]:
         """What another host needs to `attach`, as a plain dict that json can store. Who has it can call the
