@@ -3540,6 +3540,7 @@ class _Runner:
         if hasattr(kind, "__await__"):
             self._run_as_task(request, self._await(request, value))
         elif hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
+            self._session.reader.took(request.method, _FOREVER)  # as its generator may wait, another thread has to read
             self._stream(request, value)
         else:
             return False
