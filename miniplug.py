@@ -7374,6 +7374,8 @@ class _Supervisor:
 
     def notice(self) -> None:
         """Look whether the run that serves has ended. Calls and the run itself do, whichever is first."""
+        if self.state == "closed":  # at interpreter exit nobody gets the lock any more
+            return
         with self.news:
             run = self.run
             if self.state != "up" or run is None or run.takes_calls:
