@@ -106,7 +106,7 @@ def test_the_hosts_of_the_languages_are_one():
     hosts = {}
     for language in ("python", "node", "go"):
         text = (ROOT / "examples" / language / "host.py").read_text(encoding="utf-8")
-        head, launch, calls = text.partition("miniplug.launch(")
+        _, launch, calls = text.partition("miniplug.launch(")
         assert launch and calls.partition("\n")[0].endswith(f'name="{language}") as plugin:')
         hosts[language] = calls.partition("\n")[2]
     assert hosts["python"] == hosts["node"] == hosts["go"]
