@@ -3055,6 +3055,7 @@ class _Runner:
         if hasattr(kind, "__await__"):
             self._run_as_task(request, self._await(request, value))
         elif hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
+            self._session.reader.took(request.method, _FOREVER)  # as its generator may wait, another thread has to read
             self._stream(request, value)
         else:
             return False
@@ -6252,6 +6253,8 @@ class _Supervisor:
 
     def notice(self) -> None:
         """Look whether the run that serves has ended. Calls and the run itself do, whichever is first."""
+        if self.state == "closed":  # at interpreter exit nobody gets the lock any more
+            return
         with self.news:
             run = self.run
             if self.state == "up" and not run.takes_calls:

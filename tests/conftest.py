@@ -33,6 +33,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts what run
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each plugin that starts compiles the library anew
 os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = os.path.join(TEMPORARY, "bytecode")
+if sys.flags.dont_write_bytecode:  # plugins inherit that too: so let one that has not have it written first
+    subprocess.run([sys.executable, miniplug.__file__, "doctor"], stdout=subprocess.DEVNULL, check=False)
 
 
 def pytest_make_parametrize_id(val):
@@ -178,9 +180,9 @@ def _sockets():
     return set(glob.glob(os.path.join(TEMPORARY, "miniplug-*")))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def quick_collections():
-    """What the imports have made is not looked through again after each test."""
+    """What the imports and earlier modules' tests have made is not looked through again after each test."""
     gc.collect()
     if hasattr(gc, "freeze"):  # PyPy has none
         gc.freeze()

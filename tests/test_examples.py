@@ -101,6 +101,17 @@ def test_a_language_does_what_its_readme_shows(clone, language, plugin):
     follow(ROOT / "examples" / language / "README.md", clone)
 
 
+def test_the_hosts_of_the_languages_are_one():
+    """So that each folder can be copied, it has a host of its own. They differ in how the plugin is started."""
+    hosts = {}
+    for language in ("python", "node", "go"):
+        text = (ROOT / "examples" / language / "host.py").read_text(encoding="utf-8")
+        _, launch, calls = text.partition("miniplug.launch(")
+        assert launch and calls.partition("\n")[0].endswith(f'name="{language}") as plugin:')
+        hosts[language] = calls.partition("\n")[2]
+    assert hosts["python"] == hosts["node"] == hosts["go"]
+
+
 # -- toolbox
 
 def test_toolbox_does_what_its_readme_shows(furnished):

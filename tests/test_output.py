@@ -477,17 +477,19 @@ def test_a_logger_is_not_asked_for_any_number_of_levels(log):
 
 def test_a_traceback_without_end_comes_in_pieces(log):
     take = sink()
+    lines = [f"  File {number}" + 300 * "." for number in range(10000)]
+    assert sum(map(len, lines)) > 2 * miniplug._TRACE_LIMIT
     take("Traceback (most recent call last):")
     most = 0
-    for number in range(200000):
-        take(f"  File {number}")
-        if number % 5000 == 0:
+    for number, line in enumerate(lines):
+        take(line)
+        if number % 200 == 0:
             most = max(most, sum(map(len, take.trace)))
     take("ValueError: the end")
     take.flush()
     assert most <= miniplug._RECORD_LIMIT
     text = "\n".join(record.getMessage() for record in log.records).splitlines()
-    assert text == ["Traceback (most recent call last):", *(f"  File {number}" for number in range(200000)), "ValueError: the end"]
+    assert text == ["Traceback (most recent call last):", *lines, "ValueError: the end"]
 
 
 def test_a_traceback_of_one_long_line_too(log):

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from readme import run
+from readme import follow, run, sections
 
 import miniplug
 
@@ -145,8 +145,9 @@ def test_the_tests_of_the_sdist_run(unpacked):
 
 def pythons():
     """The oldest and the newest Python of this machine's that miniplug is for: [(version, path)]."""
-    paths = [sys.executable, *(shutil.which(f"python3.{minor}") for minor in range(8, 16)),
-             *glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python"))]
+    paths = [sys.executable, *(shutil.which(f"python3.{minor}") for minor in range(8, 16))]
+    if shutil.which("pyenv"):
+        paths += glob.glob(os.path.join(call("pyenv", "root").strip(), "versions", "3.*", "bin", "python"))
     found = {}
     for path in filter(None, paths):
         done = subprocess.run([path, "-c", "import sys, venv, ensurepip; print(sys.version_info[:2])"], check=False,
@@ -177,6 +178,14 @@ def test_it_can_be_used_where_it_is_installed(installations, tmp_path):
         assert call(python, "-c", code, env=env, cwd=str(tmp_path)) == "Hello, you!\n"
         served = f"import miniplug, sys; miniplug.launch([{str(miniplug_command)!r}, 'serve', 'greeter:Greeter']).close()"
         assert call(python, "-c", served, env=env, cwd=str(tmp_path)) == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its commands are for a POSIX shell")
+def test_the_page_on_vendoring_tells_how_to_install_it(unpacked, tmp_path):
+    (tmp_path / "path" / "to" / "the").mkdir(parents=True)
+    shutil.copytree(str(unpacked), str(tmp_path / "path" / "to" / "the" / "clone"))
+    follow(ROOT / "docs" / "vendoring.md", tmp_path, found=dict(sections(ROOT / "docs" / "vendoring.md"))["To install it"])
+    assert call(tmp_path / ".venv" / "bin" / "miniplug", "--version") == f"miniplug {VERSION}\n"
 
 
 # -- what type checkers see

@@ -757,18 +757,18 @@ def test_an_unmanaged_one_is_not_waited_for_at_exit(write, tmp_path, managed):
 
 
 def test_interpreter_exit_closes_what_is_open(write, tmp_path):
+    """And does not wait for the grace, when they have ended."""
     host = write("host.py", f"""
         import miniplug, sys
+        miniplug._GRACE = 600
         plugins = [miniplug.launch({WORKSHOP!r}) for _ in range(3)]
         print(*[plugin.pid for plugin in plugins], flush=True)
         if sys.argv[1] == "raise":
             raise SystemExit(5)
     """)
     for way, status in (("return", 0), ("raise", 5)):
-        start = time.monotonic()
-        code, out, err = run_python(host, way)
+        code, out, err = run_python(host, way)  # which does not wait for 600 seconds
         assert (code, err) == (status, ""), err
-        assert time.monotonic() - start < 20
         assert not any(alive(int(pid)) for pid in out.split())
 
 

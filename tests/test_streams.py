@@ -363,6 +363,18 @@ def test_a_slow_producers_item_arrives_when_it_is_made(both, proxy, source, meth
         assert next(stream) == "third" and list(stream) == []
 
 
+def test_a_producer_that_waits_holds_up_no_call(proxy, source, monkeypatch):
+    """However quick the opening of such streams was before."""
+    monkeypatch.setattr(miniplug, "_LOOK", 600.0)  # nobody looks whether a call takes long after all
+    for _ in range(6):
+        source.go.clear()
+        stream = proxy.slow()
+        for expected in ("first", "second"):
+            assert next(stream) == expected
+            proxy.let_go.timeout(20)()
+        assert list(stream) == ["third"]
+
+
 def test_the_second_of_two_quick_items_arrives_too(both, proxy):
     """It has to wait for others, which do not come."""
 
