@@ -1133,7 +1133,7 @@ def _make_error(cls: Any, state: Any) -> Any:
 
 def _with_place(args: list[Any]) -> list[Any]:
     """The arguments of a SyntaxError, with no more of its place than can be printed."""
-    place = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
+    place: Any = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
     for held, kind, limit in zip(place, (str, int, int, str), (0, 2**31, _MAX_COLUMN, 0)):
         if held is not None and (type(held) is not kind or (kind is int and not 0 <= held <= limit)):
             return args[:1]
@@ -1834,7 +1834,7 @@ def _remove_stale(path: str, age: float = 0.0) -> bool:
         there, stat = os.lstat(folder), os.lstat(path)
         made = (re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
                 and there.st_uid == _posix.geteuid() and there.st_mode & 0o170777 == 0o040700)
-        if _import("stat").S_ISSOCK(stat.st_mode) and (not age or made and time.time() - stat.st_mtime > age):
+        if _import("stat").S_ISSOCK(stat.st_mode) and (not age or (made and time.time() - stat.st_mtime > age)):
             try:
                 _connect(path, 1.0).close()
             except ConnectionRefusedError:
@@ -3055,7 +3055,7 @@ class _Runner:
         if hasattr(kind, "__await__"):
             self._run_as_task(request, self._await(request, value))
         elif hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
-            self._session.reader.took(request.method, _FOREVER)  # as its generator may wait, another thread has to read
+            self._session.attendant.took(request.method, _FOREVER)  # its generator may wait: another thread has to read
             self._stream(request, value)
         else:
             return False
@@ -3887,7 +3887,7 @@ class _References:
             self.lends = len(self._loans) > 1
         if loan.manager is not None:
             self._parting.append(loan)
-            _aside_in_pool(self._exit_parting)
+            _pool.put((self._exit_parting,))
 
     def _exit_parting(self) -> None:
         with self._exit_lock:
@@ -4457,7 +4457,7 @@ class Stream:
         try:
             reader.unattended.add(call.number)
             if not (call.inbox or self._over):
-                reader.attend()
+                reader.pass_on()
                 await asyncio.wait_for(waiter[1].wait(), call.seconds)
         except asyncio.TimeoutError:
             self.close()
@@ -5288,7 +5288,7 @@ class _Guardian:
         argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", "5" if nested else self._TENTHS]
         try:
             self._pipe.extend(os.pipe())
-            os.set_blocking(self._pipe[1], False)
+            _posix.set_blocking(self._pipe[1], False)
             self._process = _popen(argv, stdin=self._pipe[0], stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
                                    env={"PATH": os.defpath}, start_new_session=True)
         except OSError:  # no descriptor to be had
@@ -5811,13 +5811,10 @@ class _Run:
     def open(self) -> None:
         """Raises LaunchError, PluginClosed, or RuntimeError where nothing may be launched."""
         recipe = self.recipe
-        config, launches, argv = recipe.attaches_to(), recipe.process is _Process, []
+        config, argv = recipe.attaches_to(), []
         if config is not None:
             return self._attach(config)
-        above = recipe.above() if launches else []
-        guarded = launches and not _WINDOWS
-        if guarded:
-            _guardian.hire()
+        above = recipe.above() if recipe.process is _Process else []
         try:
             argv = recipe.argv()
             self._launch(argv, above)
@@ -5825,9 +5822,6 @@ class _Run:
             raise
         except (OSError, RuntimeError, ValueError, PluginError, _Sealed) as error:
             raise recipe.not_started(argv, ": ".join([*argv[:1], str(error)])) from None
-        finally:
-            if guarded:
-                _guardian.leave()
         return None
 
     def _greet(self, key: bytes, channel: _Channel, address: str) -> _Terms:
@@ -5843,8 +5837,8 @@ class _Run:
             came.extend(what)
             self._arrival.set()
 
-        door = _Door(partial(self._greet, key), arrived, made=_guardian.watch)
-        folder = door.listener.folder
+        told = _guardian.tell if self.recipe.process is _PosixProcess else str
+        door = _Door(partial(self._greet, key), arrived, made=told)
         try:
             self._spawn(argv, above, door.listener, key)
             in_time = self._arrival.wait(self.recipe.start_timeout)
@@ -5856,7 +5850,6 @@ class _Run:
                 raise self.recipe.failure(self, argv, in_time, came[1] if came else None)
         finally:
             door.close()
-            _guardian.forget(folder)
             if came and self.session is None:  # too late
                 came[0].close()
 
@@ -5867,8 +5860,6 @@ class _Run:
                _LOG_LEVEL: str(logger.getEffectiveLevel()), _NO_STDIN: "1" * (recipe.stdin == "discard")}
         for folder in listener.passed_over:
             logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
-        if recipe.limits and recipe.limits._not_enforced():
-            logger.warning("this system has no limit of %s: it runs without", recipe.limits._not_enforced())
         words = {"discard": _DEVNULL, "inherit": None}
         stdin = words[recipe.stdin] if isinstance(recipe.stdin, str) else recipe.stdin
         sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
@@ -5989,7 +5980,7 @@ class _Run:
             self.process.signal(kill=True)  # what it has left behind
             if self.config is not None and self.owned:
                 _remove_stale(self.config["address"])
-            self._stop_reading(1.0)
+            self.output.stop(1.0)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
             self._over()
