@@ -1133,8 +1133,9 @@ def _make_error(cls: Any, state: Any) -> Any:
 
 def _with_place(args: list[Any]) -> list[Any]:
     """The arguments of a SyntaxError, with no more of its place than can be printed."""
-    place: Any = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
-    for held, kind, limit in zip(place, (str, int, int, str), (0, 2**31, _MAX_COLUMN, 0)):
+    place = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
+    kinds: Any = ((str, 0), (int, 2**31), (int, _MAX_COLUMN), (str, 0))
+    for held, (kind, limit) in zip(place, kinds):
         if held is not None and (type(held) is not kind or (kind is int and not 0 <= held <= limit)):
             return args[:1]
     return [args[0], tuple(place)] if len(place) == 4 else args[:1]
