@@ -4521,9 +4521,9 @@ _ADDRESS, _AUTHKEY, _LOG_LEVEL = "MINIPLUG_ADDRESS", "MINIPLUG_AUTHKEY", "MINIPL
 _PERSIST = "MINIPLUG_PERSIST"  # stay when the host goes
 _ATTACH = "MINIPLUG_ATTACH"  # {NAME: config} as JSON: where a host attaches instead of launching
 _COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
-_LOADING = "MINIPLUG_LOADING"  # what is being started, down to this process, until it serves: see _Recipe.above
+_LOADING = "MINIPLUG_LOADING"  # what is being started, down to this process: see _Recipe.above
 _NO_STDIN = "MINIPLUG_NO_STDIN"  # it is discarded
-_SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: a bytecode cache holds another file
+_SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: no bytecode cache was
 _GRACE = 2.0  # seconds that a plugin has to end by itself
 _MAX_MESSAGE = 256 << 20
 
@@ -4543,15 +4543,14 @@ def _take_environment() -> None:
 
 
 def _refuse_monkey_patches() -> None:
-    """Raises RuntimeError where gevent or eventlet has put green threads in place of the system's: waiting
-    here would hang the process."""
+    """Raises RuntimeError where there are green threads instead of the system's: waiting would hang."""
     for name in ("socket.socket", "threading.get_ident", "time.sleep", "select.select", "subprocess.Popen"):
         module, attribute = name.split(".")
         found = getattr(sys.modules.get(module), attribute, None)
         library = str(getattr(found, "__module__", "")).partition(".")[0]
         if library in ("gevent", "eventlet"):
-            raise RuntimeError(f"miniplug does not run under the monkey patches of {library} (here: {name}). Do "
-                               "not patch this process; or let another one, which is not, have the plugins")
+            raise RuntimeError(f"miniplug does not run under the monkey patches of {library} (here: {name}): let "
+                               "a process that is not patched have the plugins")
 
 
 def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
@@ -4561,22 +4560,21 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
 
     `plugins` maps a name to an object or a function with arguments, which all callers share; or to a class or
     zero-argument factory, which makes an instance for each `dispense`. Mapped by int instead, it is one such
-    mapping for each protocol version. An object that is a context manager is entered before its first call
-    and exited at the end.
+    mapping for each protocol version. A context manager is entered before its first call and exited at the
+    end.
 
     `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at
     most `max_workers` at once (1: one after another). A message of more than `max_message` bytes (at least
     4096) is refused.
 
-    `persist=True`: stay when the host goes, for it or another one to `attach` to, until one of them says
-    stop. Any number of hosts may be there at once. `address` is where they attach: a path with a ``/`` in it,
-    ``127.0.0.1:PORT`` or, on Windows, the name of a pipe; by default a private place of its own. `authkey` is
-    the key that they have to hold: at least 16 bytes, or as many in hexadecimal digits; by default a fresh
-    one.
+    `persist=True`: stay when the host goes, for it or others to `attach` to, until one of them says stop.
+    `address` is where they attach: a path with a ``/`` in it, ``127.0.0.1:PORT`` or, on Windows, the name of
+    a pipe; by default a private place. `authkey` is the key that they have to hold: at least 16 bytes, or as
+    many in hexadecimal digits; by default a fresh one.
 
     Started by hand with `persist` or an `address`, it prints what `attach` needs, as a line of JSON, and
-    serves until Ctrl-C, or without `persist` until its last host is gone. Else, started by hand, it says that
-    this is a plugin, and exits with status 1 (SystemExit); so it does when the host refuses the plugin.
+    serves until Ctrl-C, or without `persist` until its last host is gone. Else, by hand or refused by the
+    host, it says so and exits with status 1 (SystemExit).
 
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
@@ -4651,8 +4649,6 @@ def _checked_config(config: Any) -> dict[str, Any]:
     kinds = {"network": str, "address": str, "authkey": str, "pid": int, "protocol_version": int}
     if not isinstance(config, dict) or any(type(config.get(key)) is not kind for key, kind in kinds.items()):
         raise ValueError(f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it")
-    if _transport(config["address"]) != config["network"] or (config["network"] == "pipe") != _WINDOWS:
-        raise ValueError(f"{config['address']!r} is no address for the network {config['network']!r} here")
     _checked_key(config["authkey"])
     return {key: config[key] for key in kinds}
 
@@ -4808,13 +4804,11 @@ _LEVELS = {"error": 40, "warn": 30, "info": 20, "debug": 10, "trace": 5}
 
 
 def _prepare_output() -> None:
-    """Have every line leave at once, as UTF-8; a crash tell where in Python it was; and logging speak to the
-    host."""
-    streams: list[Any] = [sys.stdout, sys.stderr]
-    for stream in streams:
+    """Have every line leave at once, as UTF-8; a crash tell where it was; and logging speak to the host."""
+    stream: Any
+    for stream in (sys.stdout, sys.stderr):
         try:
-            if not stream.isatty():
-                stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
         except (AttributeError, OSError, ValueError):
             pass  # there is none, it is closed, or it is the plugin's own
     c_stack = {"c_stack": False} if sys.version_info >= (3, 14) else {}  # which is long, and tells little
@@ -4839,7 +4833,7 @@ def _prepare_output() -> None:
 
 def _no_breakpoint(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("breakpoint() in a plugin whose stdin is discarded: launch it with stdin='inherit' and "
-                       "stdout='inherit', or set PYTHONBREAKPOINT to what debugs from outside")
+                       "stdout='inherit'")
 
 
 class _LoggingHook:
@@ -4893,19 +4887,12 @@ def _log_line(formatter: Any, record: Any) -> str:
     trace = formatter.formatException(record.exc_info) if record.exc_info else record.exc_text
     if trace or record.stack_info:
         fields["@traceback"] = "\n".join(filter(None, (trace, record.stack_info)))
-    more = {key: value for key, value in vars(record).items() if key not in _standard_fields()}
+    blank = _import("logging").makeLogRecord({"message": "", "asctime": ""})  # what formatting adds
+    more = {key: value for key, value in vars(record).items() if not hasattr(blank, key)}
     try:
         return json.dumps({**more, **fields}, default=repr, skipkeys=True)
     except Exception:  # one of them holds itself, say, or its repr raises
         return json.dumps({**{key: _import("reprlib").repr(value) for key, value in more.items()}, **fields})
-
-
-@lru_cache(maxsize=1)
-def _standard_fields() -> frozenset[str]:
-    """The attributes that every log record has, and those that formatting adds: what a plugin's field may not
-    be."""
-    record = _import("logging").makeLogRecord({})
-    return frozenset({*vars(record), *dir(type(record)), "message", "asctime"})
 
 
 # -- a plugin's output in the host: lines, and the log records that they are
@@ -4913,7 +4900,7 @@ def _standard_fields() -> frozenset[str]:
 _LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces, as it must be kept until its end
 _TAIL_LINES = 30  # how many last lines an error carries
 _TAIL_RECORD = 1 << 14  # how much of a log record is kept for that
-_RECORD_LIMIT = 1 << 20  # characters of a log record, or of a traceback; what is longer is logged line by line
+_RECORD_LIMIT = 1 << 20  # characters of a log record; what is longer is logged as text
 _NAME_LIMIT = 200  # characters of the name of a logger; what has a longer one goes to the plugin's own
 
 
@@ -4937,10 +4924,11 @@ class _Lines:
         while more and time.monotonic() < last:
             over = ended()
             last = min(last, time.monotonic() + 0.8) if over else last
-            if self._await_more(0.0 if over else 0.1 if self._log and self._log.trace else None, wake):
+            held = self._log is not None and self._log.trace  # a traceback that may go on
+            more = not over
+            if self._await_more(0.0 if over else 0.1 if held else None, wake):
                 more = self._read()
-            else:  # nothing more has come for a moment: a traceback that the log holds back goes on
-                more = not over
+            else:
                 self._flush()
         self._flush()
 
@@ -5020,19 +5008,18 @@ def _readable(line: str) -> str:
     fields = _record_of(line)
     if fields is None:
         return line
-    more = "".join(f" {key}={value}" for key, value in fields.items() if not key.startswith("@"))
     trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
     level = fields.get("@level", "info").upper()
-    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}{more}{trace}"
+    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}{trace}"
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
     """Call what the host has given us (a callable, a log handler). What it raises is logged, no more."""
     try:
         function(*args)
-    except BaseException as error:
+    except BaseException:
         try:
-            _import("logging").getLogger("miniplug").error("%s raised", what, exc_info=error)
+            _import("logging").getLogger("miniplug").exception("%s raised", what)
         except Exception:
             pass  # the log handler is what raises: there is nobody left to tell
 
@@ -5041,8 +5028,7 @@ class _LogSink:
     """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is."""
 
     _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
-    _LINKS = ("", "During handling of the above exception, another exception occurred:", _HEADS[0],
-              "The above exception was the direct cause of the following exception:")
+    _LINKS = ("During handling of the above exception,", "The above exception was the direct cause", _HEADS[0])
 
     def __init__(self, parent: logging.Logger, stream: str) -> None:
         self._parent = parent
@@ -5050,23 +5036,21 @@ class _LogSink:
         self._prefix = self._logger.name[: -len(stream)]
         self._stderr = stream == "stderr"
         self.trace: list[str] = []  # the lines of a traceback, which may go on
-        self._room = 0  # how many characters more it may have
 
     def __call__(self, line: str) -> None:
-        self._room -= len(line) + 1
-        if self.trace and self._room >= 0 and self._goes_on(line):
+        if self.trace and len(self.trace) < 1000 and len(line) <= 1000 and self._goes_on(line):
             self.trace.append(line)
             return
         self.flush()
         if self._stderr and line.startswith(self._HEADS):
-            self.trace, self._room = [line], _RECORD_LIMIT
+            self.trace = [line]
         elif not (self._stderr and self._record(line)):
             self._logger.log(30 if self._stderr else 20, "%s", line)
 
     def _goes_on(self, line: str) -> bool:
         """Whether the traceback does: up to the line that names the exception, or with one of a chain."""
         if not self.trace[-1].startswith((" ", *self._HEADS)):
-            return line in self._LINKS
+            return not line or line.startswith(self._LINKS)
         return line.startswith(" ") or not self.trace[0].startswith(" ")
 
     def flush(self) -> None:
@@ -5109,17 +5093,16 @@ class _LogSink:
             record.created, record.msecs = created, created % 1 * 1000
         except Exception:
             pass  # then it is the time of its arrival
-        own = _standard_fields()
-        vars(record).update((key, value) for key, value in fields.items() if key not in own)
+        vars(record).update((key, value) for key, value in fields.items() if not hasattr(record, key))
         return record
 
 
 # === 9. process =======================================================================================
 #
-# Start a process, and end it with all that it started. On POSIX the process leads a session of its own, so
-# that one signal reaches its group and the terminal's Ctrl-C does not; on Windows it is in a job object. The
-# host's own end, SIGKILL included: on Windows the job closes with the host's handle; on POSIX the guardian
-# waits for it. With stdin="inherit" on a terminal there is no group: then only the process itself is ended.
+# Start a process, and end it with all that it started: on POSIX it leads a session of its own, so that one
+# signal reaches its group and the terminal's Ctrl-C does not (with stdin="inherit" on a terminal there is no
+# group: then only the process itself is ended); on Windows it is in a job object. When the host itself ends,
+# by SIGKILL too, the job closes with its last handle; on POSIX the guardian waits for that.
 #
 # A process here is what has `pid`, `stdout`, `stderr` and these methods: `signal(kill)` ends it, in any
 # thread, as often as one likes; `await_exit()` and then `reap()`, which gives the exit code, are for the one
@@ -5198,14 +5181,13 @@ class Limits(_Limits, metaclass=_Brief):
         return [_SHELL, "-c", f'{script}exec "$@"', "miniplug-limits", *again, *argv]
 
 
-# What the guardian does. It reads "+PID" of a process that leads a group, "=PID" of one that leads none,
-# "/FOLDER" of a door's folder that this host has made; and the same after a "!" when that is gone. When the
-# host is gone it removes the folders, gives the processes some time to end by themselves, and kills those
-# that have not, and what is left of their groups. Each is known by when it began as well, so that no later
-# process of its number is meant. (A number that a group has is given to nobody: so what the leader has left
-# behind is killed without a look.)
+# What the guardian does. It is told "+PID" of a process that leads a group, "=PID" of one that leads none,
+# "/FOLDER" of a door's folder; and the same after a "!" when that is gone. When the host is gone it removes
+# the folders, gives the processes some time to end by themselves, and kills what is left of them and their
+# groups. Each is known by when it began as well, so that no later process of its number is meant. (A number
+# that a group has is given to nobody: so what its leader has left behind is killed without a look.)
 _GUARDIAN = """
-begun() {  # when the process $1 has begun
+begun() {  # sets when the process $1 has
     if [ -d /proc/self ]; then
         read -r stat 2>/dev/null <"/proc/$1/stat" || return 1
         set -- ${stat##*) }
@@ -5257,10 +5239,8 @@ exit 0
 
 class _Guardian:
     """A process that outlives this host by a moment, and ends what the host was to end. There is one while it
-    knows of anything. Any thread may call this; `_lock` protects all of it, and is held for moments: no write
-    waits. One that somebody has killed or stopped is replaced when it is told something."""
-
-    _TENTHS = "30"  # of a second, that processes have to end by themselves
+    knows of anything. Any thread may call this; `_lock` protects all of it, and no write waits. One that
+    somebody has killed is replaced when it is told something."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -5276,17 +5256,22 @@ class _Guardian:
             elif "\n" not in line:
                 self._told.add(line)
             if not self._told:
-                self._part()
-            elif not self._hears(line):
+                return self._part()
+            if self._process is None or self._process.poll() is not None:
                 self._part()
                 self._begin()
-                self._hears("\n".join(self._told))
+                line = "\n".join(self._told)
+            try:
+                os.write(self._pipe[1], os.fsencode(line) + b"\n")
+            except (OSError, IndexError):
+                pass  # somebody has stopped it; or there is none
+        return None
 
     def _begin(self) -> None:
-        """There is none where there is no shell: a plugin still ends by itself when its connection does.
-        A host that is itself a plugin has its own host's guardian behind it: then this one waits less."""
-        nested = _ADDRESS in _environment or _ADDRESS in os.environ
-        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", "5" if nested else self._TENTHS]
+        """There is none where there is no shell: a plugin still ends by itself when its connection does."""
+        nested = _ADDRESS in _environment or _ADDRESS in os.environ  # another guardian waits for this host
+        tenths = "5" if nested else "30"  # of a second, that processes have to end by themselves
+        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", tenths]
         try:
             self._pipe.extend(os.pipe())
             _posix.set_blocking(self._pipe[1], False)
@@ -5294,14 +5279,6 @@ class _Guardian:
                                    env={"PATH": os.defpath}, start_new_session=True)
         except OSError:  # no descriptor to be had
             self._part()
-
-    def _hears(self, lines: str) -> bool:
-        data = os.fsencode(lines) + b"\n"
-        try:
-            alive = self._process is not None and self._process.poll() is None
-            return alive and os.write(self._pipe[1], data) == len(data)
-        except OSError:
-            return False
 
     def _part(self) -> None:
         """First its end, or it would take that of the pipe for the host's."""
@@ -5376,7 +5353,7 @@ class _PosixProcess:
 
 class _WindowsProcess:
     """A process in a job object, which ends with its last handle: with the host, however that ends. `_lock`
-    protects `_job`: nothing is done to whatever has the number of a closed handle. (There are no forks.)"""
+    protects `_job`: nothing is done to whatever has the number of a closed handle."""
 
     def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         suspended, new_group, no_window = 0x4, 0x200, 0x08000000
@@ -5393,15 +5370,11 @@ class _WindowsProcess:
         handle = ctypes.c_void_p(int(self._popen._handle))  # what ctypes takes for an int it would cut in two
         self._job = ctypes.c_void_p(self._system.CreateJobObjectW(None, None))
         held = self._limit() and self._system.AssignProcessToJobObject(self._job, handle)
-        if limits and not held:  # without limits it runs without a job, too
-            self._refuse("its limits cannot be set")
-        if ctypes.WinDLL("ntdll").NtResumeProcess(handle) < 0:
-            self._refuse("it cannot be let run")
-
-    def _refuse(self, what: str) -> None:
-        self.signal(kill=True)
-        self.reap()
-        raise OSError(f"{what}: Windows refuses")
+        unlimited = limits and not held  # without limits it runs without a job, too
+        if unlimited or ctypes.WinDLL("ntdll").NtResumeProcess(handle) < 0:
+            self.signal(kill=True)
+            self.reap()
+            raise OSError(f"Windows refuses to {'limit it' if unlimited else 'let it run'}")
 
     def _limit(self, stays: bool = False) -> bool:
         settings = self._limits._as_job(stays)
@@ -5457,10 +5430,8 @@ class _NoProcess:
     disown = keep
 
 
-_DEATHS = {  # what the system ends a process for, where its number says little
-    0xC0000005: "an access violation", 0xC00000FD: "a stack overflow", 0xC0000135: "a DLL that is missing",
-    0xC000013A: "Ctrl-C", 0xC0000409: "abort() or a buffer overrun"}
-_OVER_TIME = ", over its limit of cpu_seconds"
+_WINDOWS_ERRORS = {0xC0000005: "an access violation", 0xC00000FD: "a stack overflow", 0xC000013A: "Ctrl-C",
+                   0xC0000135: "a DLL that is missing", 0xC0000409: "abort() or a buffer overrun"}
 
 
 def _end_words(code: int | None) -> tuple[str, str | None]:
@@ -5468,14 +5439,15 @@ def _end_words(code: int | None) -> tuple[str, str | None]:
     if code is None:
         return "ended", None
     if 0xC0000000 <= code < 0xF0000000:  # an error of Windows, or a language's own
-        return f"died of {_DEATHS.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
+        return f"died of {_WINDOWS_ERRORS.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
+    over = ", over its limit of cpu_seconds" if code in (-24, 1816) else ""  # SIGXCPU; no more quota
     if code >= 0:
-        return f"exited with status {code}{_OVER_TIME * (code == 1816)}", None  # of Windows: no more quota
+        return f"exited with status {code}{over}", None
     try:
         name = _import("signal").Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    return f"died of {name}{_OVER_TIME * (name == 'SIGXCPU')}", name
+    return f"died of {name}{over}", name
 
 
 def _last_words(lines: Sequence[str]) -> str:

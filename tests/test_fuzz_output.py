@@ -121,7 +121,7 @@ LINES = st.one_of(JSON_LINES, ODD_TEXT.filter(lambda text: "\n" not in text).map
 @example(['{"@message":"m","@module":"."}'])
 @example(['{"@message":"m","x":' + "9" * 100000 + "}"])
 @example(['{"@message":"m","x":' + "[" * 100000 + "]" * 100000 + "}"])
-@example(["Traceback (most recent call last):", *["  x"] * 100000])
+@example(["Traceback (most recent call last):", *["  x"] * 10000])
 def test_every_line_is_a_record_that_can_be_written(lines):
     records = deliver(lines)
     traces = sum(line.startswith(miniplug._LogSink._HEADS) for line in lines)
@@ -153,7 +153,7 @@ def test_what_a_record_says_arrives(fields):
         assert record.getMessage() == miniplug._clean(expected["@message"])
         for key, value in expected.items():
             plain = not isinstance(value, (str, float, list, dict)) and not key.startswith("@")
-            if plain and key not in miniplug._standard_fields() and key == miniplug._clean(key):
+            if plain and not hasattr(logging.makeLogRecord({"message": "", "asctime": ""}), key) and key == miniplug._clean(key):
                 assert vars(record)[key] == value
     else:
         assert record.getMessage() == line
