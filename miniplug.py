@@ -5509,6 +5509,10 @@ def _check_options(given: dict[str, Any]) -> None:
             raise ValueError(f"{name}=0: it is more than 0 seconds, or None")
 
 
+_HINT = ("what is in a file or module is named after a colon: 'path/to/file.py:Attr' or 'module:Attr'; "
+         "a program of the PATH, or with arguments, is a list")
+
+
 class _Recipe:
     """What a plugin is made from: the options, checked once, as attributes; what is to be run; where its
     paths start. It does not change, so any thread may read it. `config`: of a process to attach to. `process`
@@ -5578,7 +5582,7 @@ class _Recipe:
         elif self.source == self._whole(argv[0]) in self.sha256:
             argv[0] = self.source  # and not one of that name on the PATH
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
-            raise self.not_started(argv, self._missing())
+            raise self.not_started(argv, f"there is no such file as {self.source}; {_HINT}")
         for path, expected in self.sha256.items():
             self._check_file(argv, path, expected)
         return argv
@@ -5598,14 +5602,6 @@ class _Recipe:
 
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
-
-    def _missing(self) -> str:
-        command = self.command[0]
-        why = "it is a folder" if os.path.isdir(self.source) else "there is no such file"
-        if " " in command or not (os.path.dirname(command) or self.source.endswith((".py", ".pyw"))):
-            why += f"; a program of the PATH, or with arguments, is a list: {command.split()}; what is in a"
-            why += " file or module is named after a colon: 'path/to/file.py:Attr' or 'module:Attr'"
-        return f"{self.source}: {why}"
 
     def _check_file(self, argv: list[str], path: str, expected: str) -> None:
         """Raises ChecksumError, or OSError for a file that cannot be read."""
@@ -5630,12 +5626,9 @@ class _Recipe:
         else:
             reason = f"it {run.end_words()[0]}"
         if in_time and run.exit_code == 0:
+            python = f"; or python={self.python!r} is no Python" if self.python is not None else ""
             kind = HandshakeError
-            reason += " without connecting: it is no plugin, or does not call miniplug.serve()"
-            if not (self.is_list or self.attribute):
-                reason += f"; what else has something to serve is named with it: '{self.source}:Attr'"
-            if self.python is not None:
-                reason += f"; or python={self.python!r} is no Python"
+            reason += f" without connecting: it is no plugin, or does not call serve(); {_HINT}{python}"
         tail = run.output.tail()
         wants_input = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # since Python 3.14
         if self.stdin == "discard" and "".join(tail[-1:]).startswith(wants_input):
@@ -5658,7 +5651,7 @@ class _Recipe:
         env.update((_variable(name), value) for name, value in (self.env or {}).items())
         if self.sha256:
             env[_SOURCE_ONLY] = "1"
-        if any(path.endswith(".py") and path != self.source for path in self.sha256):
+        if {*self.sha256} - {self.source}:
             env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
         env[_COOKIE_KEY] = self.handshake.magic_cookie_key
         env[_variable(self.handshake.magic_cookie_key)] = self.handshake.magic_cookie_value
@@ -5672,9 +5665,9 @@ class _Recipe:
         above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
         for program, address in above:
             if program in (None, self.identity()):
-                what = f"the plugin {self.name!r} is not launched: this process is being started as a plugin"
-                how = "A host's module that it imports has to have what launches plugins under"
-                raise RuntimeError(f'{what}, and does not serve yet. {how}  if __name__ == "__main__":')
+                what = f"the plugin {self.name!r} is not launched: this process is still being started as one"
+                how = "a host's module that it imports has to have what launches plugins under"
+                raise RuntimeError(f'{what}; {how}  if __name__ == "__main__":')
             try:
                 if not _WINDOWS and address:
                     _connect(address, _HELLO_SECONDS).close()
@@ -5760,8 +5753,8 @@ class _Run:
 
     def __init__(self, supervisor: _Supervisor, not_before: float, drain: float | None, counts: bool) -> None:
         self.supervisor, self.recipe = supervisor, supervisor.recipe
-        self.not_before = not_before  # the pause before it lasts until then, on the monotonic clock
-        self.replaced_after = drain  # the seconds that the one has whose place it takes
+        self.not_before = not_before  # on the monotonic clock
+        self.drain_before = drain  # the seconds that the one has whose place it takes
         self.counts = counts  # as a restart
         self.thread = 0
         self.settled = False
@@ -5785,17 +5778,20 @@ class _Run:
         """Raises LaunchError, PluginClosed, or RuntimeError where nothing may be launched."""
         recipe = self.recipe
         config, argv = recipe.attaches_to(), []
-        if config is not None:
-            return self._attach(config)
-        above = recipe.above() if recipe.process is _Process else []
+        above = recipe.above() if recipe.process is _Process and config is None else []
         try:
-            argv = recipe.argv()
-            self._launch(argv, above)
+            if config is not None:
+                argv = [config["address"]]
+                self._attach(config)
+            else:
+                argv = recipe.argv()
+                self._launch(argv, above)
         except (LaunchError, PluginClosed):
             raise
-        except (OSError, RuntimeError, ValueError, PluginError, _Sealed) as error:
-            raise recipe.not_started(argv, ": ".join([*argv[:1], str(error)])) from None
-        return None
+        except (OSError, EOFError, RuntimeError, ValueError, PluginError, _Sealed) as error:
+            is_none = isinstance(error, (EOFError, PluginError))
+            reason = ": ".join([*argv[:1], f"it is no plugin: {error!r}" if is_none else str(error)])
+            raise recipe.not_started(argv, reason, HandshakeError if is_none else LaunchError) from None
 
     def _greet(self, key: bytes, channel: _Channel, address: str) -> _Terms:
         hello = _Hello(channel, address, key, "host")
@@ -5856,22 +5852,14 @@ class _Run:
             _end_runs([self], 0.0)
 
     def _attach(self, config: dict[str, Any]) -> None:
-        address, fail = config["address"], partial(self.recipe.not_started, [])
-        try:
-            channel = _connect(address, _HELLO_SECONDS)
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise fail(f"nobody listens at {address}, so the plugin has ended") from None
-        except (OSError, ValueError) as error:
-            raise fail(f"{address} cannot be reached: {error}") from None
+        channel = _connect(config["address"], _HELLO_SECONDS)
         self.config, self.owned, self.stays = config, False, True
         try:
-            terms = self._greet(bytes.fromhex(config["authkey"]), channel, address)
+            terms = self._greet(bytes.fromhex(config["authkey"]), channel, config["address"])
             self._begin(_NoProcess(channel, config["pid"]))
             self._connect(channel, terms)
-        except BaseException as error:
+        except BaseException:
             channel.close()
-            if isinstance(error, (OSError, EOFError, PluginError)) and not isinstance(error, LaunchError):
-                raise fail(f"what listens at {address} is no plugin: {error!r}", HandshakeError) from None
             raise
 
     def _connect(self, channel: _Channel, terms: _Terms) -> None:
@@ -5990,10 +5978,10 @@ class _Run:
 
     def _lost(self, cause: BaseException) -> Callable[[Sequence[str]], BaseException]:
         """The connection has ended: find out why, and give what makes the error to raise."""
-        hopeless = not self.owned or isinstance(cause, ProtocolError)
-        if hopeless or not (self.asked or self.gone.wait(0.5)):
-            self.process.signal(kill=True)
-        self.gone.wait(0.0 if self.asked else 2.0)
+        if not self.asked:
+            if not self.owned or isinstance(cause, ProtocolError) or not self.gone.wait(0.5):
+                self.process.signal(kill=True)
+            self.gone.wait(2.0)
         return self.error
 
     def error(self, calls: Sequence[str] = (), verdict: str = "") -> BaseException:
@@ -6034,20 +6022,19 @@ class _Supervisor:
         self._owner = os.getpid()
         self.news = threading.Condition()  # with an RLock: a signal handler may close the plugin
         self.state = "down"
-        self.start: _Run | None = None  # the one that comes up
+        self.start: _Run | None = None  # comes up
         self.run: Any = None  # the latest that has, or had, a process
         self.open: _Session | None = None  # that of `run`, if any thread may call on it just now
         self.restarts = 0
-        self.crash: _Run | None = None  # the run that has crashed, until another serves
+        self.crash: _Run | None = None  # has crashed, until another serves
         self.tries: list[float] = []  # when calls have had it started after that, within the window
-        self.down_at = 0.0  # since when it is down
+        self.down_at = 0.0
 
     # -- for calls
 
     def session(self, asked: _Call | None = None) -> _Session:
         """The session that this thread is to call on. Waits for a start, until the deadline of what is asked.
         Raises why there is none."""
-        self._check_owner()
         while True:
             session = self.open
             if session is not None and not session.sealed:
@@ -6059,7 +6046,6 @@ class _Supervisor:
 
     def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
         """Have a submitted call begin in a thread of its own, if it has to wait for a start."""
-        self._check_owner()
         waits = isinstance(self._seek(), _Run)
         if waits:
             _aside("miniplug-submit", _attempt, call, begin, seconds)
@@ -6089,6 +6075,7 @@ class _Supervisor:
 
     def _seek(self) -> Any:
         """The session that this thread may call on, or the start to wait for, which may begin now."""
+        self._check_owner()
         with self.news:
             self.notice()
             own = self.own_start()
@@ -6192,8 +6179,8 @@ class _Supervisor:
             if start.process is not None:
                 _end_runs([start], 0.0)
             self._settle(start, error)
-        elif start.replaced_after is not None:
-            old.drain(start.replaced_after)
+        elif start.drain_before is not None:
+            old.drain(start.drain_before)
 
     def admit(self, run: _Run) -> bool:
         """It has a process. Returns whether that is still wanted."""
@@ -6564,11 +6551,7 @@ class Plugin:
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
         MethodNotFound for a plugin in another language that does not say."""
-        try:
-            found = self._ask_system("describe", (), dict)
-        except MethodNotFound:
-            text = f"the plugin {self.name!r} does not say what it can do"
-            raise MethodNotFound(text, name="describe") from None
+        found = self._ask_system("describe", (), dict)
         found.pop("system", None)
         return {plugin: {name: MethodInfo(name, *each[:2])
                          for name, each in _checked_description(methods).items()}
@@ -6677,16 +6660,14 @@ def launch(command: _Command, **options: Any) -> Plugin:
     very file serves under `python`, where miniplug need not be installed. The options:
 
     - `name`: what logs and errors call it; by default made from the command.
-    - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
-      version that both have is used.
+    - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak; the highest version
+      that both have is used.
     - `python`: the interpreter; by default this one, with its flags. Another one gets none of this one's own
-      variables. A spec or ``.py`` file imports what lies beside the file, or for a module in `cwd`; for more
-      give a ``PYTHONPATH`` in `env`.
-    - `env`: added to the environment, and wins over it. `inherit_env=False`: it starts from nothing but what
-      the system needs. `cwd`: where it runs, and where relative paths in `command`, `python` and `sha256`
-      start.
-    - `start_timeout`, `call_timeout`: seconds in which it has to connect, and for every call that has no
-      deadline of its own. None is no limit.
+      variables. A spec or ``.py`` file imports what lies beside it, or for a module in `cwd`; for more give a
+      ``PYTHONPATH`` in `env`.
+    - `env`: added to the environment, and wins over it. `inherit_env=False`: it starts from what the system
+      needs. `cwd`: where it runs, and relative paths in `command`, `python` and `sha256` start.
+    - `start_timeout`, `call_timeout`: seconds to connect in, and for a call that has no deadline of its own.
     - `stdin`: ``"discard"``, ``"inherit"`` (a terminal too: then it shares the host's process group) or a
       file. `stdout`, `stderr`: ``"log"``, ``"inherit"``, ``"discard"``, a callable that takes each line, or a
       text file.
@@ -6696,24 +6677,22 @@ def launch(command: _Command, **options: Any) -> Plugin:
       pause of 0.1 seconds, and of twice as long each time. Proxies stay good; calls wait, their deadlines
       running. Those in flight fail with PluginCrashed and are never run again. Past the limit calls raise the
       last one, until `start`.
-    - `heartbeat`: seconds without an answer to a ping that count as a crash. It may be busy, as long as other
-      threads of it can run. `idle_timeout`: seconds without a call, stream or reference after which it is
-      closed, to start again on the next call.
+    - `heartbeat`: seconds without an answer to a ping that count as a crash. `idle_timeout`: seconds without
+      a call, stream or reference after which it is closed, to start again on the next call.
     - `on_start(plugin)` runs after every start; until it returns only the calls of its own thread get
       through, and what those call back. If it raises, the process is ended, and whoever started it gets that.
       `on_exit(plugin)` runs in a thread of miniplug's, once for each time that the process ends unasked.
     - `sha256`: the hex digest of the program, script or spec's file (not of the interpreter), or ``{path:
       digest}``. It is checked before anything runs, and nothing checked is run from a bytecode cache. Who can
-      write to the file can still swap it after the check, and what it imports is not checked unless it is
-      named.
+      write to the file can still swap it after that; what it imports is not checked unless it is named.
     - `limits`: what it may use at most. `max_message`: bytes of the longest message that the host takes, at
       least 4096.
     - `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host goes, unless
       this one closes it, and can be attached to.
 
     Raises LaunchError, HandshakeError, ChecksumError, PluginClosed, and what `on_start` raises; TypeError or
-    ValueError for an option that is none; RuntimeError in a process that is itself being started as a plugin,
-    and imports a host's module that launches this one, for want of an ``if __name__ == "__main__":``.
+    ValueError for an option; RuntimeError in a process that is itself being started as a plugin, and imports
+    a host's module that launches this one, for want of an ``if __name__ == "__main__":``.
     """
     return Plugin(command, **options).start()
 

@@ -323,16 +323,14 @@ def fails(command, kind=miniplug.LaunchError, **options):
 
 
 def test_a_command_line_is_told_to_be_a_list():
-    python = os.path.basename(sys.executable)
-    assert f"there is no such file; a program of the PATH, or with arguments, is a list: [{python!r}, 'x.py']" in str(
-        fails(f"{python} x.py"))
+    assert "a program of the PATH, or with arguments, is a list" in str(fails("python x.py"))
 
 
 def test_no_such_program(tmp_path):
     assert f"did not start: {tmp_path / 'nothing'}: [" in str(fails([str(tmp_path / "nothing")]))
     assert "there is no such file" in str(fails(str(tmp_path / "nothing")))
     assert "there is no such file" in str(fails(str(tmp_path / "nothing.py:Attr")))
-    assert "it is a folder" in str(fails(str(tmp_path)))
+    assert f"there is no such file as {tmp_path}" in str(fails(str(tmp_path)))
     assert "the command is empty" in str(fails([]))
     assert ("directory" if WINDOWS else str(tmp_path / "nothing")) in str(fails(WORKSHOP, cwd=str(tmp_path / "nothing")))
     assert f"{tmp_path / 'python9'}: [" in str(fails(WORKSHOP, python=str(tmp_path / "python9")))

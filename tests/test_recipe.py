@@ -282,7 +282,7 @@ def test_a_binary_file_takes_no_lines(tmp_path):
     ("greeter.py;Greeter", r"named after a colon: 'path/to/file\.py:Attr'"),
     *((command, "named after a colon") for command in
       ("greeter.py:", "greeter.py:Greeter()", "greeter.py::Greeter", "greeter.py:Greeter.")),
-    ("no_such.py:Greeter", "there is no such file$"), ("a/greeter", "there is no such file$")])
+    ("no_such.py:Greeter", "there is no such file"), ("a/greeter", "there is no such file")])
 def test_a_command_that_is_nearly_a_spec(write, tmp_path, command, words):
     write("greeter.py", "class Greeter: pass\n")
     with pytest.raises(miniplug.LaunchError, match=words):
@@ -291,7 +291,7 @@ def test_a_command_that_is_nearly_a_spec(write, tmp_path, command, words):
 
 def test_a_script_without_serve_is_told_how_a_spec_is_written(write):
     path = write("greeter.py", "class Greeter: pass\n")
-    with pytest.raises(miniplug.HandshakeError, match=r"is named with it: '.*greeter\.py:Attr'"):
+    with pytest.raises(miniplug.HandshakeError, match=r"named after a colon: 'path/to/file\.py:Attr'"):
         miniplug.launch(path)
 
 
@@ -311,7 +311,7 @@ def test_a_program_of_the_path_is_run_as_a_list_only(write, tmp_path, monkeypatc
     program = write("more", "#!/bin/sh\nexit 0\n")
     os.chmod(program, 0o755)
     monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
-    with pytest.raises(miniplug.LaunchError, match=r"there is no such file; a program of the PATH, .* is a list: \['more'\]"):
+    with pytest.raises(miniplug.LaunchError, match=r"there is no such file .* a program of the PATH, .* is a list"):
         miniplug.launch("more")
     with pytest.raises(miniplug.HandshakeError, match="without connecting"):
         miniplug.launch(["more"])
