@@ -1319,13 +1319,13 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 # big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is read directly: one system
 # call takes as many frames as have come. On Windows a frame is a message of a named pipe.
 #
-# A message is a frame with a header and the body, and one for each of its buffers. The header has the wire
-# version, kind, flags, how many buffers, the number of the call it is about (counted by the side that made it),
-# and in a call the number of the receiver's call on whose behalf it is made.
+# A message is a frame of header and body, and one for each of its buffers. In the header: wire version, kind,
+# flags, how many buffers, the number of the call it is about (counted by the side that made it), and in a call
+# the number of the receiver's call on whose behalf it is made.
 #
-# What a signal handler raises strikes between any two steps. So what is read or written is kept track of by
-# the very step that does it (`list.extend(map(recv, ...))` is one for the interpreter), what belongs together
-# is one tuple that is replaced by one store, and each other step may be repeated.
+# What a signal handler raises strikes between any two steps. So what is read or written is known by the very
+# step that does it (`list.extend(map(recv, ...))` is one), what belongs together is one tuple, replaced by one
+# store, and each other step may be repeated.
 
 _WIRE_VERSION = 1
 _FRAME = struct.Struct("!iBBHIQQ")  # a frame's length, and the header
@@ -1338,14 +1338,14 @@ _READ_SIZE = 1 << 16
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE at its default would end the host
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
 _FOREVER = 2e6  # seconds; a longer wait is more milliseconds than poll() takes
-_LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again: a handler that raises may lose a wake-up
-_TOGETHER = 32  # so many messages at most leave with one system call
-_MANY_POSTED, _MUCH_POSTED = 256, 1 << 20  # messages, bytes: what may be left to the thread that writes before others wait
-_POSTED_LIMIT = 1 << 17  # so many messages that the other side does not take end the connection
+_LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again, as a handler that raises may lose a wake-up
+_TOGETHER = 32  # messages that leave with one system call at most
+_MANY_POSTED, _MUCH_POSTED = 256, 1 << 20  # messages, bytes; while more is left to be written others wait
+_POSTED_LIMIT = 1 << 17  # messages; more that the other side does not take end the connection
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
 _get_ident = threading.get_ident
-_consume: Callable[[Iterable[Any]], None] = deque(maxlen=0).extend  # run an iterator to its end, in one step
+_consume: Any = deque(maxlen=0).extend  # run an iterator to its end, in one step
 _ref_to: Any = _import("_weakref").ref
 
 
@@ -1408,10 +1408,10 @@ class _Channel:
 
     Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat of
     who writes, and protects `batch`; `posted` is for any thread. `stuck` is called before a writer waits for the
-    other side to read, so that somebody reads here; `later` when another thread has to go on with what is left;
-    `gone` when somebody has closed the descriptor beneath us.
+    other side, so that somebody reads here; `later` when another thread has to go on writing; `gone` when somebody
+    has closed the descriptor beneath us.
 
-    `state`: the messages that have come; one whose buffers have not all come (see `_take`); the bytes behind them;
+    `state`: messages that have come; one whose buffers have not all come (see `_take`); the bytes behind them;
     what was read behind those; a long frame that is read into place, as (file, size): then how much was read.
     """
 
@@ -1424,7 +1424,7 @@ class _Channel:
         self.state: Any = (deque(), _GREETING, b"", [], None)
         self.stuck = self.later = self.gone = lambda *error: None
         self.posted: deque[list[_Bytes]] = deque()  # messages to be written, in chunks
-        self.batch: Any = None  # chunks that are being written, and what each step has done of that
+        self.batch: Any = None  # chunks that are being written, and what each step has done
         self.writer = _Seat()
         self._take_over(connection)
 
@@ -1440,14 +1440,14 @@ class _Channel:
         self._readable.register(sock, select.POLLIN)
 
     def begin(self, limit: int) -> None:
-        """From now on messages come, of at most `limit` bytes. Until then frames do."""
+        """From now on messages come, of at most so many bytes, and no frames of the handshake."""
         self.limit = limit + _HEAD
         self.state = (self.state[0], None, *self.state[2:])
 
     # -- receiving
 
     def receive_frame(self, deadline: float) -> bytes:
-        """The next frame, before messages begin. Raises TimeoutError, ConnectionError and ProtocolError."""
+        """Raises TimeoutError, ConnectionError and ProtocolError."""
         frames: Any = self.receive(deadline)
         if frames is None:
             raise _Late("no answer has come in time")
@@ -1511,17 +1511,15 @@ class _Channel:
         return come, partial, data[at:], [], None
 
     def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
-        """A message that this frame completes goes to `come`. Of one with buffers to come, returns what there is:
-        (message, how many buffers there will be, how many there are, bytes that the rest may have)."""
+        """A message that is complete with this frame goes to `come`. Of any other, returns what there is: (message,
+        how many buffers there will be, how many there are, bytes that the rest may have)."""
         if partial is _GREETING:
             come.append(frame)
             return partial
         if partial is None:
-            if len(frame) < _HEAD:
-                raise ProtocolError(f"a frame of {len(frame)} bytes, which is shorter than a header")
-            version, kind, flags, count, number, parent = _HEADER.unpack_from(frame)
-            if version != _WIRE_VERSION or count > _MAX_BUFFERS:
-                raise ProtocolError(f"a header with wire version {version} and {count} buffers")
+            version, kind, flags, count, number, parent = _HEADER.unpack(frame[:_HEAD].ljust(_HEAD, b"\0"))
+            if version != _WIRE_VERSION or count > _MAX_BUFFERS or len(frame) < _HEAD:
+                raise ProtocolError(f"no header: {len(frame)} bytes, wire version {version}, {count} buffers")
             message: Any = kind, flags, number, parent, frame[_HEAD:], []
             have, room = 0, self.limit - len(frame)
         else:
@@ -1548,7 +1546,7 @@ class _Channel:
         return [length + head + body] if size < _READ_SIZE else [length + head, body]
 
     def send_frame(self, data: bytes) -> None:
-        """Send a frame, before messages begin: they are so short that none waits. Raises ConnectionError."""
+        """Send a frame of the handshake: so short that it never waits. Raises ConnectionError."""
         self.write(self.frame(b"", data), None, False)
 
     def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
@@ -1570,12 +1568,11 @@ class _Channel:
 
     def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
               deadline: float | None = None) -> None:
-        """Write a message, or leave it to the thread that writes. An empty one: go on with what is left. From the
-        very step on that has it written for sure, `lent` is empty.
+        """Write a message, in chunks, or leave it to the thread that writes; an empty one: go on with what is left.
+        From the very step on that has it written for sure, `lent` is empty.
 
-        With `wait` and no deadline all is written when this returns; else what the other side does not take at once
-        is left. With `wait`, wait while much is left: past the deadline raises _Late, and sends nothing. Raises
-        _Broken.
+        What the other side does not take at once is left to others, but with `wait` and no deadline. With `wait`,
+        wait first while much is left: past the deadline raises _Late, and nothing is sent. Raises _Broken.
         """
         writer, posted, token = self.writer, self.posted, {_get_ident()}
         mine = _ref_to(token)
@@ -1598,13 +1595,13 @@ class _Channel:
             if writer[0] is mine:
                 del writer[0]
             if (posted or self.batch is not None) and not writer.holder():
-                self.later()  # nobody goes on: it was left here, or just now by another; or the seat is lost
+                self.later()  # what is left here, or was just now; or by who has lost the seat
 
     def _await_turn(self, wait: bool, deadline: float | None) -> None:
         posted = self.posted
         if len(posted) > _POSTED_LIMIT:
             self.shutdown()
-        while wait and (len(posted) > _MANY_POSTED or sum(map(len, itertools.chain(*posted))) > _MUCH_POSTED):
+        while wait and (len(posted) > _MANY_POSTED or sum(map(len, itertools.chain(*posted.copy()))) > _MUCH_POSTED):
             holder = self.writer.holder()
             if not holder or _get_ident() in holder:  # this very thread writes, further down
                 return
@@ -1676,14 +1673,11 @@ class _PipeChannel(_Channel):
 
     One that is under way stays so when its caller leaves; the next one goes on with it. What is waited for are
     events, never the handle. To take the handle and to begin with it is one step: so whoever takes it out may
-    close it, without a lock. `state` ends with the read that is under way, in a list; what has come of a frame; how
-    much more of it to read.
+    close it, without a lock. `state` ends with what has come of a frame, and the read under way, in a list.
     """
 
-    _FIRST = 8192  # bytes that are read at first; of a longer frame one learns how much is left
-
     def _take_over(self, connection: Any) -> None:
-        self.state = (deque(), _GREETING, [], b"", self._FIRST)
+        self.state = (deque(), _GREETING, b"", [])
         self._api = _import("_winapi")
         self._connection = connection  # which owns the handle
         self._handles = [connection.fileno()]
@@ -1691,30 +1685,27 @@ class _PipeChannel(_Channel):
 
     @staticmethod
     def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
-        return [_LENGTH.pack(0) + head + body]
+        return [_LENGTH.pack(0) + head + body]  # the length is not sent
 
     def receive(self, deadline: float | None = None) -> deque[_Message] | None:
         while not self.state[0]:
-            come, partial, reading, have, size = self.state
+            come, partial, have, reading = self.state
             if not reading:
-                self._begin(reading, self._api.ReadFile, (size,), (True,))
+                self._begin(reading, self._api.ReadFile, (max(8192, len(have)),), (True,))
             result = self._result(reading[0], _left(deadline))
             if result is None:
                 return None
-            have, left = have + bytes(reading[0][0].getbuffer()), [(0, 0)]
+            have += bytes(reading[0][0].getbuffer())
+            self._check_size(len(have), partial)
             if result[1] == self._api.ERROR_MORE_DATA:
-                self._begin(left, self._api.PeekNamedPipe)
-            size = left[-1][1]
-            self._check_size(len(have) + size, partial)
-            if size:
-                self.state = come, partial, [], have, size
+                self.state = come, partial, have, []
             else:
                 come = deque()
-                self.state = come, self._take(come, have, partial), [], b"", self._FIRST
+                self.state = come, self._take(come, have, partial), b"", []
         return self.state[0]  # type: ignore[no-any-return]
 
     def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
-        """`counts` are the writes that have begun, one for each chunk: a frame behind an unused length."""
+        """`counts` are the writes that have begun, one for each chunk, which is a frame."""
         while not counts or self._result(counts[-1], -1 if blocking else 0) is not None:
             if len(counts) == len(chunks):
                 return True
@@ -1763,7 +1754,7 @@ class _PipeChannel(_Channel):
         except IndexError:
             return  # somebody else does that, or has
         batch = self.batch or ((), ())
-        for operation, _ in (*self.state[2], *batch[1][-1:]):  # what is under way has to end before
+        for operation, _ in (*self.state[3], *batch[1][-1:]):  # what is under way has to end before
             self._cancel(operation)
         self._connection.close()
 
