@@ -1317,19 +1317,16 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 #
 # Whole messages over a connection that multiprocessing.connection has made, in its framing: a 4-byte
 # big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is read directly: one system
-# call takes as many frames as have come. On Windows a frame is a message of a named pipe.
-#
-# A message is a frame of header and body, and one for each of its buffers. In the header: wire version, kind,
-# flags, how many buffers, the number of the call it is about (counted by the side that made it), and in a call
-# the number of the receiver's call on whose behalf it is made.
+# call takes as many frames as have come. On Windows a frame is a message of a named pipe. A message is a frame of
+# header and body, and one for each of its buffers.
 #
 # What a signal handler raises strikes between any two steps. So what is read or written is known by the very
 # step that does it (`list.extend(map(recv, ...))` is one), what belongs together is one tuple, replaced by one
 # store, and each other step may be repeated.
 
 _WIRE_VERSION = 1
-_FRAME = struct.Struct("!iBBHIQQ")  # a frame's length, and the header
-_HEADER = struct.Struct("!BBHIQQ")
+_HEADER = struct.Struct("!BBHIQQ")  # version, kind, flags, how many buffers, the call, that on whose behalf it is
+_FRAME = struct.Struct("!iBBHIQQ")  # the same behind a length
 _HEAD = _HEADER.size
 _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
 _HELLO_LIMIT = 4096  # bytes of a frame of the handshake
@@ -1337,7 +1334,7 @@ _GREETING: Any = (None, 1, 0, _HELLO_LIMIT)  # for `_take`: such frames come, an
 _READ_SIZE = 1 << 16
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE at its default would end the host
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
-_FOREVER = 2e6  # seconds; a longer wait is more milliseconds than poll() takes
+_FOREVER = 2e6  # seconds; more would be too much for poll()
 _LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again, as a handler that raises may lose a wake-up
 _TOGETHER = 32  # messages that leave with one system call at most
 _MANY_POSTED, _MUCH_POSTED = 256, 1 << 20  # messages, bytes; while more is left to be written others wait
@@ -1375,20 +1372,27 @@ def _step(results: list[Any], function: Callable[..., Any], *arguments: Iterable
         raise _Broken(error) from None
 
 
+def _quietly(function: Callable[..., Any], *arguments: Any) -> None:
+    """Do what somebody else may have done already."""
+    try:
+        function(*arguments)
+    except OSError:
+        pass
+
+
 class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
     It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing strikes
-    before that, in Python 3.10 and later. `mine` is a weak reference to a set with the thread's ident, which only
-    the holder's frame holds. So a seat is known to be lost once that is gone, and a finalizer or a handler that
-    comes here in the midst of it is known.
+    before that, from Python 3.10 on. `mine` is a weak reference to a set with the thread's ident, which only the
+    holder's frame holds: so one knows a seat that is lost, and a finalizer or handler in the midst of it.
     """
 
     __slots__ = ()
     __missing__ = dict.get  # what nobody holds is None
 
     def holder(self) -> Any:
-        """The holder's thread, in a set; () if the seat is free or lost."""
+        """The thread, in a set; () if the seat is free or lost."""
         mine = self[0]
         return () if mine is None else mine() or ()
 
@@ -1407,12 +1411,11 @@ class _Channel:
     """Messages over a connected stream socket; `_PipeChannel` has what is different on Windows.
 
     Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat of
-    who writes, and protects `batch`; `posted` is for any thread. `stuck` is called before a writer waits for the
-    other side, so that somebody reads here; `later` when another thread has to go on writing; `gone` when somebody
-    has closed the descriptor beneath us.
+    who writes, and protects `batch`. `stuck` is called before a writer waits for the other side, so that somebody
+    reads here; `later` when another thread has to go on writing; `gone` when the descriptor was closed beneath us.
 
-    `state`: messages that have come; one whose buffers have not all come (see `_take`); the bytes behind them;
-    what was read behind those; a long frame that is read into place, as (file, size): then how much was read.
+    `state`: messages that have come; one whose buffers have not all come (see `_take`); the bytes behind them; what
+    was read behind those; a long frame that is read into place, as (file, size): then how much was read.
     """
 
     stuck: Any
@@ -1440,14 +1443,14 @@ class _Channel:
         self._readable.register(sock, select.POLLIN)
 
     def begin(self, limit: int) -> None:
-        """From now on messages come, of at most so many bytes, and no frames of the handshake."""
+        """From now on messages come, of at most so many bytes, and no frames."""
         self.limit = limit + _HEAD
         self.state = (self.state[0], None, *self.state[2:])
 
     # -- receiving
 
     def receive_frame(self, deadline: float) -> bytes:
-        """Raises TimeoutError, ConnectionError and ProtocolError."""
+        """The next frame of the handshake. Raises TimeoutError, ConnectionError and ProtocolError."""
         frames: Any = self.receive(deadline)
         if frames is None:
             raise _Late("no answer has come in time")
@@ -1511,8 +1514,8 @@ class _Channel:
         return come, partial, data[at:], [], None
 
     def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
-        """A message that is complete with this frame goes to `come`. Of any other, returns what there is: (message,
-        how many buffers there will be, how many there are, bytes that the rest may have)."""
+        """A message that is complete with this frame goes to `come`. Of any other returns what there is: (message,
+        how many buffers it has, how many have come, bytes that the rest may have)."""
         if partial is _GREETING:
             come.append(frame)
             return partial
@@ -1546,12 +1549,12 @@ class _Channel:
         return [length + head + body] if size < _READ_SIZE else [length + head, body]
 
     def send_frame(self, data: bytes) -> None:
-        """Send a frame of the handshake: so short that it never waits. Raises ConnectionError."""
+        """Send a frame of the handshake, which never waits, as it is short. Raises ConnectionError."""
         self.write(self.frame(b"", data), None, False)
 
     def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
              wait: bool, deadline: float | None) -> None:
-        """Write a message: (kind, flags, number, parent), body, buffers. See `write`."""
+        """Write a message, with the head (kind, flags, number, parent)."""
         kind, flags, number, parent = head
         size, count = len(body) + _HEAD, len(buffers)
         if size < _READ_SIZE:  # to copy little is cheaper than to gather
@@ -1563,7 +1566,7 @@ class _Channel:
         self.write(message, lent, wait, deadline)
 
     def notice(self, number: int) -> list[list[_Bytes]]:
-        """A message that gives a reference back, to be posted."""
+        """Messages to be posted: one that gives a reference back."""
         return [[_FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)]]
 
     def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
@@ -1571,8 +1574,8 @@ class _Channel:
         """Write a message, in chunks, or leave it to the thread that writes; an empty one: go on with what is left.
         From the very step on that has it written for sure, `lent` is empty.
 
-        What the other side does not take at once is left to others, but with `wait` and no deadline. With `wait`,
-        wait first while much is left: past the deadline raises _Late, and nothing is sent. Raises _Broken.
+        What the other side does not take at once is left to `later`, but with `wait` and no deadline. With `wait`,
+        wait first while much is left: past the deadline raises _Late, and sends nothing. Raises _Broken.
         """
         writer, posted, token = self.writer, self.posted, {_get_ident()}
         mine = _ref_to(token)
@@ -1656,24 +1659,21 @@ class _Channel:
                 self.gone(error)
 
     def abandon(self) -> None:
-        """In a forked child: leave the connection to its parent. Who would still write here ends the child."""
+        """In a forked child, which ends if it would still write here."""
         self.write = self.send = lambda *what: _leave_fork(None)  # type: ignore[assignment, method-assign]
         self.sock.close()
 
     def close(self) -> None:
         self.shutdown()
-        try:
-            self.sock.close()
-        except OSError:
-            pass  # somebody else has closed the descriptor
+        _quietly(self.sock.close)
 
 
 class _PipeChannel(_Channel):
-    """Messages over a named pipe of Windows, by overlapped reads and writes.
+    """Messages over a named pipe of Windows, by overlapped reads and writes. One that is under way stays so when
+    its caller leaves; the next one goes on with it.
 
-    One that is under way stays so when its caller leaves; the next one goes on with it. What is waited for are
-    events, never the handle. To take the handle and to begin with it is one step: so whoever takes it out may
-    close it, without a lock. `state` ends with what has come of a frame, and the read under way, in a list.
+    What is waited for are events, never the handle. To take that and to begin with it is one step: so whoever
+    takes it out may close it, without a lock. `state` ends with what has come of a frame, and the read, in a list.
     """
 
     def _take_over(self, connection: Any) -> None:
@@ -1714,14 +1714,14 @@ class _PipeChannel(_Channel):
         return False
 
     def _begin(self, begun: list[Any], function: Callable[..., Any], *arguments: Iterable[Any]) -> None:
-        """Append what a function gives for the handle. Raises _Broken."""
+        """Append what a function gives for the handle."""
         before = len(begun)
         _step(begun, function, self._handles, *arguments)
         if len(begun) == before:
             raise _Broken(EOFError())
 
     def _result(self, begun: Any, seconds: float) -> Any:
-        """Of a read or write: how many bytes, and an error's number. None past so many seconds. Raises _Broken."""
+        """How many bytes were read or written, and an error's number. None past so many seconds."""
         operation, status = begun
         wait = self._api.INFINITE if seconds < 0 else int(seconds * 1000 + 0.999)
         while status == self._api.ERROR_IO_PENDING:
@@ -1741,11 +1741,8 @@ class _PipeChannel(_Channel):
 
     @staticmethod
     def _cancel(operation: Any) -> None:
-        for finish in (operation.cancel, partial(operation.GetOverlappedResult, True)):
-            try:
-                finish()
-            except OSError:
-                pass  # it has ended by itself
+        _quietly(operation.cancel)
+        _quietly(operation.GetOverlappedResult, True)
 
     def shutdown(self) -> None:
         _import("_overlapped").SetEvent(self._down.event)
@@ -1764,7 +1761,7 @@ class _PipeChannel(_Channel):
 # -- where a connection begins: with Listener and Client of multiprocessing.connection, but not their key
 # exchange, which blocks accept() for everybody, can be relayed, and needs MD5 before Python 3.12
 
-_BACKLOG = 4096  # callers that wait to be accepted; the system takes what it allows
+_BACKLOG = 4096  # callers that wait to be accepted, if the system allows so many
 _LEFT_BEHIND = 60.0  # seconds: a process that has just bound a socket does not listen there yet
 
 
@@ -1777,10 +1774,10 @@ def _endpoint(address: str) -> Any:
     if _transport(address) == ("pipe" if _WINDOWS else "unix"):
         return address
     host, _, port = address.rpartition(":")
-    here = host == "[::1]" or (host.startswith("127.") and host.replace(".", "").isdecimal())
-    if here and port.isdecimal() and int(port) < 1 << 16 and not _WINDOWS:
-        return host.strip("[]"), int(port)
-    kinds = r"\\.\pipe\NAME" if _WINDOWS else "a path with a / in it, 127.0.0.1:PORT or [::1]:PORT"
+    here = host.startswith("127.") and host.replace(".", "").isdecimal() and not _WINDOWS
+    if here and port.isdecimal() and int(port) < 1 << 16:
+        return host, int(port)
+    kinds = r"\\.\pipe\NAME" if _WINDOWS else "a path with a / in it, or 127.0.0.1:PORT"
     raise ValueError(f"{address!r} is no address: here that is {kinds}")
 
 
@@ -1793,18 +1790,15 @@ def _channel_over(connection: Any) -> _Channel:
 
 
 def _connect(address: str, timeout: float) -> _Channel:
-    """A channel to `address`: a path, a pipe's name or ``host:port``. Raises ValueError, OSError, past the
-    timeout TimeoutError."""
+    """A channel to a path, a pipe's name or ``host:port``. Raises ValueError, OSError, past the timeout
+    TimeoutError."""
     connection, target = _import("multiprocessing.connection"), _endpoint(address)
     came: list[Any] = []
     news = threading.Event()
 
     def connect() -> None:
         try:
-            if address.startswith("["):  # Client knows no IPv6
-                came.append(connection.Connection(socket.create_connection(target, None).detach()))
-            else:
-                came.append(connection.Client(target))
+            came.append(connection.Client(target))
         except Exception as error:
             came.append(error)
         news.set()
@@ -1830,8 +1824,7 @@ class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
     The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it at once.
-    `address` is what _connect takes. Raises OSError and ValueError if one that is given will not do. One thread may
-    `accept` while another closes.
+    Raises OSError and ValueError for an `address` that will not do. One thread may accept while another closes.
     """
 
     def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
@@ -1843,22 +1836,19 @@ class _Listener:
         _listeners.add(self)
 
     def _bind(self, address: str) -> str:
-        target, transport = _endpoint(address), _transport(address)
-        if transport == "unix":
+        target, is_path = _endpoint(address), _transport(address) == "unix"
+        if is_path:
             address = target = os.path.abspath(address)
             _remove_stale(address)
-        family = "AF_INET6" if address.startswith("[") else None
         try:
-            self._listener = _import("multiprocessing.connection").Listener(target, family, _BACKLOG)
-            if transport == "unix":
+            self._listener = _import("multiprocessing.connection").Listener(target, None, _BACKLOG)
+            if is_path:
                 os.chmod(address, 0o600)
         except OSError as error:  # it has named no file; without a number the path is too long
             raise OSError(error.errno or 36, error.strerror or str(error), address) from None
         if not _WINDOWS:  # who accepts looks now and then whether that is still wanted
             self._listener._listener._socket.settimeout(0.5)
-        if transport == "tcp":
-            return f"{address.rpartition(':')[0]}:{self._listener.address[1]}"
-        return address
+        return f"{target[0]}:{self._listener.address[1]}" if isinstance(target, tuple) else address
 
     def _bind_anywhere(self, made: Callable[[str], Any]) -> str:
         for base in _temp_folders():
@@ -1874,35 +1864,31 @@ class _Listener:
         return self._bind("127.0.0.1:0")  # no folder to be had: the key alone keeps others out
 
     def accept(self) -> _Channel:
-        """The next connection. Raises OSError, also if half a second brings none (on Windows it waits on)."""
+        """The next connection. Raises OSError, also when half a second brings none (on Windows it waits)."""
         return _channel_over(self._listener.accept())
 
     def close(self) -> None:
         _listeners.discard(self)
-        try:
-            self._listener.close()  # and removes its socket
-        except OSError:
-            pass  # somebody else has
+        _quietly(self._listener.close)  # which removes its socket
         self._remove_folder()
 
     def _remove_folder(self) -> None:
-        try:
-            if self.folder:
-                os.rmdir(self.folder)
-        except OSError:
-            pass  # somebody else was quicker
+        if self.folder:
+            _quietly(os.rmdir, self.folder)
         self.folder = ""
 
 
 def _remove_stale(path: str, age: float = 0.0) -> bool:
-    """Remove a socket at which nobody listens, as a process that was killed has left it, and its folder if that was
-    made for it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
+    """Remove the socket of a process that was killed, at which nobody listens, and its folder if that was made for
+    it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
     folder = os.path.dirname(path)
+    if _transport(path) != "unix":
+        return False
     try:
         there, stat = os.lstat(folder), os.lstat(path)
         made = (re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
                 and there.st_uid == _posix.geteuid() and there.st_mode & 0o170777 == 0o040700)
-        if _import("stat").S_ISSOCK(stat.st_mode) and (not age or made and time.time() - stat.st_mtime > age):
+        if _import("stat").S_ISSOCK(stat.st_mode) and (not age or (made and time.time() - stat.st_mtime > age)):
             try:
                 _connect(path, 1.0).close()
             except ConnectionRefusedError:
@@ -1916,7 +1902,7 @@ def _remove_stale(path: str, age: float = 0.0) -> bool:
 
 
 def _remove_left_behind() -> list[str]:
-    """Remove, in the temp folders, what plugins that listened there and were killed have left. Returns the sockets."""
+    """Remove such sockets in the temp folders, and return them."""
     glob = _import("glob")
     found = [glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")) for base in _temp_folders()]
     return [path for path in itertools.chain(*found) if _remove_stale(path, _LEFT_BEHIND)]
@@ -2160,10 +2146,7 @@ class _Door:
             callers = list(self._callers)
         for channel in callers:
             channel.shutdown()
-        try:
-            _connect(self.listener.address, 1.0).close()  # who waits in `accept` returns
-        except OSError:
-            pass  # nobody waits any more; or without a descriptor for this it looks by itself
+        _quietly(lambda: _connect(self.listener.address, 1.0).close())  # who waits in `accept` returns
         self._thread.join(2.0)
 
 
