@@ -1316,16 +1316,16 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 # === 3. channel =========================================================================================
 #
 # Whole messages over a connection that multiprocessing.connection has made, in its framing: a 4-byte
-# big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is read directly: one system
-# call takes as many frames as have come. On Windows a frame is a message of a named pipe. A message is a frame of
-# header and body, and one for each of its buffers.
+# big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is read directly: one
+# system call takes as many frames as have come. On Windows a frame is a message of a named pipe. A message is
+# a frame of header and body, and one for each of its buffers.
 #
 # What a signal handler raises strikes between any two steps. So what is read or written is known by the very
-# step that does it (`list.extend(map(recv, ...))` is one), what belongs together is one tuple, replaced by one
-# store, and each other step may be repeated.
+# step that does it (`list.extend(map(recv, ...))` is one), what belongs together is one tuple, replaced by
+# one store, and each other step may be repeated.
 
 _WIRE_VERSION = 1
-_HEADER = struct.Struct("!BBHIQQ")  # version, kind, flags, how many buffers, the call, that on whose behalf it is
+_HEADER = struct.Struct("!BBHIQQ")  # version, kind, flags, number of buffers, the call, on behalf of which call
 _FRAME = struct.Struct("!iBBHIQQ")  # the same behind a length
 _HEAD = _HEADER.size
 _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
@@ -1337,7 +1337,7 @@ _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
 _FOREVER = 2e6  # seconds; more would be too much for poll()
 _LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again, as a handler that raises may lose a wake-up
 _TOGETHER = 32  # messages that leave with one system call at most
-_MANY_POSTED, _MUCH_POSTED = 256, 1 << 20  # messages, bytes; while more is left to be written others wait
+_FULL, _FULL_BYTES = 256, 1 << 20  # messages, bytes; while more is left to be written others wait
 _POSTED_LIMIT = 1 << 17  # messages; more that the other side does not take end the connection
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
@@ -1383,9 +1383,9 @@ def _quietly(function: Callable[..., Any], *arguments: Any) -> None:
 class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
-    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing strikes
-    before that, from Python 3.10 on. `mine` is a weak reference to a set with the thread's ident, which only the
-    holder's frame holds: so one knows a seat that is lost, and a finalizer or handler in the midst of it.
+    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing
+    strikes before that, from Python 3.10 on. `mine` is a weak reference to a set with the thread's ident,
+    which only the holder's frame holds: so one knows a seat that is lost, and a finalizer or handler in it.
     """
 
     __slots__ = ()
@@ -1410,12 +1410,13 @@ _mending = threading.Lock()  # held to free a seat that is not one's own
 class _Channel:
     """Messages over a connected stream socket; `_PipeChannel` has what is different on Windows.
 
-    Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat of
-    who writes, and protects `batch`. `stuck` is called before a writer waits for the other side, so that somebody
-    reads here; `later` when another thread has to go on writing; `gone` when the descriptor was closed beneath us.
+    Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat
+    of who writes, and protects `batch`. `stuck` is called before a writer waits for the other side, so that
+    somebody reads here; `later` when another thread has to go on writing; `gone` when the descriptor was
+    closed beneath us.
 
-    `state`: messages that have come; one whose buffers have not all come (see `_take`); the bytes behind them; what
-    was read behind those; a long frame that is read into place, as (file, size): then how much was read.
+    `state`: messages that have come; one whose buffers have not all come (see `_take`); the bytes behind
+    them; what was read behind those; a long frame that is read into place, as (file, size).
     """
 
     stuck: Any
@@ -1514,8 +1515,8 @@ class _Channel:
         return come, partial, data[at:], [], None
 
     def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
-        """A message that is complete with this frame goes to `come`. Of any other returns what there is: (message,
-        how many buffers it has, how many have come, bytes that the rest may have)."""
+        """A message that is complete with this frame goes to `come`. Of any other returns what there is:
+        (message, how many buffers it has, how many have come, bytes that the rest may have)."""
         if partial is _GREETING:
             come.append(frame)
             return partial
@@ -1557,8 +1558,9 @@ class _Channel:
         """Write a message, with the head (kind, flags, number, parent)."""
         kind, flags, number, parent = head
         size, count = len(body) + _HEAD, len(buffers)
+        message: list[_Bytes]
         if size < _READ_SIZE:  # to copy little is cheaper than to gather
-            message: list[_Bytes] = [_FRAME.pack(size, _WIRE_VERSION, kind, flags, count, number, parent) + body]
+            message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags, count, number, parent) + body]
         else:
             message = self.frame(_HEADER.pack(_WIRE_VERSION, kind, flags, count, number, parent), body)
         for buffer in buffers:
@@ -1571,11 +1573,11 @@ class _Channel:
 
     def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
               deadline: float | None = None) -> None:
-        """Write a message, in chunks, or leave it to the thread that writes; an empty one: go on with what is left.
-        From the very step on that has it written for sure, `lent` is empty.
+        """Write a message, in chunks, or leave it to the thread that writes; an empty one: go on with what is
+        left. From the very step on that has it written for sure, `lent` is empty.
 
-        What the other side does not take at once is left to `later`, but with `wait` and no deadline. With `wait`,
-        wait first while much is left: past the deadline raises _Late, and sends nothing. Raises _Broken.
+        What the other side does not take at once is left to `later`, but with `wait` and no deadline. With
+        `wait`, wait first while much is left: past the deadline raises _Late, and sends nothing.
         """
         writer, posted, token = self.writer, self.posted, {_get_ident()}
         mine = _ref_to(token)
@@ -1604,7 +1606,7 @@ class _Channel:
         posted = self.posted
         if len(posted) > _POSTED_LIMIT:
             self.shutdown()
-        while wait and (len(posted) > _MANY_POSTED or sum(map(len, itertools.chain(*posted.copy()))) > _MUCH_POSTED):
+        while wait and (len(posted) > _FULL or sum(map(len, itertools.chain(*posted.copy()))) > _FULL_BYTES):
             holder = self.writer.holder()
             if not holder or _get_ident() in holder:  # this very thread writes, further down
                 return
@@ -1618,8 +1620,8 @@ class _Channel:
         while self.batch is not None or posted:
             if self.batch is None:
                 self.batch = ([], [])
-                messages = itertools.starmap(posted.popleft, itertools.repeat((), min(len(posted), _TOGETHER)))
-                self.batch[0].extend(itertools.chain.from_iterable(messages))
+                once = itertools.repeat((), min(len(posted), _TOGETHER))
+                self.batch[0].extend(itertools.chain.from_iterable(itertools.starmap(posted.popleft, once)))
             if self._transmit(*self.batch, full):  # type: ignore[call-arg]
                 self.batch = None
             elif not blocking:
@@ -1669,19 +1671,19 @@ class _Channel:
 
 
 class _PipeChannel(_Channel):
-    """Messages over a named pipe of Windows, by overlapped reads and writes. One that is under way stays so when
-    its caller leaves; the next one goes on with it.
+    """Messages over a named pipe of Windows, by overlapped reads and writes. One that is under way stays so
+    when its caller leaves; the next one goes on with it.
 
-    What is waited for are events, never the handle. To take that and to begin with it is one step: so whoever
-    takes it out may close it, without a lock. `state` ends with what has come of a frame, and the read, in a list.
+    What is waited for are events, never the handle. To take that and to begin with it is one step, so it may
+    be closed at any time. `state` ends with what has come of a frame, and the read, in a list.
     """
 
     def _take_over(self, connection: Any) -> None:
         self.state = (deque(), _GREETING, b"", [])
         self._api = _import("_winapi")
-        self._connection = connection  # which owns the handle
-        self._handles = [connection.fileno()]
-        self._down = _import("_overlapped").Overlapped()  # its event is set when the connection was ended here
+        self._connections = [connection]  # taken out by who closes it
+        self._handles = [connection.fileno()]  # or 0, with which nothing begins
+        self._down = _import("_overlapped").Overlapped()  # its event is set when the end has come here
 
     @staticmethod
     def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
@@ -1691,7 +1693,7 @@ class _PipeChannel(_Channel):
         while not self.state[0]:
             come, partial, have, reading = self.state
             if not reading:
-                self._begin(reading, self._api.ReadFile, (max(8192, len(have)),), (True,))
+                _step(reading, self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,))
             result = self._result(reading[0], _left(deadline))
             if result is None:
                 return None
@@ -1710,15 +1712,8 @@ class _PipeChannel(_Channel):
             if len(counts) == len(chunks):
                 return True
             frame = memoryview(chunks[len(counts)])[_LENGTH.size :]
-            self._begin(counts, self._api.WriteFile, (frame,), (True,))
+            _step(counts, self._api.WriteFile, self._handles, (frame,), (True,))
         return False
-
-    def _begin(self, begun: list[Any], function: Callable[..., Any], *arguments: Iterable[Any]) -> None:
-        """Append what a function gives for the handle."""
-        before = len(begun)
-        _step(begun, function, self._handles, *arguments)
-        if len(begun) == before:
-            raise _Broken(EOFError())
 
     def _result(self, begun: Any, seconds: float) -> Any:
         """How many bytes were read or written, and an error's number. None past so many seconds."""
@@ -1745,15 +1740,16 @@ class _PipeChannel(_Channel):
         _quietly(operation.GetOverlappedResult, True)
 
     def shutdown(self) -> None:
+        self._handles[0] = 0
         _import("_overlapped").SetEvent(self._down.event)
         try:
-            self._handles.pop()
+            connection = self._connections.pop()
         except IndexError:
-            return  # somebody else does that, or has
+            return  # somebody else does, or has
         batch = self.batch or ((), ())
         for operation, _ in (*self.state[3], *batch[1][-1:]):  # what is under way has to end before
             self._cancel(operation)
-        self._connection.close()
+        connection.close()
 
     close = shutdown
 
@@ -1773,10 +1769,9 @@ def _endpoint(address: str) -> Any:
     """What Listener and Client call an address. Raises ValueError for none of this machine."""
     if _transport(address) == ("pipe" if _WINDOWS else "unix"):
         return address
-    host, _, port = address.rpartition(":")
-    here = host.startswith("127.") and host.replace(".", "").isdecimal() and not _WINDOWS
-    if here and port.isdecimal() and int(port) < 1 << 16:
-        return host, int(port)
+    port = None if _WINDOWS else re.fullmatch(r"(127\.[0-9.]+):([0-9]{1,5})", address)
+    if port and int(port[2]) < 1 << 16:
+        return port[1], int(port[2])
     kinds = r"\\.\pipe\NAME" if _WINDOWS else "a path with a / in it, or 127.0.0.1:PORT"
     raise ValueError(f"{address!r} is no address: here that is {kinds}")
 
@@ -1823,8 +1818,8 @@ _listeners: set[_Listener] = set()  # those that are open: a forked child closes
 class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
-    The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it at once.
-    Raises OSError and ValueError for an `address` that will not do. One thread may accept while another closes.
+    The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it.
+    Raises OSError and ValueError for an `address` that will not do. One thread may accept, another close.
     """
 
     def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
@@ -1879,16 +1874,17 @@ class _Listener:
 
 
 def _remove_stale(path: str, age: float = 0.0) -> bool:
-    """Remove the socket of a process that was killed, at which nobody listens, and its folder if that was made for
-    it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
+    """Remove the socket of a process that was killed, at which nobody listens, and its folder if that was
+    made for it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
     folder = os.path.dirname(path)
     if _transport(path) != "unix":
         return False
     try:
-        there, stat = os.lstat(folder), os.lstat(path)
+        stat, there = os.lstat(folder), os.lstat(path)
         made = (re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
-                and there.st_uid == _posix.geteuid() and there.st_mode & 0o170777 == 0o040700)
-        if _import("stat").S_ISSOCK(stat.st_mode) and (not age or (made and time.time() - stat.st_mtime > age)):
+                and stat.st_uid == _posix.geteuid() and stat.st_mode & 0o170777 == 0o040700)
+        old = not age or (made and time.time() - there.st_mtime > age)
+        if old and _import("stat").S_ISSOCK(there.st_mode):
             try:
                 _connect(path, 1.0).close()
             except ConnectionRefusedError:
@@ -1910,15 +1906,10 @@ def _remove_left_behind() -> list[str]:
 
 # === 4. handshake =======================================================================================
 #
-# Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both nonces.
-#
-#     host    its greeting                      {"miniplug": 1, "role": "host", "nonce", "protocol_versions", ...}
-#     plugin  its own, and {"proof"}
-#     host    {"protocol_version", "codec"}, or {"refusal"}; and {"proof"}
-#
-# A proof is HMAC-SHA256 over the role's name, the address and all messages before it, so that nothing can be
-# changed, replayed, reflected, or relayed to another address. Until the other side's was right, nothing is read
-# but short JSON in UTF-8.
+# Three passes, mutual, after ISO/IEC 9798-4: the host's greeting; the plugin's, and its proof; what the host
+# chooses, or a refusal, and its proof. That is HMAC-SHA256 over the role's name, the address and all messages
+# before it, nonces among them: so nothing can be changed, replayed, reflected, or relayed to another address.
+# Until the other side's was right, nothing is read but short JSON in UTF-8.
 
 _HELLO_SECONDS = 5.0
 _CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
@@ -1975,9 +1966,11 @@ class _Hello:
             raise ProtocolError("what came is no handshake")
         return message
 
-    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (), **others: Any) -> None:
+    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (),
+              **others: Any) -> None:
         self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(),
-                 protocol_versions=list(versions), max_message=max_message, features=[*_FEATURES, *features], **others)
+                 protocol_versions=list(versions), max_message=max_message,
+                 features=[*_FEATURES, *features], **others)
 
     def hear_greeting(self, role: str) -> dict[str, Any]:
         theirs = self.hear()
@@ -2052,8 +2045,8 @@ class _Hello:
 
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who is
-    pushed out there comes again. Raises what `greet` does."""
+    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who
+    is pushed out there comes again. Raises what `greet` does."""
     deadline, tcp = time.monotonic() + _CROWD_SECONDS, _transport(address) == "tcp"
     while True:
         try:
@@ -2070,12 +2063,12 @@ def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channe
 
 
 class _Door:
-    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let in
-    if it holds the key. A wrong, slow or silent caller holds up nobody.
+    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let
+    in if it holds the key. A wrong, slow or silent caller holds up nobody.
 
-    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError, on
-    that thread. The door closes before it is called, unless it `stays` open. Any thread may close it. `_lock`
-    protects `_open` and `_callers`.
+    `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or a
+    HandshakeError. The door closes before, unless it `stays` open. Any thread may close it. `_lock` protects
+    `_open` and `_callers`.
     """
 
     _CROWD = 128  # callers in the handshake at once
@@ -2102,8 +2095,8 @@ class _Door:
         self.listener.close()
 
     def _admit(self, channel: _Channel) -> None:
-        """Have a thread meet a caller. From a crowd chance picks who has to go: the oldest would always be the
-        one who is about to prove the key."""
+        """Have a thread meet a caller. From a crowd chance picks who has to go: the oldest would be the one
+        who is about to prove the key."""
         with self._lock:
             if not self._open:
                 return channel.close()
@@ -2125,7 +2118,7 @@ class _Door:
             enters = self._open and terms is not None and channel in self._callers
             self._open = self._open and (self._stays or not enters)
             if enters and not refused:
-                self._callers.remove(channel)  # first: whoever hears of it may close the door, and who is in it
+                self._callers.remove(channel)  # first: who hears of it may close the door
         if refused or not enters:
             channel.close()
         if enters:
