@@ -1229,20 +1229,17 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 # === 3. channel =========================================================================================
 #
 # Whole messages over a connection that multiprocessing.connection has made, in its framing: a 4-byte
-# big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is read directly: one system
-# call takes as many frames as have come. On Windows a frame is a message of a named pipe.
+# big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is read directly: one
+# system call takes as many frames as have come. On Windows a frame is a message of a named pipe. A message is
+# a frame of header and body, and one for each of its buffers.
 #
-# A message is a frame with a header and the body, and one for each of its buffers. The header has the wire
-# version, kind, flags, how many buffers, the number of the call it is about (counted by the side that made it),
-# and in a call the number of the receiver's call on whose behalf it is made.
-#
-# What a signal handler raises strikes between any two steps. So what is read or written is kept track of by
-# the very step that does it (`list.extend(map(recv, ...))` is one for the interpreter), what belongs together
-# is one tuple that is replaced by one store, and each other step may be repeated.
+# What a signal handler raises strikes between any two steps. So what is read or written is known by the very
+# step that does it (`list.extend(map(recv, ...))` is one), what belongs together is one tuple, replaced by
+# one store, and each other step may be repeated.
 
 _WIRE_VERSION = 1
-_FRAME = struct.Struct("!iBBHIQQ")  # a frame's length, and the header
-_HEADER = struct.Struct("!BBHIQQ")
+_HEADER = struct.Struct("!BBHIQQ")  # version, kind, flags, number of buffers, the call, on behalf of which call
+_FRAME = struct.Struct("!iBBHIQQ")  # the same behind a length
 _HEAD = _HEADER.size
 _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
 _HELLO_LIMIT = 4096  # bytes of a frame of the handshake
@@ -1250,15 +1247,15 @@ _GREETING: Any = (None, 1, 0, _HELLO_LIMIT)  # for `_take`: such frames come, an
 _READ_SIZE = 1 << 16
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE at its default would end the host
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
-_FOREVER = 2e6  # seconds; a longer wait is more milliseconds than poll() takes
-_LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again: a handler that raises may lose a wake-up
-_TOGETHER = 32  # so many messages at most leave with one system call
-_MANY_POSTED, _MUCH_POSTED = 256, 1 << 20  # messages, bytes: what may be left to the thread that writes before others wait
-_POSTED_LIMIT = 1 << 17  # so many messages that the other side does not take end the connection
+_FOREVER = 2e6  # seconds; more would be too much for poll()
+_LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again, as a handler that raises may lose a wake-up
+_TOGETHER = 32  # messages that leave with one system call at most
+_FULL, _FULL_BYTES = 256, 1 << 20  # messages, bytes; while more is left to be written others wait
+_POSTED_LIMIT = 1 << 17  # messages; more that the other side does not take end the connection
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
 _get_ident = threading.get_ident
-_consume: Callable[[Iterable[Any]], None] = deque(maxlen=0).extend  # run an iterator to its end, in one step
+_consume: Any = deque(maxlen=0).extend  # run an iterator to its end, in one step
 _ref_to: Any = _import("_weakref").ref
 
 
@@ -1297,20 +1294,27 @@ def _step(results: list[Any], function: Callable[..., Any], *arguments: Iterable
         raise _Broken(error) from None
 
 
+def _quietly(function: Callable[..., Any], *arguments: Any) -> None:
+    """Do what somebody else may have done already."""
+    try:
+        function(*arguments)
+    except OSError:
+        pass
+
+
 class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
-    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing strikes
-    before that, in Python 3.10 and later. `mine` is a weak reference to a set with the thread's ident, which only
-    the holder's frame holds. So a seat is known to be lost once that is gone, and a finalizer or a handler that
-    comes here in the midst of it is known.
+    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing
+    strikes before that, from Python 3.10 on. `mine` is a weak reference to a set with the thread's ident,
+    which only the holder's frame holds: so one knows a seat that is lost, and a finalizer or handler in it.
     """
 
     __slots__ = ()
     __missing__ = dict.get  # what nobody holds is None
 
     def holder(self) -> Any:
-        """The holder's thread, in a set; () if the seat is free or lost."""
+        """The thread, in a set; () if the seat is free or lost."""
         mine = self[0]
         return () if mine is None else mine() or ()
 
@@ -1328,13 +1332,13 @@ _mending = threading.Lock()  # held to free a seat that is not one's own
 class _Channel:
     """Messages over a connected stream socket; `_PipeChannel` has what is different on Windows.
 
-    Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat of
-    who writes, and protects `batch`; `posted` is for any thread. `stuck` is called before a writer waits for the
-    other side to read, so that somebody reads here; `later` when another thread has to go on with what is left;
-    `gone` when somebody has closed the descriptor beneath us.
+    Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat
+    of who writes, and protects `batch`. `stuck` is called before a writer waits for the other side, so that
+    somebody reads here; `later` when another thread has to go on writing; `gone` when the descriptor was
+    closed beneath us.
 
-    `state`: the messages that have come; one whose buffers have not all come (see `_take`); the bytes behind them;
-    what was read behind those; a long frame that is read into place, as (file, size): then how much was read.
+    `state`: messages that have come; one whose buffers have not all come (see `_take`); the bytes behind
+    them; what was read behind those; a long frame that is read into place, as (file, size).
     """
 
     stuck: Any
@@ -1346,7 +1350,7 @@ class _Channel:
         self.state: Any = (deque(), _GREETING, b"", [], None)
         self.stuck = self.later = self.gone = lambda *error: None
         self.posted: deque[list[_Bytes]] = deque()  # messages to be written, in chunks
-        self.batch: Any = None  # chunks that are being written, and what each step has done of that
+        self.batch: Any = None  # chunks that are being written, and what each step has done
         self.writer = _Seat()
         self._take_over(connection)
 
@@ -1362,14 +1366,14 @@ class _Channel:
         self._readable.register(sock, select.POLLIN)
 
     def begin(self, limit: int) -> None:
-        """From now on messages come, of at most `limit` bytes. Until then frames do."""
+        """From now on messages come, of at most so many bytes, and no frames."""
         self.limit = limit + _HEAD
         self.state = (self.state[0], None, *self.state[2:])
 
     # -- receiving
 
     def receive_frame(self, deadline: float) -> bytes:
-        """The next frame, before messages begin. Raises TimeoutError, ConnectionError and ProtocolError."""
+        """The next frame of the handshake. Raises TimeoutError, ConnectionError and ProtocolError."""
         frames: Any = self.receive(deadline)
         if frames is None:
             raise _Late("no answer has come in time")
@@ -1433,17 +1437,15 @@ class _Channel:
         return come, partial, data[at:], [], None
 
     def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
-        """A message that this frame completes goes to `come`. Of one with buffers to come, returns what there is:
-        (message, how many buffers there will be, how many there are, bytes that the rest may have)."""
+        """A message that is complete with this frame goes to `come`. Of any other returns what there is:
+        (message, how many buffers it has, how many have come, bytes that the rest may have)."""
         if partial is _GREETING:
             come.append(frame)
             return partial
         if partial is None:
-            if len(frame) < _HEAD:
-                raise ProtocolError(f"a frame of {len(frame)} bytes, which is shorter than a header")
-            version, kind, flags, count, number, parent = _HEADER.unpack_from(frame)
-            if version != _WIRE_VERSION or count > _MAX_BUFFERS:
-                raise ProtocolError(f"a header with wire version {version} and {count} buffers")
+            version, kind, flags, count, number, parent = _HEADER.unpack(frame[:_HEAD].ljust(_HEAD, b"\0"))
+            if version != _WIRE_VERSION or count > _MAX_BUFFERS or len(frame) < _HEAD:
+                raise ProtocolError(f"no header: {len(frame)} bytes, wire version {version}, {count} buffers")
             message: Any = kind, flags, number, parent, frame[_HEAD:], []
             have, room = 0, self.limit - len(frame)
         else:
@@ -1470,16 +1472,17 @@ class _Channel:
         return [length + head + body] if size < _READ_SIZE else [length + head, body]
 
     def send_frame(self, data: bytes) -> None:
-        """Send a frame, before messages begin: they are so short that none waits. Raises ConnectionError."""
+        """Send a frame of the handshake, which never waits, as it is short. Raises ConnectionError."""
         self.write(self.frame(b"", data), None, False)
 
     def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
              wait: bool, deadline: float | None) -> None:
-        """Write a message: (kind, flags, number, parent), body, buffers. See `write`."""
+        """Write a message, with the head (kind, flags, number, parent)."""
         kind, flags, number, parent = head
         size, count = len(body) + _HEAD, len(buffers)
+        message: list[_Bytes]
         if size < _READ_SIZE:  # to copy little is cheaper than to gather
-            message: list[_Bytes] = [_FRAME.pack(size, _WIRE_VERSION, kind, flags, count, number, parent) + body]
+            message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags, count, number, parent) + body]
         else:
             message = self.frame(_HEADER.pack(_WIRE_VERSION, kind, flags, count, number, parent), body)
         for buffer in buffers:
@@ -1487,17 +1490,16 @@ class _Channel:
         self.write(message, lent, wait, deadline)
 
     def notice(self, number: int) -> list[list[_Bytes]]:
-        """A message that gives a reference back, to be posted."""
+        """Messages to be posted: one that gives a reference back."""
         return [[_FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)]]
 
     def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
               deadline: float | None = None) -> None:
-        """Write a message, or leave it to the thread that writes. An empty one: go on with what is left. From the
-        very step on that has it written for sure, `lent` is empty.
+        """Write a message, in chunks, or leave it to the thread that writes; an empty one: go on with what is
+        left. From the very step on that has it written for sure, `lent` is empty.
 
-        With `wait` and no deadline all is written when this returns; else what the other side does not take at once
-        is left. With `wait`, wait while much is left: past the deadline raises _Late, and sends nothing. Raises
-        _Broken.
+        What the other side does not take at once is left to `later`, but with `wait` and no deadline. With
+        `wait`, wait first while much is left: past the deadline raises _Late, and sends nothing.
         """
         writer, posted, token = self.writer, self.posted, {_get_ident()}
         mine = _ref_to(token)
@@ -1520,13 +1522,13 @@ class _Channel:
             if writer[0] is mine:
                 del writer[0]
             if (posted or self.batch is not None) and not writer.holder():
-                self.later()  # nobody goes on: it was left here, or just now by another; or the seat is lost
+                self.later()  # what is left here, or was just now; or by who has lost the seat
 
     def _await_turn(self, wait: bool, deadline: float | None) -> None:
         posted = self.posted
         if len(posted) > _POSTED_LIMIT:
             self.shutdown()
-        while wait and (len(posted) > _MANY_POSTED or sum(map(len, itertools.chain(*posted))) > _MUCH_POSTED):
+        while wait and (len(posted) > _FULL or sum(map(len, itertools.chain(*posted.copy()))) > _FULL_BYTES):
             holder = self.writer.holder()
             if not holder or _get_ident() in holder:  # this very thread writes, further down
                 return
@@ -1540,8 +1542,8 @@ class _Channel:
         while self.batch is not None or posted:
             if self.batch is None:
                 self.batch = ([], [])
-                messages = itertools.starmap(posted.popleft, itertools.repeat((), min(len(posted), _TOGETHER)))
-                self.batch[0].extend(itertools.chain.from_iterable(messages))
+                once = itertools.repeat((), min(len(posted), _TOGETHER))
+                self.batch[0].extend(itertools.chain.from_iterable(itertools.starmap(posted.popleft, once)))
             if self._transmit(*self.batch, full):  # type: ignore[call-arg]
                 self.batch = None
             elif not blocking:
@@ -1581,78 +1583,62 @@ class _Channel:
                 self.gone(error)
 
     def abandon(self) -> None:
-        """In a forked child: leave the connection to its parent. Who would still write here ends the child."""
+        """In a forked child, which ends if it would still write here."""
         self.write = self.send = lambda *what: _leave_fork(None)  # type: ignore[assignment, method-assign]
         self.sock.close()
 
     def close(self) -> None:
         self.shutdown()
-        try:
-            self.sock.close()
-        except OSError:
-            pass  # somebody else has closed the descriptor
+        _quietly(self.sock.close)
 
 
 class _PipeChannel(_Channel):
-    """Messages over a named pipe of Windows, by overlapped reads and writes.
+    """Messages over a named pipe of Windows, by overlapped reads and writes. One that is under way stays so
+    when its caller leaves; the next one goes on with it.
 
-    One that is under way stays so when its caller leaves; the next one goes on with it. What is waited for are
-    events, never the handle. To take the handle and to begin with it is one step: so whoever takes it out may
-    close it, without a lock. `state` ends with the read that is under way, in a list; what has come of a frame; how
-    much more of it to read.
+    What is waited for are events, never the handle. To take that and to begin with it is one step, so it may
+    be closed at any time. `state` ends with what has come of a frame, and the read, in a list.
     """
 
-    _FIRST = 8192  # bytes that are read at first; of a longer frame one learns how much is left
-
     def _take_over(self, connection: Any) -> None:
-        self.state = (deque(), _GREETING, [], b"", self._FIRST)
+        self.state = (deque(), _GREETING, b"", [])
         self._api = _import("_winapi")
-        self._connection = connection  # which owns the handle
-        self._handles = [connection.fileno()]
-        self._down = _import("_overlapped").Overlapped()  # its event is set when the connection was ended here
+        self._connections = [connection]  # taken out by who closes it
+        self._handles = [connection.fileno()]  # or 0, with which nothing begins
+        self._down = _import("_overlapped").Overlapped()  # its event is set when the end has come here
 
     @staticmethod
     def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
-        return [_LENGTH.pack(0) + head + body]
+        return [_LENGTH.pack(0) + head + body]  # the length is not sent
 
     def receive(self, deadline: float | None = None) -> deque[_Message] | None:
         while not self.state[0]:
-            come, partial, reading, have, size = self.state
+            come, partial, have, reading = self.state
             if not reading:
-                self._begin(reading, self._api.ReadFile, (size,), (True,))
+                _step(reading, self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,))
             result = self._result(reading[0], _left(deadline))
             if result is None:
                 return None
-            have, left = have + bytes(reading[0][0].getbuffer()), [(0, 0)]
+            have += bytes(reading[0][0].getbuffer())
+            self._check_size(len(have), partial)
             if result[1] == self._api.ERROR_MORE_DATA:
-                self._begin(left, self._api.PeekNamedPipe)
-            size = left[-1][1]
-            self._check_size(len(have) + size, partial)
-            if size:
-                self.state = come, partial, [], have, size
+                self.state = come, partial, have, []
             else:
                 come = deque()
-                self.state = come, self._take(come, have, partial), [], b"", self._FIRST
+                self.state = come, self._take(come, have, partial), b"", []
         return self.state[0]  # type: ignore[no-any-return]
 
     def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
-        """`counts` are the writes that have begun, one for each chunk: a frame behind an unused length."""
+        """`counts` are the writes that have begun, one for each chunk, which is a frame."""
         while not counts or self._result(counts[-1], -1 if blocking else 0) is not None:
             if len(counts) == len(chunks):
                 return True
             frame = memoryview(chunks[len(counts)])[_LENGTH.size :]
-            self._begin(counts, self._api.WriteFile, (frame,), (True,))
+            _step(counts, self._api.WriteFile, self._handles, (frame,), (True,))
         return False
 
-    def _begin(self, begun: list[Any], function: Callable[..., Any], *arguments: Iterable[Any]) -> None:
-        """Append what a function gives for the handle. Raises _Broken."""
-        before = len(begun)
-        _step(begun, function, self._handles, *arguments)
-        if len(begun) == before:
-            raise _Broken(EOFError())
-
     def _result(self, begun: Any, seconds: float) -> Any:
-        """Of a read or write: how many bytes, and an error's number. None past so many seconds. Raises _Broken."""
+        """How many bytes were read or written, and an error's number. None past so many seconds."""
         operation, status = begun
         wait = self._api.INFINITE if seconds < 0 else int(seconds * 1000 + 0.999)
         while status == self._api.ERROR_IO_PENDING:
@@ -1672,22 +1658,20 @@ class _PipeChannel(_Channel):
 
     @staticmethod
     def _cancel(operation: Any) -> None:
-        for finish in (operation.cancel, partial(operation.GetOverlappedResult, True)):
-            try:
-                finish()
-            except OSError:
-                pass  # it has ended by itself
+        _quietly(operation.cancel)
+        _quietly(operation.GetOverlappedResult, True)
 
     def shutdown(self) -> None:
+        self._handles[0] = 0
         _import("_overlapped").SetEvent(self._down.event)
         try:
-            self._handles.pop()
+            connection = self._connections.pop()
         except IndexError:
-            return  # somebody else does that, or has
+            return  # somebody else does, or has
         batch = self.batch or ((), ())
-        for operation, _ in (*self.state[2], *batch[1][-1:]):  # what is under way has to end before
+        for operation, _ in (*self.state[3], *batch[1][-1:]):  # what is under way has to end before
             self._cancel(operation)
-        self._connection.close()
+        connection.close()
 
     close = shutdown
 
@@ -1695,7 +1679,7 @@ class _PipeChannel(_Channel):
 # -- where a connection begins: with Listener and Client of multiprocessing.connection, but not their key
 # exchange, which blocks accept() for everybody, can be relayed, and needs MD5 before Python 3.12
 
-_BACKLOG = 4096  # callers that wait to be accepted; the system takes what it allows
+_BACKLOG = 4096  # callers that wait to be accepted, if the system allows so many
 _LEFT_BEHIND = 60.0  # seconds: a process that has just bound a socket does not listen there yet
 
 
@@ -1707,11 +1691,10 @@ def _endpoint(address: str) -> Any:
     """What Listener and Client call an address. Raises ValueError for none of this machine."""
     if _transport(address) == ("pipe" if _WINDOWS else "unix"):
         return address
-    host, _, port = address.rpartition(":")
-    here = host == "[::1]" or (host.startswith("127.") and host.replace(".", "").isdecimal())
-    if here and port.isdecimal() and int(port) < 1 << 16 and not _WINDOWS:
-        return host.strip("[]"), int(port)
-    kinds = r"\\.\pipe\NAME" if _WINDOWS else "a path with a / in it, 127.0.0.1:PORT or [::1]:PORT"
+    port = None if _WINDOWS else re.fullmatch(r"(127\.[0-9.]+):([0-9]{1,5})", address)
+    if port and int(port[2]) < 1 << 16:
+        return port[1], int(port[2])
+    kinds = r"\\.\pipe\NAME" if _WINDOWS else "a path with a / in it, or 127.0.0.1:PORT"
     raise ValueError(f"{address!r} is no address: here that is {kinds}")
 
 
@@ -1724,18 +1707,15 @@ def _channel_over(connection: Any) -> _Channel:
 
 
 def _connect(address: str, timeout: float) -> _Channel:
-    """A channel to `address`: a path, a pipe's name or ``host:port``. Raises ValueError, OSError, past the
-    timeout TimeoutError."""
+    """A channel to a path, a pipe's name or ``host:port``. Raises ValueError, OSError, past the timeout
+    TimeoutError."""
     connection, target = _import("multiprocessing.connection"), _endpoint(address)
     came: list[Any] = []
     news = threading.Event()
 
     def connect() -> None:
         try:
-            if address.startswith("["):  # Client knows no IPv6
-                came.append(connection.Connection(socket.create_connection(target, None).detach()))
-            else:
-                came.append(connection.Client(target))
+            came.append(connection.Client(target))
         except Exception as error:
             came.append(error)
         news.set()
@@ -1760,9 +1740,9 @@ _listeners: set[_Listener] = set()  # those that are open: a forked child closes
 class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
-    The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it at once, and
-    with a "!" before it once it is gone. `address` is what _connect takes. Raises OSError and ValueError if one that
-    is given will not do. One thread may `accept` while another closes.
+    The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it, and with a
+    "!" before it once it is gone. Raises OSError and ValueError for an `address` that will not do. One thread may
+    accept, another close.
     """
 
     def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
@@ -1775,22 +1755,19 @@ class _Listener:
         _listeners.add(self)
 
     def _bind(self, address: str) -> str:
-        target, transport = _endpoint(address), _transport(address)
-        if transport == "unix":
+        target, is_path = _endpoint(address), _transport(address) == "unix"
+        if is_path:
             address = target = os.path.abspath(address)
             _remove_stale(address)
-        family = "AF_INET6" if address.startswith("[") else None
         try:
-            self._listener = _import("multiprocessing.connection").Listener(target, family, _BACKLOG)
-            if transport == "unix":
+            self._listener = _import("multiprocessing.connection").Listener(target, None, _BACKLOG)
+            if is_path:
                 os.chmod(address, 0o600)
         except OSError as error:  # it has named no file; without a number the path is too long
             raise OSError(error.errno or 36, error.strerror or str(error), address) from None
         if not _WINDOWS:  # who accepts looks now and then whether that is still wanted
             self._listener._listener._socket.settimeout(0.5)
-        if transport == "tcp":
-            return f"{address.rpartition(':')[0]}:{self._listener.address[1]}"
-        return address
+        return f"{target[0]}:{self._listener.address[1]}" if isinstance(target, tuple) else address
 
     def _bind_anywhere(self) -> str:
         for base in _temp_folders():
@@ -1806,36 +1783,33 @@ class _Listener:
         return self._bind("127.0.0.1:0")  # no folder to be had: the key alone keeps others out
 
     def accept(self) -> _Channel:
-        """The next connection. Raises OSError, also if half a second brings none (on Windows it waits on)."""
+        """The next connection. Raises OSError, also when half a second brings none (on Windows it waits)."""
         return _channel_over(self._listener.accept())
 
     def close(self) -> None:
         _listeners.discard(self)
-        try:
-            self._listener.close()  # and removes its socket
-        except OSError:
-            pass  # somebody else has
+        _quietly(self._listener.close)  # which removes its socket
         self._remove_folder()
 
     def _remove_folder(self) -> None:
-        try:
-            if self.folder:
-                os.rmdir(self.folder)
-                self._made(f"!{self.folder}")
-        except OSError:
-            pass  # somebody else was quicker
+        if self.folder:
+            _quietly(os.rmdir, self.folder)
+            self._made(f"!{self.folder}")
         self.folder = ""
 
 
 def _remove_stale(path: str, age: float = 0.0) -> bool:
-    """Remove a socket at which nobody listens, as a process that was killed has left it, and its folder if that was
+    """Remove the socket of a process that was killed, at which nobody listens, and its folder if that was
     made for it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
     folder = os.path.dirname(path)
+    if _transport(path) != "unix":
+        return False
     try:
-        there, stat = os.lstat(folder), os.lstat(path)
+        stat, there = os.lstat(folder), os.lstat(path)
         made = (re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
-                and there.st_uid == _posix.geteuid() and there.st_mode & 0o170777 == 0o040700)
-        if _import("stat").S_ISSOCK(stat.st_mode) and (not age or (made and time.time() - stat.st_mtime > age)):
+                and stat.st_uid == _posix.geteuid() and stat.st_mode & 0o170777 == 0o040700)
+        old = not age or (made and time.time() - there.st_mtime > age)
+        if old and _import("stat").S_ISSOCK(there.st_mode):
             try:
                 _connect(path, 1.0).close()
             except ConnectionRefusedError:
@@ -1849,7 +1823,7 @@ def _remove_stale(path: str, age: float = 0.0) -> bool:
 
 
 def _remove_left_behind() -> list[str]:
-    """Remove, in the temp folders, what plugins that listened there and were killed have left. Returns the sockets."""
+    """Remove such sockets in the temp folders, and return them."""
     glob = _import("glob")
     found = [glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")) for base in _temp_folders()]
     return [path for path in itertools.chain(*found) if _remove_stale(path, _LEFT_BEHIND)]
@@ -1857,15 +1831,10 @@ def _remove_left_behind() -> list[str]:
 
 # === 4. handshake =======================================================================================
 #
-# Three passes, mutual, after ISO/IEC 9798-4: each side proves that it holds the key by a MAC over both nonces.
-#
-#     host    its greeting                      {"miniplug": 1, "role": "host", "nonce", "protocol_versions", ...}
-#     plugin  its own, and {"proof"}
-#     host    {"protocol_version", "codec"}, or {"refusal"}; and {"proof"}
-#
-# A proof is HMAC-SHA256 over the role's name, the address and all messages before it, so that nothing can be
-# changed, replayed, reflected, or relayed to another address. Until the other side's was right, nothing is read
-# but short JSON in UTF-8.
+# Three passes, mutual, after ISO/IEC 9798-4: the host's greeting; the plugin's, and its proof; what the host
+# chooses, or a refusal, and its proof. That is HMAC-SHA256 over the role's name, the address and all messages
+# before it, nonces among them: so nothing can be changed, replayed, reflected, or relayed to another address.
+# Until the other side's was right, nothing is read but short JSON in UTF-8.
 
 _HELLO_SECONDS = 5.0
 _CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
@@ -1922,9 +1891,11 @@ class _Hello:
             raise ProtocolError("what came is no handshake")
         return message
 
-    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (), **others: Any) -> None:
+    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (),
+              **others: Any) -> None:
         self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(),
-                 protocol_versions=list(versions), max_message=max_message, features=[*_FEATURES, *features], **others)
+                 protocol_versions=list(versions), max_message=max_message,
+                 features=[*_FEATURES, *features], **others)
 
     def hear_greeting(self, role: str) -> dict[str, Any]:
         theirs = self.hear()
@@ -1999,8 +1970,8 @@ class _Hello:
 
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who is
-    pushed out there comes again. Raises what `greet` does."""
+    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who
+    is pushed out there comes again. Raises what `greet` does."""
     deadline, tcp = time.monotonic() + _CROWD_SECONDS, _transport(address) == "tcp"
     while True:
         try:
@@ -2017,12 +1988,12 @@ def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channe
 
 
 class _Door:
-    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let in
-    if it holds the key. A wrong, slow or silent caller holds up nobody.
+    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let
+    in if it holds the key. A wrong, slow or silent caller holds up nobody.
 
-    `greet` runs the handshake; `arrived` is called with the channel and the terms, or with a HandshakeError, on
-    that thread. The door closes before it is called, unless it `stays` open. Any thread may close it. `_lock`
-    protects `_open` and `_callers`.
+    `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or a
+    HandshakeError. The door closes before, unless it `stays` open. Any thread may close it. `_lock` protects
+    `_open` and `_callers`.
     """
 
     _CROWD = 128  # callers in the handshake at once
@@ -2049,8 +2020,8 @@ class _Door:
         self.listener.close()
 
     def _admit(self, channel: _Channel) -> None:
-        """Have a thread meet a caller. From a crowd chance picks who has to go: the oldest would always be the
-        one who is about to prove the key."""
+        """Have a thread meet a caller. From a crowd chance picks who has to go: the oldest would be the one
+        who is about to prove the key."""
         with self._lock:
             if not self._open:
                 return channel.close()
@@ -2072,7 +2043,7 @@ class _Door:
             enters = self._open and terms is not None and channel in self._callers
             self._open = self._open and (self._stays or not enters)
             if enters and not refused:
-                self._callers.remove(channel)  # first: whoever hears of it may close the door, and who is in it
+                self._callers.remove(channel)  # first: who hears of it may close the door
         if refused or not enters:
             channel.close()
         if enters:
@@ -2093,10 +2064,7 @@ class _Door:
             callers = list(self._callers)
         for channel in callers:
             channel.shutdown()
-        try:
-            _connect(self.listener.address, 1.0).close()  # who waits in `accept` returns
-        except OSError:
-            pass  # nobody waits any more; or without a descriptor for this it looks by itself
+        _quietly(lambda: _connect(self.listener.address, 1.0).close())  # who waits in `accept` returns
         self._thread.join(2.0)
 
 
