@@ -2435,7 +2435,7 @@ class _Door:
 # Calls, answers and streams, both ways, over one channel. The two sides are one class: each numbers its own calls,
 # and answers those of the other. The rooms, each with a job of its own:
 #
-#     _Pool       threads, for all sessions: what is to be done, now or later, and nobody waits for
+#     _Pool       threads, for all sessions: what is to be done, now or at a time
 #     _Reader     the seat: who reads what has come, and where it goes
 #     _Attendant  who reads while no caller does, and runs what is quick at once
 #     _Caller     our calls: send, wait, give up
@@ -2449,16 +2449,15 @@ class _Door:
 # sleeps until there is something for it, or nobody reads.
 #
 # Sleeping and waking. Who sleeps first says so, then looks once more, then sleeps; who has something does that first,
-# then looks who sleeps. So no wake-up is lost. When a handler raises in between, one may be: so who sleeps looks
-# again after a second. A wake-up for nothing is harmless.
+# then looks who sleeps. So no wake-up is lost, unless a handler raises in between: so who sleeps looks again after a
+# second.
 #
-# What a signal handler raises strikes the main thread between any two steps. What must not be struck, a thread of the
-# pool does; it is told by one step of the interpreter's (`_pool.put`, `_move`), which an `except` has first, with no
-# call before it: so nothing strikes before that, in Python 3.10 and later. All other steps may be repeated.
+# What a signal handler raises strikes the main thread between any two steps. What must not be struck a thread of the
+# pool does, told by one step (`_pool.put`, `_move`); in an `except` it is the first, with no call before it, so that
+# nothing strikes before, in Python 3.10 and later. All other steps may be repeated.
 #
-# Streams. The answer to a call may be a stream: items, several to a message, until an end or an error. The caller may
-# leave _WINDOW of them unread; for those that it has read it gives credit for as many. A producer without credit is
-# set aside, and holds no thread.
+# Streams. A call may be answered by a stream: items, several to a message, until an end or an error. The caller may
+# leave _WINDOW of them unread, and gives credit for as many as it has read. A producer without credit holds no thread.
 #
 # Under the locks below nothing is called that takes another.
 
@@ -2474,7 +2473,7 @@ _QUICK = 0.001  # seconds; a method whose last three runs took less is run by th
 _LOOK = 0.5  # seconds between two looks whether such a run takes long after all
 _LAZY = 0.01  # seconds after a call until a thread of the pool reads, where only what is lent asks for it
 _IDLE_SECONDS = 10.0  # after which a thread of the pool that has nothing to do ends
-_NESTED = 256  # calls on behalf of ours for which no thread waits that run at once; the others wait
+_NESTED = 256  # calls on behalf of ours for which no thread waits that run at once
 _ENDING = {"SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration", "CancelledError"}
 _RAISED = 16  # exceptions of ours that a call remembers, should they come home
 
@@ -2513,101 +2512,77 @@ def _in_main_thread() -> bool:
 
 
 class _Pool:
-    """Daemon threads for all sessions, and a clock, as long as there is a session.
+    """Daemon threads for all sessions, as long as there is one.
 
-    `put((function, *arguments))` has a thread call the function. It is one step, and takes no lock: for any thread, a
-    finalizer and a signal handler too. One thread at least waits for tasks: who takes one starts another if none does.
-    `_lock` protects `_idle` and `_ticks`; a finalizer may take it again.
+    `put((function, *arguments))` has a thread call the function, `alarm` at a time. Any thread may, a finalizer and a
+    signal handler too: that is one step. No lock but `_lead`: who holds it waits for tasks and alarms, and protects
+    `_alarms`. Before it lets go with one, it sees to it that another thread waits.
     """
 
     def __init__(self) -> None:
-        queue = _import("_queue")
-        self._tasks, self._alarms, self._none = queue.SimpleQueue(), queue.SimpleQueue(), queue.Empty
+        self._tasks = _import("_queue").SimpleQueue()
         self.put: Callable[[tuple[Any, ...]], None] = self._tasks.put
+        self._alarms: list[Any] = []  # a heap of (when, number, function)
         self._numbers = itertools.count()
-        self._lock = threading.RLock()
-        self._idle = 0  # how many threads wait, or are about to
-        self._ticks = False  # whether there is a clock
+        self._lead = threading.Lock()
+        self._waiting: list[None] = []  # as long as how many threads wait, or are about to
 
-    def begin(self) -> None:
-        """There is a session. Raises RuntimeError if no thread can be started."""
-        self.check()
-        with self._lock:
-            if not self._ticks:
-                _start_thread("miniplug-clock", self._tick)
-                self._ticks = True
+    def alarm(self, when: float, function: Callable[[], Any]) -> None:
+        """Have a thread call a function at a time.monotonic()."""
+        self.put((float(when), next(self._numbers), function))
 
     def check(self) -> None:
-        """See to it that a thread waits for tasks. Raises RuntimeError if none can be started."""
-        if self._idle < 1:
-            with self._lock:
-                if self._idle < 1:
-                    _start_thread("miniplug-worker", self._work)
-                    self._idle += 1
+        """See to it that a thread waits. Raises RuntimeError if none can be started."""
+        if not self._waiting:
+            _start_thread("miniplug-worker", self._work)
 
     def _work(self) -> None:
         while True:
+            self._waiting.append(None)
+            leads = self._lead.acquire(True, _IDLE_SECONDS)
+            task: Any = self._next() if leads else None
+            self._waiting.pop()  # who begins a session looks at that before
+            if task is None or (task[0] is bool and not _sessions):
+                break  # others wait; or there is nothing to wait for
             try:
-                task = self._tasks.get(True, _IDLE_SECONDS)
-            except self._none:
-                with self._lock:
-                    if self._idle > 1:
-                        self._idle -= 1
-                        return
-                continue
-            with self._lock:
-                self._idle -= 1
-            try:
-                if _sessions or not self._tasks.empty():
-                    self.check()
-            except RuntimeError:
-                pass  # until one can be started, or is done, tasks wait
+                self.check()
+            except (RuntimeError, MemoryError):
+                pass  # tasks wait until a thread can be started, or is done
+            self._lead.release()
             try:
                 task[0](*task[1:])
             except BaseException:
                 _import("traceback").print_exc()
             task = None
-            with self._lock:
-                if not _sessions and self._tasks.empty():
-                    if self._idle:
-                        self.put((bool,))  # the next one goes, too
-                    return
-                self._idle += 1
+        if leads:
+            self._lead.release()
 
-    def alarm(self, when: float, function: Callable[[], Any]) -> None:
-        """Have a thread call a function at a time, of time.monotonic(). Takes no lock, either."""
-        self._alarms.put((when, next(self._numbers), function))
-
-    def _tick(self) -> None:
-        heapq = _import("heapq")
-        alarms: list[Any] = []
-        while True:
-            with self._lock:
-                if not _sessions:
-                    self._ticks = False
-                    return
-            now = time.monotonic()
-            while alarms and alarms[0][0] <= now:
-                self.put(heapq.heappop(alarms)[2:])
+    def _next(self) -> Any:
+        """Wait for a task; for none any more, if there is no session."""
+        heapq, alarms, seconds = _import("heapq"), self._alarms, None
+        while _sessions or not self._tasks.empty():
+            if alarms:
+                seconds = alarms[0][0] - time.monotonic()
+                if seconds <= 0:
+                    return heapq.heappop(alarms)[2:]
             try:
-                seconds = max(0.0, min(alarms[0][0] - now, _FOREVER)) if alarms else None
-                heapq.heappush(alarms, self._alarms.get(True, seconds))
-            except self._none:
+                task = self._tasks.get(True, None if seconds is None else min(seconds, _FOREVER))
+                if type(task[0]) is not float:
+                    return task
+                heapq.heappush(alarms, task)
+            except _import("_queue").Empty:
                 pass
-
-    def retire(self) -> None:
-        """There is no session any more."""
-        self.put((bool,))
-        self.alarm(0.0, bool)
+        alarms.clear()
+        return (bool,)
 
 
 def _move(function: Callable[[Any], Any], take: Callable[[], Any]) -> None:
-    """Have a thread of the pool call a function with what `take`, a queue's popleft, gives: in one step."""
+    """Have the pool call a function with what `take`, a queue's popleft, gives: in one step."""
     _consume(map(_pool.put, zip((function,), itertools.starmap(take, _ONCE))))
 
 
 def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Have a thread of the pool call a function, and wait for what it gives or raises."""
+    """Have the pool call a function, and wait for what it gives or raises."""
     results: list[Any] = []
     gate = _gate()
 
@@ -2648,15 +2623,14 @@ if hasattr(os, "register_at_fork"):
 
 def _leave_fork(error: BaseException | None) -> None:
     """End a forked child whose method has ended there: it must neither answer nor serve beside its parent."""
-    code: Any = 0 if error is None else error.code if isinstance(error, SystemExit) else 1
-    if error is not None and not isinstance(error, SystemExit):
-        _import("traceback").print_exception(type(error), error, error.__traceback__)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # it has none
-    os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
+    code: Any = error.code if isinstance(error, SystemExit) else int(error is not None)
+    try:
+        if error is not None and not isinstance(error, SystemExit):
+            _import("traceback").print_exception(type(error), error, error.__traceback__)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
 
 
 class _Call:
@@ -2664,7 +2638,7 @@ class _Call:
     of the other side's on its behalf, as long as the thread that waits runs it."""
 
     gate: Any = None  # of the thread that waits, while it sleeps
-    home = True  # whether a thread waits that runs what is nested in it
+    home = True  # whether a thread waits that runs what is made on its behalf
     loop: Any = None  # the event loop that does, if it was submitted where one runs
     context: Any = None  # contextvars.Context, of the submit
     raised: Any = ()  # what calls on its behalf have raised: (number, exception)
@@ -2742,16 +2716,21 @@ class _Request:
         False if it is closed."""
         if self.loop is None:
             return self.session.references.on_loop(function)  # type: ignore[no-any-return]
-        try:
-            self.loop.call_soon_threadsafe(function)
-            return True
-        except RuntimeError:
-            return False
+        return _call_on(self.loop, function)
+
+
+def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> bool:
+    """Have an event loop call a function, in a contextvars.Context. False if it is closed."""
+    try:
+        loop.call_soon_threadsafe(function, context=context)
+        return True
+    except RuntimeError:
+        return False
 
 
 class _Slots:
-    """How many calls may run at once. All sessions of a plugin share them. For threads of the pool; `_lock` protects
-    the rest."""
+    """How many calls may run at once. All sessions of a plugin share them. For threads of the pool; `_lock` protects the
+    rest."""
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
@@ -2769,16 +2748,16 @@ class _Slots:
 
     def give_back(self) -> None:
         with self._lock:
-            request = self._queue.popleft() if self._queue else None
-            if request is None:
+            if not self._queue:
                 self.free.append(None)
-        if request is not None:
-            _pool.put((request.session.runner.run_with_slot, request))
+                return
+            request = self._queue.popleft()
+        _pool.put((request.session.runner.run_with_slot, request))
 
 
 class _Reader:
-    """Who reads what has come, and where it goes. Any thread may call `wait` and `pass_on`; `read` and what it calls the
-    holder of the seat does: each step may be repeated, as a handler that raises leaves the message first in the
+    """Who reads what has come, and where it goes. Any thread may call `wait` and `pass_on`; `read` and what it calls is
+    for who holds the seat. Each step may be repeated: should a handler raise, the message is still first in the
     channel's queue.
 
         nobody --a caller: wait, until it has its answer-----> nobody
@@ -2796,8 +2775,8 @@ class _Reader:
         self.unattended: set[int] = set()  # numbers of those whose answer must be read though no thread waits
 
     def wait(self, call: _Call) -> None:
-        """Wait until something has come about the call, reading while nobody else does, and running what is nested in
-        it. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
+        """Wait until something has come about the call, reading while nobody else does, and running what is made on its
+        behalf. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
         seat, session, token = self.seat, self._session, {_get_ident()}
         mine = _ref_to(token)
         try:
@@ -2808,7 +2787,7 @@ class _Reader:
                     self.pass_on()
                     session.runner.run_nested(call)
                 elif session.ended is not None:
-                    call.inbox.append(_ENDED)  # the end may have come when the call was given up already
+                    call.inbox.append(_ENDED)  # it may have come when the call was given up already
                 elif seat.setdefault(0, mine) is not mine:
                     self._sleep(call)
                 else:
@@ -2856,8 +2835,6 @@ class _Reader:
             return self._channel.close()
         return self._session.attendant.come()
 
-    # -- as the holder of the seat
-
     def read(self, waiting: _Call | None = None) -> _Request | None:
         """Hand on what comes, until there is something about the call for which this thread is `waiting`. Without one,
         as the attendant, until there is a call to be run, which is returned, or a caller may read."""
@@ -2876,19 +2853,19 @@ class _Reader:
                     if kind == _RESULT and message[2] == number and number in calls and not message[1] & _STREAM:
                         waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
                         calls.pop(number, None)  # the usual case
-                    elif self._route_answer(come, message, waiting):
+                    elif self._route_answer(come, message, waiting is None):
                         return None
-                elif kind in (_CALL, _NOTIFY):
-                    request = self._route_call(come, message, waiting)
+                elif kind > _NOTIFY:
+                    self._session.steer(come, message)
+                else:
+                    request = self._route_call(come, message, waiting is None)
                     if request is not None:
                         return request
-                else:
-                    self._session.steer(come, message)
             message = ()  # what has come is not kept alive by who waits for more
             if waiting is not None and waiting.inbox:
                 return None
 
-    def _route_answer(self, come: deque[_Message], message: _Message, waiting: _Call | None) -> bool:
+    def _route_answer(self, come: deque[_Message], message: _Message, attends: bool) -> bool:
         """Put a message into its call's inbox. Returns whether the attendant may go, as a caller is woken."""
         kind, flags, number = message[:3]
         call = self._calls.get(number)
@@ -2901,7 +2878,7 @@ class _Reader:
         if kind == _ITEM and len(call.inbox) > _WINDOW:  # each has an item at least
             raise ProtocolError("more items of a stream than there is credit for")
         if call.future is not None and kind != _ITEM and (call.streams is None or call.streams is message):
-            call.future._arrive(call, come, waiting is None)
+            call.future._arrive(call, come, attends)
         else:
             call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
         if kind != _ITEM and call.streams is not message and self._calls.pop(number, None) is None:
@@ -2909,9 +2886,9 @@ class _Reader:
         self.unattended.discard(number)
         sleeps = call.gate is not None
         call.wake()
-        return sleeps and waiting is None
+        return sleeps and attends
 
-    def _route_call(self, come: deque[_Message], message: _Message, waiting: _Call | None) -> _Request | None:
+    def _route_call(self, come: deque[_Message], message: _Message, attends: bool) -> _Request | None:
         """Give a call to who runs it: the thread or the loop that waits for the one on whose behalf it is made, or the
         pool. As the attendant return any other."""
         number, parent = message[2:4]
@@ -2920,10 +2897,10 @@ class _Reader:
             request = self._requests[number] = _Request(self._session, message)
         elif not request.inbox or request.inbox[0] is not message:
             raise ProtocolError("the number of a call is that of another one")
-        if not parent and waiting is None:
+        if attends and not parent:
             come.popleft()
             return request
-        call = self._calls.get(parent) if parent else None
+        call = self._calls.get(parent)
         if call is not None and call.home and not call.inbox:  # that thread runs one, and no more
             call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
             if parent not in self._calls:
@@ -2944,8 +2921,7 @@ class _Reader:
 
     @staticmethod
     def take(come: deque[_Message], function: Callable[[_Message], Any]) -> None:
-        """Call a function with the first of `come`, which must neither be lost nor done twice: where a handler may
-        strike, a thread of the pool does."""
+        """Call a function with the first of `come`, once: where a handler may strike, a thread of the pool does."""
         if _in_main_thread():
             _move(function, come.popleft)
         else:
@@ -2955,48 +2931,40 @@ class _Reader:
 class _Attendant:
     """Who reads while no caller does: a thread of the pool, where calls come in at any time (in a plugin always, in a
     host while it has lent something), or an answer is due that no thread waits for. A method that has been quick it runs
-    at once, and reads on; for any other it first has another thread read. While such calls are run, `_look` is called
-    twice a second: should one take long after all, another thread reads.
+    at once, and reads on; for any other it first has another thread read. While it runs quick ones, `_look` sees twice a
+    second whether one takes long after all.
 
-    Any thread may call `come`, `attend` and `watch`; all else is for threads of the pool. There is one attendant: the
-    thread that has taken what is in `_rights`.
+    Any thread may call `come` and `watch`; all else is for threads of the pool. The attendant is the thread that has
+    taken what is in `_rights`, while that is `_current`.
     """
 
     def __init__(self, session: _Session) -> None:
         self._session = session
         self._reader = session.reader
         self._rights: deque[Any] = deque(([None],))
-        self._current: Any = None  # what the attendant has taken
-        self.quick: dict[str, int] = {}  # by the method: how many times in a row it was, up to 3
+        self._current: Any = None
         self._inline = 0  # the number of the call that the attendant runs; negative when it has
         self._seen = 0  # that, at the last look
         self._watched = False
-        self._coming_until = 0.0  # until then it is sure that somebody looks whether a thread should read
-
-    def come(self) -> None:
-        """Nobody reads, and nobody waits: have a thread read, if one must."""
-        if not self._rights or self._session.ended is not None:
-            return
-        if self._session.serving or self._reader.unattended:
-            self.attend()
-        elif self._session.is_open and time.monotonic() >= self._coming_until:
-            # only what is lent asks for it: a caller who calls again at once finds the seat free until then
-            soon = time.monotonic() + _LAZY
-            _pool.alarm(soon, self._come_late)
-            self._coming_until = soon + _LAZY
-
-    def _come_late(self) -> None:
-        self._coming_until = 0.0
-        if self._is_wanted():
-            self.attend()
+        self._coming = 0.0  # until then it is sure that somebody looks whether a thread should read
 
     def _is_wanted(self) -> bool:
-        """Whether somebody must read though nobody waits."""
         return self._session.ended is None and bool(self._reader.unattended or self._session.is_open)
 
-    def attend(self) -> None:
-        """Have a thread read, unless one does."""
-        if self._rights and not self._reader.seat:
+    def come(self) -> None:
+        """Nobody reads: have a thread read, if one must. Where only what is lent asks for it, in a moment: a caller who
+        calls again at once finds the seat free."""
+        if not self._rights or not self._is_wanted():
+            return
+        if self._session.serving or self._reader.unattended:
+            self._begin()
+        elif time.monotonic() >= self._coming:
+            soon = time.monotonic() + _LAZY
+            _pool.alarm(soon, self._begin)
+            self._coming = soon
+
+    def _begin(self) -> None:
+        if self._rights and not self._reader.seat and self._is_wanted():
             try:
                 _move(self._attend, self._rights.popleft)
             except IndexError:
@@ -3015,7 +2983,7 @@ class _Attendant:
                         break  # the caller that was woken reads better
                 elif runner.slots.take(request):
                     runner.decode(request)
-                    if self.quick.get(request.method, 0) < 3:
+                    if runner.quick.get(request.method, 0) < 3:
                         slow = request
                     else:
                         self._inline = request.number
@@ -3040,36 +3008,32 @@ class _Attendant:
         if slow is not None:
             runner.run_with_slot(slow)
 
-    def took(self, method: str, seconds: float) -> None:
-        """A method has run that long."""
-        if len(self.quick) > 1000:
-            self.quick.clear()  # an object that answers every name
-        self.quick[method] = 0 if seconds > _QUICK else min(3, self.quick.get(method, 0) + 1)
-
     def watch(self) -> None:
-        """Look now and then, from now on."""
+        """Look now and then, until nothing happens any more."""
         if not self._watched:
             _pool.alarm(time.monotonic() + _LOOK, self._look)
             self._watched = True
 
     def _look(self) -> None:
-        """Whether a call has outlasted a whole look, or finalizers have left something. Until nothing happens any more."""
+        """Whether a call has outlasted a whole look, or finalizers have left something."""
         session, inline, seen = self._session, self._inline, self._seen
-        if session.ended is not None:
-            return
+        self._seen = inline
         if session.channel.posted:
             session.flush()
-        self._seen = inline
-        if inline == seen and inline > 0 and self._current is not None and not self._reader.seat and self._is_wanted():
-            self._current = None  # that one reads no more
-            self._rights.append([None])
-            self.attend()
-        elif inline == seen and inline <= 0:
+        if inline != seen:
+            pass
+        elif inline > 0:
+            if self._current is not None and not self._reader.seat:
+                self._current = None  # that one reads no more
+                self._rights.append([None])
+                self._begin()
+        else:
             self._watched = False  # first, then look once more
             if self._inline == inline and not session.channel.posted:
                 return
         self._watched = True
-        _pool.alarm(time.monotonic() + _LOOK, self._look)
+        if session.ended is None:
+            _pool.alarm(time.monotonic() + _LOOK, self._look)
 
 
 class _Caller:
@@ -3200,16 +3164,15 @@ class _Caller:
             raise StopIteration
         raise self._session.failed(ProtocolError(f"a message of kind {kind} answers {call.method}()"), call)
 
-    def _raised(self, call: _Call, body: Any) -> BaseException:
+    def _raised(self, call: _Call, body: Any) -> Any:
         """The exception that a call has raised: what began here comes home as itself."""
         home = body.get("home") if type(body) is dict else None
-        for number, error in call.raised:
-            if type(home) is int and number == home:
-                return error  # type: ignore[no-any-return]
+        if type(home) is int and home in dict(call.raised):
+            return dict(call.raised)[home]
         error = _decode_error(body)
         if isinstance(error, RemoteError):
             vars(error)["_origin"] = (_ref_to(self._session), call.number)
-        return error  # type: ignore[no-any-return]
+        return error
 
     def give_up(self, call: _Call) -> None:
         """Want nothing more of a call. The other side is told, unless it is over. For threads of the pool."""
@@ -3266,13 +3229,13 @@ class _Caller:
 
 class _Runner:
     """Their calls: decode, run, answer. `run_nested` and `run` are for the thread that waits for the call on whose behalf
-    one is made; `run_on_loop` for who routes; all others for threads of the pool."""
+    one is made, `run_on_loop` for who routes, all else for threads of the pool."""
 
     def __init__(self, session: _Session, slots: _Slots) -> None:
         self._session = session
         self._requests = session.requests
-        self._calls = session.calls
         self._codec = session.codec
+        self.quick: dict[str, int] = {}  # by the method: how many times in a row it was, up to 3
         self.slots = slots
         self._nested_slots = _Slots(_NESTED)
 
@@ -3309,12 +3272,10 @@ class _Runner:
     def run_on_loop(self, call: _Call, request: _Request) -> bool:
         """Have the loop that waits for a call run one made on its behalf. False if that is closed."""
         request.loop = call.loop
-        try:
-            call.loop.call_soon_threadsafe(self.run, request, context=call.context)
+        if _call_on(call.loop, partial(self.run, request), call.context):
             return True
-        except RuntimeError:
-            request.loop = None
-            return False
+        request.loop = None
+        return False
 
     # -- running
 
@@ -3322,22 +3283,20 @@ class _Runner:
         """Make the call of what has come: `request.body`. Without one it is answered already."""
         try:
             call = self._session.decode(request.inbox)
+            if (type(call) is not list or len(call) < 4 or type(call[1]) is not str or type(call[2]) is not list
+                    or type(call[3]) is not dict):
+                raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
+            if self._session.closing is not None:
+                raise _Undecodable(PluginClosed("the plugin is shutting down"))
+            request.body, request.method = call, call[1]
         except _Undecodable as error:
-            return self.fail(request, error.args[0], own=True)
+            self.fail(request, error.args[0], own=True)
         except ProtocolError as error:
-            return self._session.end(error)
-        if (type(call) is not list or len(call) < 4 or type(call[1]) is not str or type(call[2]) is not list
-                or type(call[3]) is not dict):
-            text = "a call is [target, method, [argument, ...], {name: argument, ...}]"
-            return self._session.end(ProtocolError(text))
-        if self._session.closing is not None:
-            return self.fail(request, PluginClosed("the plugin is shutting down"), own=True)
-        request.body, request.method = call, call[1]
-        return None
+            self._session.end(error)
 
     def run(self, request: _Request) -> None:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises is an
-        answer too."""
+        answer too. (Should there be one, the other side ignores this.)"""
         if request.producer is not None:
             return request.producer.go_on()
         if request.begun:
@@ -3358,37 +3317,28 @@ class _Runner:
             value = function(*args, **kwargs)
             own = returned = True
             seconds = time.monotonic() - start
-            if seconds > _QUICK or self._session.attendant.quick.get(method, 0) < 3:
-                self._session.attendant.took(method, seconds)
+            if seconds > _QUICK or self.quick.get(method, 0) < 3:
+                self._took(method, seconds)
             if type(value) in _ATOMS or not self._is_more(request, value):
                 self.answer(request, value)
         except BaseException as error:
-            self._failed(request, error, own and issubclass(type(error), PluginError), returned)
+            own, strikes = own and issubclass(type(error), PluginError), _in_main_thread()
+            if strikes or issubclass(type(error), RecursionError):  # where nothing strikes, and where there is room
+                _pool.put((self.fail, request, error, own))
+            else:
+                self.fail(request, error, own)
+            if _is_ctrl_c(error) or (returned and strikes):  # it is for who waits here, too
+                raise
         finally:
             _current.set(outer)
             request.body = args = kwargs = None  # not kept alive by a frame that lingers
         return None
 
-    def _failed(self, request: _Request, error: BaseException, own: bool, returned: bool) -> None:
-        """A call has ended with an exception: that is the answer. (Should there be one, the other side ignores this.) What
-        a handler has raised after the method, and Ctrl-C, goes on to who waits here, too."""
-        if _in_main_thread() or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
-            _pool.put((self.fail, request, error, own))
-        else:
-            self.fail(request, error, own)
-        if _is_ctrl_c(error) or (returned and _in_main_thread()):
-            raise error
-
-    def _is_more(self, request: _Request, value: Any) -> bool:
-        """Whether what a method has returned is not its answer yet: a coroutine, or a stream."""
-        kind = type(value)
-        if hasattr(kind, "__await__"):
-            self._run_as_task(request, self._await(request, value))
-        elif hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
-            self._stream(request, value)
-        else:
-            return False
-        return True
+    def _took(self, method: str, seconds: float) -> None:
+        """A method has run that long."""
+        if len(self.quick) > 1000:
+            self.quick.clear()  # an object that answers every name
+        self.quick[method] = 0 if seconds > _QUICK else self.quick.get(method, 0) + 1
 
     def answer(self, request: _Request, value: Any) -> None:
         """Answer with what a method has returned."""
@@ -3412,16 +3362,17 @@ class _Runner:
 
     def fail(self, request: _Request, error: BaseException, own: bool = False, wait: bool = True) -> None:
         """Answer with an exception, unless it has been answered."""
-        session = self._session
+        session, call = self._session, self._session.calls.get(request.parent)
         if session.is_abandoned:
             _leave_fork(error)
         if self._requests.get(request.number) is not request:
             return
         session.references.unlend(request.lent)
+        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
+            call.raised = deque([*call.raised, (request.number, error)], _RAISED)  # it may come home as that one's
         if request.kind == _NOTIFY:
             _import("traceback").print_exception(type(error), error, error.__traceback__)
         elif not request.cancelled:
-            self._remember(request, error)
             tell: Callable[[], Any]
             for tell in (partial(_encode_error, error, own), partial(_encode_error, error, own, bare=True),
                          partial(dict, message="an exception that cannot be told")):
@@ -3434,21 +3385,28 @@ class _Runner:
                         raise
         self.finish(request)
 
-    def _remember(self, request: _Request, error: BaseException) -> None:
-        """What has been raised here, on behalf of a call of ours, may come home as that one's."""
-        call = self._calls.get(request.parent)
-        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
-            call.raised = deque([*call.raised, (request.number, error)], _RAISED)
-
     def _home(self, error: BaseException) -> dict[str, Any]:
         """Of an exception that has come from the other side: the number of the call that had raised it here."""
-        if issubclass(type(error), RemoteError):
-            origin, number = vars(error).get("_origin") or (lambda: None, None)
-            if origin() is self._session:
-                return {"home": number}
-        return {}
+        origin = vars(error).get("_origin") if issubclass(type(error), RemoteError) else None
+        return {"home": origin[1]} if origin is not None and origin[0]() is self._session else {}
 
     # -- coroutines and streams
+
+    def _is_more(self, request: _Request, value: Any) -> bool:
+        """Whether what a method has returned is not its answer yet: a coroutine, or a stream."""
+        kind = type(value)
+        if hasattr(kind, "__await__"):
+            self._run_as_task(request, self._await(request, value))
+        elif hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
+            request.producer = _Producer(request, value)
+            if request.kind == _NOTIFY:
+                request.cancelled = True  # nobody will read it
+            else:
+                self._session.send(_RESULT, _STREAM, request.number, _NOTHING)
+            request.producer.begin()
+        else:
+            return False
+        return True
 
     def _run_as_task(self, request: _Request, coroutine: Any) -> None:
         """Run a coroutine on the loop of who waits for it, or on the one that the async methods share."""
@@ -3474,18 +3432,6 @@ class _Runner:
         except BaseException as error:
             self.fail(request, error)
 
-    def _stream(self, request: _Request, iterator: Any) -> None:
-        """Answer with a stream."""
-        request.producer = _Producer(request, iterator)
-        if request.kind == _NOTIFY:
-            request.cancelled = True  # nobody will read it
-        else:
-            self._session.send(_RESULT, _STREAM, request.number, _NOTHING)
-        if request.producer.is_async or request.loop is not None or _get_ident() in _loop_threads:
-            request.producer.resume()
-        else:
-            request.producer.go_on()
-
 
 class _Producer:
     """The sending end of a stream: it takes from an iterator what the other side has given credit for. Items that come
@@ -3499,7 +3445,7 @@ class _Producer:
         self._request = request
         self._session = request.session
         self._iterator = iterator
-        self.is_async = hasattr(type(iterator), "__anext__")
+        self._is_async = hasattr(type(iterator), "__anext__")
         self._credit = deque((_WINDOW,))  # what has come of it
         self._left = 0  # for how many more items there was credit
         self._over = False  # whether the end has been told
@@ -3510,6 +3456,12 @@ class _Producer:
         self._last = 0.0  # when some left
         self._alarmed = False  # whether those that wait are seen to
 
+    def begin(self) -> None:
+        if self._is_async or self._request.loop is not None or _get_ident() in _loop_threads:
+            self.resume()
+        else:
+            self.go_on()
+
     def grant(self, message: _Message) -> None:
         """There is credit for so many more items."""
         self._credit.append(int(message[4]))
@@ -3517,19 +3469,18 @@ class _Producer:
 
     def resume(self) -> None:
         """There is credit, or the stream is given up: have somebody go on, unless somebody does."""
-        if self._turn.locked():
-            return
-        if self.is_async:
-            self._request.on_loop(self.go_on)
-        else:
-            _pool.put((self._session.runner.run_in_slot, self._request))
+        if not self._turn.locked():
+            if self._is_async:
+                self._request.on_loop(self.go_on)
+            else:
+                _pool.put((self._session.runner.run_in_slot, self._request))
 
     def go_on(self) -> None:
         """Produce, in this thread or as a task of this thread's loop, until the end or until there is no credit."""
         outer = _current.get()
         try:
             _current.set(self._request)
-            if self.is_async:
+            if self._is_async:
                 self._request.task = _import("asyncio").ensure_future(self._produce())
             else:
                 self._produce().send(None)
@@ -3545,12 +3496,12 @@ class _Producer:
 
     async def _produce(self) -> None:
         request, iterator = self._request, self._iterator
-        end = StopAsyncIteration if self.is_async else StopIteration
+        end = StopAsyncIteration if self._is_async else StopIteration
         while not self._over and (request.cancelled or self._credit or self._left > 0) and self._turn.acquire(False):
             ended, error = True, None
             try:
                 while self._has_credit() and not request.cancelled:
-                    self._put(await iterator.__anext__() if self.is_async else next(iterator))
+                    self._put(await iterator.__anext__() if self._is_async else next(iterator))
                     self._left -= 1
                 ended = request.cancelled
                 if ended and hasattr(iterator, "aclose"):
@@ -3670,7 +3621,7 @@ class _Session:
         channel.begin(max_message)
         _sessions.add(self)
         try:
-            _pool.begin()
+            _pool.check()
         except BaseException:
             _sessions.discard(self)
             raise
@@ -3832,7 +3783,7 @@ class _Session:
         self.stop(-1.0 if self.closing is None else self.closing)
         _sessions.discard(self)
         if not _sessions:
-            _pool.retire()
+            _pool.put((bool,))  # its threads end
 
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""
