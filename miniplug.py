@@ -2073,7 +2073,7 @@ class _Door:
 # Calls, answers and streams, both ways, over one channel. The two sides are one class: each numbers its own calls,
 # and answers those of the other. The rooms, each with a job of its own:
 #
-#     _Pool       threads, for all sessions: what is to be done, now or later, and nobody waits for
+#     _Pool       threads, for all sessions: what is to be done, now or at a time
 #     _Reader     the seat: who reads what has come, and where it goes
 #     _Attendant  who reads while no caller does, and runs what is quick at once
 #     _Caller     our calls: send, wait, give up
@@ -2081,38 +2081,33 @@ class _Door:
 #     _Producer   one of their calls that is answered by a stream
 #     _Session    what these share, and the end
 #
-# Reading. Whoever holds the seat reads, and only routes: what is about a call of ours goes to that call's inbox, and
-# whoever waits for it decodes it; a call made on behalf of one of ours goes to the thread that waits for that one, or
-# to the loop that does; any other call goes to the pool. A thread that waits takes the seat if it is free, else it
-# sleeps until there is something for it, or nobody reads.
+# Reading. Whoever holds the seat reads, and only routes: what is about a call of ours to that call's inbox, for who
+# waits to decode it; a call made on behalf of one of ours to the thread, or the loop, that waits for that one; any
+# other to the pool. A thread that waits takes the seat if it is free, else it sleeps until there is something for it.
 #
-# Sleeping and waking. Who sleeps first says so, then looks once more, then sleeps; who has something does that first,
-# then looks who sleeps. So no wake-up is lost. When a handler raises in between, one may be: so who sleeps looks
-# again after a second. A wake-up for nothing is harmless.
+# Sleeping and waking. Who sleeps first says so, then looks once more; who has something does that first, then looks
+# who sleeps. So no wake-up is lost, but where a handler raises in between: so who sleeps looks again after a second.
 #
-# What a signal handler raises strikes the main thread between any two steps. What must not be struck, a thread of the
-# pool does; it is told by one step of the interpreter's (`_pool.put`, `_move`), which an `except` has first, with no
-# call before it: so nothing strikes before that, in Python 3.10 and later. All other steps may be repeated.
+# What a signal handler raises strikes the main thread between any two steps. What must not be struck a thread of the
+# pool does, told by one step (`_pool.put`, `_move`), which is an `except`'s first, with no call before it: so nothing
+# strikes before, in Python 3.10 and later. Every other step may be repeated.
 #
-# Streams. The answer to a call may be a stream: items, several to a message, until an end or an error. The caller may
-# leave _WINDOW of them unread; for those that it has read it gives credit for as many. A producer without credit is
-# set aside, and holds no thread.
-#
-# Under the locks below nothing is called that takes another.
+# Streams. A call may be answered by items, several to a message, until an end or an error. The caller may leave
+# _WINDOW of them unread, and gives credit for as many as it has read. A producer without credit holds no thread.
 
 _CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END, _CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = range(1, 13)
 _TAGGED, _IGNORABLE, _STREAM = 1, 2, 4
 _ANSWERS = frozenset((_RESULT, _ERROR, _ITEM, _END, _PONG))
 _NOTHING: Any = (b"", (), 0, [])  # a content without a value
-_ENDED: Any = (99, 0, 0, 0, b"", ())  # the message that the connection's end puts into every inbox
-_CLOSED: Any = (_END, 0, 0, 0, b"", ())  # and the one for who waits for a call that was given up
+_ENDED: Any = (99, 0, 0, 0, b"", ())  # in every inbox, once the connection has ended
+_CLOSED: Any = (_END, 0, 0, 0, b"", ())  # in the inbox of a call that was given up
 _WINDOW = 64  # items of a stream that may be on their way or unread
 _GATHER = 0.001  # seconds after a message of items in which the next ones wait for each other
 _QUICK = 0.001  # seconds; a method whose last three runs took less is run by the thread that reads
 _LOOK = 0.5  # seconds between two looks whether such a run takes long after all
-_LAZY = 0.01  # seconds after a call until a thread of the pool reads, where only what is lent asks for it
+_LAZY = 0.01  # seconds after a call until the attendant reads, where only what is lent asks for it
 _IDLE_SECONDS = 10.0  # after which a thread of the pool that has nothing to do ends
-_NESTED = 256  # calls on behalf of ours for which no thread waits that run at once; the others wait
+_NESTED = 256  # calls on behalf of ours for which no thread waits that run at once
 _ENDING = {"SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration", "CancelledError"}
 _RAISED = 16  # exceptions of ours that a call remembers, should they come home
 
@@ -2139,8 +2134,6 @@ def _gate() -> Any:
 def _open(gate: Any) -> None:
     try:
         gate.release()
-    except RecursionError:  # a RuntimeError too, and another matter
-        raise
     except RuntimeError:
         pass  # it is open
 
@@ -2151,101 +2144,77 @@ def _in_main_thread() -> bool:
 
 
 class _Pool:
-    """Daemon threads for all sessions, and a clock, as long as there is a session.
+    """Daemon threads for all sessions, as long as there is one.
 
-    `put((function, *arguments))` has a thread call the function. It is one step, and takes no lock: for any thread, a
-    finalizer and a signal handler too. One thread at least waits for tasks: who takes one starts another if none does.
-    `_lock` protects `_idle` and `_ticks`; a finalizer may take it again.
+    `put((function, *arguments))` has a thread call the function, in one step: for any thread, finalizers and signal
+    handlers too. Who holds `_lead`, which protects `_alarms`, waits for tasks; before it goes with one it sees to it
+    that another thread waits.
     """
 
     def __init__(self) -> None:
-        queue = _import("_queue")
-        self._tasks, self._alarms, self._none = queue.SimpleQueue(), queue.SimpleQueue(), queue.Empty
+        self._tasks = _import("_queue").SimpleQueue()
         self.put: Callable[[tuple[Any, ...]], None] = self._tasks.put
+        self._alarms: list[Any] = []  # a heap of (when, number, function)
         self._numbers = itertools.count()
-        self._lock = threading.RLock()
-        self._idle = 0  # how many threads wait, or are about to
-        self._ticks = False  # whether there is a clock
+        self._lead = threading.Lock()
+        self._waiting: list[None] = []  # as long as how many threads wait, or are about to
 
-    def begin(self) -> None:
-        """There is a session. Raises RuntimeError if no thread can be started."""
-        self.check()
-        with self._lock:
-            if not self._ticks:
-                _start_thread("miniplug-clock", self._tick)
-                self._ticks = True
+    def alarm(self, when: float, function: Callable[[], Any]) -> None:
+        """Have a thread call a function at a time.monotonic()."""
+        self.put((float(when), next(self._numbers), function))
 
     def check(self) -> None:
-        """See to it that a thread waits for tasks. Raises RuntimeError if none can be started."""
-        if self._idle < 1:
-            with self._lock:
-                if self._idle < 1:
-                    _start_thread("miniplug-worker", self._work)
-                    self._idle += 1
+        """See to it that a thread waits. Raises RuntimeError if none can be started."""
+        if not self._waiting:
+            _start_thread("miniplug-worker", self._work)
 
     def _work(self) -> None:
         while True:
+            self._waiting.append(None)
+            leads = self._lead.acquire(True, _IDLE_SECONDS)
+            task: Any = self._next() if leads else None
+            self._waiting.pop()  # who begins a session looks at that before
+            if task is None or (task[0] is bool and not _sessions):
+                break  # others wait; or there is nothing to wait for
             try:
-                task = self._tasks.get(True, _IDLE_SECONDS)
-            except self._none:
-                with self._lock:
-                    if self._idle > 1:
-                        self._idle -= 1
-                        return
-                continue
-            with self._lock:
-                self._idle -= 1
-            try:
-                if _sessions or not self._tasks.empty():
-                    self.check()
-            except RuntimeError:
-                pass  # until one can be started, or is done, tasks wait
+                self.check()
+            except (RuntimeError, MemoryError):
+                pass  # tasks wait until a thread can be started, or is done
+            self._lead.release()
             try:
                 task[0](*task[1:])
             except BaseException:
                 _import("traceback").print_exc()
             task = None
-            with self._lock:
-                if not _sessions and self._tasks.empty():
-                    if self._idle:
-                        self.put((bool,))  # the next one goes, too
-                    return
-                self._idle += 1
+        if leads:
+            self._lead.release()
 
-    def alarm(self, when: float, function: Callable[[], Any]) -> None:
-        """Have a thread call a function at a time, of time.monotonic(). Takes no lock, either."""
-        self._alarms.put((when, next(self._numbers), function))
-
-    def _tick(self) -> None:
-        heapq = _import("heapq")
-        alarms: list[Any] = []
-        while True:
-            with self._lock:
-                if not _sessions:
-                    self._ticks = False
-                    return
-            now = time.monotonic()
-            while alarms and alarms[0][0] <= now:
-                self.put(heapq.heappop(alarms)[2:])
+    def _next(self) -> Any:
+        """Wait for a task; for none any more, if there is no session."""
+        heapq, alarms, seconds = _import("heapq"), self._alarms, None
+        while _sessions or not self._tasks.empty():
+            if alarms:
+                seconds = alarms[0][0] - time.monotonic()
+                if seconds <= 0:
+                    return heapq.heappop(alarms)[2:]
             try:
-                seconds = max(0.0, min(alarms[0][0] - now, _FOREVER)) if alarms else None
-                heapq.heappush(alarms, self._alarms.get(True, seconds))
-            except self._none:
+                task = self._tasks.get(True, None if seconds is None else min(seconds, _FOREVER))
+                if type(task[0]) is not float:
+                    return task
+                heapq.heappush(alarms, task)
+            except _import("_queue").Empty:
                 pass
-
-    def retire(self) -> None:
-        """There is no session any more."""
-        self.put((bool,))
-        self.alarm(0.0, bool)
+        alarms.clear()
+        return (bool,)
 
 
 def _move(function: Callable[[Any], Any], take: Callable[[], Any]) -> None:
-    """Have a thread of the pool call a function with what `take`, a queue's popleft, gives: in one step."""
+    """Have the pool call a function with what `take`, a queue's popleft, gives: in one step."""
     _consume(map(_pool.put, zip((function,), itertools.starmap(take, _ONCE))))
 
 
 def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Have a thread of the pool call a function, and wait for what it gives or raises."""
+    """Have the pool call a function, and wait for what it gives or raises."""
     results: list[Any] = []
     gate = _gate()
 
@@ -2286,33 +2255,30 @@ if hasattr(os, "register_at_fork"):
 
 def _leave_fork(error: BaseException | None) -> None:
     """End a forked child whose method has ended there: it must neither answer nor serve beside its parent."""
-    code: Any = 0 if error is None else error.code if isinstance(error, SystemExit) else 1
-    if error is not None and not isinstance(error, SystemExit):
-        _import("traceback").print_exception(type(error), error, error.__traceback__)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # it has none
-    os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
+    try:
+        if error is not None:
+            _import("traceback").print_exception(type(error), error, error.__traceback__)
+        sys.stdout.flush()
+    finally:
+        os._exit(int(error is not None))
 
 
 class _Call:
-    """A call of ours. `inbox` is what has come about it: messages, each decoded by who takes it; or, before them, a call
-    of the other side's on its behalf, as long as the thread that waits runs it."""
+    """A call of ours. `inbox` is what has come about it: messages, each for one thread to take and decode; or first, while
+    the thread that waits runs it, a call of the other side's."""
 
     gate: Any = None  # of the thread that waits, while it sleeps
-    home = True  # whether a thread waits that runs what is nested in it
+    home = True  # whether a thread waits, which runs calls on its behalf
     loop: Any = None  # the event loop that does, if it was submitted where one runs
     context: Any = None  # contextvars.Context, of the submit
-    raised: Any = ()  # what calls on its behalf have raised: (number, exception)
-    streams: _Message | None = None  # the result that said so
+    raised: Any = ()  # by calls on its behalf: (number, exception)
+    streams = False  # whether it is answered by a stream
     over = False  # whether its answer was decoded
     granted = _WINDOW  # for how many items there was credit
     deadline: float | None = None
     session: Any = None  # of a submitted one
     future: Any = None  # the Call that the user has
-    watcher: Callable[[], Any] | None = None  # called by who reads when an item has come, where no thread waits
+    watcher: Callable[[], Any] | None = None  # called when an item has come, where no thread waits
 
     def __init__(self, number: int, method: str, seconds: float | None) -> None:
         self.number = number
@@ -2366,6 +2332,7 @@ class _Request:
         self.session = session
         self.inbox = deque((message,))
         self.kind, _, self.number, self.parent, _, _ = message
+        self.slots = session.runner.nested_slots if self.parent else session.runner.slots
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -2376,20 +2343,23 @@ class _Request:
             self.producer.resume()  # it is closed, if it waits for credit
 
     def on_loop(self, function: Callable[[], Any]) -> bool:
-        """Have the event loop that this runs on call a function: the host's, or the one that the async methods share.
-        False if it is closed."""
+        """Have the loop that this runs on call a function: the host's, or that of the async methods. False if closed."""
         if self.loop is None:
             return self.session.references.on_loop(function)  # type: ignore[no-any-return]
-        try:
-            self.loop.call_soon_threadsafe(function)
-            return True
-        except RuntimeError:
-            return False
+        return _call_on(self.loop, function)
+
+
+def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> bool:
+    try:
+        loop.call_soon_threadsafe(function, context=context)
+        return True
+    except RuntimeError:
+        return False
 
 
 class _Slots:
-    """How many calls may run at once. All sessions of a plugin share them. For threads of the pool; `_lock` protects
-    the rest."""
+    """How many calls may run at once. All sessions of a plugin share them. For threads of the pool; `_lock` protects the
+    rest."""
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
@@ -2407,17 +2377,16 @@ class _Slots:
 
     def give_back(self) -> None:
         with self._lock:
-            request = self._queue.popleft() if self._queue else None
-            if request is None:
+            if not self._queue:
                 self.free.append(None)
-        if request is not None:
-            _pool.put((request.session.runner.run_with_slot, request))
+                return
+            request = self._queue.popleft()
+        _pool.put((request.session.runner.run_with_slot, request))
 
 
 class _Reader:
-    """Who reads what has come, and where it goes. Any thread may call `wait` and `pass_on`; `read` and what it calls the
-    holder of the seat does: each step may be repeated, as a handler that raises leaves the message first in the
-    channel's queue.
+    """Who reads what has come, and where it goes. Any thread may call `wait` and `pass_on`; the rest is for who holds the
+    seat. Should a handler raise there, the message is still first in the channel's queue.
 
         nobody --a caller: wait, until it has its answer-----> nobody
         nobody --pass_on: a sleeper is woken, takes the seat-> nobody
@@ -2434,8 +2403,8 @@ class _Reader:
         self.unattended: set[int] = set()  # numbers of those whose answer must be read though no thread waits
 
     def wait(self, call: _Call) -> None:
-        """Wait until something has come about the call, reading while nobody else does, and running what is nested in
-        it. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
+        """Wait until something has come about the call, read while nobody else does, and run what is made on its behalf.
+        Raises _Late past its deadline, RuntimeError if it would wait for itself."""
         seat, session, token = self.seat, self._session, {_get_ident()}
         mine = _ref_to(token)
         try:
@@ -2446,7 +2415,7 @@ class _Reader:
                     self.pass_on()
                     session.runner.run_nested(call)
                 elif session.ended is not None:
-                    call.inbox.append(_ENDED)  # the end may have come when the call was given up already
+                    call.inbox.append(_ENDED)  # it may have come when the call was given up already
                 elif seat.setdefault(0, mine) is not mine:
                     self._sleep(call)
                 else:
@@ -2494,11 +2463,9 @@ class _Reader:
             return self._channel.close()
         return self._session.attendant.come()
 
-    # -- as the holder of the seat
-
     def read(self, waiting: _Call | None = None) -> _Request | None:
-        """Hand on what comes, until there is something about the call for which this thread is `waiting`. Without one,
-        as the attendant, until there is a call to be run, which is returned, or a caller may read."""
+        """Hand on what comes, until there is something for the call that is `waiting`. Without one, as the attendant,
+        until there is a call to be run, which is returned, or a caller may read."""
         calls, receive = self._calls, self._channel.receive
         number, deadline = (0, None) if waiting is None else (waiting.number, waiting.deadline)
         while True:
@@ -2514,19 +2481,19 @@ class _Reader:
                     if kind == _RESULT and message[2] == number and number in calls and not message[1] & _STREAM:
                         waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
                         calls.pop(number, None)  # the usual case
-                    elif self._route_answer(come, message, waiting):
+                    elif self._route_answer(come, message, waiting is None):
                         return None
-                elif kind in (_CALL, _NOTIFY):
-                    request = self._route_call(come, message, waiting)
+                elif kind > _NOTIFY:
+                    self._session.steer(come, message)
+                else:
+                    request = self._route_call(come, message, waiting is None)
                     if request is not None:
                         return request
-                else:
-                    self._session.steer(come, message)
             message = ()  # what has come is not kept alive by who waits for more
             if waiting is not None and waiting.inbox:
                 return None
 
-    def _route_answer(self, come: deque[_Message], message: _Message, waiting: _Call | None) -> bool:
+    def _route_answer(self, come: deque[_Message], message: _Message, attends: bool) -> bool:
         """Put a message into its call's inbox. Returns whether the attendant may go, as a caller is woken."""
         kind, flags, number = message[:3]
         call = self._calls.get(number)
@@ -2534,34 +2501,34 @@ class _Reader:
             self.unattended.discard(number)
             self.take(come, self._session.drop)
             return False
-        if flags & _STREAM and kind == _RESULT and call.streams is None:
-            call.streams = message
-        if kind == _ITEM and (len(call.inbox) > _WINDOW or (call.future is not None and call.streams is None)):
+        opens = kind == _RESULT and flags & _STREAM
+        if opens:
+            call.streams = True
+        if kind == _ITEM and (len(call.inbox) > _WINDOW or (call.future is not None and not call.streams)):
             raise ProtocolError("more items of a stream than there is credit for")  # each message has one at least
-        if call.future is not None and kind != _ITEM and (call.streams is None or call.streams is message):
-            call.future._arrive(call, come, waiting is None)
+        if call.future is not None and kind != _ITEM and (opens or not call.streams):
+            call.future._arrive(call, come, attends)
         else:
             call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
-        if kind != _ITEM and call.streams is not message and self._calls.pop(number, None) is None:
+        if kind != _ITEM and not opens and self._calls.pop(number, None) is None:
             self._session.caller.forget(call)  # it was given up meanwhile
         self.unattended.discard(number)
         sleeps = call.gate is not None
         call.wake()
-        return sleeps and waiting is None
+        return sleeps and attends
 
-    def _route_call(self, come: deque[_Message], message: _Message, waiting: _Call | None) -> _Request | None:
-        """Give a call to who runs it: the thread or the loop that waits for the one on whose behalf it is made, or the
-        pool. As the attendant return any other."""
+    def _route_call(self, come: deque[_Message], message: _Message, attends: bool) -> _Request | None:
+        """Give a call to who runs it. The attendant does so itself, where it is on behalf of none: it is returned."""
         number, parent = message[2:4]
         request, runner = self._requests.get(number), self._session.runner
         if request is None:
             request = self._requests[number] = _Request(self._session, message)
         elif not request.inbox or request.inbox[0] is not message:
             raise ProtocolError("the number of a call is that of another one")
-        if not parent and waiting is None:
+        if attends and not parent:
             come.popleft()
             return request
-        call = self._calls.get(parent) if parent else None
+        call = self._calls.get(parent)
         if call is not None and call.home and not call.inbox:  # that thread runs one, and no more
             call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
             if parent not in self._calls:
@@ -2573,8 +2540,6 @@ class _Reader:
             try:
                 _pool.check()
                 _move(runner.run_message, come.popleft)
-            except RecursionError:
-                raise
             except RuntimeError as error:  # no thread to be had: that fails the call
                 runner.fail(request, error, wait=False)
                 come.popleft()
@@ -2582,8 +2547,7 @@ class _Reader:
 
     @staticmethod
     def take(come: deque[_Message], function: Callable[[_Message], Any]) -> None:
-        """Call a function with the first of `come`, which must neither be lost nor done twice: where a handler may
-        strike, a thread of the pool does."""
+        """Call a function with the first of `come`, once and for all: no handler must strike there."""
         if _in_main_thread():
             _move(function, come.popleft)
         else:
@@ -2593,48 +2557,41 @@ class _Reader:
 class _Attendant:
     """Who reads while no caller does: a thread of the pool, where calls come in at any time (in a plugin always, in a
     host while it has lent something), or an answer is due that no thread waits for. A method that has been quick it runs
-    at once, and reads on; for any other it first has another thread read. While such calls are run, `_look` is called
-    twice a second: should one take long after all, another thread reads.
+    at once, and reads on; for any other it first has another thread read. `_look` sees twice a second whether a quick
+    one takes long after all.
 
-    Any thread may call `come`, `attend` and `watch`; all else is for threads of the pool. There is one attendant: the
-    thread that has taken what is in `_rights`.
+    Any thread may call `come` and `watch`, the pool all else. The attendant has what was in `_rights`: `_current`.
     """
 
     def __init__(self, session: _Session) -> None:
         self._session = session
         self._reader = session.reader
         self._rights: deque[Any] = deque(([None],))
-        self._current: Any = None  # what the attendant has taken
-        self.quick: dict[str, int] = {}  # by the method: how many times in a row it was, up to 3
+        self._current: Any = None
         self._inline = 0  # the number of the call that the attendant runs; negative when it has
         self._seen = 0  # that, at the last look
         self._watched = False
-        self._coming_until = 0.0  # until then it is sure that somebody looks whether a thread should read
-
-    def come(self) -> None:
-        """Nobody reads, and nobody waits: have a thread read, if one must."""
-        if not self._rights or self._session.ended is not None:
-            return
-        if self._session.serving or self._reader.unattended:
-            self.attend()
-        elif self._session.is_open and time.monotonic() >= self._coming_until:
-            # only what is lent asks for it: a caller who calls again at once finds the seat free until then
-            soon = time.monotonic() + _LAZY
-            _pool.alarm(soon, self._come_late)
-            self._coming_until = soon + _LAZY
-
-    def _come_late(self) -> None:
-        self._coming_until = 0.0
-        if self._is_wanted():
-            self.attend()
+        self._coming = 0.0  # until then it is sure that somebody looks whether a thread should read
 
     def _is_wanted(self) -> bool:
-        """Whether somebody must read though nobody waits."""
-        return self._session.ended is None and bool(self._reader.unattended or self._session.is_open)
+        session = self._session
+        wanted = session.serving or self._reader.unattended or session.requests or session.references.lends
+        return bool(wanted) and session.ended is None
 
-    def attend(self) -> None:
-        """Have a thread read, unless one does."""
-        if self._rights and not self._reader.seat:
+    def come(self) -> None:
+        """Nobody reads: have a thread read, if one must; where only what is lent asks for it, in a moment, so that who
+        calls again at once finds the seat free."""
+        if not self._rights or not self._is_wanted():
+            return
+        if self._session.serving or self._reader.unattended:
+            self._begin()
+        elif time.monotonic() >= self._coming:
+            soon = time.monotonic() + _LAZY
+            _pool.alarm(soon, self._begin)
+            self._coming = soon
+
+    def _begin(self) -> None:
+        if self._rights and not self._reader.seat and self._is_wanted():
             try:
                 _move(self._attend, self._rights.popleft)
             except IndexError:
@@ -2653,7 +2610,7 @@ class _Attendant:
                         break  # the caller that was woken reads better
                 elif runner.slots.take(request):
                     runner.decode(request)
-                    if self.quick.get(request.method, 0) < 3:
+                    if runner.quick.get(request.method, 0) < 3:
                         slow = request
                     else:
                         self._inline = request.number
@@ -2678,41 +2635,34 @@ class _Attendant:
         if slow is not None:
             runner.run_with_slot(slow)
 
-    def took(self, method: str, seconds: float) -> None:
-        """A method has run that long."""
-        if len(self.quick) > 1000:
-            self.quick.clear()  # an object that answers every name
-        self.quick[method] = 0 if seconds > _QUICK else min(3, self.quick.get(method, 0) + 1)
-
     def watch(self) -> None:
-        """Look now and then, from now on."""
+        """Look now and then, until nothing happens any more."""
         if not self._watched:
             _pool.alarm(time.monotonic() + _LOOK, self._look)
             self._watched = True
 
     def _look(self) -> None:
-        """Whether a call has outlasted a whole look, or finalizers have left something. Until nothing happens any more."""
+        """Whether a call has outlasted a whole look, or finalizers have left something."""
         session, inline, seen = self._session, self._inline, self._seen
-        if session.ended is not None:
-            return
+        self._seen = inline
         if session.channel.posted:
             session.flush()
-        self._seen = inline
-        if inline == seen and inline > 0 and self._current is not None and not self._reader.seat and self._is_wanted():
-            self._current = None  # that one reads no more
-            self._rights.append([None])
-            self.attend()
-        elif inline == seen and inline <= 0:
+        if inline == seen and inline > 0:
+            if self._current is not None and not self._reader.seat:
+                self._current = None  # that one reads no more
+                self._rights.append([None])
+                self._begin()
+        elif inline == seen:
             self._watched = False  # first, then look once more
             if self._inline == inline and not session.channel.posted:
                 return
         self._watched = True
-        _pool.alarm(time.monotonic() + _LOOK, self._look)
+        if session.ended is None:
+            _pool.alarm(time.monotonic() + _LOOK, self._look)
 
 
 class _Caller:
-    """Our calls, from the proxy to the answer. Any thread, from any number of them at once. What may be left when a
-    handler raises, or for another reason, a thread of the pool clears up: `give_up`."""
+    """Our calls, from the proxy to the answer. For any thread. What one may leave the pool clears up: `give_up`."""
 
     def __init__(self, session: _Session) -> None:
         self._session = session
@@ -2725,7 +2675,7 @@ class _Caller:
     def call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], seconds: float | None,
              kind: int = _CALL) -> Any:
         """Call and wait for the answer, which may be a Stream. Raises what the method raised, CallTimeout, _Sealed, and
-        what the session's `lost` said when the connection ends."""
+        what `lost` made of the connection's end."""
         if _loop_threads and kind != _NOTIFY and _get_ident() in _loop_threads:
             raise RuntimeError(f"{method}() would block the event loop of the async methods: await {method}.submit(...)")
         call = _Call(next(self._numbers), method, seconds)
@@ -2739,7 +2689,7 @@ class _Caller:
                 self._calls.pop(call.number, None)
                 return None
             self._reader.wait(call)
-            if call.number in self._calls and call.streams is None:  # who read was struck before that
+            if call.number in self._calls and not call.streams:  # who read was struck before that
                 self._calls.pop(call.number, None)
             return self.value(call, _RESULT if kind == _CALL else _PONG)
         except BaseException as error:
@@ -2783,7 +2733,7 @@ class _Caller:
         return call
 
     def next(self, call: _Call) -> None:
-        """Wait until there is a message of a stream in the inbox. Raises as `call` does; who calls this gives it up."""
+        """Wait for a message of a stream. Raises as `call` does, and leaves it to the stream to give the call up."""
         if call.inbox:
             return
         if _loop_threads and _get_ident() in _loop_threads:
@@ -2816,8 +2766,8 @@ class _Caller:
             raise _waits_for_itself(call)
 
     def value(self, call: _Call, expected: int = _RESULT) -> Any:
-        """What the first message of the inbox stands for, which is taken out: the answer, or items of a stream. Raises
-        what it says, and StopIteration at the end of a stream."""
+        """What the first message of the inbox stands for: the answer, or items. Raises what it says, and StopIteration at
+        the end of a stream."""
         try:
             message = call.inbox[0]
             value = self._session.decode(call.inbox)
@@ -2839,16 +2789,15 @@ class _Caller:
             raise StopIteration
         raise self._session.failed(ProtocolError(f"a message of kind {kind} answers {call.method}()"), call)
 
-    def _raised(self, call: _Call, body: Any) -> BaseException:
+    def _raised(self, call: _Call, body: Any) -> Any:
         """The exception that a call has raised: what began here comes home as itself."""
         home = body.get("home") if type(body) is dict else None
-        for number, error in call.raised:
-            if type(home) is int and number == home:
-                return error  # type: ignore[no-any-return]
+        if type(home) is int and home in dict(call.raised):
+            return dict(call.raised)[home]
         error = _decode_error(body)
         if isinstance(error, RemoteError):
             vars(error)["_origin"] = (_ref_to(self._session), call.number)
-        return error  # type: ignore[no-any-return]
+        return error
 
     def give_up(self, call: _Call) -> None:
         """Want nothing more of a call. The other side is told, unless it is over. For threads of the pool."""
@@ -2861,10 +2810,9 @@ class _Caller:
             session.post(_CANCEL, call.number)
         self.forget(call)
         call.wake()
-        if is_open and call.streams is not None:
+        if is_open and call.streams:
             self.probe(next(self._numbers))  # its producer may wait to send: read until that is answered
         self._reader.pass_on()
-        session.flush(False)
 
     def forget(self, call: _Call) -> None:
         """Want nothing of what has come about a call."""
@@ -2894,7 +2842,7 @@ class _Caller:
         """Fail submitted calls whose deadline has come."""
         now = time.monotonic()
         for call in list(self._calls.values()):
-            if call.future is None or call.deadline is None or call.streams is not None:
+            if call.future is None or call.deadline is None or call.streams:
                 continue
             if call.deadline <= now:
                 self.give_up(call)
@@ -2904,16 +2852,16 @@ class _Caller:
 
 
 class _Runner:
-    """Their calls: decode, run, answer. `run_nested` and `run` are for the thread that waits for the call on whose behalf
-    one is made; `run_on_loop` for who routes; all others for threads of the pool."""
+    """Their calls: decode, run, answer. For threads of the pool; but `run` also for who waits for the call on whose
+    behalf one is made, and `run_on_loop` for who routes."""
 
     def __init__(self, session: _Session, slots: _Slots) -> None:
         self._session = session
         self._requests = session.requests
-        self._calls = session.calls
         self._codec = session.codec
+        self.quick: dict[str, int] = {}  # by the method: how many times in a row it was, up to 3
         self.slots = slots
-        self._nested_slots = _Slots(_NESTED)
+        self.nested_slots = _Slots(_NESTED)  # of their own, or who waits for a nested call might hold the last slot
 
     # -- which thread
 
@@ -2925,21 +2873,18 @@ class _Runner:
         elif request is not None:
             self.run_in_slot(request)
 
-    def _slots_of(self, request: _Request) -> _Slots:
-        return self._nested_slots if request.parent else self.slots  # else they might wait for each other
-
     def run_in_slot(self, request: _Request) -> None:
-        if self._slots_of(request).take(request):
+        if request.slots.take(request):
             self.run_with_slot(request)
 
     def run_with_slot(self, request: _Request) -> None:
         try:
             self.run(request)
         finally:
-            self._slots_of(request).give_back()
+            request.slots.give_back()
 
     def run_nested(self, call: _Call) -> None:
-        """As the thread that waits for a call: run the one that is made on its behalf."""
+        """As the thread that waits for a call: run the one in its inbox."""
         request = self._requests.get(call.inbox[0][2])
         if request is not None:
             self.run(request)
@@ -2948,12 +2893,9 @@ class _Runner:
     def run_on_loop(self, call: _Call, request: _Request) -> bool:
         """Have the loop that waits for a call run one made on its behalf. False if that is closed."""
         request.loop = call.loop
-        try:
-            call.loop.call_soon_threadsafe(self.run, request, context=call.context)
-            return True
-        except RuntimeError:
+        if not _call_on(call.loop, partial(self.run, request), call.context):
             request.loop = None
-            return False
+        return request.loop is not None
 
     # -- running
 
@@ -2961,31 +2903,28 @@ class _Runner:
         """Make the call of what has come: `request.body`. Without one it is answered already."""
         try:
             call = self._session.decode(request.inbox)
+            if (type(call) is not list or len(call) < 4 or type(call[1]) is not str or type(call[2]) is not list
+                    or type(call[3]) is not dict):
+                raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
+            if self._session.closing is not None:
+                raise _Undecodable(PluginClosed("the plugin is shutting down"))
+            request.body, request.method = call, call[1]
         except _Undecodable as error:
-            return self.fail(request, error.args[0], own=True)
+            self.fail(request, error.args[0], own=True)
         except ProtocolError as error:
-            return self._session.end(error)
-        if (type(call) is not list or len(call) < 4 or type(call[1]) is not str or type(call[2]) is not list
-                or type(call[3]) is not dict):
-            text = "a call is [target, method, [argument, ...], {name: argument, ...}]"
-            return self._session.end(ProtocolError(text))
-        if self._session.closing is not None:
-            return self.fail(request, PluginClosed("the plugin is shutting down"), own=True)
-        request.body, request.method = call, call[1]
-        return None
+            self._session.end(error)
 
     def run(self, request: _Request) -> None:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises is an
-        answer too."""
-        if request.producer is not None:
-            return request.producer.go_on()
-        if request.begun:
+        answer too. (Should there be one, the other side ignores this.)"""
+        if request.begun and request.producer is None:
             return None
-        own, returned = True, False  # whether a PluginError would be about this call itself; whether the method has
-        request.outer = outer = _current.get()
+        own, returned, outer = True, False, _current.get()  # own: whether a PluginError would be about this call itself
         try:
-            request.begun = True
             _current.set(request)
+            if request.producer is not None:
+                return request.producer.go_on()
+            request.begun, request.outer = True, outer
             if request.body is None:
                 self.decode(request)
                 if request.body is None:
@@ -2997,38 +2936,28 @@ class _Runner:
             value = function(*args, **kwargs)
             own = returned = True
             seconds = time.monotonic() - start
-            if seconds > _QUICK or self._session.attendant.quick.get(method, 0) < 3:
-                self._session.attendant.took(method, seconds)
+            if seconds > _QUICK or self.quick.get(method, 0) < 3:
+                self._took(method, seconds)
             if type(value) in _ATOMS or not self._is_more(request, value):
                 self.answer(request, value)
         except BaseException as error:
-            self._failed(request, error, own and issubclass(type(error), PluginError), returned)
+            own, strikes = own and issubclass(type(error), PluginError), _in_main_thread()
+            if strikes or issubclass(type(error), RecursionError):  # where nothing strikes, and where there is room
+                _pool.put((self.fail, request, error, own))
+            else:
+                self.fail(request, error, own)
+            if _is_ctrl_c(error) or (returned and strikes):  # it is for who waits here, too
+                raise
         finally:
             _current.set(outer)
             request.body = args = kwargs = None  # not kept alive by a frame that lingers
         return None
 
-    def _failed(self, request: _Request, error: BaseException, own: bool, returned: bool) -> None:
-        """A call has ended with an exception: that is the answer. (Should there be one, the other side ignores this.) What
-        a handler has raised after the method, and Ctrl-C, goes on to who waits here, too."""
-        if _in_main_thread() or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
-            _pool.put((self.fail, request, error, own))
-        else:
-            self.fail(request, error, own)
-        if _is_ctrl_c(error) or (returned and _in_main_thread()):
-            raise error
-
-    def _is_more(self, request: _Request, value: Any) -> bool:
-        """Whether what a method has returned is not its answer yet: a coroutine, or a stream."""
-        kind = type(value)
-        if hasattr(kind, "__await__"):
-            self._run_as_task(request, self._await(request, value))
-        elif hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
-            self._session.attendant.took(request.method, _FOREVER)  # its generator may wait: another thread has to read
-            self._stream(request, value)
-        else:
-            return False
-        return True
+    def _took(self, method: str, seconds: float) -> None:
+        """A method has run that long."""
+        if len(self.quick) > 1000:
+            self.quick.clear()  # an object that answers every name
+        self.quick[method] = 0 if seconds > _QUICK else self.quick.get(method, 0) + 1
 
     def answer(self, request: _Request, value: Any) -> None:
         """Answer with what a method has returned."""
@@ -3042,67 +2971,66 @@ class _Runner:
         elif type(value) is _Ref:  # an instance that was dispensed in vain is to be exited
             self._session.references.lend(self._session, value, lent)
             self._session.references.unlend(lent)
-        return self.finish(request)
-
-    def finish(self, request: _Request) -> None:
-        """The call has been answered."""
         self._requests.pop(request.number, None)
-        if self._session.closing is not None and not self._requests:
-            _open(self._session.drained)
+        return None
 
     def fail(self, request: _Request, error: BaseException, own: bool = False, wait: bool = True) -> None:
         """Answer with an exception, unless it has been answered."""
-        session = self._session
+        session, call = self._session, self._session.calls.get(request.parent)
         if session.is_abandoned:
             _leave_fork(error)
         if self._requests.get(request.number) is not request:
             return
         session.references.unlend(request.lent)
+        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
+            call.raised = deque([*call.raised, (request.number, error)], _RAISED)  # it may come home as that one's
         if request.kind == _NOTIFY:
             _import("traceback").print_exception(type(error), error, error.__traceback__)
         elif not request.cancelled:
-            self._remember(request, error)
-            tell: Callable[[], Any]
-            for tell in (partial(_encode_error, error, own), partial(_encode_error, error, own, bare=True),
-                         partial(dict, message="an exception that cannot be told")):
+            for bare in (False, True, None):
                 try:
-                    content = self._codec.dumps({**tell(), **self._home(error)}, "the exception")
+                    body = {"message": "it cannot be told"} if bare is None else _encode_error(error, own, bare=bare)
+                    content = self._codec.dumps({**body, **self._home(error)}, "the exception")
                     session.send(_ERROR, 0, request.number, content, wait=wait)
                     break
                 except BaseException as problem:  # its arguments cannot travel, or are too long, or it is a trap
                     if _is_ctrl_c(problem):
                         raise
-        self.finish(request)
-
-    def _remember(self, request: _Request, error: BaseException) -> None:
-        """What has been raised here, on behalf of a call of ours, may come home as that one's."""
-        call = self._calls.get(request.parent)
-        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
-            call.raised = deque([*call.raised, (request.number, error)], _RAISED)
+        self._requests.pop(request.number, None)
 
     def _home(self, error: BaseException) -> dict[str, Any]:
         """Of an exception that has come from the other side: the number of the call that had raised it here."""
-        if issubclass(type(error), RemoteError):
-            origin, number = vars(error).get("_origin") or (lambda: None, None)
-            if origin() is self._session:
-                return {"home": number}
-        return {}
+        origin = vars(error).get("_origin") if issubclass(type(error), RemoteError) else None
+        return {"home": origin[1]} if origin is not None and origin[0]() is self._session else {}
 
     # -- coroutines and streams
 
-    def _run_as_task(self, request: _Request, coroutine: Any) -> None:
-        """Run a coroutine on the loop of who waits for it, or on the one that the async methods share."""
+    def _is_more(self, request: _Request, value: Any) -> bool:
+        """Whether what a method has returned is not its answer yet: a coroutine, or a stream."""
+        kind = type(value)
+        if hasattr(kind, "__await__"):
+            self.run_as_task(request, partial(self._await, request, value))
+        elif hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
+            request.producer = _Producer(request, value)
+            if request.kind == _NOTIFY:
+                request.cancelled = True  # nobody will read it
+            else:
+                self._session.send(_RESULT, _STREAM, request.number, _NOTHING)
+            request.producer.resume()
+        else:
+            return False
+        return True
+
+    def run_as_task(self, request: _Request, function: Callable[[], Any]) -> None:
+        """Run an async function on the loop of who waits for it, or on the one that the async methods share."""
         def begin() -> None:
             asyncio = _import("asyncio")
             _current.set(request)
-            request.task = task = asyncio.ensure_future(coroutine)
-            if request.cancelled:  # once it has begun, or nothing would finish the request
+            request.task = task = asyncio.ensure_future(function())
+            if request.cancelled and request.producer is None:  # once it has begun, or nothing would finish the request
                 asyncio.get_running_loop().call_soon(task.cancel)
 
-        if request.loop is not None:
-            begin()
-        elif not request.on_loop(begin):
-            coroutine.close()
+        if not request.on_loop(begin):
             self.fail(request, PluginClosed("the plugin is shutting down"), own=True)
 
     async def _await(self, request: _Request, awaitable: Any) -> None:
@@ -3114,32 +3042,20 @@ class _Runner:
         except BaseException as error:
             self.fail(request, error)
 
-    def _stream(self, request: _Request, iterator: Any) -> None:
-        """Answer with a stream."""
-        request.producer = _Producer(request, iterator)
-        if request.kind == _NOTIFY:
-            request.cancelled = True  # nobody will read it
-        else:
-            self._session.send(_RESULT, _STREAM, request.number, _NOTHING)
-        if request.producer.is_async or request.loop is not None or _get_ident() in _loop_threads:
-            request.producer.resume()
-        else:
-            request.producer.go_on()
-
 
 class _Producer:
     """The sending end of a stream: it takes from an iterator what the other side has given credit for. Items that come
-    quickly gather, and leave together; a slow producer's leave one by one, when they are made.
+    quickly leave together, a slow producer's one by one, when they are made.
 
-    Any thread may call `grant` and `resume`. One thread, or one task, produces: the one that holds `_turn`. `_lock`
-    protects `_group`, `_size` and `_last`, and is held while items leave, so that they leave in order.
+    Any thread may call `grant` and `resume`. Who holds `_turn`, a thread or a task, produces. `_lock` protects `_group`,
+    `_size` and `_last`, and is held while items leave, so that they leave in order.
     """
 
     def __init__(self, request: _Request, iterator: Any) -> None:
         self._request = request
         self._session = request.session
         self._iterator = iterator
-        self.is_async = hasattr(type(iterator), "__anext__")
+        self._is_async = hasattr(type(iterator), "__anext__")
         self._credit = deque((_WINDOW,))  # what has come of it
         self._left = 0  # for how many more items there was credit
         self._over = False  # whether the end has been told
@@ -3156,27 +3072,21 @@ class _Producer:
         self.resume()
 
     def resume(self) -> None:
-        """There is credit, or the stream is given up: have somebody go on, unless somebody does."""
+        """Have somebody go on, unless somebody does: a task if the iterator is async, else the pool."""
+        runner = self._session.runner
         if self._turn.locked():
             return
-        if self.is_async:
-            self._request.on_loop(self.go_on)
+        if self._is_async:
+            runner.run_as_task(self._request, self._produce)
         else:
-            _pool.put((self._session.runner.run_in_slot, self._request))
+            _pool.put((runner.run_in_slot, self._request))
 
     def go_on(self) -> None:
-        """Produce, in this thread or as a task of this thread's loop, until the end or until there is no credit."""
-        outer = _current.get()
+        """Produce in this thread, until the end or until there is no credit. (Nothing is awaited then.)"""
         try:
-            _current.set(self._request)
-            if self.is_async:
-                self._request.task = _import("asyncio").ensure_future(self._produce())
-            else:
-                self._produce().send(None)
+            self._produce().send(None)
         except StopIteration:
-            pass  # nothing is awaited in there
-        finally:
-            _current.set(outer)
+            pass
 
     def _has_credit(self) -> bool:
         while self._credit:
@@ -3185,12 +3095,12 @@ class _Producer:
 
     async def _produce(self) -> None:
         request, iterator = self._request, self._iterator
-        end = StopAsyncIteration if self.is_async else StopIteration
+        end = StopAsyncIteration if self._is_async else StopIteration
         while not self._over and (request.cancelled or self._credit or self._left > 0) and self._turn.acquire(False):
             ended, error = True, None
             try:
                 while self._has_credit() and not request.cancelled:
-                    self._put(await iterator.__anext__() if self.is_async else next(iterator))
+                    self._put(await iterator.__anext__() if self._is_async else next(iterator))
                     self._left -= 1
                 ended = request.cancelled
                 if ended and hasattr(iterator, "aclose"):
@@ -3247,7 +3157,7 @@ class _Producer:
 
     def _end(self, error: BaseException | None) -> None:
         """Send the rest and the end, and be done with the call."""
-        request, runner = self._request, self._session.runner
+        request, session = self._request, self._session
         self._flush()
         try:
             if hasattr(self._iterator, "close"):
@@ -3255,22 +3165,23 @@ class _Producer:
         except BaseException as problem:
             error = error or problem
         if error is not None:
-            return runner.fail(request, error, own=issubclass(type(error), (NotSerializable, MessageTooLarge)))
+            return session.runner.fail(request, error, issubclass(type(error), (NotSerializable, MessageTooLarge)))
         if not request.cancelled:
-            self._session.send(_END, 0, request.number, _NOTHING)
-        return runner.finish(request)
+            session.send(_END, 0, request.number, _NOTHING)
+        session.requests.pop(request.number, None)
+        return None
 
 
 class _Session:
     """Both directions of one connection, for any thread: what its rooms share, and its end.
 
-    `references` is what this side serves and lends (_References); `borrow(session, tag, state)` makes the proxy for what
-    the other side lends. `lost` is called when the connection has ended, with the cause; it returns what turns the names
-    of the methods whose calls are lost into the exception that they raise.
+    `references`: what this side serves and lends. `borrow(session, tag, state)` makes the proxy for what the other side
+    lends. `lost(cause)` is called at the connection's end, and returns what makes the exception of the calls that are
+    lost, from their methods' names.
 
         open --seal--> sealed --end--> ended       any --end--> ended
 
-    `sealed`: it takes no more calls. `ended` is None until it has ended; then `sealed` is true as well.
+    `sealed`: it takes no more calls. `ended` is None until then.
     """
 
     def __init__(self, channel: _Channel, terms: _Terms, max_message: int, references: Any, borrow: Callable[..., Any],
@@ -3287,7 +3198,7 @@ class _Session:
         self.numbers = itertools.count(1)
         self.calls: dict[int, _Call] = {}  # ours, open
         self.requests: dict[int, _Request] = {}  # theirs, open
-        self.borrowed: set[int] = set()  # the ids of what stands here for objects of the other side's
+        self.borrowed: set[int] = set()  # ids of what stands here for the other side's objects
         self.sealed = False
         self.ended: Callable[[list[str]], BaseException] | None = None  # makes the error, once it has
         self.cause: BaseException | None = None  # why it has
@@ -3296,7 +3207,6 @@ class _Session:
         self.is_disposed = False  # whether who reads last closes the channel
         self.closing: float | None = None  # the grace in seconds, once the host has said stop; -1: gone without a word
         self.finished = _gate()  # opens when the other side says stop or is gone
-        self.drained = _gate()  # opens when the last of their calls has ended after that
         self._lost = lost
         self._last_asked = 0  # the number taken by the last `unused`
         self.reader = _Reader(self)
@@ -3310,17 +3220,12 @@ class _Session:
         channel.begin(max_message)
         _sessions.add(self)
         try:
-            _pool.begin()
+            _pool.check()
         except BaseException:
             _sessions.discard(self)
             raise
         if serving:
             self.reader.pass_on()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether calls may come in."""
-        return bool(self.serving or self.requests or self.references.lends)
 
     # -- sending
 
@@ -3339,7 +3244,7 @@ class _Session:
         """Raises MessageTooLarge for what the other side does not take."""
         size, limit = len(content[0]) + sum(map(len, content[1])), self.send_limit
         if size > limit:
-            text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message, or send it in parts"
+            text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message, or send parts"
             raise MessageTooLarge(text, size=size, limit=limit)
 
     def post(self, kind: int, number: int, value: Any = None) -> None:
@@ -3348,17 +3253,16 @@ class _Session:
         self.send(kind, 0, number, content, wait=False)
 
     def discard(self, notices: Iterable[list[_Bytes]]) -> None:
-        """Have references given back: finalizers call this, which may run at any moment, inside any lock. It leaves with
-        what is sent next, or when the attendant looks."""
+        """Have references given back, with what is sent next, or soon. For finalizers, inside any lock."""
         if self.ended is None:
             self.channel.posted.extend(notices)
             self.attendant.watch()
 
-    def flush(self, wait: bool = True) -> None:
+    def flush(self) -> None:
         """Write what is left. For threads of the pool."""
         self.channel.writer.mend()
         try:
-            self.channel.write([], None, wait)
+            self.channel.write([])
         except _Broken:
             self.channel.shutdown()
 
@@ -3390,8 +3294,8 @@ class _Session:
         return None
 
     def decode(self, inbox: deque[_Message], safely: bool = False) -> Any:
-        """The value of the first message, which is taken out. References in it a thread of the pool borrows, where
-        handlers may strike: so none gets lost halfway. Raises as the codec does."""
+        """The value of the first message, which is taken out. References in it are borrowed where no handler strikes: so
+        none gets lost halfway. Raises as the codec does."""
         if inbox[0][1] & _TAGGED and not safely and b'"$ref"' in inbox[0][4] and _in_main_thread():
             return _in_pool(self.decode, inbox, True)
         _, flags, _, _, body, buffers = inbox.popleft()
@@ -3419,8 +3323,8 @@ class _Session:
     def drain(self, seconds: float) -> None:
         """Wait until the calls that run have ended, at most that long."""
         deadline = time.monotonic() + seconds
-        while self.requests and self.drained.acquire(True, _left(deadline)):
-            pass
+        while self.requests and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def busy(self) -> bool:
         """Whether any call or stream is under way, or a reference left, either way."""
@@ -3441,8 +3345,8 @@ class _Session:
         self.post(_SHUTDOWN, 0, grace)
 
     def seal(self) -> bool:
-        """Take no more calls, unless it is busy. Returns whether it takes none. (A call is among `calls` before it looks
-        whether it may be sent: so none slips through.)"""
+        """Take no more calls, unless it is busy. Returns whether it takes none. (Who calls is among `calls` before it
+        looks: so none slips through.)"""
         self.sealed = True
         self.sealed = self.ended is not None or not self.busy()
         return self.sealed
@@ -3453,8 +3357,8 @@ class _Session:
         return self.ended([*{call.method: None, **dict.fromkeys(self.lost_calls)}])  # type: ignore[misc]
 
     def end(self, cause: BaseException) -> None:
-        """The connection has ended: fail every call that waits, and let every thread go. Any thread; the first one ends
-        it. `cause`: a _Broken, whose argument counts, or what the other side has done."""
+        """The connection has ended: fail every call, let every thread go. `cause`: a _Broken, or what the other side has
+        done. The first one counts."""
         self.cause = self.cause or (cause.args[0] if type(cause) is _Broken else cause)
         self.channel.shutdown()
         make_error = self._lost(self.cause)
@@ -3463,7 +3367,7 @@ class _Session:
             self.ended = make_error
         self.sealed = True
         for call in list(self.calls.values()):
-            if call.future is not None and call.streams is None:
+            if call.future is not None and not call.streams:
                 _pool.put((call.future._settle, call, _ENDED))
             else:
                 call.inbox.append(_ENDED)
@@ -3472,7 +3376,7 @@ class _Session:
         self.stop(-1.0 if self.closing is None else self.closing)
         _sessions.discard(self)
         if not _sessions:
-            _pool.retire()
+            _pool.put((bool,))  # its threads end
 
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""
@@ -4271,7 +4175,7 @@ class _Awaitable:
     def _settle(self, call: _Call, message: _Message) -> None:
         future: Any = self
         call.session.reader.unattended.discard(call.number)  # should who read have been struck before that
-        if call.streams is None:
+        if not call.streams:
             call.session.calls.pop(call.number, None)
         if self.done():
             return call.session.drop(message)  # type: ignore[no-any-return]

@@ -340,7 +340,7 @@ def test_a_thread_that_cannot_start_fails_its_call(pair, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     slots, come = len(both.here.runner.slots.free), collections.deque([message])
-    both.here.reader._route_call(come, message, miniplug._Call(1, "x", None))
+    both.here.reader._route_call(come, message, False)
     assert sent[0][0] == miniplug._ERROR and b"can't start new thread" in sent[0][3][0]
     assert len(both.here.runner.slots.free) == slots and not come and not both.here.requests
 
