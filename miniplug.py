@@ -92,6 +92,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Path = Union[str, "os.PathLike[str]"]
     _Command = Union[_Path, Sequence[_Path]]
     _Sink = Callable[[str], Any]  # what takes lines of output
+    _Step = Union[Callable[[Any], Any], None]
     _Output = Union[str, _Sink, TextIO]
     _Bytes = Union[bytes, bytearray, memoryview]
     _Message = tuple[Any, ...]  # kind, flags, number, parent, body, buffers
@@ -301,13 +302,12 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 
 # === 2. codec ===========================================================================================
 #
-# JSON that keeps Python's types, read and written by the json module's parts in C. What JSON has goes as it
-# is. What it has not is tagged: an object with one key, which begins with "$". docs/protocol.md lists the
-# tags, _TAGS says what travels, and register() adds to it. Before the encoder runs, `fit` looks, at C speed,
-# for what that would change without a word, and copies with tags only there; what the encoder does not know
-# it asks its hook for (`tag`).
+# JSON that keeps Python's types, by the json module's parts in C. What JSON has goes as it is. What it has not
+# is tagged: an object with one key, which begins with "$" (docs/protocol.md lists them). Before the encoder
+# runs, `fit` looks, at C speed, for what that would change without a word, and copies with tags only there; what
+# the encoder does not know it asks its hook for (`tag`).
 
-_SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly: RFC 8259, section 6
+_SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps: RFC 8259, section 6
 _MAX_BITS = 1 << 15  # of an integer: to print, compare or convert one takes a millisecond or two at most
 _MAX_DIGITS = 10000  # of a Decimal, and how far its exponent goes either way
 _MAX_ALIKE = 16  # values of a set, or keys, that may have one hash: each is compared with each
@@ -319,15 +319,14 @@ _PLAIN = frozenset((str, bool, type(None), float))  # the encoder changes none; 
 _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
 _BASES = (str, int, float, list, tuple, dict)  # the encoder takes instances of their subclasses for theirs
-_FINE = {*_PLAIN}  # what goes to the encoder as it is, also as it asks its hook for that
-_FINE_WITH_CARE = {bool, type(None)}  # the same, once it has tripped
-_HEAP = 1 << 9  # the flag of a class that a class statement made
+_FINE = {*_PLAIN}  # what goes to the encoder as it is; for all but these it asks its hook
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _flatten = itertools.chain.from_iterable
 
 
 class _Undecodable(Exception):
-    """What arrived is well-formed, and yet its value cannot be made here, for the reason that is its
-    argument. That fails one call, not the session."""
+    """What arrived is well-formed, and cannot be made here, for the reason that is its argument. That fails one
+    call, not the session."""
 
 
 @lru_cache(None)
@@ -343,6 +342,11 @@ def _call(path: str, *arguments: Any) -> Any:
     return _found(path)(*arguments)
 
 
+def _spread(path: Any) -> Callable[[Any], Any]:
+    """What calls that with the items of a list."""
+    return lambda state: _found(path)(*state)
+
+
 def _cut(text: str) -> str:
     return text if len(text) <= 1000 else text[:1000] + "..."
 
@@ -354,16 +358,14 @@ def _shown(value: Any) -> str:
         return "'?'"
 
 
+# -- what gives the state of a value, and what makes one of it
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
+
+
 def _base64(data: _Bytes) -> str:
     return binascii.b2a_base64(data, newline=False).decode()
-
-
-def _flat(view: memoryview) -> _Bytes:
-    """Its bytes, not copied if they lie in a row."""
-    try:
-        return view.cast("B") if view.c_contiguous else view.tobytes()
-    except TypeError:  # an empty one, or an unusual format
-        return view.tobytes()
 
 
 def _bounded(value: int) -> int:
@@ -372,14 +374,13 @@ def _bounded(value: int) -> int:
     return value
 
 
-def _told_apart(values: Sequence[Any]) -> Sequence[Any]:
+def _told_apart(values: Iterable[Any]) -> list[Any]:
     """The values for a set, or the keys. To tell many with the same hash apart would take quadratic time."""
-    if len(values) > _MAX_ALIKE and max(Counter(map(hash, values)).values()) > _MAX_ALIKE:
+    held = [*values]
+    if len(held) > _MAX_ALIKE and max(Counter(map(hash, held)).values()) > _MAX_ALIKE:
         raise NotSerializable(f"more than {_MAX_ALIKE} of its values have the same hash")
-    return values
+    return held
 
-
-# -- the tags: what gives a value's state, and what makes a value of it
 
 def _make_dict(state: list[Any]) -> dict[Any, Any]:
     if len(state) % 2:
@@ -387,42 +388,37 @@ def _make_dict(state: list[Any]) -> dict[Any, Any]:
     return dict(zip(_told_apart(state[::2]), state[1::2]))
 
 
-def _make_numbers(state: list[Any]) -> list[Any]:
-    code, data = state
+def _make_numbers(code: str, data: bytes) -> list[Any]:
     if code not in ("q", "d") or type(data) is not bytes:
         raise ValueError('numbers are "q" or "d", and bytes')
     return [*struct.unpack(f"<{len(data) // 8}{code}", data)]
 
 
-def _make_each(state: list[Any]) -> list[Any]:
-    tag, states = state
+def _make_each(tag: str, states: list[Any]) -> list[Any]:
     if tag not in _EACH or type(states) is not list:
         raise ValueError("no tag that each may have, and states")
-    makes = {kind: _found(_TAGS[tag].make[kind]) for kind in set(map(type, states))}
-    if len(makes) == 1:
-        return [*map(makes.popitem()[1], states)]
-    return [makes[type(held)](held) for held in states]
+    kinds = set(map(type, states))
+    if len(kinds) == 1:
+        return [*map(_maker(tag, kinds.pop()), states)]
+    return [_maker(tag, type(state))(state) for state in states]
 
 
-def _make_array(state: list[Any]) -> Any:
-    code, size, order, data = state
+def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
     if type(data) is not bytes or order not in ("little", "big"):
         raise ValueError("an array is a letter, the size of an item, the byte order, and bytes")
-    if code not in _found("array.typecodes") or _call("array.array", code).itemsize != size:
-        raise NotSerializable(f"an array of {code!r} with items of {size} bytes is not to be had here")
-    array = _call("array.array", code, data)
-    if order != sys.byteorder:
-        array.byteswap()
-    return array
+    known = order == sys.byteorder and code in _found("array.typecodes")
+    if not known or _call("array.array", code).itemsize != size:
+        raise NotSerializable(f"no array of {code!r} with items of {size} bytes, {order}-endian, is to be had here")
+    return _call("array.array", code, data)
 
 
-def _moment(value: Any) -> str | list[Any]:
-    """A datetime or time as one text, if that says all; else what it reads without
-    its zone, its fold, and its zone."""
-    zone = value.tzinfo
-    told = zone is None or (type(zone) is _found("datetime.timezone") and len(zone.__getinitargs__()) == 1)
-    if told and not value.fold:
-        return str(value.isoformat())
+def _moment(value: Any) -> Any:
+    """A datetime or time as one text, if that says all; else its text without a zone, its fold, and its zone."""
+    zone, offset = value.tzinfo, ()
+    if type(zone) is _found("datetime.timezone"):
+        offset = zone.__getinitargs__()
+    if not value.fold and (zone is None or (len(offset) == 1 and not offset[0].microseconds)):
+        return value.isoformat()
     return [value.replace(tzinfo=None).isoformat(), value.fold, zone]
 
 
@@ -438,8 +434,8 @@ def _make_zone(key: str) -> Any:
         raise NotSerializable(f"the time zone {_shown(key)} is not to be had here: {_shown(error)}") from None
 
 
-def _decimal(value: Any, text: str = "") -> str:
-    text = text or str(value)
+def _decimal(value: Any) -> str:
+    text = str(value)
     if len(text) > _MAX_DIGITS or not -_MAX_DIGITS <= value.adjusted() <= _MAX_DIGITS:
         raise NotSerializable(f"decimals of more than {_MAX_DIGITS} digits, or exponents, do not travel")
     return text
@@ -447,12 +443,12 @@ def _decimal(value: Any, text: str = "") -> str:
 
 def _make_decimal(text: str) -> Any:
     value = _call("decimal.Decimal", text)
-    _decimal(value, text)
+    if len(text) > _INLINE or "E" in text or "e" in text:
+        _decimal(value)
     return value
 
 
-def _make_registered(state: list[Any]) -> Any:
-    name, held = state
+def _make_registered(name: str, held: Any) -> Any:
     if type(name) is not str:
         raise ValueError("a registered type goes by its name")
     if name not in _registered:
@@ -465,57 +461,57 @@ def _make_registered(state: list[Any]) -> Any:
         raise NotSerializable(why) from error
 
 
-def _bounds(value: Any) -> list[Any]:
-    return [value.start, value.stop, value.step]
-
-
 # By the tag: the type; what gives its state, to be packed in turn; and by the type of that on the wire, the
-# way back. Names are looked up on first use. A file path of the other platform arrives as a pure one: a
-# WindowsPath cannot exist on POSIX, nor the reverse.
+# way back. Names are looked up on first use.
+_FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist on this platform: it arrives as a pure one
 _Row = namedtuple("_Row", "type state make")
 _TAGS = {tag: _Row(*row) for tag, row in {
-    "$int": (None, None, {str: lambda text: _bounded(int(text, 16))}),
-    "$float": (None, None, {str: float}),
-    "$str": (None, None, {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
-    "$tuple": (None, None, {list: tuple}),
-    "$dict": (None, None, {list: _make_dict}),
-    "$numbers": (None, None, {list: _make_numbers}),
-    "$each": (None, None, {list: _make_each}),
+    "$int": (int, lambda value: hex(_bounded(value)), {str: lambda text: _bounded(int(text, 16))}),
+    "$float": (float, repr, {str: float}),
+    "$str": (str, lambda text: _base64(text.encode("utf-8", "surrogatepass")),
+             {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
+    "$tuple": (tuple, list, {list: tuple}),
+    "$dict": (dict, lambda value: [*_flatten(zip(_told_apart(value), value.values()))], {list: _make_dict}),
+    "$numbers": (None, None, {list: _spread(_make_numbers)}),
+    "$each": (None, None, {list: _spread(_make_each)}),
     "$bytes": (bytes, bytes, {str: binascii.a2b_base64}),
     "$bytearray": (bytearray, memoryview,  # a view, so that nobody resizes what is being sent
                    {str: lambda text: bytearray(binascii.a2b_base64(text))}),
-    "$set": (set, lambda held: _told_apart([*held]), {list: lambda held: set(_told_apart(held))}),
-    "$frozenset": (frozenset, lambda held: _told_apart([*held]),
-                   {list: lambda held: frozenset(_told_apart(held))}),
-    "$complex": (complex, lambda z: [z.real, z.imag], {list: lambda state: complex(*state)}),
+    "$set": (set, _told_apart, {list: lambda held: set(_told_apart(held))}),
+    "$frozenset": (frozenset, _told_apart, {list: lambda held: frozenset(_told_apart(held))}),
+    "$complex": (complex, lambda z: [z.real, z.imag], {list: _spread(complex)}),
     "$ellipsis": (type(...), lambda _: [], {list: lambda _: ...}),
-    "$range": (range, _bounds, {list: lambda state: range(*state)}),
-    "$slice": (slice, _bounds, {list: lambda state: slice(*state)}),
-    "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, memoryview(a)],
-               {list: _make_array}),
+    "$range": (range, lambda held: [held.start, held.stop, held.step], {list: _spread(range)}),
+    "$slice": (slice, lambda held: [held.start, held.stop, held.step], {list: _spread(slice)}),
+    "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, a.tobytes()],
+               {list: _spread(_make_array)}),
     "$date": ("datetime.date", "datetime.date.isoformat", {str: "datetime.date.fromisoformat"}),
     "$datetime": ("datetime.datetime", _moment,
                   {str: "datetime.datetime.fromisoformat", list: partial(_make_moment, "datetime")}),
     "$time": ("datetime.time", _moment,
               {str: "datetime.time.fromisoformat", list: partial(_make_moment, "time")}),
     "$timedelta": ("datetime.timedelta", lambda d: [d.days, d.seconds, d.microseconds],
-                   {list: lambda state: _call("datetime.timedelta", *state)}),
+                   {list: _spread("datetime.timedelta")}),
     "$timezone": ("datetime.timezone", lambda zone: [*zone.__getinitargs__()],
-                  {list: lambda state: _call("datetime.timezone", *state)}),
+                  {list: _spread("datetime.timezone")}),
     "$zone": ("zoneinfo.ZoneInfo", lambda zone: zone.__reduce__()[1][0], {str: _make_zone}),
     "$decimal": ("decimal.Decimal", _decimal, {str: _make_decimal}),
     "$fraction": ("fractions.Fraction", lambda f: [f.numerator, f.denominator],
                   {list: lambda state: _call("fractions.Fraction", *map(int.__index__, state))}),
     "$uuid": ("uuid.UUID", lambda value: f"{value.int:032x}", {str: "uuid.UUID"}),
-    "$posixpath": ("pathlib.PosixPath", str, {str: f"pathlib.{'Pure' if _WINDOWS else ''}PosixPath"}),
-    "$windowspath": ("pathlib.WindowsPath", str, {str: f"pathlib.{'' if _WINDOWS else 'Pure'}WindowsPath"}),
-    "$pureposixpath": ("pathlib.PurePosixPath", str, {str: "pathlib.PurePosixPath"}),
-    "$purewindowspath": ("pathlib.PureWindowsPath", str, {str: "pathlib.PureWindowsPath"}),
-    "$type": (None, None, {list: _make_registered}),  # each registered type has its own state
+    **{f"${name.lower()}": (f"pathlib.{name}", str, {str: f"pathlib.{'Pure' * (name == _FOREIGN)}{name}"})
+       for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
+    "$type": (None, None, {list: _spread(_make_registered)}),  # each registered type has its own state
 }.items()}
 _OF_TYPE = {row.type: tag for tag, row in _TAGS.items() if row.type}
 _EACH = frozenset((  # what "$each" may hold: nothing that is much longer than its state
     "$tuple", "$dict", "$bytes", "$date", "$datetime", "$time", "$timedelta", "$decimal", "$uuid", "$type"))
+
+
+@lru_cache(None)
+def _maker(tag: str, kind: Any) -> Callable[[Any], Any]:
+    """What makes the value of a tag whose state is of that type."""
+    return _found(_TAGS[tag].make[kind])  # type: ignore[no-any-return]
 
 
 class _Ways(dict):  # type: ignore[type-arg]
@@ -527,17 +523,16 @@ class _Ways(dict):  # type: ignore[type-arg]
         tag = _OF_TYPE.get(kind) or _OF_TYPE.get(name)
         if tag is None or _found(_TAGS[tag].type) is not kind:
             return "", None
-        self.add(kind, tag, _found(_TAGS[tag].state))
-        return self[kind]  # type: ignore[no-any-return]
+        return self.add(kind, tag, _found(_TAGS[tag].state))
 
-    def add(self, kind: type, tag: str, state: Callable[[Any], Any]) -> None:
-        self[kind] = tag, state
+    def add(self, kind: type, tag: str, state: Callable[[Any], Any]) -> tuple[str, Any]:
         if not issubclass(kind, _BASES):
             _FINE.add(kind)
-            _FINE_WITH_CARE.add(kind)
+        self[kind] = way = tag, state
+        return way
 
 
-_WAYS = _Ways({memoryview: ("$bytes", _flat)})
+_WAYS = _Ways({memoryview: ("$bytes", memoryview.tobytes)})
 
 
 # -- registered types
@@ -547,11 +542,11 @@ _registered: dict[str, tuple[type, Callable[[Any], Any]]] = {}  # by name on the
 
 if TYPE_CHECKING:  # a decorated class keeps its type
     @overload
-    def register(cls: type[_T], *, name: str | None = None, encode: Callable[[Any], Any] | None = None,
-                 decode: Callable[[Any], Any] | None = None) -> type[_T]: ...
+    def register(cls: type[_T], *, name: str | None = None, encode: _Step = None,
+                 decode: _Step = None) -> type[_T]: ...
     @overload
-    def register(cls: None = None, *, name: str | None = None, encode: Callable[[Any], Any] | None = None,
-                 decode: Callable[[Any], Any] | None = None) -> Callable[[type[_T]], type[_T]]: ...
+    def register(cls: None = None, *, name: str | None = None, encode: _Step = None,
+                 decode: _Step = None) -> Callable[[type[_T]], type[_T]]: ...
 
 
 def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any], Any] | None = None,
@@ -560,15 +555,14 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
     Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``.
 
     - `cls` (a class): dataclasses, enums, named tuples and exceptions know their own state, and come back
-      without a call of ``__init__`` or ``__post_init__``. Any other class needs `encode` and `decode`.
-      Subclasses are not meant.
+      without a call of ``__init__``. Any other class needs `encode` and `decode`. Subclasses are not meant.
     - `name` (str, default ``module.qualname``): what the wire calls it, the same on both sides.
     - `encode` (default None): a function from an instance to whatever can travel itself. `decode`: the way
-      back; it gets what the other side sent, so what it does not expect it should refuse by raising. Both or
-      neither. With ``encode=miniplug.ref`` instances are lent: `decode` gets a proxy.
+      back; what it does not expect it should refuse by raising. Both or neither. With ``encode=miniplug.ref``
+      instances are lent: `decode` gets a proxy.
 
-    To register a class again is harmless, and the last word on how it is sent. A class of the same module and
-    qualified name takes the former's place, as after ``importlib.reload``.
+    To register a class again is harmless, and the last word on how it is sent; so is one of the same module
+    and qualified name, as after ``importlib.reload``.
 
     Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that
     another class has, a class in ``__main__`` without `name`, and a type that travels anyway.
@@ -582,7 +576,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
             f"{cls.__qualname__} is in __main__, which on the other side is another module: give name=")
     if (encode is None) != (decode is None):
         raise TypeError("encode and decode go together")
-    if cls in _ATOMS or cls in _BASES or _WAYS[cls][0] not in ("", "$type"):
+    if cls in (bool, type(None), list) or _WAYS[cls][0] not in ("", "$type"):
         raise ValueError(f"{cls.__qualname__} travels by itself")
     name = name or f"{cls.__module__}.{cls.__qualname__}"
     former = _registered.get(name, (cls,))[0]
@@ -596,19 +590,18 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
 
 
 def _own_state(cls: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """What gives the state of a class's instances, and makes one of it. Raises TypeError if it is not
-    known."""
+    """What gives the state of a class's instances, and makes one of it."""
+    fields: Any = None
     if issubclass(cls, _found("enum.Enum")):
         # a member goes by its name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
                 partial(_make_member, cls))
-    fields: Any = None
     if issubclass(cls, BaseException):
         fields = []
     elif issubclass(cls, tuple):
         fields = getattr(cls, "_fields", None)
-    elif hasattr(cls, "__dataclass_fields__") and all(base.__flags__ & _HEAP for base in cls.__mro__[:-1]):
-        fields = [field.name for field in _call("dataclasses.fields", cls)]  # and it is none of dict
+    elif hasattr(cls, "__dataclass_fields__") and all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):
+        fields = [field.name for field in _call("dataclasses.fields", cls)]  # a class statement made each base
     slots = {slot for base in cls.__mro__ for slot in vars(base).get("__slots__", ())}
     if fields is None or not slots <= {*fields, "__dict__", "__weakref__"}:
         raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
@@ -622,7 +615,8 @@ def _make_member(cls: Any, state: Any) -> Any:
         return cls[state]
     if type(state) is not int or not issubclass(cls, _found("enum.Flag")):
         raise ValueError("a member of an enum goes by its name")
-    if state not in cls._value2member_map_ and len(cls._value2member_map_) >= _MAX_COMBINATIONS:
+    known = cls._value2member_map_
+    if state not in known and len(known) >= _MAX_COMBINATIONS:
         raise ValueError(f"there are {_MAX_COMBINATIONS} combinations of its flags already")
     member = cls(state)
     if member._value_ != state:  # the enum, or this Python, leaves out what it has no name for
@@ -651,59 +645,47 @@ def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
 
 # -- encoding
 
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-        return True
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-
-
 def _are_plain(values: Sequence[Any]) -> bool:
     """Whether they are atoms of which the encoder changes none; at C speed."""
     kinds = set(map(type, values))
     if int not in kinds or not kinds <= _ATOMS:
         return kinds <= _PLAIN
     integers = values if len(kinds) == 1 else [value for value in values if type(value) is int]
-    return min(integers) >= -_SAFE_INTEGER and max(integers) <= _SAFE_INTEGER
+    return bool(min(integers) >= -_SAFE_INTEGER and max(integers) <= _SAFE_INTEGER)
 
 
 class _Packer:
     """One value on its way out, of one thread. `fit` gives what the encoder is to write for it, `tag` is the
-    encoder's hook. `careful`: the encoder has tripped over it, as it does over NaN and lone surrogates."""
+    encoder's hook."""
 
-    __slots__ = ("_codec", "_fine", "buffers", "lent", "tagged")
+    __slots__ = ("_codec", "buffers", "lent", "place", "tagged")
 
-    def __init__(self, codec: _Codec, lent: list[int], careful: bool = False) -> None:
+    def __init__(self, codec: _Codec, lent: list[int], place: str | None) -> None:
         self.buffers: list[_Bytes] = []  # that go beside the message
         self.lent = lent  # the numbers of what was lent
+        self.place = place  # of what is looked at; None: of a call
         self.tagged = 0
         self._codec = codec
-        self._fine = _FINE_WITH_CARE if careful else _FINE
 
     def tag(self, value: Any) -> dict[str, Any]:
         """What JSON does not have, with its tag. Raises NotSerializable, and whatever an `encode` raises."""
-        kind = type(value)
-        tag, tell = _WAYS[kind]
+        self.tagged = 1
+        tag, tell = _WAYS[type(value)]
         if tell is None:
             loan = self._codec.lend(value, self.lent)
             if loan is None:
-                raise NotSerializable(_advice(kind))
-            return self._tagged(*loan)
+                raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), or send "
+                                      "a plain str, int, list or dict of what is in it")
+            return dict((loan,))
         state = tell(value)
         if tag == "$bytes" or tag == "$bytearray":
-            if len(state) > _INLINE and len(self.buffers) < _MAX_BUFFERS:
-                self.buffers.append(state)
-                return self._tagged(tag, len(self.buffers) - 1)
-            state = _base64(state)
-        return self._tagged(tag, state if type(state) in self._fine else self.fit(state))
+            if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
+                return {tag: _base64(state)}
+            self.buffers.append(state)
+            return {tag: len(self.buffers) - 1}
+        return {tag: state if type(state) in _FINE else self.fit(state)}
 
-    def _tagged(self, tag: str, state: Any) -> dict[str, Any]:
-        self.tagged = 1
-        return {tag: state}
-
-    def fit_call(self, call: Any) -> Any:
-        target, method, args, kwargs = call
+    def fit_call(self, target: int, method: str, args: Any, kwargs: dict[str, Any]) -> Any:
         return target, method, self._fit_list(args), kwargs and self._fit_dict(kwargs)
 
     def fit(self, value: Any) -> Any:
@@ -714,33 +696,26 @@ class _Packer:
         if kind is dict:
             return self._fit_dict(value)
         if kind is tuple:
-            return self._tagged("$tuple", self._fit_list(value))
+            self.tagged = 1
+            return {"$tuple": self._fit_list(value)}
         if kind is int:
-            fine = -_SAFE_INTEGER <= value <= _SAFE_INTEGER
-            return value if fine else self._tagged("$int", hex(_bounded(value)))
-        if kind is float:
-            return value if value - value == 0.0 else self._tagged("$float", repr(value))
-        if kind is str:
-            if _is_text(value):
-                return value
-            return self._tagged("$str", _base64(value.encode("utf-8", "surrogatepass")))
-        return self.tag(value) if issubclass(kind, _BASES) else value
+            return value if -_SAFE_INTEGER <= value <= _SAFE_INTEGER else self.tag(value)
+        return self.tag(value) if kind not in _FINE and issubclass(kind, _BASES) else value
 
-    def _fit_list(self, values: Sequence[Any]) -> Any:
-        """The same of a list, or of a tuple's items."""
+    def _fit_list(self, values: Any) -> Any:
         if len(values) >= _MANY:
             shorter = self._codec.arrays and self._fit_many(values)
             if shorter:
                 return shorter
-            if self._fine is _FINE and _are_plain(values):
+            if _are_plain(values):
                 return values
-        return values if self._fine.issuperset(map(type, values)) else self._fit_each(values)
+        return values if _FINE.issuperset(map(type, values)) else self._fit_each(values)
 
     def _fit_each(self, values: Any) -> Any:
-        fine, copy = self._fine, None
+        copy = None
         for place, part in enumerate(values):
             kind = type(part)
-            if kind in fine or (kind is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER):
+            if kind in _FINE or (kind is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER):
                 continue
             fitted = self.fit(part)
             if fitted is not part:
@@ -748,74 +723,90 @@ class _Packer:
                 copy[place] = fitted
         return copy or values
 
-    def _fit_many(self, values: Sequence[Any]) -> Any:
-        """The shorter form of a long list of values of one type, or None if it has none."""
-        kind = type(values[0])
+    def _fit_many(self, values: Any) -> Any:
+        """The shorter form of a long list of values of one type; None if it has none."""
+        kind: Any = type(values[0])
         if [*map(type, values)].count(kind) < len(values):
             return None
         if kind is int or kind is float:
             code = "q" if kind is int else "d"
             try:
-                return self._tagged("$numbers", [code, struct.pack(f"<{len(values)}{code}", *values)])
+                self.tagged = 1
+                return {"$numbers": [code, struct.pack(f"<{len(values)}{code}", *values)]}
             except struct.error:  # beyond 64 bits
                 return None
-        if kind is tuple or (kind is dict and values[0] and str not in map(type, _flatten(values))):
-            rows = values if kind is tuple else [[*_flatten(row.items())] for row in values]
-            plain = max(map(len, rows)) < _MANY and _are_plain([*_flatten(rows)])
-            plain = plain and self._fine is _FINE
-            return self._tagged("$each", ["$" + kind.__name__, rows]) if plain else None
+        if kind is list:  # of short lists, at once
+            return values if max(map(len, values)) < _MANY and _are_plain([*_flatten(values)]) else None
         tag, tell = _WAYS[kind]
-        if tag not in _EACH:
+        if tag not in _EACH or (kind is dict and (not values[0] or str in map(type, _flatten(values)))):
+            return None
+        if tag == "$bytes" and max(map(len, values)) > _INLINE:
             return None
         states = [*map(tell, values)]
-        if tag == "$bytes":
-            if max(map(len, states)) > _INLINE:
-                return None
-            states = [*map(_base64, states)]
-        return self._tagged("$each", [tag, self._fit_list(states)])
+        self.tagged = 1
+        return {"$each": [tag, [*map(_base64, states)] if tag == "$bytes" else self._fit_list(states)]}
 
     def _fit_dict(self, value: dict[Any, Any]) -> Any:
-        plain = _TEXTS.issuperset(map(type, value)) and (self._fine is _FINE or all(map(_is_text, value)))
-        if not plain or (len(value) == 1 and next(iter(value))[:1] == "$"):
-            _told_apart([*value])
-            return self._tagged("$dict", self._fit_list([*_flatten(value.items())]))
+        if not _TEXTS.issuperset(map(type, value)) or (len(value) == 1 and next(iter(value))[:1] == "$"):
+            return self.tag(value)
         values = value.values()
-        if self._fine.issuperset(map(type, values)):
+        if _FINE.issuperset(map(type, values)):
             return value
         fitted = self._fit_each(values)
         return value if fitted is values else dict(zip(value, fitted))
 
 
-def _advice(kind: type) -> str:
-    """What to do with a value that cannot travel."""
-    if hasattr(kind, "__next__") and kind.__module__ != "_io":
-        return "send list(...) of it"
-    for base in kind.__mro__:
-        if base in _BASES or _WAYS[base][0] not in ("", "$type"):
-            name = base.__name__
-            return f"it would lose its type; register it with miniplug.register, or send {name}(...) of it"
-    return "register it with miniplug.register, pass miniplug.ref(...) to lend it, or send plain data"
+class _CarefulPacker(_Packer):
+    """The same of a value over which the encoder trips, as it does over NaN and lone surrogates, or which cannot
+    travel: each part is looked at, and its place is known."""
 
+    __slots__ = ()
 
-def _parts(value: Any, path: str) -> list[tuple[str, Any]]:
-    """What a value is made of: the place of each part, and the part."""
-    kind = type(value)
-    if kind is dict:
-        keys = [(f"a key of {path}", key) for key in value]
-        return keys + [(f"{path}[{_shown(key)}]", part) for key, part in value.items()]
-    if kind is not list and kind is not tuple:
-        tag, tell = _WAYS[kind]
+    def fit_call(self, target: int, method: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        return target, method, self._fit_at("args", [*args]), self._fit_at("kwargs", kwargs)
+
+    def _fit_at(self, place: str, value: Any) -> Any:
+        self.place = place
+        return self.fit(value)
+
+    def fit(self, value: Any) -> Any:
+        """The same. Raises NotSerializable, which names the place."""
+        place, kind = self.place, type(value)
         try:
-            value = tell(value)
-        except Exception:
-            return []
-        if tag == "$type":
-            value = value[1]
-            if type(value) is dict:
-                return [(f"{path}.{name}", part) for name, part in value.items()]
-        if type(value) is not list:
-            return [(path, value)] if tag == "$type" else []
-    return [(f"{path}[{place}]", part) for place, part in enumerate(value)]
+            if kind is list:
+                return [self._fit_at(f"{place}[{index}]", part) for index, part in enumerate(value)]
+            if kind is dict:
+                return self._fit_parts(value, [f"{place}[{_shown(key)}]" for key in value])
+            if kind is str:
+                return self.tag(value) if _SURROGATE.search(value) else value
+            if kind is float:
+                return value if value - value == 0.0 else self.tag(value)
+            if kind is int or kind is bool or value is None:
+                return super().fit(value)
+            if _WAYS[kind][0] != "$type":
+                return self.tag(value)
+            self.tagged = 1
+            name, state = _WAYS[kind][1](value)
+            fields = type(state) is dict
+            return {"$type": [name, self._fit_parts(state, [f"{place}.{key}" for key in state])
+                              if fields else self.fit(state)]}
+        except Exception as error:
+            if isinstance(error, RecursionError) or (isinstance(error, NotSerializable) and error.path):
+                raise
+            why, cause = str(error), error.__cause__
+            if type(error) is not NotSerializable:
+                why, cause = f"its state could not be told: {_shown(error)}", error
+            name = _name_of(kind)
+            raise NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name) from cause
+
+    def _fit_parts(self, value: dict[Any, Any], places: list[str]) -> Any:
+        keys = [self._fit_at(f"a key of {self.place}", key) for key in value]
+        values = [*map(self._fit_at, places, value.values())]
+        if _TEXTS.issuperset(map(type, keys)) and not (len(keys) == 1 and keys[0][:1] == "$"):
+            return dict(zip(keys, values))
+        _told_apart(value)
+        self.tagged = 1
+        return {"$dict": [*_flatten(zip(keys, values))]}
 
 
 def _writer(hook: Any) -> Callable[[Any], str]:
@@ -842,8 +833,7 @@ def _refuse(*what: Any) -> NoReturn:
 
 
 def _make_integer(text: str) -> int:
-    """One that may be long: to read it takes quadratic time."""
-    if len(text) > _MAX_DIGITS:
+    if len(text) > _MAX_DIGITS:  # to read it takes quadratic time
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
 
@@ -857,27 +847,25 @@ def _scanner(hook: Any, integers: Any = None) -> Callable[[str, int], tuple[Any,
 _scan = _scanner(None)
 
 
-class _Unpacker(dict):  # type: ignore[type-arg]
-    """What makes the values of a message that has buffers, or of any number of those that have none: by the tag
-    and the type of the state, which must be one that _TAGS names."""
+class _Unpacker:
+    """What the tags of a message stand for; or of any number of messages that have no buffers."""
 
     def __init__(self, borrow: Callable[[str, Any], Any], buffers: Sequence[_Bytes] = ()) -> None:
-        left = dict(enumerate(buffers))  # taken once each: a short message must not fill the memory
-        self["$bytes", int] = lambda number: bytes(left.pop(number))
-        self["$bytearray", int] = lambda number: bytearray(left.pop(number))
-        self["$ref", list], self["$own", list] = partial(borrow, "$ref"), partial(borrow, "$own")
-
-    def __missing__(self, key: tuple[str, type]) -> Any:
-        tag, kind = key
-        self[key] = make = _found(_TAGS[tag].make[kind])
-        return make
+        self._borrow = borrow
+        self._buffers = dict(enumerate(buffers))  # taken once each: a short message must not fill the memory
 
     def unmark(self, mapping: dict[str, Any]) -> Any:
         """What an object stands for: the scanner's hook."""
         if len(mapping) != 1:
             return mapping
         ((tag, state),) = mapping.items()
-        return self[tag, type(state)](state) if tag[:1] == "$" else mapping
+        if tag[:1] != "$":
+            return mapping
+        if tag == "$ref" or tag == "$own":
+            return self._borrow(tag, state)
+        if type(state) is int and (tag == "$bytes" or tag == "$bytearray"):
+            return _TAGS[tag].type(self._buffers.pop(state))
+        return _maker(tag, type(state))(state)
 
 
 # -- the codec
@@ -893,8 +881,8 @@ def _is_deep() -> bool:
 class _Codec:
     """Values to bytes and back, for any number of threads. `lend`, `unlend` and `borrow` are what the session
     does with references: `lend` gives the tag and plain state of a value that goes by reference, or None, and
-    appends the loan's number to a list, which `unlend` takes back; `borrow` gives the value for a tag and
-    state. `arrays`: whether the other side has said that it knows "$numbers" and "$each"."""
+    appends the loan's number to a list, which `unlend` takes back. `arrays`: whether the other side knows
+    "$numbers" and "$each"."""
 
     def __init__(self, lend: Callable[[Any, list[int]], tuple[str, Any] | None], unlend: Callable[[Any], Any],
                  borrow: Callable[[str, Any], Any]) -> None:
@@ -904,71 +892,44 @@ class _Codec:
 
     def dumps(self, value: Any, label: str, lent: list[int] | None = None) -> _Content:
         """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent: the list
-        `lent`, if there is one, which knows each of them from the start. Raises NotSerializable, naming the
-        place; `label` names the value."""
-        lent = [] if lent is None else lent
-        try:
-            if type(value) in _PLAIN:
-                return _encode(value).encode(), (), 0, lent
-            return self._pack(_Packer.fit, value, lent)
-        except Exception as error:
-            return self._pack_again(_Packer.fit, value, lent, error, [(label, value)])
+        `lent`, if there is one, which knows each from the start. Raises NotSerializable, naming the place in
+        `label`."""
+        return self._dumps(value, label, type(value) in _PLAIN, lent)
 
     def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
                    lent: list[int] | None = None) -> _Content:
         """The same of a call."""
+        plain = not kwargs and _PLAIN.issuperset(map(type, args))
+        return self._dumps((target, method, args, kwargs), None, plain, lent)
+
+    def _dumps(self, value: Any, label: str | None, plain: bool, lent: list[int] | None) -> _Content:
         lent = [] if lent is None else lent
-        call = target, method, args, kwargs
         try:
-            if not kwargs and _PLAIN.issuperset(map(type, args)):
-                return _encode(call).encode(), (), 0, lent
-            return self._pack(_Packer.fit_call, call, lent)
-        except Exception as error:
-            return self._pack_again(_Packer.fit_call, call, lent, error, [("args", args), ("kwargs", kwargs)])
-
-    def _pack(self, fit: Any, value: Any, lent: list[int], careful: bool = False) -> _Content:
-        packer = _Packer(self, lent, careful)
-        try:
-            text = _writer(packer.tag)(fit(packer, value))
-            return text.encode(), packer.buffers, packer.tagged, lent
-        except BaseException:
-            self.unlend(lent)
-            raise
-
-    def _pack_again(self, fit: Any, value: Any, lent: list[int], error: Exception,
-                    parts: list[tuple[str, Any]]) -> _Content:
-        """With care, if the encoder has tripped over a NaN or a lone surrogate; else raise what is wrong. (What a
-        signal handler has raised meanwhile goes on to the caller: then each part can be packed.)"""
-        if isinstance(error, UnicodeEncodeError) or "JSON compliant" in str(error):
-            try:
-                return self._pack(fit, value, lent, careful=True)
-            except Exception as later:
-                error = later
-        if isinstance(error, RecursionError):
+            if plain:
+                return _encode(value).encode(), (), 0, lent
+            return self._pack(_Packer(self, lent, label), value)
+        except RecursionError:
             if _is_deep():
-                raise error
-            path = parts[0][0]
-            raise NotSerializable(f"{path} is nested too deeply, or contains itself", path=path) from None
-        blamed = self._blame(parts)
-        if blamed is None:
-            raise error
-        path, kind, cause = blamed
-        why, origin = str(cause), cause.__cause__
-        if type(cause) is not NotSerializable:
-            why, origin = f"its state could not be told: {_shown(cause)}", cause
-        name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
-        raise NotSerializable(f"{path} is of type {name}: {why}", path=path, type_name=name) from origin
-
-    def _blame(self, parts: list[tuple[str, Any]]) -> tuple[str, type, Exception] | None:
-        """Which part of some values, or of their parts, cannot travel: its place, its type, and why."""
-        for place, part in parts:
-            lent: list[int] = []
+                raise
+            label = label or "the call"
+            raise NotSerializable(f"{label} is nested too deeply, or contains itself", path=label) from None
+        except Exception as error:
             try:
-                self._pack(_Packer.fit, part, lent, careful=True)
-                self.unlend(lent)
-            except Exception as error:
-                return self._blame(_parts(part, place)) or (place, type(part), error)
-        return None
+                content = self._pack(_CarefulPacker(self, lent, label), value)
+            except NotSerializable:  # or what a signal handler has raised just there
+                content = self._pack(_CarefulPacker(self, lent, label), value)
+            if isinstance(error, UnicodeEncodeError) or "JSON compliant" in str(error):
+                return content
+            self.unlend(lent)
+            raise  # a signal handler's: the value itself is good
+
+    def _pack(self, packer: _Packer, value: Any) -> _Content:
+        try:
+            fitted = packer.fit_call(*value) if packer.place is None else packer.fit(value)
+            return _writer(packer.tag)(fitted).encode(), packer.buffers, packer.tagged, packer.lent
+        except BaseException:
+            self.unlend(packer.lent)
+            raise
 
     def loads(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int) -> Any:
         """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be made here."""
@@ -1013,27 +974,25 @@ _FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "pa
 
 
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this in the host: what ends a loop, a task or a process may not, nor what says
-    that the plugin itself is in trouble: another plugin's trouble is not this plugin's."""
-    own = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
+    """Whether a call may raise this in the host: not what ends a loop or a task, nor what says that the plugin
+    itself is in trouble."""
     names = {base.__name__ for base in kind.__mro__}
-    ends = not names.isdisjoint(("StopIteration", "StopAsyncIteration", "CancelledError"))
-    return issubclass(kind, Exception) and not own and not ends
+    ends = names & {"StopIteration", "StopAsyncIteration", "CancelledError"}
+    return issubclass(kind, Exception) and not ends and ("PluginError" not in names or "RemoteError" in names)
 
 
 _GROUP: Any = getattr(builtins, "ExceptionGroup", None)  # new in Python 3.11
 _BUILTIN_ERRORS: dict[str, type[Exception]] = {
     name: value for name, value in vars(builtins).items()
-    if isinstance(value, type) and _can_be_raised(value) and value is not _GROUP}
+    if isinstance(value, type) and value not in (Exception, _GROUP) and _can_be_raised(value)}
 _OWN_ERRORS: dict[str, type[PluginError]] = {kind.__name__: kind for kind in (
     DeadReference, MessageTooLarge, MethodNotFound, NotSerializable, PluginClosed, PluginNotFound)}
 
 
-def _encode_error(error: BaseException, own: bool = False, bare: bool = False) -> dict[str, Any]:
+def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str, Any]:
     """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: no more
     than its type and as much of its text as goes into any message."""
-    if type(error) is _Undecodable:
-        error = error.args[0]
+    error = error.args[0] if type(error) is _Undecodable else error
     kind, cut = type(error), _cut if bare else str
     try:
         message = cut(str(error))
@@ -1042,44 +1001,37 @@ def _encode_error(error: BaseException, own: bool = False, bare: bool = False) -
     if own:
         state = {} if bare else _carried(kind, vars(error))
         return {"type": kind.__name__, "message": message, "own": True, "state": state}
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    body: dict[str, Any] = {"type": name, "message": message, "traceback": cut(_format_traceback(error))}
-    if isinstance(error, RemoteError) and error._body:  # it goes on, from another process
-        body["type"] = cut(str(error.type_name))
+    body: dict[str, Any] = {"type": _name_of(kind), "message": message, "traceback": cut(_format_traceback(error))}
+    if issubclass(kind, RemoteError) and error._body:  # it goes on, from another process
+        body["type"] = cut(error._body["type"])
         if kind is RemoteError:
-            body["message"] = cut(str(error.message))
-    is_group = _GROUP is not None and isinstance(error, builtins.BaseExceptionGroup)
-    if is_group or _can_be_raised(kind):
-        _add_type(body, error, is_group, bare)
+            body["message"] = cut(error._body["message"])
+    is_group = _GROUP is not None and issubclass(kind, builtins.BaseExceptionGroup)
+    if not is_group and not _can_be_raised(kind):
+        return body
+    builtin = [base.__name__ for base in kind.__mro__ if _BUILTIN_ERRORS.get(base.__name__) is base]
+    if bare:
+        return {**body, "kind": builtin[0], "args": [message]} if builtin else body
+    if is_group or builtin:
+        state = _error_state(error)
+        body.update(kind=[*builtin, "ExceptionGroup"][0], args=state.pop("args"), state={
+            name: held for name, held in state.items() if name[0] != "_" or name == "__notes__"})
+    registered = [state for tag, state in map(_WAYS.__getitem__, kind.__mro__) if tag == "$type"]
+    if is_group:  # whose parts are no data
+        body.update(kind="ExceptionGroup", args=[error.message], parts=[*map(_encode_error, error.exceptions)])
+    elif registered:
+        body["registered"] = registered[0](error)
     return body
-
-
-def _add_type(body: dict[str, Any], error: Any, is_group: bool, bare: bool) -> None:
-    """Tell an exception's registered or builtin type, and its state."""
-    mro = type(error).__mro__
-    registered = next((base for base in mro if _WAYS[base][0] == "$type"), None)
-    if registered is not None and not bare and not is_group:  # a group's parts are no data
-        body["registered"] = _WAYS[registered][1](error)
-    nearest = next((base for base in mro if _BUILTIN_ERRORS.get(base.__name__) is base), Exception)
-    if nearest is Exception and not is_group:
-        return
-    state = {} if bare else _error_state(error)
-    body.update(kind=nearest.__name__, args=state.pop("args", [body["message"]]), state={
-        key: held for key, held in state.items() if key[0] != "_" or key == "__notes__"})
-    if is_group and not bare:
-        parts = [*map(_encode_error, error.exceptions)]
-        body.update(kind="ExceptionGroup", args=[error.message], parts=parts)
 
 
 def _carried(kind: type, attributes: Mapping[str, Any]) -> dict[str, Any]:
     """What an error of miniplug's carries by its class, of some attributes, if it is of the right type."""
-    def fits(held: Any, default: Any) -> bool:
-        if type(held) is list or type(held) is tuple:
-            return default == () and _TEXTS.issuperset(map(type, held))
-        return type(held) is type(default) and (type(held) is str or (type(held) is int and held < 2**63))
-
-    return {name: attributes[name] for name, default in vars(kind).items()
-            if name[0] != "_" and fits(attributes.get(name), default)}
+    carried = {}
+    for name, default in vars(kind).items():
+        held = attributes.get(name)
+        if name[0] != "_" and type(held) in ((list, tuple) if default == () else (type(default),)):
+            carried[name] = held
+    return carried
 
 
 def _format_traceback(error: BaseException) -> str:
@@ -1103,7 +1055,7 @@ def _error_state(error: Any) -> dict[str, Any]:
     state = {name: getattr(base, name).__get__(error) for name in _FIELDS if hasattr(base, name)}
     state = {name: held for name, held in state.items() if held is not None}
     state.update(vars(error), args=[*error.args])
-    for name in ("type_name", "remote_traceback", "_body") if isinstance(error, RemoteError) else ():
+    for name in ("type_name", "remote_traceback", "_body", "_origin") if isinstance(error, RemoteError) else ():
         state.pop(name, None)
     return state
 
@@ -1114,7 +1066,11 @@ def _make_error(cls: Any, state: Any) -> Any:
     if type(state) is not dict or type(state.get("args")) is not list:
         raise ValueError("the state of an exception is its args and attributes")
     base, args = _error_base(cls), state["args"]
-    known = _with_place(args) if issubclass(base, SyntaxError) else args
+    known: Any = args
+    if issubclass(base, SyntaxError):  # with no more of its place than can be printed
+        place: Any = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
+        fits = [*map(type, place)] == [str, int, int, str] and 0 <= place[2] <= _MAX_COLUMN
+        known = [args[0], tuple(place)] if fits else args[:1]
     error = base.__new__(cls, *known)
     base.__init__(error, *known)
     BaseException.__setattr__(error, "args", tuple(args))
@@ -1129,16 +1085,6 @@ def _make_error(cls: Any, state: Any) -> Any:
         elif name != "args" and type(name) is str and name[:2] != "__" and not callable(getattr(cls, name, 0)):
             vars(error)[name] = held  # where it cannot reach what the interpreter relies on
     return error
-
-
-def _with_place(args: list[Any]) -> list[Any]:
-    """The arguments of a SyntaxError, with no more of its place than can be printed."""
-    place = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
-    kinds: Any = ((str, 0), (int, 2**31), (int, _MAX_COLUMN), (str, 0))
-    for held, (kind, limit) in zip(place, kinds):
-        if held is not None and (type(held) is not kind or (kind is int and not 0 <= held <= limit)):
-            return args[:1]
-    return [args[0], tuple(place)] if len(place) == 4 else args[:1]
 
 
 @lru_cache(None)
@@ -1168,31 +1114,32 @@ def _decode_error(body: Any) -> Any:
 
 
 def _raised_error(body: dict[str, Any], state: dict[str, Any]) -> Any:
-    """An instance of the registered or builtin exception that a body names, a RemoteError too; or None. It is one
-    that can be printed: else it has no more than its text."""
-    kind: Any = _BUILTIN_ERRORS.get(body["kind"])
-    for tell in (_group_in if "parts" in body else _registered_in,
-                 lambda _: (kind, {**state, "args": body["args"]}), lambda _: (kind, {"args": [body["message"]]})):
+    """An instance of the registered or builtin exception that a body names, a RemoteError too; or None. One that
+    cannot be printed has no more than its text."""
+    builtin: Any = _BUILTIN_ERRORS.get(body["kind"])
+    for tell in (lambda: _told_group(body, state), lambda: _told_registered(*body["registered"]),
+                 lambda: (builtin, {**state, "args": body["args"]}),
+                 lambda: (builtin, {"args": [body["message"]]})):
         try:
-            told, held = tell(body)
-            if _can_be_raised(told):
-                error = _make_error(_remote_type(told), held)
-                "" + str(error) + repr(error)
+            kind, held = tell()
+            if _can_be_raised(kind):
+                error = _make_error(_remote_type(kind), held)
+                str(error), repr(error)
                 return error
         except Exception:  # none, or not registered here, or not what it takes, or it holds what has no text
             continue
     return None
 
 
-def _registered_in(body: dict[str, Any]) -> tuple[Any, Any]:
-    error = _make_registered(body["registered"])
+def _told_registered(name: str, held: Any) -> tuple[type, dict[str, Any]]:
+    error = _make_registered(name, held)
     return type(error), _error_state(error)
 
 
-def _group_in(body: dict[str, Any]) -> tuple[Any, Any]:
+def _told_group(body: dict[str, Any], state: dict[str, Any]) -> tuple[type, dict[str, Any]]:
     if _count_parts(body) > _MAX_PARTS:
         raise ValueError("too many exceptions in a group")
-    return _GROUP, {**body.get("state", {}), "args": [body["args"][0], [*map(_decode_error, body["parts"])]]}
+    return _GROUP, {**state, "args": [body["args"][0], [*map(_decode_error, body["parts"])]]}
 
 
 def _count_parts(body: Any, level: int = 0) -> int:
@@ -1210,13 +1157,13 @@ _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # with
 def _reduce_error(error: RemoteError) -> tuple[Any, ...]:
     """What copy and pickle keep of an error: the body that it was made from, as on the wire; and its texts, if
     that holds a reference, or is decoded where a type in it is not registered."""
-    body = error._body or {
-        "type": error.type_name, "message": str(error), "traceback": error.remote_traceback}
+    body = error._body or {"message": str(error)}
+    texts = {key: body[key] for key in _TEXT_KEYS if key in body}
     try:
-        content, buffers, tagged, _ = _portable.dumps(body, "")
+        content, buffers, tagged, _ = _portable.dumps(body, "it")
+        return _restore_error, (texts, content, [*map(bytes, buffers)], tagged)
     except NotSerializable:
-        content, buffers, tagged = b"", (), 0
-    return _restore_error, ({key: body[key] for key in _TEXT_KEYS[:3]}, content, [*map(bytes, buffers)], tagged)
+        return _decode_error, (texts,)
 
 
 def _restore_error(texts: dict[str, str], *content: Any) -> Any:
@@ -6946,7 +6893,7 @@ def _call_once(given: Any) -> int:
 def _printable(value: Any) -> str:
     """A value as JSON if it is JSON, else as Python writes it."""
     try:
-        if not _portable.dumps(value, "")[2]:
+        if not _portable.dumps(value, "it")[2]:
             return json.dumps(value, ensure_ascii=sys.stdout.encoding.lower() != "utf-8", allow_nan=False)
     except NotSerializable:
         pass

@@ -392,21 +392,19 @@ def test_arrays(code):
 
 
 def test_an_array_of_another_platform():
-    for order, items in (("big", [1, -1]), ("little", [256, -1])):
-        back = codec().loads(f'{{"$array":["h",2,"{order}",{{"$bytes":"AAH//w=="}}]}}'.encode(), [], True)
-        assert back.typecode == "h" and list(back) == items
-    with pytest.raises(miniplug._Undecodable, match="items of 4 bytes"):
-        codec().loads(b'{"$array":["h",4,"little",{"$bytes":"AAABAA=="}]}', [], True)
+    back = codec().loads(f'{{"$array":["h",2,"{sys.byteorder}",{{"$bytes":"AAH//w=="}}]}}'.encode(), [], True)
+    assert back.typecode == "h" and back.tobytes() == b"\x00\x01\xff\xff"
+    for order, size in ((sys.byteorder, 4), ({"big": "little", "little": "big"}[sys.byteorder], 2)):
+        with pytest.raises(miniplug._Undecodable, match=f"items of {size} bytes, {order}-endian"):
+            codec().loads(f'{{"$array":["h",{size},"{order}",{{"$bytes":"AAABAA=="}}]}}'.encode(), [], True)
 
 
-def test_buffers_are_not_copied_by_the_sender():
+def test_buffers_of_every_kind():
     big = bytearray(100000)
     numbers = array.array("d", bytes(80000))
     view = memoryview(b"x" * 50000)
-    _, buffers, _, _ = codec().dumps({"deep": [numbers, (view,)]}, "value")
-    assert [len(buffer) for buffer in buffers] == [80000, 50000]
-    numbers[0] = 1.5
-    assert bytes(buffers[0][:8]) == array.array("d", [1.5]).tobytes()
+    data, buffers, _, _ = codec().dumps({"deep": [big, numbers, (view,)]}, "value")
+    assert [len(buffer) for buffer in buffers] == [100000, 80000, 50000] and len(data) < 200
     back = trip([big, numbers, view, view[::2]])
     assert back == [big, numbers, bytes(view), bytes(view[::2])] and list(map(type, back)) == [bytearray, array.array, bytes, bytes]
 
