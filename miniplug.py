@@ -3359,28 +3359,34 @@ def _method_names(obj: Any) -> list[str] | None:
     return sorted(name for name in found if not name.startswith("_") and callable(found[name]))
 
 
-def _no_method(name: str, names: Iterable[str] | None, where: str) -> MethodNotFound:
-    matches = _import("difflib").get_close_matches(name, list(names or ()), cutoff=0.5)
+def _not_found(what: str, name: str, names: Iterable[str], where: str) -> tuple[str, list[str]]:
+    """In words, and what comes close."""
+    matches = _import("difflib").get_close_matches(name, names, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
     if name.startswith("_"):
         hint = ": names that begin with an underscore are private to the plugin"
-    text = f"{where} has no method {name!r}{hint}" if name else f"{where} cannot be called itself, only its methods"
-    return MethodNotFound(text, name=name, matches=matches)
+    return f"{where} has no {what} {name!r}{hint}", matches
+
+
+def _no_method(name: str, names: Iterable[str] | None, where: str) -> MethodNotFound:
+    text, matches = _not_found("method", name, list(names or ()), where)
+    return MethodNotFound(text if name else f"{where} has only methods that can be called", name=name, matches=matches)
 
 
 def _makes_instances(served: Any) -> bool:
     """Whether what is served is a class or a zero-argument factory, and not the object itself. A function that
     needs arguments is there to be called; so is one with *args or **kwargs, or in C, if it may take some."""
-    if isinstance(served.func if type(served) is partial else served, type):
-        return True
     kind = type(served).__name__
-    if kind not in ("function", "method", "partial", "builtin_function_or_method"):
-        return False
+    if isinstance(served, type) or kind not in ("function", "method", "partial", "builtin_function_or_method"):
+        return isinstance(served, type)
+    of_class = isinstance(getattr(served, "func", None), type)  # a partial, which has what the class needs
     try:
         parameters = _import("inspect").signature(served).parameters.values()
     except ValueError:
-        return False  # a C function that does not tell
-    return not parameters or (kind[0] != "b" and all(each.default is not each.empty for each in parameters))
+        return of_class  # a C function that does not tell
+    if kind == "builtin_function_or_method":
+        return not parameters
+    return all(each.default is not each.empty or (of_class and each.kind in (2, 4)) for each in parameters)
 
 
 class _Loop:
@@ -6582,54 +6588,29 @@ def _serve_here(server: _Server, channel: _Channel, address: str, key: bytes) ->
 def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     """The files in a folder that `launch` can run, sorted, as absolute paths.
 
-    `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*.py"`` the Python
-    files, ``"*/plugin.py"`` one in each folder there, and ``**`` stands for any folders below, links not
-    followed. A file can be run that ends with ``.py`` or ``.pyw``, or is executable (on Windows: an ``.exe``,
-    ``.com``, ``.bat`` or ``.cmd``). Left out is what has a name that begins with ``.`` or ``_``, or lies in
-    such a folder: ``__init__.py``, ``.venv``. Nothing is run or imported. For a spec add the attribute:
-    ``f"{path}:Tool"``.
+    `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*/plugin.py"`` one in
+    each folder there, and ``**`` stands for any folders below. A file can be run that ends with ``.py`` or
+    ``.pyw``, or is executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Left out is what has a
+    name that begins with ``.`` or ``_``, or lies in such a folder: ``__init__.py``, ``.venv``. Nothing is run
+    or imported. For a spec add the attribute: ``f"{path}:Tool"``.
 
-    Raises FileNotFoundError, NotADirectoryError or PermissionError for the folder, ValueError for a pattern
-    that is empty or absolute, and TypeError for one that is no str. What lies in the folder and cannot be
-    looked at is left out.
+    Raises OSError for a folder that cannot be read, and ValueError for a pattern that is empty or absolute,
+    TypeError for one that is no str.
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern={pattern!r}: it is a glob, a str")
-    folder = _import("pathlib").Path(directory).absolute()
-    if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file, not a folder")
-    os.scandir(folder).close()  # raises, where looking for matches would find nothing
-    parts = [part for part in pattern.replace(os.sep, "/").split("/") if part not in ("", ".")]
-    if not parts or os.path.isabs(pattern):
+    if os.path.isabs(pattern) or os.path.normpath(pattern) == ".":
         raise ValueError(f"pattern={pattern!r}: it is a glob relative to the folder")
-    programs = (".exe", ".com", ".bat", ".cmd")
-    found = map(type(folder), set(_matches(str(folder), parts)))
-    return sorted(path for path in found if path.suffix in (".py", ".pyw")
-                  or (path.suffix.lower() in programs if _WINDOWS else os.access(path, os.X_OK)))
+    folder = _import("pathlib").Path(directory).absolute()
+    os.scandir(folder).close()  # raises, where to look for matches would find nothing
+    return sorted(path for path in set(folder.glob(pattern)) if os.path.isfile(path) and _is_program(path)
+                  and not any(part[0] in "._" for part in path.relative_to(folder).parts))
 
 
-def _matches(folder: str, parts: Sequence[str]) -> Iterable[str]:
-    """The files below a folder that match the parts of a pattern, without those that are hidden. (With some
-    Pythons' Path.glob one link that leads astray hides others, or is an error.)"""
-    (part, *rest), fnmatch = parts, _import("fnmatch").fnmatch
-    if part == "**":
-        yield from _matches(folder, rest or ["*"])
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return  # it is no folder, or may not be looked at
-    for name in names:
-        path = os.path.join(folder, name)
-        if name.startswith((".", "_")):
-            continue
-        if part == "**":
-            if os.path.isdir(path) and not os.path.islink(path):
-                yield from _matches(path, parts)
-        elif fnmatch(name, part):
-            if rest:
-                yield from _matches(path, rest)
-            elif os.path.isfile(path):
-                yield path
+def _is_program(path: Path) -> bool:
+    if _WINDOWS:
+        return path.suffix.lower() in (".py", ".pyw", ".exe", ".com", ".bat", ".cmd")
+    return path.suffix in (".py", ".pyw") or os.access(path, os.X_OK)
 
 
 def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[str, str]:
@@ -6637,9 +6618,9 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     "shop.export:Csv"}``.
 
     With `python` those of that interpreter's environment, which is run for a moment. Nothing is imported.
-    Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an import; and
-    of a distribution that is installed twice only the first. A distribution that is broken, and an entry that
-    names no attribute of a module, is left out with a warning in the log.
+    Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an import. A
+    distribution that is broken, and an entry that names no attribute of a module, is left out with a warning
+    in the log.
 
     Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
@@ -6649,21 +6630,19 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
         with launch("miniplug:discover_entry_points", name="entry_points", python=python) as plugin:
             return dict(plugin.dispense()(group))
     found: dict[str, str] = {}
-    logger = _import("logging").getLogger("miniplug")
+    warn = _import("logging").getLogger("miniplug").warning
     for distribution in _import("importlib.metadata").distributions():
         try:
-            entries = list(_entries(distribution.read_text("entry_points.txt") or "", group))
-            for name, value in entries if entries and not _is_hidden(distribution) else ():
+            for name, value in _entries(distribution.read_text("entry_points.txt") or "", group):
                 spec = "".join(value.partition("[")[0].split())  # without the extras that it may name
                 _, source, attribute = _split_spec(spec)
                 if name and attribute and all(part.isidentifier() for part in source.split(".")):
                     found.setdefault(name, spec)
                 else:
-                    logger.warning("the entry point %r names no attribute of a module: %s", name, value)
+                    warn("the entry point %r names no attribute of a module: %s", name, value)
         except Exception as error:  # whatever is wrong with it
             where = getattr(distribution, "_path", "a distribution")
-            kind = type(error).__name__
-            logger.warning("the entry points of %s cannot be read: %s: %s", where, kind, error)
+            warn("the entry points of %s cannot be read: %s: %s", where, type(error).__name__, error)
     return found
 
 
@@ -6679,41 +6658,21 @@ def _entries(text: str, group: str) -> Iterable[tuple[str, str]]:
             yield name.strip(), value.strip()
 
 
-def _is_hidden(distribution: Any) -> bool:
-    """Whether another of its name comes before it on sys.path, so that what it names is not there to
-    import."""
-    try:
-        name = distribution.metadata["Name"]
-        first = _import("importlib.metadata").distribution(name) if name else distribution
-        return str(first.locate_file("")) != str(distribution.locate_file(""))
-    except Exception:
-        return False  # it has no name by which it could be found
-
-
 # === 12. command line ===================================================================================
 
 def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
     a host has imported it."""
     sys.meta_path.insert(0, _OneModule(name))
-    sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
     _run_script(*arguments) if verb == "run" else _serve_specs(*arguments, **options)
 
 
-def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
-    """As sys.excepthook: the traceback without the frames of miniplug and of importing that come first."""
-    here = _show_error.__code__.co_filename
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((here, "<")):
-        frames = frames.tb_next
-    sys.__excepthook__(kind, error.with_traceback(frames), frames)
-
-
 def _run_script(path: str) -> None:
     main: Any = type(sys)("__main__")
-    main.__file__, main.__builtins__ = path, builtins
+    main.__file__ = path
     sys.modules["__main__"] = main
     sys.argv[:] = [path]
     sys.path.insert(0, os.path.dirname(path))
@@ -6735,23 +6694,15 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
             sys.exit(f"miniplug: the name {name!r} is {why}: write name={spec}")
         plugins[name] = _load(source, attribute)
     try:
-        secret = _read_key(authkey_file) if authkey_file else os.urandom(32)
+        secret = os.urandom(32)
+        if authkey_file:
+            with open(authkey_file, "rb") as file:
+                secret = _checked_key(file.read(1 << 16).decode("ascii", "replace").strip())
         server = _Server({None: plugins}, None, 64, _MAX_MESSAGE)
         how = "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS."
         _serve(server, {"matches": True}, address, secret, persist, how)
     except (OSError, ValueError) as error:
         sys.exit(f"miniplug: {error}")
-
-
-def _read_key(path: str) -> bytes:
-    """The key in a file, in hexadecimal digits. Raises OSError or ValueError, which name the file and not
-    what is in it."""
-    with open(path, "rb") as file:
-        text = file.read(1 << 16).decode("ascii", "replace").strip()
-    try:
-        return _checked_key(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 class _OneModule:
@@ -6760,21 +6711,16 @@ class _OneModule:
 
     def __init__(self, name: str) -> None:
         self._names = {"miniplug", name}
-        self._last = os.path.splitext(os.path.basename(_FILE))[0]
+        self._machinery = _import("importlib.machinery")
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name not in self._names and name.rpartition(".")[2] != self._last:
-            return None
-        machinery = _import("importlib.machinery")
-        found = None if name in self._names else machinery.PathFinder.find_spec(name, path)
-        here = name in self._names or (found and found.origin and self._is_this_file(found.origin))
-        return machinery.ModuleSpec(name, self) if here else None
-
-    def _is_this_file(self, path: str) -> bool:
-        try:
-            return path == _FILE or os.path.samefile(path, _FILE)
-        except OSError:
-            return False  # one of them is in a zip file
+        if name not in self._names:
+            if f"{name.rpartition('.')[2]}.py" != os.path.basename(_FILE):
+                return None
+            found = self._machinery.PathFinder.find_spec(name, path)
+            if found is None or os.path.realpath(str(found.origin)) != os.path.realpath(_FILE):
+                return None
+        return self._machinery.ModuleSpec(name, self)
 
     def create_module(self, spec: Any) -> ModuleType:
         return sys.modules["miniplug"]
@@ -6784,17 +6730,14 @@ class _OneModule:
 
 
 class _StandardLibrary:
-    """An import hook that finds the standard library first. Else a plugin's file that is called string.py
-    would break what it imports itself, and its neighbours."""
+    """An import hook that finds the standard library first: else a plugin's file that is called string.py
+    would break what it imports."""
 
-    def __init__(self) -> None:
-        library = os.path.dirname(getattr(os, "__file__", ""))
-        self._path = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if path is not None:
-            return None
-        return _import("importlib.machinery").PathFinder.find_spec(name, self._path)
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        library = os.path.dirname(getattr(os, "__file__", ""))  # frozen, it has none
+        folders = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
+        return None if path is not None else _import("importlib.machinery").PathFinder.find_spec(name, folders)
 
 
 def _load(source: str, attribute: str) -> Any:
@@ -6802,10 +6745,7 @@ def _load(source: str, attribute: str) -> Any:
     found = _load_file(os.path.abspath(source)) if source.endswith(".py") else _load_module(source)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            public = [name for name in dir(found) if not name.startswith("_")]
-            matches = _import("difflib").get_close_matches(part, public)
-            hint = f"; did you mean {matches[0]!r}?" if matches else ""
-            sys.exit(f"miniplug: {source} has no attribute {attribute!r}{hint}")
+            sys.exit(f"miniplug: {_not_found('attribute', part, dir(found), source)[0]}")
         found = getattr(found, part)
     return found
 
@@ -6814,10 +6754,9 @@ def _load_file(path: str) -> ModuleType:
     if not os.path.isfile(path):
         sys.exit(f"miniplug: there is no file {path}")
     name = os.path.splitext(os.path.basename(path))[0]
-    standard = _StandardLibrary()
-    if name in sys.modules or name in sys.builtin_module_names or standard.find_spec(name):
+    if name in sys.modules or name in sys.builtin_module_names or _StandardLibrary.find_spec(name):
         name = f"_plugin_{name}"
-    sys.meta_path.insert(sys.meta_path.index(_import("importlib.machinery").PathFinder), standard)
+    sys.meta_path.insert(sys.meta_path.index(_import("importlib.machinery").PathFinder), _StandardLibrary)
     sys.path.insert(0, os.path.dirname(path))
     util = _import("importlib.util")
     spec = util.spec_from_file_location(name, path)
@@ -6831,32 +6770,31 @@ def _load_file(path: str) -> ModuleType:
 
 
 def _load_module(name: str) -> ModuleType:
-    folder = ""
+    folder = "the current folder, which is gone"
     try:
         folder = os.getcwd()
         sys.path.insert(0, folder)
     except OSError:
-        pass  # it is gone
+        pass
     try:
         return _import(name)  # type: ignore[no-any-return]
     except ModuleNotFoundError as error:
         if not error.name or not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
-        sys.exit(f"miniplug: there is no module {error.name!r} in {folder or 'the current folder'}, nor among "
-                 f"the packages of {sys.executable}; cwd or PYTHONPATH names another folder, and "
-                 "path/to/file.py:Attr a file")
+        sys.exit(f"miniplug: there is no module {error.name!r} in {folder}, nor among the packages of "
+                 f"{sys.executable}; cwd or PYTHONPATH names another folder, and path/to/file.py:Attr a file")
 
 
 def freeze_support() -> None:
     """Let a frozen application serve its own plugins: the first statement of its main program.
 
-    Without `python=` such an application starts its own executable again for a spec or a ``.py`` file. There
-    this function is the plugin's main loop, and does not return; otherwise it does nothing. The plugin can
-    import what is frozen into the application, and what lies beside its own file.
+    Such an application starts its own executable again for a spec or a ``.py`` file. There this function is
+    the plugin's main loop, and does not return; otherwise it does nothing. The plugin can import what is
+    frozen into the application, and what lies beside its own file.
 
     With `python=` that interpreter loads this file from where ``miniplug.__file__`` says: pack it there as a
-    data file, too. For PyInstaller that is ``--add-data miniplug.py:.``, and of a copy that is vendored as
-    ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``.
+    data file, too (PyInstaller: ``--add-data miniplug.py:.``; of a copy that is vendored as
+    ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``).
     """
     if not hasattr(sys, "frozen"):
         return
@@ -6868,12 +6806,7 @@ def freeze_support() -> None:
     sys.exit()
 
 
-def _be_plugin(given: Any) -> None:
-    _run_plugin(__name__, "serve", *given.specs, address=given.listen, persist=given.persist,
-                authkey_file=given.authkey_file)
-
-
-def _call_once(given: Any) -> int:
+def _call_once(given: Any) -> None:
     name, _, method = given.method.rpartition(".")
     if method.startswith("_"):  # which a proxy has of its own
         raise _no_method(method, None, "a plugin")
@@ -6887,7 +6820,6 @@ def _call_once(given: Any) -> int:
         result = getattr(plugin.dispense(name or None), method)(*arguments)
         for each in result if isinstance(result, Stream) else (result,):
             print(_printable(each), flush=True)
-    return 0
 
 
 def _printable(value: Any) -> str:
@@ -6900,7 +6832,7 @@ def _printable(value: Any) -> str:
     return repr(value)
 
 
-def _inspect(given: Any) -> int:
+def _inspect(given: Any) -> None:
     with _opened(given) as plugin:
         for key, value in plugin.info.items():
             print(f"{key}: {_printable(value)}")
@@ -6908,17 +6840,15 @@ def _inspect(given: Any) -> int:
             print(name)
             for method in methods.values():
                 print(_indented(_outline(*method)))
-    return 0
 
 
 def _opened(given: Any) -> Plugin:
-    """The plugin that a verb names, started."""
+    """The plugin that a verb names, started, whatever version it speaks."""
+    output = "log" if given.verbose else "discard"
     if given.verbose:
         _import("logging").basicConfig(format="%(name)s %(levelname)s: %(message)s")
         _import("logging").getLogger("miniplug").setLevel("DEBUG")
-    output = "log" if given.verbose else "discard"
-    handshake = Handshake(given.protocol_version, *given.cookie)
-    return launch(given.plugin, handshake=handshake, python=given.python, stdout=output, stderr=output)
+    return launch(given.plugin, protocol_versions=range(100), python=given.python, stdout=output, stderr=output)
 
 
 def _one_line(error: BaseException) -> str:
@@ -6931,131 +6861,106 @@ def _one_line(error: BaseException) -> str:
 
 
 def _doctor(given: Any) -> int:
-    checks = list(_examine(given.python))
-    healthy = checks[-1][1] is True
+    """What this machine allows, each as a line. The last is whether a plugin runs here, and that counts."""
+    python = given.python or sys.executable
+    rows = []
+    for what, check in (("miniplug", _check_python), ("transport", _check_transport), ("loopback TCP", _check_loopback),
+                        ("FIPS mode", _check_fips), ("process tree", _check_tree), ("a plugin", _check_plugin)):
+        try:
+            works, detail = check(python)
+        except (OSError, PluginError) as error:
+            works, detail = False, _one_line(error)
+        rows.append({"check": what, "ok": works, "detail": detail})
     if given.json:
-        rows = [dict(zip(("check", "ok", "detail"), each)) for each in checks]
-        print(json.dumps({"ok": healthy, "checks": rows}, indent=2))
+        print(json.dumps({"ok": works, "checks": rows}, indent=2))
     else:
-        for what, works, detail in checks:
-            print(f"{'-' if works is None else 'ok' if works else 'no':<4}{what:<16}{detail}")
-    return 0 if healthy else 1
+        for row in rows:
+            print(f"{'ok' if row['ok'] else 'no':<4}{row['check']:<16}{row['detail']}")
+    return 0 if works else 1
 
 
-def _examine(python: str | None) -> Iterable[tuple[str, bool | None, str]]:
-    """What this machine allows: (what, whether it does, more about it). The last is whether a plugin runs."""
-    yield "miniplug", True, f"{__version__}, {_FILE}"
-    found = _import("shutil").which(python or sys.executable) is not None
-    version = f"under {sys.version.split()[0]} on {sys.platform}"
-    yield "interpreter", found, f"{python or sys.executable}, {version}"
-    yield from _examine_transports()
+def _check_python(python: str) -> tuple[bool, str]:
+    return True, f"{__version__}, {_FILE}, under Python {sys.version.split()[0]} on {sys.platform}"
+
+
+def _check_transport(python: str) -> tuple[bool, str]:
+    listener = _Listener()
+    kind = "a named pipe" if _WINDOWS else "a Unix socket" if listener.folder else "TCP, guarded by the key alone"
+    listener.close()
+    return True, "; not in ".join([f"{kind}, {listener.address}", *listener.passed_over])
+
+
+def _check_loopback(python: str) -> tuple[bool, str]:
+    with socket.create_server(("127.0.0.1", 0)) as server, \
+            socket.create_connection(server.getsockname(), 2.0) as one, server.accept()[0] as other:
+        one.sendall(b"x")
+        other.settimeout(2.0)
+        return other.recv(1) == b"x", "127.0.0.1"
+
+
+def _check_fips(python: str) -> tuple[bool, str]:
     try:
         _import("hashlib").md5(b"")
-        yield "FIPS mode", None, "off"
+        return True, "off"
     except ValueError:
-        yield "FIPS mode", True, "on: no MD5, and miniplug needs none"
-    for what, there in (("process groups", not _WINDOWS), ("job objects", _WINDOWS)):
-        yield what, there or None, "one for each plugin" if there else "not on this system"
-    if not _WINDOWS:
-        found = os.path.exists(_SHELL)
-        lack = "" if found else " is not there: no guardian if the host is killed, and no limits"
-        yield "guardian", found, f"{_SHELL}{lack}"
+        return True, "on: no MD5, and miniplug needs none"
+
+
+def _check_tree(python: str) -> tuple[bool, str]:
+    return True, f"a {'job object' if _WINDOWS else 'process group'} for each plugin"
+
+
+def _check_plugin(python: str) -> tuple[bool, str]:
     start = time.monotonic()
-    try:
-        with launch("doctor=os:path", python=python, start_timeout=20.0, stdout="discard",
-                    stderr="discard") as plugin:
-            plugin.dispense(timeout=20.0).basename("a/b")
-            seconds = time.monotonic() - start
-            ping = plugin.ping()
-        times = f"{seconds * 1e3:.0f} ms to the first answer, {ping * 1e6:.0f} µs a ping"
-        yield "a plugin", True, f"runs: {times}"
-    except PluginError as error:
-        yield "a plugin", False, _one_line(error)
-
-
-def _examine_transports() -> Iterable[tuple[str, bool | None, str]]:
-    for folder in _remove_left_behind():
-        yield "left behind", True, f"{folder}, by a plugin that was killed: removed"
-    try:
-        listener = _Listener()
-        folder = os.path.dirname(listener.folder)
-        listener.close()
-        kind = "a named pipe" if _WINDOWS else "a Unix socket" if folder else "TCP, guarded by the key alone"
-        yield "transport", True, f"{kind}, {listener.address}"
-        for passed_over in listener.passed_over:
-            yield "temp folder", False, passed_over
-        if folder:
-            yield "temp folder", True, folder
-    except OSError as error:
-        yield "transport", False, str(error)
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as server, \
-                socket.create_connection(server.getsockname(), 2.0) as one, server.accept()[0] as other:
-            one.sendall(b"x")
-            other.settimeout(2.0)
-            yield "loopback TCP", other.recv(1) == b"x", "127.0.0.1"
-    except OSError as error:
-        yield "loopback TCP", False, str(error)
+    with launch("doctor=os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
+        plugin.dispense(timeout=20.0).basename("a/b")
+        seconds = time.monotonic() - start
+        return True, f"runs: {seconds * 1e3:.0f} ms to the first answer, {plugin.ping() * 1e6:.0f} µs a ping"
 
 
 def _parser(argparse: Any) -> Any:
-    """The command line. Each verb sets `run`, which is called with what was given and returns the status."""
-
     class Parser(argparse.ArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> None:
             self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
-
-    def cookie(text: str) -> list[str]:
-        if not all(text.partition("=")):
-            raise ValueError
-        return text.split("=", 1)
-
-    def version(text: str) -> int:
-        return _checked_count(int(text), "N")
 
     what = "Plugins that run as subprocesses and are called like local objects."
     parser = Parser(prog="python -m miniplug", description=what)
     parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name")
-    add = serve.add_argument
+    add = verbs.add_parser("serve", help="be a plugin: serve what the specs name").add_argument
     add("specs", metavar="SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
     add("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
     add("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
     add("--persist", action="store_true", help="stay when the last host is gone")
 
-    call = verbs.add_parser("call", help="run a plugin, call it once, print the result")
-    inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do")
-    doctor = verbs.add_parser("doctor", help="what this machine allows, and whether a plugin runs here")
-    for verb in (call, inspect, doctor):
-        verb.add_argument("--python", metavar="PATH", help="the interpreter for the plugin")
-    for add in (call.add_argument, inspect.add_argument):
+    call = verbs.add_parser("call", help="run a plugin, call it once, print the result").add_argument
+    inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do").add_argument
+    doctor = verbs.add_parser("doctor", help="what this machine allows, and whether a plugin runs here").add_argument
+    for add in (call, inspect, doctor):
+        add("--python", metavar="PATH", help="the interpreter for the plugin")
+    for add in (call, inspect):
         add("--verbose", "-v", action="store_true", help="what the plugin writes goes to stderr")
-        add("--cookie", metavar="KEY=VALUE", type=cookie, default=(), help="the magic cookie, if it wants one")
-        add("--protocol-version", metavar="N", type=version, default=1)
         add("plugin", metavar="PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
-    add = call.add_argument
-    add("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
-    add("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- it may begin with a dash")
-    doctor.add_argument("--json", action="store_true")
-    for verb, run in ((serve, _be_plugin), (call, _call_once), (inspect, _inspect), (doctor, _doctor)):
-        verb.set_defaults(run=run)
+    call("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
+    call("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- it may begin with a dash")
+    doctor("--json", action="store_true")
     return parser
 
 
 def _main(arguments: Sequence[str] | None = None) -> None:
     given = _parser(_import("argparse")).parse_args(arguments)
     if given.verb == "serve":  # whose errors are the plugin's own
-        sys.exit(given.run(given))
-    if sys.stdout is None:  # it was closed: nobody reads
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        _run_plugin(__name__, "serve", *given.specs, address=given.listen, persist=given.persist,
+                    authkey_file=given.authkey_file)
+        return
     try:
+        sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # closed: nobody reads  # noqa: SIM115
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        status = given.run(given)
+        status = {"call": _call_once, "inspect": _inspect, "doctor": _doctor}[given.verb](given)
         sys.stdout.flush()
         sys.exit(status)
-    except (PluginError, MemoryError, RecursionError) as error:
+    except PluginError as error:
         sys.exit(f"miniplug: {_one_line(error)}")
     except OSError as error:  # what is printed cannot be written; or nobody reads it, as behind ``head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter flushes at its end
