@@ -13,6 +13,7 @@ import time
 import by_hand
 import pytest
 from conftest import HERE, WINDOWS, WINE, WORKSHOP, accepted, alive, by_hand_environment, channel_and_end, stream, until
+from test_fuzz_messages import Peer
 
 import miniplug
 
@@ -59,6 +60,8 @@ BROKEN = {
     "a pong in a stream": "message(RESULT, number, flags=STREAM) + message(PONG, number)",
     "items that are no array": "message(RESULT, number, flags=STREAM) + message(ITEM, number, b'1')",
     "items that are an object": "message(RESULT, number, flags=STREAM) + message(ITEM, number, b'{\"0\":1}')",
+    "no items": "message(RESULT, number, flags=STREAM) + message(ITEM, number, b'[]')",
+    "an item for a call that does not stream, with many more": "message(ITEM, number, b'[]') * 1000",
     "items without a body": "message(RESULT, number, flags=STREAM) + message(ITEM, number)",
     "more items than the window": "message(RESULT, number, flags=STREAM) + message(ITEM, number, b'[%s1]' % (b'1,' * 64))",
     "garbage in an item": "message(RESULT, number, flags=STREAM) + message(ITEM, number, b'[')",
@@ -341,6 +344,44 @@ def test_dispense_gives_a_reference_or_breaks_the_protocol(answer, write):
         """)
     with miniplug.launch([sys.executable, plugin], stderr="discard") as plugin, pytest.raises(miniplug.ProtocolError):
         plugin.dispense()
+
+
+# -- without end
+
+
+@pytest.mark.parametrize("items", [b"[]", b"[1]"])
+def test_a_stream_that_nobody_reads_keeps_no_more_than_the_window(items):
+    """However many messages come of it, and however few items are in each."""
+    peer = Peer("plain", [(3, 4, "asked", 0, b"", ()), *[(5, 0, "asked", 0, items, ())] * 20_000], stays=True)
+    with miniplug.attach(peer.config) as plugin:
+        stream = plugin.dispense("x").plain()
+        with pytest.raises(miniplug.ProtocolError):
+            plugin.ping(50)
+        assert len(stream._call.inbox) <= 66  # the window, one that is too much, and the end
+    peer.close()
+
+
+@pytest.mark.parametrize("kind", [1, 2], ids=["calls", "notifications"])
+def test_calls_on_behalf_of_a_submitted_one_run_in_so_many_threads(kind):
+    """The others wait, and hold up nothing."""
+    count, inside, go = 2000, [], threading.Event()
+
+    def block():
+        inside.append(None)
+        assert go.wait(50)
+
+    calls = [(kind, 0, number + 1, "asked", b'[1,"",[],{}]', ()) for number in range(count)]
+    peer = Peer("plain", [*calls, (3, 0, "asked", 0, b"7", ())], stays=True)
+    with miniplug.attach(peer.config) as plugin:
+        before = threading.active_count()
+        call = plugin.dispense("x").plain.submit(block)
+        assert call.result(50) == 7  # which came after them
+        until(lambda: len(inside) == miniplug._NESTED)
+        assert threading.active_count() <= before + 2 * miniplug._NESTED  # some found that those who run are enough
+        assert len(inside) == miniplug._NESTED
+        go.set()
+        until(lambda: len(inside) == count)
+    peer.close()
 
 
 # -- strangers at the door
