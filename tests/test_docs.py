@@ -5,6 +5,7 @@ A part is what stands below a heading. It is followed in a folder of its own, wi
 
 import importlib.util
 import os
+import pydoc
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import WINDOWS, WINE
 from readme import BLOCK, FILES, Follower, headings, links, sections, write
+
+import miniplug
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "docs" / name for name in ("guide.md", "vendoring.md")]
@@ -107,6 +110,14 @@ def test_reference_is_made_of_the_docstrings_as_they_are():
     spec.loader.exec_module(maker)
     shown = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     assert shown == maker.reference(), "run: python docs/make_reference.py"
+
+
+def test_help_is_short_and_tells_how_to_call_a_method():
+    text = pydoc.plain(pydoc.render_doc(miniplug))
+    for told in ("m.submit(", "m.notify(", "m.timeout(", "class Plugin(", "class Call(", "class Stream(", "class CallTimeout("):
+        assert told in text, told
+    assert "with_traceback" not in text and "set_running_or_notify_cancel" not in text  # what is inherited would drown it
+    assert len(text.splitlines()) < 1100
 
 
 def test_what_is_not_yet_is_named_in_the_pages():
