@@ -4238,7 +4238,7 @@ class Stream:
                     self._advance(False)
                 finally:
                     self._lock.release()
-            if not (self._call.inbox or self._over):
+            if not self._has_news():
                 await self._news()
 
     def _advance(self, wait: bool) -> None:
@@ -4275,6 +4275,9 @@ class Stream:
             raise self._session.failed(ProtocolError(text), call)
         self._batch = (iter(values), received)
 
+    def _has_news(self) -> bool:
+        return bool(self._over or self._call.inbox or self._batch[0].__length_hint__())
+
     async def _news(self) -> None:
         """Wait until something has come."""
         asyncio, call, reader = _import("asyncio"), self._call, self._session.reader
@@ -4282,7 +4285,7 @@ class Stream:
         self._waiters.append(waiter)
         try:
             reader.unattended.add(call.number)
-            if not (call.inbox or self._over):
+            if not self._has_news():
                 reader.pass_on()
                 await asyncio.wait_for(waiter[1].wait(), call.seconds)
         except asyncio.TimeoutError:
