@@ -4387,13 +4387,11 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     """Serve plugins to the host that started this process, until it says stop or is gone; then return.
 
     `plugins` maps a name to an object or a function with arguments, which all callers share; or to a class or
-    zero-argument factory, which makes an instance for each `dispense`. Mapped by int instead, it is one such
-    mapping for each protocol version. A context manager is entered before its first call and exited at the
-    end.
+    zero-argument factory, which makes an instance for each `dispense`; or an int, a protocol version, to such
+    a mapping. A context manager is entered before its first call and exited at the end.
 
-    `info` is a plain dict about the plugin that the host reads as `Plugin.info`. Calls run in threads, at
-    most `max_workers` at once (1: one after another). A message of more than `max_message` bytes (at least
-    4096) is refused.
+    `info` is a plain dict that the host reads as `Plugin.info`. Calls run in threads, at most `max_workers`
+    at once (1: one after another). A message of more than `max_message` bytes (at least 4096) is refused.
 
     `persist=True`: stay when the host goes, for it or others to `attach` to, until one of them says stop.
     `address` is where they attach: a path with a ``/`` in it, ``127.0.0.1:PORT`` or, on Windows, the name of
@@ -4460,15 +4458,13 @@ def _heed_sigterm() -> None:
 
 
 def _checked_key(key: bytes | str) -> bytes:
-    """A key that is given as bytes or in hexadecimal digits. Raises ValueError, or TypeError."""
-    if not isinstance(key, (str, bytes, bytearray)):
-        raise TypeError("authkey: it is bytes, or hexadecimal digits as a str")
+    """A key that is given as bytes or in hexadecimal digits. Raises ValueError."""
     try:
-        data = bytes.fromhex(key) if isinstance(key, str) else bytes(key)
-    except ValueError:
-        raise ValueError("the authkey is not in hexadecimal digits") from None
+        data = bytes.fromhex(key) if isinstance(key, str) else bytes(memoryview(key))
+    except (TypeError, ValueError):
+        data = b""
     if len(data) < 16:
-        raise ValueError(f"the authkey has {len(data)} bytes, where at least 16 are needed")
+        raise ValueError("authkey: it is at least 16 bytes, or as many in hexadecimal digits")
     return data
 
 
@@ -4542,8 +4538,8 @@ class _Server:
             what = "the host refused this plugin" if refused else f"no host at {address}: {type(error).__name__}"
             sys.exit(f"miniplug: {what}: {error}")
         cause = self.attend(channel, terms, gone)
-        orderly = isinstance(cause, (EOFError, ConnectionError)) and not isinstance(cause, ProtocolError)
-        if not (self.stays or cause is None or orderly):
+        orderly = EOFError, BrokenPipeError, ConnectionResetError, ConnectionAbortedError, type(None)
+        if not (self.stays or isinstance(cause, orderly)):
             sys.exit(f"miniplug: the connection to the host has failed: {type(cause).__name__}: {cause}")
 
     def attend(self, channel: _Channel, terms: _Terms, gone: Callable[[], Any] = bool) -> BaseException | None:
@@ -4616,11 +4612,9 @@ def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, 
     versions = plugins if by_version else {handshake.protocol_version: plugins}
     for version, mapping in versions.items():
         _checked_count(version, "protocol_version")
-        if not hasattr(mapping, "keys"):
-            kind = getattr(mapping, "__name__", type(mapping).__name__)
-            raise TypeError(f"{kind} is no mapping: what is served has a name, such as {{{kind.lower()!r}: {kind}}}")
-        if not mapping or not all(isinstance(name, str) for name in mapping):
-            raise TypeError("plugins is {name: object, ...}, or {version: {name: object, ...}}, and not empty")
+        if not (hasattr(mapping, "keys") and mapping and all(isinstance(name, str) for name in mapping)):
+            takes = "{name: object, ...}, or {version: {name: object, ...}, ...}, and not empty"
+            raise TypeError(f"plugins={_shown(plugins)}: what is served has a name: it is {takes}")
         if "system" in mapping:
             raise ValueError("the name 'system' is reserved: give the plugin another one")
     return versions
@@ -4686,8 +4680,7 @@ class _LoggingHook:
 
 
 def _set_up_logging(logging: Any, level: int) -> None:
-    """Send the root logger's records to the host, unless the plugin has handlers there or calls
-    basicConfig."""
+    """Send all records to the host, unless the plugin has handlers of its own, or calls basicConfig."""
     root = logging.getLogger()
     if root.handlers:
         return
@@ -4708,13 +4701,10 @@ def _log_line(formatter: Any, record: Any) -> str:
     datetime = _import("datetime")
     when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
     level = next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace")
-    fields: dict[str, Any] = {"@level": level, "@message": record.getMessage(), "@module": record.name,
-                              "@timestamp": when.isoformat(timespec="microseconds")}
-    if _LEVELS[level] != record.levelno:
-        fields["@levelno"] = record.levelno
     trace = formatter.formatException(record.exc_info) if record.exc_info else record.exc_text
-    if trace or record.stack_info:
-        fields["@traceback"] = "\n".join(filter(None, (trace, record.stack_info)))
+    fields = {"@level": level, "@levelno": record.levelno, "@message": record.getMessage(), "@module": record.name,
+              "@timestamp": when.isoformat(timespec="microseconds"),
+              "@traceback": "\n".join(filter(None, (trace, record.stack_info)))}
     blank = _import("logging").makeLogRecord({"message": "", "asctime": ""})  # what formatting adds
     more = {key: value for key, value in vars(record).items() if not hasattr(blank, key)}
     try:
@@ -4727,35 +4717,39 @@ def _log_line(formatter: Any, record: Any) -> str:
 
 _LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces, as it must be kept until its end
 _TAIL_LINES = 30  # how many last lines an error carries
-_TAIL_RECORD = 1 << 14  # how much of a log record is kept for that
 _RECORD_LIMIT = 1 << 20  # characters of a log record; what is longer is logged as text
-_NAME_LIMIT = 200  # characters of the name of a logger; what has a longer one goes to the plugin's own
 
 
 class _Lines:
-    """Bytes to lines: one output stream of a plugin, read by one thread. `deliver` takes each line as text;
-    `tail` keeps the last ones."""
+    """Bytes to lines: one output stream of a plugin, read by one thread. `deliver` takes each line; `tail`
+    keeps the last ones."""
 
     def __init__(self, file: IO[bytes], deliver: Callable[[str], Any]) -> None:
         self.file = file
         self.tail: deque[str] = deque(maxlen=200)
         self._log = deliver if isinstance(deliver, _LogSink) else None
+        self._flush = partial(_guard, self._log.flush if self._log else bool)
         self._deliver = deliver
         self._decoder = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
         self._line = io.StringIO()  # as much of it as has come
         self._returned = False  # whether the last line has ended with a \r, which a \n may follow
 
     def read_until(self, ended: Callable[[], bool], wake: int) -> None:
-        """Deliver lines until the stream ends, or the process has and nothing more comes: another one may
-        hold the pipe open for ever. What has come by then is read for a moment yet."""
+        """Deliver lines until the stream ends; or the process has, and for a moment what comes yet: another
+        one may hold the pipe open for ever."""
         more, last = True, float("inf")
         while more and time.monotonic() < last:
             over = ended()
             last = min(last, time.monotonic() + 0.8) if over else last
-            held = self._log is not None and self._log.trace  # a traceback that may go on
+            held = self._log and self._log.trace  # a traceback that may go on
             more = not over
             if self._await_more(0.0 if over else 0.1 if held else None, wake):
-                more = self._read()
+                try:
+                    data = os.read(self.file.fileno(), 1 << 16)
+                except OSError:
+                    data = b""
+                self._take(data)
+                more = bool(data)
             else:
                 self._flush()
         self._flush()
@@ -4773,15 +4767,6 @@ class _Lines:
         except OSError:
             return True  # its end
 
-    def _read(self) -> bool:
-        """Read what there is and deliver its lines. False at the end."""
-        try:
-            data = os.read(self.file.fileno(), 1 << 16)
-        except OSError:
-            data = b""
-        self._take(data)
-        return bool(data)
-
     def _take(self, data: bytes) -> None:
         """Deliver the lines of what has come; at the end, of nothing, what there is."""
         text = self._decoder.decode(data, final=not data)
@@ -4797,16 +4782,12 @@ class _Lines:
 
     def _end_line(self) -> None:
         text, self._line = self._line.getvalue(), io.StringIO()
-        self.tail.append(text[:_TAIL_RECORD] if text.startswith("{") else _cut(text))
+        self.tail.append(text[: 1 << 14])
         _guard(self._deliver, text)
 
-    def _flush(self) -> None:
-        if self._log is not None:
-            _guard(self._log.flush)
-
     def last(self) -> list[str]:
-        """The last lines, for people: a log record reads as one does in a log. Of a longer report of
-        faulthandler's also the head, which tells most: the latest frames come first."""
+        """The last lines, for people, and of a longer report of faulthandler's also the head, which tells
+        most: the latest frames come first."""
         lines = [_cut(line) for text in self.tail for line in _readable(text).splitlines() or [""]]
         heads = [place for place, line in enumerate(lines) if line.startswith("Fatal Python error: ")]
         if heads and heads[-1] < len(lines) - _TAIL_LINES:
@@ -4842,14 +4823,14 @@ def _readable(line: str) -> str:
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
-    """Call what the host has given us (a callable, a log handler). What it raises is logged, no more."""
+    """Call what the host has given us. What it raises is logged, no more."""
     try:
         function(*args)
     except BaseException:
         try:
             _import("logging").getLogger("miniplug").exception("%s raised", what)
         except Exception:
-            pass  # the log handler is what raises: there is nobody left to tell
+            pass  # a log handler is what raises
 
 
 class _LogSink:
@@ -4894,35 +4875,31 @@ class _LogSink:
         level, word, module = (fields.pop(key, "") for key in ("@levelno", "@level", "@module"))
         if type(level) is not int or not 0 < level <= 100:  # a logger remembers each that it was asked for
             level = _LEVELS.get(word.lower(), 20)
-        named = isinstance(module, str) and module not in ("", "root") and len(module) <= _NAME_LIMIT
+        named = isinstance(module, str) and module not in ("", "root") and len(module) <= 200
         name = f"{self._prefix}{module}" if named else self._parent.name
         logger = self._nearest(name)
+        record = self._parent.makeRecord(name, level, "(plugin)", 0, fields.pop("@message"), (), None)
+        trace, when = fields.pop("@traceback", None), str(fields.pop("@timestamp", ""))
+        record.exc_text = trace if isinstance(trace, str) else None  # formatters print it below the message
+        try:
+            created = _import("datetime").datetime.fromisoformat(when.replace("Z", "+00:00")).timestamp()
+            time.localtime(created)  # formatters do that, and no platform can for every time
+            record.created, record.msecs = created, created % 1 * 1000
+        except (ValueError, OverflowError, OSError):
+            pass  # then it is the time of its arrival
+        vars(record).update((key, value) for key, value in fields.items() if not hasattr(record, key))
         if logger.isEnabledFor(level):
-            logger.handle(self._made(name, level, fields))
+            logger.handle(record)
         return True
 
     def _nearest(self, name: str) -> Any:
-        """The logger of that name, or the nearest above it that there is: one that were made for a plugin
-        would stay for the host's life."""
+        """The logger of that name, or the nearest above it: one that were made would stay for good."""
         while len(name) > len(self._prefix):
             found = self._parent.manager.loggerDict.get(name)
             if hasattr(found, "handlers"):  # else it only holds the place of one
                 return found
             name = name.rpartition(".")[0]
         return self._parent
-
-    def _made(self, name: str, level: int, fields: dict[str, Any]) -> logging.LogRecord:
-        record = self._parent.makeRecord(name, level, "(plugin)", 0, fields.pop("@message"), (), None)
-        trace, when = (fields.pop(key, None) for key in ("@traceback", "@timestamp"))
-        record.exc_text = trace if isinstance(trace, str) else None  # formatters print it below the message
-        try:
-            created = _import("datetime").datetime.fromisoformat(when.replace("Z", "+00:00")).timestamp()
-            time.localtime(created)  # formatters do that, and no platform can for every time
-            record.created, record.msecs = created, created % 1 * 1000
-        except Exception:
-            pass  # then it is the time of its arrival
-        vars(record).update((key, value) for key, value in fields.items() if not hasattr(record, key))
-        return record
 
 
 # === 9. process =======================================================================================
@@ -4932,9 +4909,9 @@ class _LogSink:
 # group: then only the process itself is ended); on Windows it is in a job object. When the host itself ends,
 # by SIGKILL too, the job closes with its last handle; on POSIX the guardian waits for that.
 #
-# A process here is what has `pid`, `stdout`, `stderr` and these methods: `signal(kill)` ends it, in any
-# thread, as often as one likes; `await_exit()` and then `reap()`, which gives the exit code, are for the one
-# thread that watches it; `keep()` has it stay when the host goes; `disown()` forgets it in a forked child.
+# What stands for a process has `pid`, `stdout`, `stderr`; `signal(kill)`, for any thread; `await_exit()` and
+# then `reap()`, which gives the exit code, for the one thread that watches it; `keep()`, so that it stays when
+# the host goes; and `disown()`, for a forked child.
 
 _PIPE, _DEVNULL = -1, -3  # as in subprocess, which is slow to import
 _SHELL = "/bin/sh"
@@ -4956,9 +4933,9 @@ else:
 class Limits(_Limits, metaclass=_Brief):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
-    - `memory` (bytes): on POSIX the address space of each process, on Windows what all of them have
-      allocated together. An allocation past it fails: in Python that is a MemoryError. macOS enforces none.
-      Runtimes that reserve much address space (Node's, Go's, Java's) need far more than they use.
+    - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more
+      than they use; on Windows what all of them have allocated together. An allocation past it fails: in
+      Python that is a MemoryError. macOS enforces none.
     - `cpu_seconds`: on POSIX the processor time of each process, in whole seconds, rounded up; on Windows
       that of all of them together. What goes over it is ended, and PluginCrashed says so.
     - `open_files` (a count): descriptors in each process; to open one more fails with OSError. Windows has
@@ -4981,16 +4958,14 @@ class Limits(_Limits, metaclass=_Brief):
 
     def _as_job(self, stays: bool = False) -> bytes:
         """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of a job that ends with its last handle, unless it stays."""
-        time_limit, memory_limit, kill_on_close = 0x4, 0x200, 0x2000  # of the whole job, the first two
-        flags = 0 if stays else kill_on_close
-        flags |= time_limit * bool(self.cpu_seconds) | memory_limit * bool(self.memory)
+        flags = 0x4 * bool(self.cpu_seconds) | 0x200 * bool(self.memory) | 0x2000 * (not stays)
         ticks = min(int((self.cpu_seconds or 0) * 10**7), (1 << 63) - 1)  # of 100 ns
         memory = min(self.memory or 0, (1 << 8 * struct.calcsize("N")) - 1)
         return struct.pack("qqINNINII6Q4N", 0, ticks, flags, *[0] * 12, 0, memory, 0, 0)
 
     def _command(self, argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
-        """A command that sets the limits and then becomes `argv`. A shell does that: nothing of Python's runs
-        between fork and exec, and nothing of the plugin's before they hold."""
+        """A command that sets the limits and then becomes `argv`: a shell, as nothing of Python's may run
+        between fork and exec."""
         if not os.path.exists(_SHELL):
             raise OSError(f"its limits cannot be set: there is no {_SHELL}")
         seconds = None if self.cpu_seconds is None else int(-(-self.cpu_seconds // 1))
@@ -5009,11 +4984,11 @@ class Limits(_Limits, metaclass=_Brief):
         return [_SHELL, "-c", f'{script}exec "$@"', "miniplug-limits", *again, *argv]
 
 
-# What the guardian does. It is told "+PID" of a process that leads a group, "=PID" of one that leads none,
-# "/FOLDER" of a door's folder; and the same after a "!" when that is gone. When the host is gone it removes
-# the folders, gives the processes some time to end by themselves, and kills what is left of them and their
-# groups. Each is known by when it began as well, so that no later process of its number is meant. (A number
-# that a group has is given to nobody: so what its leader has left behind is killed without a look.)
+# The guardian is told "+PID" of a process that leads a group, "=PID" of one that leads none, "/FOLDER" of a
+# door's folder; and the same after a "!" when that is gone. When the host is gone it removes the folders,
+# gives the processes some time to end by themselves, and kills what is left of them and their groups. Each is
+# known by when it began as well, so that no later process of its number is meant. (A group's number is given
+# to nobody: so what its leader has left behind is killed without a look.)
 _GUARDIAN = """
 begun() {  # sets when the process $1 has
     if [ -d /proc/self ]; then
@@ -5066,9 +5041,8 @@ exit 0
 
 
 class _Guardian:
-    """A process that outlives this host by a moment, and ends what the host was to end. There is one while it
-    knows of anything. Any thread may call this; `_lock` protects all of it, and no write waits. One that
-    somebody has killed is replaced when it is told something."""
+    """A process that outlives this host by a moment, and ends what the host was to end. There is one while
+    there is anything to tell it. Any thread may call this; `_lock` protects all of it; no write waits."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -5077,7 +5051,7 @@ class _Guardian:
         self._told: set[str] = set()  # what it is to end or to remove
 
     def tell(self, line: str) -> None:
-        """In the words of its script. That a process is gone is said while its number is still its own."""
+        """That a process is gone is said while its number is still its own."""
         with self._lock:
             if line.startswith("!"):
                 self._told.discard(line[1:])
@@ -5085,7 +5059,7 @@ class _Guardian:
                 self._told.add(line)
             if not self._told:
                 return self._part()
-            if self._process is None or self._process.poll() is not None:
+            if self._process is None or self._process.poll() is not None:  # or somebody has killed it
                 self._part()
                 self._begin()
                 line = "\n".join(self._told)
@@ -5097,9 +5071,8 @@ class _Guardian:
 
     def _begin(self) -> None:
         """There is none where there is no shell: a plugin still ends by itself when its connection does."""
-        nested = _ADDRESS in _environment or _ADDRESS in os.environ  # another guardian waits for this host
-        tenths = "5" if nested else "30"  # of a second, that processes have to end by themselves
-        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", tenths]
+        nested = _ADDRESS in {**_environment, **os.environ}  # another guardian waits for this host
+        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", "5" if nested else "30"]  # tenths of a second
         try:
             self._pipe.extend(os.pipe())
             _posix.set_blocking(self._pipe[1], False)
@@ -5121,7 +5094,6 @@ class _Guardian:
         """In a forked child: let go of what would keep the guardian waiting."""
         if self._process is not None:
             self._process.returncode = 0
-            self._process = None
         self._part()
         self.__init__()  # type: ignore[misc]
 
@@ -5130,8 +5102,8 @@ _guardian = _Guardian()
 
 
 class _PosixProcess:
-    """A process, and the group that it leads unless it shares the terminal. `_lock` protects `_reaped`:
-    nobody is signalled after the reaping, when the number may be another's."""
+    """A process, and the group that it leads unless it shares the terminal. `_lock` protects `_reaped`: then
+    the number may be another's, and nobody is signalled."""
 
     def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         self._leads = not terminal
@@ -5151,7 +5123,7 @@ class _PosixProcess:
                 if not self._reaped:
                     (_posix.killpg if self._leads else os.kill)(self.pid, 9 if kill else 15)
             except OSError:
-                pass  # there is nobody left (or only the dead, which macOS calls a lack of permission)
+                pass  # there is nobody left
 
     def await_exit(self) -> None:
         """It stays unreaped, so that its number stays its own."""
@@ -5162,7 +5134,7 @@ class _PosixProcess:
             else:  # macOS before Python 3.13: a group keeps the number while anybody is in it
                 self._code = self._popen.wait()
         except ChildProcessError:
-            pass  # somebody else in this host has reaped it: so nobody knows how it ended
+            pass  # somebody else in this host has reaped it: nobody knows how it ended
 
     def reap(self) -> int | None:
         self.keep()
@@ -5180,8 +5152,8 @@ class _PosixProcess:
 
 
 class _WindowsProcess:
-    """A process in a job object, which ends with its last handle: with the host, however that ends. `_lock`
-    protects `_job`: nothing is done to whatever has the number of a closed handle."""
+    """A process in a job object, which ends with the host's handle of it. `_lock` protects `_job`: nothing is
+    done to whatever has the number of a closed handle."""
 
     def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         suspended, new_group, no_window = 0x4, 0x200, 0x08000000
@@ -5233,8 +5205,8 @@ class _WindowsProcess:
 
 
 class _NoProcess:
-    """Stands for a process that is another host's, or this one itself: there is but a connection to it. What
-    is served here has a `thread` that does that."""
+    """Stands for a process that is another host's, or for this one, where a `thread` serves: there is but a
+    connection to it."""
 
     stdout = stderr = None
 

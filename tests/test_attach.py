@@ -634,7 +634,7 @@ def test_it_takes_the_place_of_one_that_was_killed(tmp_path):
     (["--listen", "/no/such/folder/s"], "No such file or directory: '/no/such/folder/s'"),
     (["--listen", "/" + "x" * 200], "xxx"), (["--listen", "127.0.0.1:70000"], "is no address"),
     (["--persist", "--authkey-file", "/no/such/file"], "No such file"),
-    (["--persist", "--authkey-file", __file__], f"{__file__}: the authkey is not in hexadecimal digits")])
+    (["--persist", "--authkey-file", __file__], f"{__file__}: authkey: it is at least 16 bytes")])
 def test_bad_options_are_one_line(options, said):
     from conftest import run_python
 

@@ -33,15 +33,10 @@ class Maker:
 
 # -- what is wrong is said, with the name of the option, and before anything else happens
 
-@pytest.mark.parametrize("plugins, words", [
-    (Greeter(), r"Greeter is no mapping: what is served has a name, such as \{'greeter': Greeter\}"),
-    (Greeter, r"Greeter is no mapping: what is served has a name, such as \{'greeter': Greeter\}"),
-    ([Greeter], "list is no mapping"), ("greeter", "str is no mapping"), (None, "NoneType is no mapping"),
-    ({1: Greeter()}, r"Greeter is no mapping: .* \{'greeter': Greeter\}"), ({1: {}}, "and not empty"), ({}, "and not empty"),
-    ({1: {"a": 1}, "b": 2}, "and not empty"), ({"a": 1, None: 2}, "and not empty"),
-])
-def test_what_is_no_mapping_of_names_is_told(plugins, words):
-    with pytest.raises(TypeError, match=words):
+@pytest.mark.parametrize("plugins", [
+    Greeter(), Greeter, [Greeter], "greeter", None, {1: Greeter()}, {1: {}}, {}, {1: {"a": 1}, "b": 2}, {"a": 1, None: 2}])
+def test_what_is_no_mapping_of_names_is_told(plugins):
+    with pytest.raises(TypeError, match=r"plugins=.*: what is served has a name: it is \{name: object, ...\}, or "):
         miniplug.serve(plugins)
 
 
@@ -57,10 +52,8 @@ def test_what_is_no_mapping_of_names_is_told(plugins, words):
     ({"max_workers": "4"}, ValueError, "max_workers='4': it is a whole number, at least 1"),
     ({"max_workers": 0}, ValueError, "max_workers=0: "),
     ({"max_message": 4095}, ValueError, "max_message=4095: it is a whole number, at least 4096"),
-    ({"authkey": 32}, TypeError, "authkey: it is bytes, or hexadecimal digits as a str"),
-    ({"authkey": ["00"] * 32}, TypeError, "authkey: it is bytes"),
-    ({"authkey": "geheim"}, ValueError, "the authkey is not in hexadecimal digits"),
-    ({"authkey": b"short"}, ValueError, "the authkey has 5 bytes, where at least 16 are needed"),
+    *(({"authkey": key}, ValueError, "authkey: it is at least 16 bytes, or as many in hexadecimal digits")
+      for key in (32, ["00"] * 32, "geheim", b"short")),
 ])
 def test_a_wrong_option_is_told_by_its_name(options, kind, words, monkeypatch):
     monkeypatch.setattr(miniplug, "_serve", None)  # it does not come so far
