@@ -6650,7 +6650,7 @@ class _Streams:
     def __init__(self, process: Any, sinks: Sequence[_Sink | None]) -> None:
         files = (process.stdout, process.stderr)
         self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
-        self._wake: list[int] = []  # a pipe: a byte in it wakes the threads
+        self._wake: list[int] = []  # a pipe: its end wakes the threads
         self._ended = False
         self.threads: list[threading.Thread] = []
 
@@ -6664,16 +6664,15 @@ class _Streams:
         """Have the threads end, once nothing more comes, and wait for each at most that long."""
         self._ended = True
         if self._wake:
-            os.write(self._wake[1], b"x")
+            os.close(self._wake.pop())
         for thread in self.threads:
             thread.join(seconds)
 
     def close(self) -> None:
         for stream in self._streams:
             stream.file.close()
-        wake, self._wake = self._wake, []
-        for fd in wake:
-            os.close(fd)
+        while self._wake:
+            os.close(self._wake.pop())
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
@@ -6683,15 +6682,13 @@ class _Streams:
 class _Run:
     """One process of a plugin, from the wish to have it to its end.
 
-    The thread of the number `thread` brings it up; until on_start has returned that one alone may call on it.
-    The supervisor's `news` protects `settled`, set when it serves or will not, and `failure`, which says why
-    not. When `gone` is set the last line is delivered, the process reaped, `exit_code` known; when `ended` is
-    set the calls have failed, too, and the supervisor knows. Who asks for its end sets `asked` first: else it
-    is a crash.
+    The thread of the number `thread` brings it up, and may alone call on it until on_start has returned. The
+    supervisor's `news` protects `settled`, set when it serves or will not, and `failure`, which says why not.
+    When `gone` is set the last line is delivered, the process reaped; when `ended` is set the calls have
+    failed, too, and the supervisor knows. An end before which nobody has set `asked` is a crash.
 
-    Another thread waits for the process and reaps it, and one minds it if there is a heartbeat or idle
-    timeout. Any thread may call its methods. `_claim` is held for good by who ends the run: who waits, or who
-    detaches before.
+    One thread waits for the process and reaps it, another minds it. Any may call the methods. `_claim` is
+    held for good by who ends the run: who waits for the process, or who detaches before.
     """
 
     def __init__(self, supervisor: _Supervisor, not_before: float, drain: float | None, counts: bool) -> None:
@@ -7668,18 +7665,16 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
     what `serve` and `launch` raise.
     """
     options = {key: value for key, value in locals().items() if key not in ("plugins", "info", "max_workers")}
-    plugin, versions = Plugin(["local"], **options), _versions(plugins, handshake)
+    plugin = Plugin(["local"], **options)
+    server = partial(_Server, _versions(plugins, handshake), info, max_workers, max_message)
+    server()  # raises here what it raises
 
-    def server() -> _Server:
-        return _Server(versions, info, max_workers, max_message)
-
-    def start(argv: Sequence[str], limits: Any, terminal: bool, **popen: Any) -> _NoProcess:
+    def start(*how: Any, **popen: Any) -> _NoProcess:
         address, key = popen["env"][_ADDRESS], bytes.fromhex(popen["env"][_AUTHKEY])
         channel = _connect(address, _HELLO_SECONDS)
         thread = _start_thread("miniplug-local", _serve_here, server(), channel, address, key)
         return _NoProcess(channel, os.getpid(), thread)
 
-    server()  # raises here what it raises
     plugin._supervisor.recipe.process = start
     return plugin.start()
 
