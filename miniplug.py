@@ -5273,6 +5273,11 @@ def _is_output(value: Any) -> bool:
     return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
 
 
+def _are_digests(value: Any) -> bool:
+    digests = [value] if isinstance(value, str) else [*value.values()] if hasattr(value, "values") else [None]
+    return all(isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each) for each in digests)
+
+
 # What the options take, by their types in Plugin's signature: the error, in words, and as a test.
 _TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
     "str": (TypeError, "a str", lambda value: isinstance(value, str)),
@@ -5289,6 +5294,7 @@ _TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
     "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
                       lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
     "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
+    "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", _are_digests),
     "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
                        lambda value: hasattr(value, "getChild")),
     "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
@@ -5304,9 +5310,6 @@ def _check_options(given: dict[str, Any]) -> None:
             if not is_right(given[name]):
                 raise kind(f"{name}={given[name]!r}: it is {words}")
     _checked_count(given["max_message"], "max_message", _HELLO_LIMIT)
-    for name in ("restart_window", "heartbeat", "idle_timeout"):
-        if given[name] == 0:
-            raise ValueError(f"{name}=0: it is more than 0 seconds, or None")
 
 
 _HINT = ("what is in a file or module is named after a colon: 'path/to/file.py:Attr' or 'module:Attr'; "
@@ -5348,9 +5351,12 @@ class _Recipe:
         self.is_module = self.attribute != "" and not source.endswith(".py")
         self.source = source if self.is_module else self._whole(source)
         self.spec = f"{spec_name}={self.source}:{self.attribute}"
-        digests = _checked_digests(options["sha256"], self.is_module)
-        self.sha256 = {self._whole(os.fsdecode(path or self.source)): digest.lower()
-                       for path, digest in digests.items()}
+        digests: Any = options["sha256"] or {}
+        if isinstance(digests, str):
+            if self.is_module:
+                raise ValueError(f"sha256={digests!r}: of a module it is {{path: digest}}")
+            digests = {self.source: digests}
+        self.sha256 = {self._whole(os.fsdecode(path)): digest.lower() for path, digest in digests.items()}
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
@@ -5507,7 +5513,7 @@ class _Streams:
     def __init__(self, process: Any, sinks: Sequence[_Sink | None]) -> None:
         files = (process.stdout, process.stderr)
         self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
-        self._wake: list[int] = []  # a pipe: a byte in it wakes the threads
+        self._wake: list[int] = []  # a pipe: its end wakes the threads
         self._ended = False
         self.threads: list[threading.Thread] = []
 
@@ -5521,16 +5527,15 @@ class _Streams:
         """Have the threads end, once nothing more comes, and wait for each at most that long."""
         self._ended = True
         if self._wake:
-            os.write(self._wake[1], b"x")
+            os.close(self._wake.pop())
         for thread in self.threads:
             thread.join(seconds)
 
     def close(self) -> None:
         for stream in self._streams:
             stream.file.close()
-        wake, self._wake = self._wake, []
-        for fd in wake:
-            os.close(fd)
+        while self._wake:
+            os.close(self._wake.pop())
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
@@ -5540,15 +5545,13 @@ class _Streams:
 class _Run:
     """One process of a plugin, from the wish to have it to its end.
 
-    The thread of the number `thread` brings it up; until on_start has returned that one alone may call on it.
-    The supervisor's `news` protects `settled`, set when it serves or will not, and `failure`, which says why
-    not. When `gone` is set the last line is delivered, the process reaped, `exit_code` known; when `ended` is
-    set the calls have failed, too, and the supervisor knows. Who asks for its end sets `asked` first: else it
-    is a crash.
+    The thread of the number `thread` brings it up, and may alone call on it until on_start has returned. The
+    supervisor's `news` protects `settled`, set when it serves or will not, and `failure`, which says why not.
+    When `gone` is set the last line is delivered, the process reaped; when `ended` is set the calls have
+    failed, too, and the supervisor knows. An end before which nobody has set `asked` is a crash.
 
-    Another thread waits for the process and reaps it, and one minds it if there is a heartbeat or idle
-    timeout. Any thread may call its methods. `_claim` is held for good by who ends the run: who waits, or who
-    detaches before.
+    One thread waits for the process and reaps it, another minds it. Any may call the methods. `_claim` is
+    held for good by who ends the run: who waits for the process, or who detaches before.
     """
 
     def __init__(self, supervisor: _Supervisor, not_before: float, drain: float | None, counts: bool) -> None:
@@ -5648,7 +5651,10 @@ class _Run:
             process.signal(kill=True)
             self._watch()
             raise
-        if not self.supervisor.admit(self):
+        with self.supervisor.news:
+            if self.supervisor.state != "up":
+                self.supervisor.run = self
+        if self.settled:  # nobody wants it any more
             _end_runs([self], 0.0)
 
     def _attach(self, config: dict[str, Any]) -> None:
@@ -5772,8 +5778,6 @@ class _Run:
     def disown(self) -> None:
         """In a forked child of the host: nothing here is ours."""
         self.process.disown()
-        self.gone = self.ended = threading.Event()  # a thread that is not here may hold the old ones' locks
-        self.ended.set()
         self.output.close()
 
     def _lost(self, cause: BaseException) -> Callable[[Sequence[str]], BaseException]:
@@ -5803,7 +5807,7 @@ class _Run:
 
 
 class _Supervisor:
-    """Which run the calls on a plugin go to, and when another one is started. Its `state`:
+    """Which run calls go to, and when another one is started. Its `state`:
 
         "down"      nobody serves; a call starts it
         "starting"  `start` is under way, and calls wait for it
@@ -5868,8 +5872,8 @@ class _Supervisor:
         return start if request is not None else None
 
     def own_run(self) -> Any:
-        """The run that this thread has to do with, if any has a process."""
-        return self.own_start() or self.run
+        """The run that this thread has to do with."""
+        return (self.own_start() or self.run) if self._owner == os.getpid() else None
 
     # -- starting
 
@@ -5891,7 +5895,7 @@ class _Supervisor:
     def _start_for_calls(self) -> _Run:
         if self.crash is None:
             return self._started()
-        most, window = self.recipe.max_restarts, self.recipe.restart_window or _FOREVER
+        most, window = self.recipe.max_restarts, self.recipe.restart_window
         self.tries = [each for each in self.tries if self.down_at - each < window]
         if len(self.tries) >= most:
             why = f", and is not started again (max_restarts={most} in {window:g} s): start() it"
@@ -5981,12 +5985,6 @@ class _Supervisor:
             self._settle(start, error)
         elif start.drain_before is not None:
             old.drain(start.drain_before)
-
-    def admit(self, run: _Run) -> bool:
-        """It has a process. Returns whether that is still wanted."""
-        with self.news:
-            self.run = self.run if self.state == "up" else run
-            return not run.settled
 
     def _settle(self, start: _Run, error: BaseException | None = None) -> None:
         """It serves, or why it does not."""
@@ -6420,19 +6418,6 @@ def _split_spec(command: str) -> tuple[str, str, str]:
     return name or attribute.rpartition(".")[2].lower(), source, attribute
 
 
-def _checked_digests(sha256: Any, is_module: bool) -> dict[Any, str]:
-    """{path: digest}, the path None for the plugin itself. Raises ValueError and TypeError."""
-    wanted = "it is 64 hexadecimal digits, or {path: digest}; of a module that only"
-    given = {None: sha256} if isinstance(sha256, str) else {} if sha256 is None else sha256
-    if not hasattr(given, "items"):
-        raise TypeError(f"sha256={sha256!r}: {wanted}")
-    for path, digest in given.items():
-        is_digest = isinstance(digest, str) and re.fullmatch("[0-9a-fA-F]{64}", digest)
-        if not is_digest or (path is None and is_module):
-            raise ValueError(f"sha256={digest!r}: {wanted}")
-    return {**given}
-
-
 def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
     """What takes the lines of an output stream; None for one that goes where the host's own goes."""
     if isinstance(output, str):
@@ -6460,8 +6445,8 @@ def launch(command: _Command, **options: Any) -> Plugin:
     very file serves under `python`, where miniplug need not be installed. The options:
 
     - `name`: what logs and errors call it; by default made from the command.
-    - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak; the highest version
-      that both have is used.
+    - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
+      version that both have is used.
     - `python`: the interpreter; by default this one, with its flags. Another one gets none of this one's own
       variables. A spec or ``.py`` file imports what lies beside it, or for a module in `cwd`; for more give a
       ``PYTHONPATH`` in `env`.
@@ -6534,18 +6519,16 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
     what `serve` and `launch` raise.
     """
     options = {key: value for key, value in locals().items() if key not in ("plugins", "info", "max_workers")}
-    plugin, versions = Plugin(["local"], **options), _versions(plugins, handshake)
+    plugin = Plugin(["local"], **options)
+    server = partial(_Server, _versions(plugins, handshake), info, max_workers, max_message)
+    server()  # raises here what it raises
 
-    def server() -> _Server:
-        return _Server(versions, info, max_workers, max_message)
-
-    def start(argv: Sequence[str], limits: Any, terminal: bool, **popen: Any) -> _NoProcess:
+    def start(*how: Any, **popen: Any) -> _NoProcess:
         address, key = popen["env"][_ADDRESS], bytes.fromhex(popen["env"][_AUTHKEY])
         channel = _connect(address, _HELLO_SECONDS)
         thread = _start_thread("miniplug-local", _serve_here, server(), channel, address, key)
         return _NoProcess(channel, os.getpid(), thread)
 
-    server()  # raises here what it raises
     plugin._supervisor.recipe.process = start
     return plugin.start()
 

@@ -404,7 +404,7 @@ def test_what_is_no_digest(sha256):
 
 @pytest.mark.parametrize("sha256", [b"0" * 64, ["0" * 64], 7, True, False, 0])
 def test_what_is_no_digest_of_any_kind(sha256):
-    with pytest.raises(TypeError, match=r"64 hexadecimal digits, or \{path: digest\}"):
+    with pytest.raises(ValueError, match=r"64 hexadecimal digits, or \{path: digest\}"):
         miniplug.Plugin(WORKSHOP, sha256=sha256)
 
 

@@ -1062,7 +1062,7 @@ def test_no_folder_is_left_where_the_host_exits_while_a_thread_starts_a_plugin(w
         until(lambda: glob.glob(os.path.join(TEMPORARY, "miniplug-*")) == [])  # a guardian is about to remove it
 
 
-@pytest.mark.parametrize("options", [{"heartbeat": 0}, {"idle_timeout": -1}, {"restart_window": "soon"},
+@pytest.mark.parametrize("options", [{"heartbeat": -0.1}, {"idle_timeout": -1}, {"restart_window": "soon"},
                                      {"heartbeat": float("nan")}])
 def test_what_is_no_number_of_seconds_is_refused(shop, options):
     with pytest.raises(ValueError, match=next(iter(options))):
