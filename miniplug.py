@@ -1325,7 +1325,7 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 # one store, and each other step may be repeated.
 
 _WIRE_VERSION = 1
-_HEADER = struct.Struct("!BBHIQQ")  # version, kind, flags, number of buffers, the call, on behalf of which call
+_HEADER = struct.Struct("!BBHIQQ")  # version, kind, flags, buffers, the call, on behalf of which call
 _FRAME = struct.Struct("!iBBHIQQ")  # the same behind a length
 _HEAD = _HEADER.size
 _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
