@@ -1185,7 +1185,7 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 # one store, and each other step may be repeated.
 
 _WIRE_VERSION = 1
-_HEADER = struct.Struct("!BBHIQQ")  # version, kind, flags, number of buffers, the call, on behalf of which call
+_HEADER = struct.Struct("!BBHIQQ")  # version, kind, flags, buffers, the call, on behalf of which call
 _FRAME = struct.Struct("!iBBHIQQ")  # the same behind a length
 _HEAD = _HEADER.size
 _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
@@ -1228,10 +1228,10 @@ def _of_system(error: OSError) -> bool:
     return error.errno is not None and trace.tb_frame.f_globals.get("__name__") == __name__
 
 
-def _step(results: list[Any], function: Callable[..., Any], *arguments: Iterable[Any]) -> bool:
-    """Append what a system call gives, in one step with it. False if it would wait. Raises _Broken."""
+def _step(results: list[Any], calls: Iterable[Any]) -> bool:
+    """Append what a `map` of a system call gives, in one step. False if it would wait. Raises _Broken."""
     try:
-        results.extend(map(function, *arguments))
+        results.extend(calls)
         return True
     except OSError as error:
         if not _of_system(error):
@@ -1341,10 +1341,10 @@ class _Channel:
                 if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
                     return None
                 if large is None:
-                    _step(steps, self.sock.recv, (_READ_SIZE,))
+                    _step(steps, map(self.sock.recv, (_READ_SIZE,)))
                 else:
                     with large[0].getbuffer() as view, view[sum(steps) :] as missing:
-                        _step(steps, self.sock.recv_into, (missing,))
+                        _step(steps, map(self.sock.recv_into, (missing,)))
                 if not steps[-1]:
                     raise _Broken(EOFError())
             if large is None:
@@ -1491,7 +1491,8 @@ class _Channel:
                 self.batch = ([], [])
                 once = itertools.repeat((), min(len(posted), _TOGETHER))
                 self.batch[0].extend(itertools.chain.from_iterable(itertools.starmap(posted.popleft, once)))
-            if self._transmit(*self.batch, full):  # type: ignore[call-arg]
+            chunks, counts = self.batch
+            if self._transmit(chunks, counts, full):
                 self.batch = None
             elif not blocking:
                 return
@@ -1503,7 +1504,7 @@ class _Channel:
         """Write the batch. False if the other side takes no more for now."""
         flags = _NO_SIGNAL if blocking else _DONT_WAIT
         if len(chunks) == 1 and not counts:  # the usual case
-            if not _step(counts, self.sock.send, chunks, (flags,)):
+            if not _step(counts, map(self.sock.send, chunks, (flags,))):
                 return False
             if counts[0] == len(chunks[0]):
                 return True
@@ -1515,7 +1516,7 @@ class _Channel:
                 have = max(0, have - len(chunk))
             if not rest:
                 return True
-            if not _step(counts, self.sock.sendmsg, (rest[:1000],), ((),), (flags,)):  # IOV_MAX is 1024
+            if not _step(counts, map(self.sock.sendmsg, (rest[:1000],), ((),), (flags,))):  # IOV_MAX is 1024
                 return False
 
     # -- the end
@@ -1562,7 +1563,7 @@ class _PipeChannel(_Channel):
         while not self.state[0]:
             come, partial, have, reading = self.state
             if not reading:
-                _step(reading, self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,))
+                _step(reading, map(self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,)))
             result = self._result(reading[0], _left(deadline))
             if result is None:
                 return None
@@ -1581,7 +1582,7 @@ class _PipeChannel(_Channel):
             if len(counts) == len(chunks):
                 return True
             frame = memoryview(chunks[len(counts)])[_LENGTH.size :]
-            _step(counts, self._api.WriteFile, self._handles, (frame,), (True,))
+            _step(counts, map(self._api.WriteFile, self._handles, (frame,), (True,)))
         return False
 
     def _result(self, begun: Any, seconds: float) -> Any:
@@ -1600,7 +1601,7 @@ class _PipeChannel(_Channel):
                 raise _Broken(EOFError())
             break
         results: list[Any] = []
-        _step(results, operation.GetOverlappedResult, (True,))
+        _step(results, map(operation.GetOverlappedResult, (True,)))
         return results[0]
 
     @staticmethod
