@@ -2221,7 +2221,7 @@ class _Call:
     context: Any = None  # contextvars.Context, of the submit
     raised: Any = ()  # by calls on its behalf: (number, exception)
     streams = False  # whether it is answered by a stream
-    over = False  # whether its answer was decoded
+    over = False  # whether it was answered, and that was decoded
     granted = _WINDOW  # for how many items there was credit
     deadline: float | None = None
     session: Any = None  # of a submitted one
@@ -2719,7 +2719,6 @@ class _Caller:
         try:
             message = call.inbox[0]
             value = self._session.decode(call.inbox)
-            call.over = True
         except _Undecodable as error:
             raise error.args[0] from None
         except ProtocolError as error:
@@ -2727,8 +2726,11 @@ class _Caller:
         except IndexError:  # another thread has closed the stream
             raise StopIteration from None
         kind = message[0]
+        if kind == expected and message[1] & _STREAM:
+            return Stream(self._session, call)
+        call.over = True
         if kind == expected:
-            return Stream(self._session, call) if message[1] & _STREAM else value
+            return value
         if kind == _ERROR and expected != _PONG:
             raise self._raised(call, value)
         if message is _ENDED:
