@@ -302,31 +302,31 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 
 # === 2. codec ===========================================================================================
 #
-# JSON that keeps Python's types, by the json module's parts in C. What JSON has goes as it is. What it has not
-# is tagged: an object with one key, which begins with "$" (docs/protocol.md lists them). Before the encoder
-# runs, `fit` looks, at C speed, for what that would change without a word, and copies with tags only there; what
-# the encoder does not know it asks its hook for (`tag`).
+# JSON that keeps Python's types, by the json module's parts in C. What JSON has goes as it is. What it has
+# not is tagged: an object with one key, which begins with "$" (docs/protocol.md lists them). Before the
+# encoder runs, `fit` looks, at C speed, for what that would change without a word, and copies with tags only
+# there; what the encoder does not know it asks its hook for (`tag`).
 
 _SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps: RFC 8259, section 6
 _MAX_BITS = 1 << 15  # of an integer: to print, compare or convert one takes a millisecond or two at most
 _MAX_DIGITS = 10000  # of a Decimal, and how far its exponent goes either way
 _MAX_ALIKE = 16  # values of a set, or keys, that may have one hash: each is compared with each
 _MAX_COMBINATIONS = 1 << 14  # of an enum's flags: Python keeps each for ever
-_MANY = 32  # items of a list that goes in a shorter form, where the other side knows that
+_MANY = 32  # items of a list that may go in a shorter form
 _INLINE = 2048  # bytes up to this many go in base64, longer ones in a frame beside the message
-_MAX_BUFFERS = 1 << 16  # that go beside one message; what is over goes in base64 again
-_PLAIN = frozenset((str, bool, type(None), float))  # the encoder changes none; it trips over NaN, surrogates
+_MAX_BUFFERS = 1 << 16  # such frames of one message; what is over goes in base64 again
+_PLAIN = frozenset((str, bool, type(None), float))  # it may trip over a text or a float, but changes none
 _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
-_BASES = (str, int, float, list, tuple, dict)  # the encoder takes instances of their subclasses for theirs
-_FINE = {*_PLAIN}  # what goes to the encoder as it is; for all but these it asks its hook
+_BASES = (str, int, float, list, tuple, dict)  # it takes instances of their subclasses for theirs
+_FINE = {*_PLAIN}  # what goes to the encoder as it is: these, and all for which it asks its hook
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _flatten = itertools.chain.from_iterable
 
 
 class _Undecodable(Exception):
-    """What arrived is well-formed, and cannot be made here, for the reason that is its argument. That fails one
-    call, not the session."""
+    """What arrived is well-formed, and cannot be made here, for the reason that is its argument. That fails
+    one call, not the session."""
 
 
 @lru_cache(None)
@@ -408,12 +408,12 @@ def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
         raise ValueError("an array is a letter, the size of an item, the byte order, and bytes")
     known = order == sys.byteorder and code in _found("array.typecodes")
     if not known or _call("array.array", code).itemsize != size:
-        raise NotSerializable(f"no array of {code!r} with items of {size} bytes, {order}-endian, is to be had here")
+        raise NotSerializable(f"no array of {code!r} with items of {size} bytes, {order}-endian, can be here")
     return _call("array.array", code, data)
 
 
 def _moment(value: Any) -> Any:
-    """A datetime or time as one text, if that says all; else its text without a zone, its fold, and its zone."""
+    """A datetime or time as one text, if that says all; else its text without a zone, its fold, its zone."""
     zone, offset = value.tzinfo, ()
     if type(zone) is _found("datetime.timezone"):
         offset = zone.__getinitargs__()
@@ -463,7 +463,7 @@ def _make_registered(name: str, held: Any) -> Any:
 
 # By the tag: the type; what gives its state, to be packed in turn; and by the type of that on the wire, the
 # way back. Names are looked up on first use.
-_FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist on this platform: it arrives as a pure one
+_FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
 _Row = namedtuple("_Row", "type state make")
 _TAGS = {tag: _Row(*row) for tag, row in {
     "$int": (int, lambda value: hex(_bounded(value)), {str: lambda text: _bounded(int(text, 16))}),
@@ -508,24 +508,26 @@ _EACH = frozenset((  # what "$each" may hold: nothing that is much longer than i
     "$tuple", "$dict", "$bytes", "$date", "$datetime", "$time", "$timedelta", "$decimal", "$uuid", "$type"))
 
 
-@lru_cache(None)
-def _maker(tag: str, kind: Any) -> Callable[[Any], Any]:
-    """What makes the value of a tag whose state is of that type."""
-    return _found(_TAGS[tag].make[kind])  # type: ignore[no-any-return]
+_MAKES: dict[tuple[str, type], Any] = {}  # what has been found of that, by the tag and the type of the state
+
+
+def _maker(tag: str, kind: type) -> Any:
+    _MAKES[tag, kind] = make = _found(_TAGS[tag].make[kind])
+    return make
 
 
 class _Ways(dict):  # type: ignore[type-arg]
-    """By the type of a value: its tag, and what gives its state. Of others "" and None, which is not kept: they
-    may be registered later."""
+    """By the type of a value: its tag, and what gives its state. Of others "" and None, which is not kept:
+    they may be registered later."""
 
-    def __missing__(self, kind: type) -> tuple[str, Any]:
+    def __missing__(self, kind: Any) -> Any:
         name = f"{kind.__module__}.".partition(".")[0] + "." + kind.__qualname__
         tag = _OF_TYPE.get(kind) or _OF_TYPE.get(name)
         if tag is None or _found(_TAGS[tag].type) is not kind:
             return "", None
         return self.add(kind, tag, _found(_TAGS[tag].state))
 
-    def add(self, kind: type, tag: str, state: Callable[[Any], Any]) -> tuple[str, Any]:
+    def add(self, kind: type, tag: str, state: Any) -> Any:
         if not issubclass(kind, _BASES):
             _FINE.add(kind)
         self[kind] = way = tag, state
@@ -552,7 +554,8 @@ if TYPE_CHECKING:  # a decorated class keeps its type
 def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any], Any] | None = None,
              decode: Callable[[Any], Any] | None = None) -> Any:
     """Let instances of `cls` travel by value. Both sides call it, usually in a module that they share.
-    Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``.
+    Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``. To do so again is
+    harmless, also with a new class of that module and qualified name (``importlib.reload``).
 
     - `cls` (a class): dataclasses, enums, named tuples and exceptions know their own state, and come back
       without a call of ``__init__``. Any other class needs `encode` and `decode`. Subclasses are not meant.
@@ -561,14 +564,11 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
       back; what it does not expect it should refuse by raising. Both or neither. With ``encode=miniplug.ref``
       instances are lent: `decode` gets a proxy.
 
-    To register a class again is harmless, and the last word on how it is sent; so is one of the same module
-    and qualified name, as after ``importlib.reload``.
-
     Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that
     another class has, a class in ``__main__`` without `name`, and a type that travels anyway.
     """
     if cls is None:
-        return lambda decorated: register(decorated, name=name, encode=encode, decode=decode)
+        return partial(register, name=name, encode=encode, decode=decode)
     if not isinstance(cls, type):
         raise TypeError(f"register takes a class, not {cls!r}")
     if name is None and cls.__module__ == "__main__":
@@ -589,19 +589,18 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
     return cls
 
 
-def _own_state(cls: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+def _own_state(cls: Any) -> tuple[Any, Any]:
     """What gives the state of a class's instances, and makes one of it."""
-    fields: Any = None
     if issubclass(cls, _found("enum.Enum")):
         # a member goes by its name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
                 partial(_make_member, cls))
-    if issubclass(cls, BaseException):
-        fields = []
-    elif issubclass(cls, tuple):
+    fields: Any = () if issubclass(cls, BaseException) else None
+    if issubclass(cls, tuple):
         fields = getattr(cls, "_fields", None)
-    elif hasattr(cls, "__dataclass_fields__") and all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):
-        fields = [field.name for field in _call("dataclasses.fields", cls)]  # a class statement made each base
+    elif fields is None and hasattr(cls, "__dataclass_fields__"):
+        if all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
+            fields = [field.name for field in _call("dataclasses.fields", cls)]
     slots = {slot for base in cls.__mro__ for slot in vars(base).get("__slots__", ())}
     if fields is None or not slots <= {*fields, "__dict__", "__weakref__"}:
         raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
@@ -618,10 +617,9 @@ def _make_member(cls: Any, state: Any) -> Any:
     known = cls._value2member_map_
     if state not in known and len(known) >= _MAX_COMBINATIONS:
         raise ValueError(f"there are {_MAX_COMBINATIONS} combinations of its flags already")
-    member = cls(state)
-    if member._value_ != state:  # the enum, or this Python, leaves out what it has no name for
+    if cls(state)._value_ != state:  # the enum, or this Python, leaves out what it has no name for
         raise ValueError(f"it has no flags for {state}")
-    return member
+    return cls(state)
 
 
 def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
@@ -674,16 +672,18 @@ class _Packer:
         if tell is None:
             loan = self._codec.lend(value, self.lent)
             if loan is None:
-                raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), or send "
-                                      "a plain str, int, list or dict of what is in it")
+                raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), "
+                                      "or send a plain str, int, list or dict of what is in it")
             return dict((loan,))
         state = tell(value)
+        if type(state) is str and state.isascii():
+            return {tag: state}
         if tag == "$bytes" or tag == "$bytearray":
             if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
                 return {tag: _base64(state)}
             self.buffers.append(state)
             return {tag: len(self.buffers) - 1}
-        return {tag: state if type(state) in _FINE else self.fit(state)}
+        return {tag: self.fit(state)}
 
     def fit_call(self, target: int, method: str, args: Any, kwargs: dict[str, Any]) -> Any:
         return target, method, self._fit_list(args), kwargs and self._fit_dict(kwargs)
@@ -712,10 +712,10 @@ class _Packer:
         return values if _FINE.issuperset(map(type, values)) else self._fit_each(values)
 
     def _fit_each(self, values: Any) -> Any:
-        copy = None
+        fine, copy = _FINE, None
         for place, part in enumerate(values):
             kind = type(part)
-            if kind in _FINE or (kind is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER):
+            if kind in fine or (kind is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER):
                 continue
             fitted = self.fit(part)
             if fitted is not part:
@@ -740,11 +740,15 @@ class _Packer:
         tag, tell = _WAYS[kind]
         if tag not in _EACH or (kind is dict and (not values[0] or str in map(type, _flatten(values)))):
             return None
-        if tag == "$bytes" and max(map(len, values)) > _INLINE:
+        states: Any = values if kind is bytes else [*map(tell, values)]
+        if tag != "$bytes":
+            states = self._fit_list(states)
+        elif max(map(len, states)) <= _INLINE:
+            states = [*map(_base64, states)]
+        else:
             return None
-        states = [*map(tell, values)]
         self.tagged = 1
-        return {"$each": [tag, [*map(_base64, states)] if tag == "$bytes" else self._fit_list(states)]}
+        return {"$each": [tag, states]}
 
     def _fit_dict(self, value: dict[Any, Any]) -> Any:
         if not _TEXTS.issuperset(map(type, value)) or (len(value) == 1 and next(iter(value))[:1] == "$"):
@@ -757,8 +761,8 @@ class _Packer:
 
 
 class _CarefulPacker(_Packer):
-    """The same of a value over which the encoder trips, as it does over NaN and lone surrogates, or which cannot
-    travel: each part is looked at, and its place is known."""
+    """The same of a value over which the encoder trips, as it does over NaN and lone surrogates, or which
+    cannot travel: each part is looked at, and its place is known."""
 
     __slots__ = ()
 
@@ -815,7 +819,7 @@ def _writer(hook: Any) -> Callable[[Any], str]:
     if make is None:  # not CPython
         return json.JSONEncoder(default=hook, ensure_ascii=False, check_circular=False, allow_nan=False,
                                 separators=(",", ":")).encode
-    # called directly: json's own setup for every value costs more than its work
+    # json's own setup for every value costs more than its work
     encode = make(None, hook, json.encoder.encode_basestring, None, ":", ",", False, False, False)
     return lambda value: "".join(encode(value, 0))
 
@@ -825,7 +829,7 @@ _encode = _writer(None)
 
 # -- decoding
 
-_DIGITS = re.compile("[0-9]{50}")  # of every hundredth character: there may be a number of thousands of digits
+_DIGITS = re.compile("[0-9]{50}")  # of every hundredth character: it may be a very long number
 
 
 def _refuse(*what: Any) -> NoReturn:
@@ -838,10 +842,10 @@ def _make_integer(text: str) -> int:
     return int(text)
 
 
-def _scanner(hook: Any, integers: Any = None) -> Callable[[str, int], tuple[Any, int]]:
-    """What reads JSON: gives the value that begins at an index, and where it ends."""
+def _scanner(hook: Any, integers: Any = None) -> Any:
+    """What reads JSON: gives the value that begins at an index of a text, and where it ends."""
     decoder: Any = json.JSONDecoder(object_hook=hook, parse_int=integers, parse_constant=_refuse)
-    return decoder.scan_once  # type: ignore[no-any-return]
+    return decoder.scan_once
 
 
 _scan = _scanner(None)
@@ -850,7 +854,7 @@ _scan = _scanner(None)
 class _Unpacker:
     """What the tags of a message stand for; or of any number of messages that have no buffers."""
 
-    def __init__(self, borrow: Callable[[str, Any], Any], buffers: Sequence[_Bytes] = ()) -> None:
+    def __init__(self, borrow: Any, buffers: Sequence[_Bytes] = ()) -> None:
         self._borrow = borrow
         self._buffers = dict(enumerate(buffers))  # taken once each: a short message must not fill the memory
 
@@ -859,6 +863,9 @@ class _Unpacker:
         if len(mapping) != 1:
             return mapping
         ((tag, state),) = mapping.items()
+        make = _MAKES.get((tag, type(state)))
+        if make is not None:
+            return make(state)
         if tag[:1] != "$":
             return mapping
         if tag == "$ref" or tag == "$own":
@@ -884,8 +891,7 @@ class _Codec:
     appends the loan's number to a list, which `unlend` takes back. `arrays`: whether the other side knows
     "$numbers" and "$each"."""
 
-    def __init__(self, lend: Callable[[Any, list[int]], tuple[str, Any] | None], unlend: Callable[[Any], Any],
-                 borrow: Callable[[str, Any], Any]) -> None:
+    def __init__(self, lend: Any, unlend: Any, borrow: Any) -> None:
         self.lend, self.unlend, self.borrow = lend, unlend, borrow
         self.arrays = False
         self._scan = _scanner(_Unpacker(borrow).unmark)
@@ -932,7 +938,7 @@ class _Codec:
             raise
 
     def loads(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int) -> Any:
-        """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be made here."""
+        """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be here."""
         try:
             return self._decode(body, buffers, tagged)
         except RecursionError:
@@ -974,8 +980,8 @@ _FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "pa
 
 
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this in the host: not what ends a loop or a task, nor what says that the plugin
-    itself is in trouble."""
+    """Whether a call may raise this in the host: not what ends a loop or a task, nor what says that the
+    plugin itself is in trouble."""
     names = {base.__name__ for base in kind.__mro__}
     ends = names & {"StopIteration", "StopAsyncIteration", "CancelledError"}
     return issubclass(kind, Exception) and not ends and ("PluginError" not in names or "RemoteError" in names)
@@ -1001,7 +1007,8 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
     if own:
         state = {} if bare else _carried(kind, vars(error))
         return {"type": kind.__name__, "message": message, "own": True, "state": state}
-    body: dict[str, Any] = {"type": _name_of(kind), "message": message, "traceback": cut(_format_traceback(error))}
+    traceback = cut(_format_traceback(error))
+    body: dict[str, Any] = {"type": _name_of(kind), "message": message, "traceback": traceback}
     if issubclass(kind, RemoteError) and error._body:  # it goes on, from another process
         body["type"] = cut(error._body["type"])
         if kind is RemoteError:
@@ -1018,7 +1025,8 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
             name: held for name, held in state.items() if name[0] != "_" or name == "__notes__"})
     registered = [state for tag, state in map(_WAYS.__getitem__, kind.__mro__) if tag == "$type"]
     if is_group:  # whose parts are no data
-        body.update(kind="ExceptionGroup", args=[error.message], parts=[*map(_encode_error, error.exceptions)])
+        parts = [*map(_encode_error, error.exceptions)]
+        body.update(kind="ExceptionGroup", args=[error.message], parts=parts)
     elif registered:
         body["registered"] = registered[0](error)
     return body
@@ -1026,12 +1034,11 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
 
 def _carried(kind: type, attributes: Mapping[str, Any]) -> dict[str, Any]:
     """What an error of miniplug's carries by its class, of some attributes, if it is of the right type."""
-    carried = {}
-    for name, default in vars(kind).items():
-        held = attributes.get(name)
-        if name[0] != "_" and type(held) in ((list, tuple) if default == () else (type(default),)):
-            carried[name] = held
-    return carried
+    def fits(held: Any, default: Any) -> bool:
+        return type(held) in (list, tuple) if default == () else type(held) is type(default)
+
+    return {name: attributes[name] for name, default in vars(kind).items()
+            if name in attributes and name[0] != "_" and fits(attributes[name], default)}
 
 
 def _format_traceback(error: BaseException) -> str:
@@ -1044,19 +1051,20 @@ def _format_traceback(error: BaseException) -> str:
         return f"(a traceback that could not be made: {type(failure).__name__})"
 
 
-def _error_base(cls: type) -> Any:
-    """The builtin exception that a class comes from."""
-    return next(base for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
+def _base_of(cls: type) -> tuple[Any, dict[str, Any]]:
+    """The builtin exception that a class comes from, and those of its attributes that are not in __dict__."""
+    base: Any = next(base for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
+    return base, {name: getattr(base, name) for name in _FIELDS if hasattr(base, name)}
 
 
 def _error_state(error: Any) -> dict[str, Any]:
     """An exception's arguments and attributes, without those that it has for being a RemoteError."""
-    base = _error_base(type(error))
-    state = {name: getattr(base, name).__get__(error) for name in _FIELDS if hasattr(base, name)}
+    state = {name: field.__get__(error) for name, field in _base_of(type(error))[1].items()}
     state = {name: held for name, held in state.items() if held is not None}
     state.update(vars(error), args=[*error.args])
-    for name in ("type_name", "remote_traceback", "_body", "_origin") if isinstance(error, RemoteError) else ():
-        state.pop(name, None)
+    if isinstance(error, RemoteError):
+        for name in ("type_name", "remote_traceback", "_body", "_origin"):
+            state.pop(name, None)
     return state
 
 
@@ -1065,8 +1073,8 @@ def _make_error(cls: Any, state: Any) -> Any:
     would make it dear or impossible to raise, print or copy."""
     if type(state) is not dict or type(state.get("args")) is not list:
         raise ValueError("the state of an exception is its args and attributes")
-    base, args = _error_base(cls), state["args"]
-    known: Any = args
+    base, fields = _base_of(cls)
+    args = known = state["args"]
     if issubclass(base, SyntaxError):  # with no more of its place than can be printed
         place: Any = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
         fits = [*map(type, place)] == [str, int, int, str] and 0 <= place[2] <= _MAX_COLUMN
@@ -1076,13 +1084,13 @@ def _make_error(cls: Any, state: Any) -> Any:
     BaseException.__setattr__(error, "args", tuple(args))
     for name, held in state.items():
         kind = type(held)
-        if name in _FIELDS and hasattr(base, name):
+        if name in fields:
             if kind in (str, bytes, int) or _WAYS[kind][0][-4:] == "path":
-                getattr(base, name).__set__(error, held)
+                fields[name].__set__(error, held)
         elif name == "__notes__":
             if kind is list and _TEXTS.issuperset(map(type, held)):
                 vars(error)[name] = held
-        elif name != "args" and type(name) is str and name[:2] != "__" and not callable(getattr(cls, name, 0)):
+        elif name != "args" and name[:2] != "__" and not callable(getattr(cls, name, 0)):
             vars(error)[name] = held  # where it cannot reach what the interpreter relies on
     return error
 
@@ -1114,8 +1122,8 @@ def _decode_error(body: Any) -> Any:
 
 
 def _raised_error(body: dict[str, Any], state: dict[str, Any]) -> Any:
-    """An instance of the registered or builtin exception that a body names, a RemoteError too; or None. One that
-    cannot be printed has no more than its text."""
+    """An instance of the registered or builtin exception that a body names, a RemoteError too; or None. One
+    that cannot be printed has no more than its text."""
     builtin: Any = _BUILTIN_ERRORS.get(body["kind"])
     for tell in (lambda: _told_group(body, state), lambda: _told_registered(*body["registered"]),
                  lambda: (builtin, {**state, "args": body["args"]}),
@@ -1131,14 +1139,14 @@ def _raised_error(body: dict[str, Any], state: dict[str, Any]) -> Any:
     return None
 
 
-def _told_registered(name: str, held: Any) -> tuple[type, dict[str, Any]]:
+def _told_registered(name: str, held: Any) -> Any:
     error = _make_registered(name, held)
     return type(error), _error_state(error)
 
 
-def _told_group(body: dict[str, Any], state: dict[str, Any]) -> tuple[type, dict[str, Any]]:
+def _told_group(body: dict[str, Any], state: dict[str, Any]) -> Any:
     if _count_parts(body) > _MAX_PARTS:
-        raise ValueError("too many exceptions in a group")
+        raise ValueError("a group of too many exceptions")
     return _GROUP, {**state, "args": [body["args"][0], [*map(_decode_error, body["parts"])]]}
 
 
@@ -1154,9 +1162,9 @@ def _count_parts(body: Any, level: int = 0) -> int:
 _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # without references
 
 
-def _reduce_error(error: RemoteError) -> tuple[Any, ...]:
-    """What copy and pickle keep of an error: the body that it was made from, as on the wire; and its texts, if
-    that holds a reference, or is decoded where a type in it is not registered."""
+def _reduce_error(error: RemoteError) -> Any:
+    """What copy and pickle keep of an error: the body that it was made from, as on the wire; and its texts,
+    if that holds a reference, or is decoded where a type in it is not registered."""
     body = error._body or {"message": str(error)}
     texts = {key: body[key] for key in _TEXT_KEYS if key in body}
     try:

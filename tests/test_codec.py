@@ -190,3 +190,14 @@ def test_decimals_and_friends_exactly():
                   fractions.Fraction(10**40, 3), uuid.UUID(int=5), datetime.timedelta(-1, 1, 1), datetime.timezone.utc,
                   datetime.date(1, 1, 1), datetime.datetime.max, datetime.time(23, 59, fold=1)):
         assert same(trip(value), value)
+
+
+def test_a_file_name_that_is_no_text():
+    for path in (pathlib.PurePosixPath("a\udcff"), {pathlib.PureWindowsPath("\ud800"): [pathlib.PurePosixPath("caf\u00e9")]}):
+        assert same(trip(path), path)
+
+
+def test_a_time_zone_with_a_fraction_of_a_second():
+    zone = datetime.timezone(datetime.timedelta(microseconds=1))  # Python reads "+00:00:00.000001" as UTC
+    for value in (datetime.time(0, 0, tzinfo=zone), datetime.datetime(2026, 1, 31, tzinfo=zone)):
+        assert same(trip(value), value)
