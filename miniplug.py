@@ -135,8 +135,8 @@ class PluginError(Exception, metaclass=_Brief):
 
 
 class LaunchError(PluginError, OSError):
-    """The plugin never came up. `command`: what was run. `exit_code`: how it ended, negative for a signal, or None.
-    `output`: the last lines it wrote to stderr, or else to stdout."""
+    """The plugin never came up. `command`: what was run. `exit_code`: how it ended, negative for a signal, or
+    None. `output`: the last lines it wrote to stderr, or else to stdout."""
 
     command: list[str] | None = None
     exit_code: int | None = None
@@ -151,7 +151,7 @@ class HandshakeError(LaunchError):
 
 
 class ChecksumError(LaunchError):
-    """A file is not the one expected, and nothing was run. `path`: of the file. `expected`, `actual`: SHA-256 in hex digits."""
+    """A file, `path`, is not the one expected, and nothing was run. `expected`, `actual`: SHA-256 in hex digits."""
 
     path: str = ""
     expected: str = ""
@@ -159,8 +159,8 @@ class ChecksumError(LaunchError):
 
 
 class PluginCrashed(PluginError, ConnectionError):
-    """The plugin died in use. `exit_code`: negative for a signal, or None. `signal_name`: such as ``"SIGSEGV"``, or None.
-    `output`: the last lines of its stderr. `calls`: the names of the methods that were being called."""
+    """The plugin died in use. `exit_code`: negative for a signal, or None. `signal_name`: such as ``"SIGSEGV"``,
+    or None. `output`: the last lines of its stderr. `calls`: the names of the methods that were being called."""
 
     exit_code: int | None = None
     signal_name: str | None = None
@@ -235,16 +235,20 @@ class _RemoteTraceback(Exception):
         return f"\n{self.args[0]}"
 
 
-if TYPE_CHECKING:  # at run time these, and Call, are made when they are first asked for, as their bases are slow to import
+class _Unauthenticated(LaunchError):
+    """The other side does not hold the key."""
 
-    class AuthenticationError(LaunchError, multiprocessing.AuthenticationError):
-        """The other side does not hold the key."""
 
-    class CallTimeout(PluginError, TimeoutError):
-        """The deadline passed. `method`: what was called. `seconds`: how long it was given."""
+class _Overdue(PluginError, TimeoutError):
+    """The deadline passed. `method`: what was called. `seconds`: how long it was given."""
 
-        method: str = ""
-        seconds: float = 0.0
+    method: str = ""
+    seconds: float = 0.0
+
+
+if TYPE_CHECKING:
+    class AuthenticationError(_Unauthenticated, multiprocessing.AuthenticationError): ...
+    class CallTimeout(_Overdue): ...
 
 
 def __dir__() -> list[str]:
@@ -252,24 +256,21 @@ def __dir__() -> list[str]:
 
 
 def _on_first_use(name: str) -> Any:
-    known: dict[str, Any] = {"__module__": __name__}
+    """What has bases that are slow to import is made when it is first asked for, here and by users."""
     if name in globals():
         return globals()[name]
     if name == "AuthenticationError":
-        bases = [LaunchError, _import("multiprocessing").AuthenticationError]
-        known["__doc__"] = "The other side does not hold the key."
+        bases = [_Unauthenticated, _import("multiprocessing").AuthenticationError]
     elif name == "CallTimeout":
-        bases = [PluginError, TimeoutError]
+        bases = [_Overdue]
         if sys.version_info < (3, 11):  # where asyncio and concurrent.futures have timeouts of their own
             bases += [_import("asyncio").TimeoutError, _import("concurrent.futures").TimeoutError]
-        known["__doc__"] = "The deadline passed. `method`: what was called. `seconds`: how long it was given."
-        known.update(method="", seconds=0.0)
     elif name == "Call":
         bases = [_Awaitable, _import("concurrent.futures").Future]
-        known["__doc__"] = "A call that was submitted: a concurrent.futures.Future that can also be awaited in asyncio."
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, _Brief(name, tuple(bases), known))  # one class, however many threads ask at once
+    made = _Brief(name, tuple(bases), {"__module__": __name__, "__doc__": bases[0].__doc__})
+    return globals().setdefault(name, made)  # one class, however many threads ask at once
 
 
 if not TYPE_CHECKING:  # or checkers would take any name for one of ours
@@ -3352,8 +3353,8 @@ class _Session:
 
 # === 6. dispatcher ======================================================================================
 #
-# Names to methods, as xmlrpc.server does it: a method is looked up on the served object, a name that begins with an
-# underscore never is, and an object with a _dispatch(method, args, kwargs) of its own answers every name itself.
+# Names to methods, as xmlrpc.server does it: a method is looked up on the served object, a name that begins with
+# "_" never is, and an object with its own _dispatch(method, args, kwargs) answers every name itself.
 
 def _method_names(obj: Any) -> list[str] | None:
     """The public methods of an object, sorted; None if it answers every name. No property is run for that."""
@@ -3370,18 +3371,13 @@ def _method_names(obj: Any) -> list[str] | None:
     return sorted(name for name in found if not name.startswith("_") and callable(found[name]))
 
 
-def _not_found(what: str, name: str, names: Iterable[str], where: str) -> tuple[str, list[str]]:
-    """In words, and what comes close."""
-    matches = _import("difflib").get_close_matches(name, names, cutoff=0.5)
+def _no_method(name: str, names: Iterable[str] | None, where: str, what: str = "method") -> MethodNotFound:
+    matches = _import("difflib").get_close_matches(name, list(names or ()), cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
     if name.startswith("_"):
         hint = ": names that begin with an underscore are private to the plugin"
-    return f"{where} has no {what} {name!r}{hint}", matches
-
-
-def _no_method(name: str, names: Iterable[str] | None, where: str) -> MethodNotFound:
-    text, matches = _not_found("method", name, list(names or ()), where)
-    return MethodNotFound(text if name else f"{where} has only methods that can be called", name=name, matches=matches)
+    text = f"{where} has no {what} {name!r}{hint}" if name else f"{where} cannot be called itself, only its methods"
+    return MethodNotFound(text, name=name, matches=matches)
 
 
 def _makes_instances(served: Any) -> bool:
@@ -3452,7 +3448,7 @@ class _Served:
         self.info = dict(info or {})
         self.config: dict[str, Any] | None = None  # what another host needs to attach, if one can
         self._entering: dict[str, Any] = {}  # a lock for each name, held while that is entered, once
-        self._shared: dict[str, tuple[Any, Any]] = {}  # objects that all callers share, and their context managers
+        self._shared: dict[str, tuple[Any, Any]] = {}  # what all callers share: (object, context manager)
         self._lock = threading.Lock()  # protects the following two
         self._loop: _Loop | None = None
         self._closed = False
@@ -3493,14 +3489,14 @@ class _Served:
 
 
 def _enter(obj: Any) -> tuple[Any, Any]:
-    """Enter a context manager: (what it serves, the manager). Any other object serves itself: (object, None)."""
+    """(what a context manager serves, the manager); or of any other object (object, None)."""
     if hasattr(type(obj), "__enter__") and hasattr(type(obj), "__exit__"):
         return type(obj).__enter__(obj), obj
     return obj, None
 
 
 def _exit(manager: Any) -> None:
-    """Exit a context manager, if there is one. What that raises goes to stderr, and so to the host's log."""
+    """What that raises goes to stderr, and so to the host's log."""
     try:
         if manager is not None:
             type(manager).__exit__(manager, None, None, None)
@@ -3511,7 +3507,7 @@ def _exit(manager: Any) -> None:
 # -- references: objects that stay where they are, and are called from the other side
 
 class _Ref:
-    """An object that is to be passed by reference. One that is dispensed has a context manager, or None, to be exited."""
+    """An object to be passed by reference; with a context manager, or None, if it is an instance of its own."""
 
     def __init__(self, obj: Any, *manager: Any) -> None:
         self.object = obj
@@ -3521,15 +3517,15 @@ class _Ref:
 def ref(obj: Any) -> Any:
     """Pass `obj` by reference: the other side gets a proxy for it. To be used in an argument or a return value.
 
-    The object stays here and is called from there, until the other side has released it or let go of its last proxy
-    for it, or the connection ends. Sent back, it arrives as itself. Functions go by reference on their own.
+    The object stays here and is called from there, until the other side has released it or let go of its last
+    proxy for it, or the connection ends. Sent back, it arrives as itself. Functions need no `ref`.
     """
     return _Ref(obj)
 
 
 class _Target:
-    """What a proxy and its methods share: the session, and the number that the object is lent under there. What a
-    plugin serves has another kind, which finds it again in another session (_Dispensed)."""
+    """What a proxy and its methods share: where the object is. Of what a plugin serves it is another kind, which
+    finds it again in another session (_Dispensed)."""
 
     released = False
     label = "the object"
@@ -3538,20 +3534,19 @@ class _Target:
     def __init__(self, session: _Session, number: int) -> None:
         self.session = session
         self.number = number
-        self.identity: Any = (session, number)  # what it stands for, also when it is released or dispensed anew
+        self.identity: Any = (session, number)  # also when it is dispensed anew
         self._notice = session.channel.notice(number) if number else []  # until it is given back
         session.borrowed.add(id(self))
 
     def here(self) -> tuple[_Session, int] | None:
-        """Where to call, if that is known without a look; it may be sealed by then."""
+        """Where to call, if that is known without a look. The session may be sealed."""
         return None if self.released or self.session.sealed else (self.session, self.number)
 
     def number_at(self, session: _Session) -> int | None:
-        """The number of the object in that session, if it is lent there."""
         return self.number if session is self.session and not self.released else None
 
     def find(self, asked: _Call) -> tuple[_Session, int]:
-        """Where to call. Raises DeadReference, and what a plugin raises that cannot be called."""
+        """Where to call. Raises DeadReference, and what a plugin that cannot be called raises."""
         if self.released:
             raise DeadReference(f"{self.label} was released")
         if self.session.ended is not None:
@@ -3559,7 +3554,7 @@ class _Target:
         return self.session, self.number
 
     def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """Have a submitted call begin later, if it has to wait for a start."""
+        """If a submitted call has to wait for a start, have it begin after that."""
         return False
 
     def release(self) -> None:
@@ -3575,8 +3570,8 @@ class _Target:
 
 def _reach(find: Callable[[_Call], tuple[_Session, int]], act: Callable[..., Any], method: str, args: Any,
            kwargs: Any, seconds: float | None) -> Any:
-    """Call `act` with the session and number that `find` gives, and with others if that takes no calls by then. To
-    find them, too, is within the deadline."""
+    """Call `act` with the session and number that `find` gives, or gives next if that takes no calls by then. To
+    find them is within the deadline as well."""
     asked = _Call(0, method, seconds)
     while True:
         try:
@@ -3612,7 +3607,7 @@ class _Remote:
 def release(proxy: Any) -> None:
     """Give back what the other side has lent; a call on `proxy` raises DeadReference from then on.
 
-    It is given back by itself when its last proxy is collected. Raises TypeError for what is no proxy.
+    By itself it is given back when its last proxy is collected. Raises TypeError for what is no proxy.
     """
     if not issubclass(type(proxy), _Remote):
         raise TypeError(f"{type(proxy).__name__} is no proxy: there is nothing to give back")
@@ -3646,18 +3641,16 @@ class _References:
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
         self.lends = False  # whether anything is lent
-        self._held: Any = _import("weakref").WeakValueDictionary()  # loans, also those given back, if a message holds them
-        self._exit_lock = threading.RLock()  # held while those are exited that were given back
-        self._parting: list[_Loan] = []
+        self._held: Any = _import("weakref").WeakValueDictionary()  # also what was given back, if a message holds it
+        self._parting: list[_Loan] = []  # those to be exited
+        self._exit_lock = threading.RLock()  # held while they are
 
     def resolve(self, target: Any, method: str) -> Callable[..., Any]:
-        """The function that a call runs. An empty name calls the object itself. Raises MethodNotFound, DeadReference."""
-        loan = self._loans.get(target) if type(target) is int else None
-        if loan is None:
-            loan = self.loan(target)
-        if method in loan.known:  # not by the string that has come: classes cache those they are asked by
-            return getattr(loan.object, loan.known[method])  # type: ignore[no-any-return]
+        """The function that a call runs. An empty name is the object itself. Raises MethodNotFound, DeadReference."""
+        loan = self.loan(target)
         obj = loan.object
+        if method in loan.known:  # not by the string that has come: classes cache those they are asked by
+            return getattr(obj, loan.known[method])  # type: ignore[no-any-return]
         if not method and callable(obj):
             return obj  # type: ignore[no-any-return]
         if loan.methods is not None or method.startswith("_"):
@@ -3671,7 +3664,7 @@ class _References:
         return loan
 
     def lend(self, session: _Session, value: Any, lent: list[int]) -> tuple[str, Any] | None:
-        """The tag and state of what goes by reference, or None. The number of a new loan is added to `lent`."""
+        """The tag and state of what goes by reference, or None. The number of a loan is added to `lent`."""
         kind = type(value)
         obj, manager = (value.object, value.manager) if kind is _Ref else (value, ())
         if issubclass(type(obj), _Remote):
@@ -3686,7 +3679,7 @@ class _References:
         with self._lock:
             number = 0 if obj is self._loans[0].object else self._lent.get(key)
             if number is None:
-                loan = _Loan(obj, key, *manager)  # a finalizer may run in there, and lend and release as well
+                loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
                 number = self._lent.setdefault(key, next(self._numbers))
                 self._held[number] = self._loans.setdefault(number, loan)
             loan = self._loans[number]
@@ -3695,7 +3688,7 @@ class _References:
         return "$ref", [number, loan.methods, callable(obj)]
 
     def held(self, message: _Message) -> _Message:
-        """The same message, which holds what comes home in it: a release that follows is done before others decode it."""
+        """The message, holding what comes home in it: a release that follows is done before it is decoded."""
         *head, body, buffers = message
         if type(buffers) is _Held:
             return message
@@ -3710,7 +3703,7 @@ class _References:
         return self.resolve(number, method) if method else self.loan(number).object
 
     def release(self, number: int) -> None:
-        """Take one count of a loan back. To exit it may take long: a thread of the pool does that."""
+        """Take one count of a loan back. A thread of the pool exits it, which may take long."""
         with self._lock:
             loan = self._loans.get(number) if number else None
             if loan is None:
@@ -3732,7 +3725,7 @@ class _References:
                 _exit(self._parting.pop().manager)
 
     def release_unless_busy(self, number: int) -> None:
-        """The same for who reads: a finalizer that calls in the midst of `lend` waits for that one."""
+        """For who reads: a finalizer that calls in the midst of `lend` waits for that one."""
         if not self._lock.acquire(False):
             return _pool.put((self.release, number))
         try:
@@ -3742,11 +3735,11 @@ class _References:
 
     def unlend(self, lent: Any) -> None:
         """What was lent for a message that was not sent; and what a handler that raised has left half lent."""
-        numbers = list(lent)
-        if numbers:
-            lent.clear()
         with self._lock:
-            for number in numbers + [number for number, loan in self._loans.items() if number and not loan.sent]:
+            half = [number for number, loan in self._loans.items() if number and not loan.sent]
+            while lent:
+                half.append(lent.pop())
+            for number in half:
                 self.release(number)
 
     def close(self) -> None:
@@ -3759,53 +3752,50 @@ class _References:
 
 
 class _System:
-    """The reserved target ``system``: what a plugin tells about itself. Method names are written ``plugin.method``."""
+    """The reserved target ``system``: what a plugin tells about itself (docs/protocol.md, section 7)."""
 
     def __init__(self, references: _References) -> None:
         self._references = references
         self._served = references.served
 
     def dispense(self, name: str | None = None) -> Any:
-        """Lend the plugin of that name, or the only one."""
+        """A reference to the plugin of that name, or to the only one."""
         if name == "system":
             return _Ref(self)
         name, served = self._served.find(name)
         return _Ref(*_enter(served())) if _makes_instances(served) else _Ref(self._served.shared(name), None)
 
     def info(self) -> dict[str, Any]:
-        """What the plugin says about itself."""
+        """The dict that the plugin was served with."""
         return self._served.info
 
     def reattachConfig(self) -> dict[str, Any] | None:
-        """What another host needs to attach: network, address, authkey and pid. None if nobody can."""
+        """What another host needs to attach, or None."""
         return self._served.config
 
     def listMethods(self) -> list[str]:
-        """The names of all methods."""
-        return [f"{plugin}.{name}" for plugin in self._names() for name in _method_names(self._object(plugin)) or ()]
+        """The names of all methods, as ``plugin.method``."""
+        return [f"{plugin}.{name}" for plugin, methods in self.describe().items() for name in methods]
 
     def methodHelp(self, name: str) -> str:
-        """A method's docstring, or an empty string."""
+        """A method's docstring, or ``""``."""
         return self._described(name)[1] or ""
 
     def methodSignature(self, name: str) -> str | None:
-        """A method's signature as text, such as ``(name: str) -> str``; None if it is not known."""
+        """A method's signature, such as ``(name: str) -> str``, or None."""
         return self._described(name)[0]  # type: ignore[no-any-return]
 
     def describe(self, target: str | int | None = None) -> dict[str, Any]:
-        """The methods of a plugin, or of the reference of that number: {method: [signature, doc, parameters]}, where a
-        parameter is [name, kind, default, annotation], and the last one the result's. Of all plugins: {plugin: methods}."""
+        """{method: [signature, doc, parameters]} of a plugin, or of the reference of that number; of all plugins
+        {plugin: {...}}."""
         if target is None:
-            return {plugin: self.describe(plugin) for plugin in self._names()}
-        obj = self._references.loan(target).object if type(target) is int else self._object(str(target))
+            return {plugin: self.describe(plugin) for plugin in ("system", *sorted(self._served.plugins))}
+        if type(target) is int:
+            obj = self._references.loan(target).object
+        else:
+            obj = self if target == "system" else self._served.shared(str(target))
         methods = {name: _describe(getattr(obj, name)) for name in _method_names(obj) or ()}
         return {"": _describe(obj), **methods} if type(target) is int and callable(obj) else methods
-
-    def _names(self) -> list[str]:
-        return ["system", *sorted(self._served.plugins)]
-
-    def _object(self, plugin: str) -> Any:
-        return self if plugin == "system" else self._served.shared(plugin)
 
     def _described(self, name: str) -> list[Any]:
         plugin, _, method = name.rpartition(".")
@@ -3816,7 +3806,8 @@ class _System:
 
 
 def _describe(function: Any) -> list[Any]:
-    """A function as [signature, doc, parameters]: text, and None for what is not known. See _System.describe."""
+    """A function as [signature, doc, parameters], None for what is not known. A parameter is [name, kind, default,
+    annotation], and the last one the result's."""
     inspect = _import("inspect")
     doc = inspect.getdoc(function)
     try:
@@ -3827,10 +3818,11 @@ def _describe(function: Any) -> list[Any]:
     def text(value: Any, show: Callable[[Any], str]) -> str | None:
         return None if value is inspect.Parameter.empty else show(value)
 
-    parameters = [[each.name, int(each.kind), text(each.default, repr), text(each.annotation, inspect.formatannotation)]
-                  for each in signature.parameters.values()]
-    result = ["return", 0, None, text(signature.return_annotation, inspect.formatannotation)]
-    return [str(signature), doc, [*parameters, result]]
+    rows = [(each.name, each.kind, each.default, each.annotation) for each in signature.parameters.values()]
+    rows.append(("return", 0, signature.empty, signature.return_annotation))
+    parameters = [[name, int(kind), text(default, repr), text(annotation, inspect.formatannotation)]
+                  for name, kind, default, annotation in rows]
+    return [str(signature), doc, parameters]
 
 
 # === 7. proxies =========================================================================================
@@ -3879,7 +3871,7 @@ class _Method(_Remote):
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:
         """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
-        call: Call = _on_first_use("Call")(self.__name__)
+        call: Call = _on_first_use("Call")()
         try:
             self._act(call._begin, args, kwargs, call)
             return call
@@ -3914,9 +3906,6 @@ class _Method(_Remote):
     def __name__(self) -> str:
         return self._name or "function"
 
-    def __repr__(self) -> str:
-        return f"<method {self._name} of {self._target.label}>" if self._name else f"<proxy of {self._target.label}>"
-
 
 class _AsyncMethod(_Method):
     # One that the interface declares ``async def``.
@@ -3935,14 +3924,12 @@ class _AsyncStream(_Method):
 
 
 def _checked_count(count: Any, name: str, least: int = 0) -> int:
-    """Raises ValueError for what is no whole number, or less than that."""
     if type(count) is not int or count < least:
         raise ValueError(f"{name}={count!r}: it is a whole number, at least {least}")
     return count
 
 
 def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
-    """Raises ValueError for what is no number of seconds, and no None."""
     if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
         raise ValueError(f"{name}={seconds!r}: it is a number of seconds, or None for no limit")
     return None if seconds is None else float(seconds)
@@ -3979,9 +3966,6 @@ class _Proxy(_Remote):
 
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *(self._names or ())})
-
-    def __repr__(self) -> str:
-        return f"<proxy of {self._target.label}>"
 
     def _dispatch(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return getattr(self, method)(*args, **kwargs)  # so that a proxy can be served in turn
@@ -4040,11 +4024,7 @@ def _checked_description(found: Any) -> dict[str, Any]:
 
 def _outline(name: str, signature: str | None, doc: str | None) -> str:
     """A method, and what it says about itself below it."""
-    return name + (signature or "(...)") + (f"\n{_indented(doc)}" if doc else "")
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+    return name + (signature or "(...)") + (_import("textwrap").indent(f"\n{doc}", "    ") if doc else "")
 
 
 def _differences(interface: type, names: Sequence[str] | None, describe: Callable[[], dict[str, Any]]) -> list[str]:
@@ -4091,7 +4071,7 @@ def _refusals(name: str, method: Any, shown: str, parameters: Any) -> list[str]:
 
 def _allowed_calls(parameters: Iterable[Any]) -> Iterable[tuple[int, list[str]]]:
     """The shapes of calls that these parameters allow, as (how many by position, names of the others): each
-    count with no optional name, with every single one, and with all. What takes those takes all."""
+    count with no optional name, and with all. What takes those takes all between."""
     only, either, var, keyword, rest = ([each for each in parameters if each.kind == kind] for kind in range(5))
     positional = [*only, *either]
     least = sum(each.default is each.empty for each in only)
@@ -4099,24 +4079,20 @@ def _allowed_calls(parameters: Iterable[Any]) -> Iterable[tuple[int, list[str]]]
         named = [each for each in either if each not in positional[:count]] + keyword
         needed = [each.name for each in named if each.default is each.empty]
         optional = [each.name for each in named if each.default is not each.empty] + ["any_other_name"] * len(rest)
-        for chosen in ([], *([name] for name in optional), optional):
-            yield count, needed + chosen
+        yield count, needed
+        yield count, needed + optional
 
 
 # -- calls and streams
 
 class _Awaitable:
-    """What Call adds to concurrent.futures.Future. Any thread; the Future's own lock protects its state."""
+    """A call that was submitted: a concurrent.futures.Future that can also be awaited in asyncio."""
 
     if TYPE_CHECKING:
         _condition: Any
         _state: str
         _done_callbacks: list[Any]
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self._method = method
-        self._call: _Call | None = None
+    _call: _Call | None = None
 
     def _begin(self, session: _Session, *what: Any) -> None:
         if self._state != "PENDING":  # cancelled before it could be sent, or lost with a session
@@ -4149,17 +4125,11 @@ class _Awaitable:
         except BaseException as error:
             return self._fail(error)
         call.future = None  # which may have a stream, that shall go when nobody wants it
-        return self._set(future.set_result, value)
+        return _quietly(future.set_result, value)
 
     def _fail(self, error: BaseException) -> None:
         future: Any = self
-        self._set(future.set_exception, error)
-
-    def _set(self, function: Callable[[Any], Any], outcome: Any) -> None:
-        try:
-            function(outcome)
-        except _import("concurrent.futures").InvalidStateError:
-            pass  # cancelled meanwhile, or settled before
+        _quietly(future.set_exception, error)
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
@@ -4187,9 +4157,12 @@ class _Awaitable:
     def __await__(self) -> Any:
         return _import("asyncio").wrap_future(self).__await__()
 
-    def __repr__(self) -> str:
-        state = "cancelled" if self.cancelled() else "answered" if self.done() else "pending"
-        return f"<Call of {self._method}(), {state}>"
+
+def _quietly(settle: Callable[[Any], Any], outcome: Any) -> None:
+    try:
+        settle(outcome)
+    except _import("concurrent.futures").InvalidStateError:
+        pass  # cancelled meanwhile, or settled before
 
 
 def _is_asyncios(callback: Any) -> bool:
@@ -4200,8 +4173,7 @@ def _is_asyncios(callback: Any) -> bool:
 if TYPE_CHECKING:
     import concurrent.futures
 
-    class Call(_Awaitable, concurrent.futures.Future[Any]):
-        """A call that was submitted: a concurrent.futures.Future that can also be awaited in asyncio."""
+    class Call(_Awaitable, concurrent.futures.Future[Any]): ...
 
 
 class Stream:
@@ -4339,9 +4311,6 @@ class Stream:
     def __del__(self) -> None:
         if not getattr(self, "_over", True):
             self.close()
-
-    def __repr__(self) -> str:
-        return f"<stream of {self._call.method}(), {'ended' if self._over else 'open'}>"
 
 
 def _wake(waiters: list[Any]) -> None:
@@ -6632,7 +6601,7 @@ def _entries(text: str, group: str) -> Iterable[tuple[str, str]]:
 def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
     a host has imported it."""
-    sys.meta_path.insert(0, _OneModule(name))
+    sys.meta_path.insert(0, _Finder(name))
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
@@ -6658,9 +6627,8 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
         name, source, attribute = _split_spec(spec)
         if not attribute:
             sys.exit(f"miniplug: {spec!r} is no spec: write module:Attr or path/to/file.py:Attr")
-        if name == "system" or name in plugins:
-            why = "reserved" if name == "system" else "taken"
-            sys.exit(f"miniplug: the name {name!r} is {why}: write name={spec}")
+        if name in ("system", *plugins):
+            sys.exit(f"miniplug: the name {name!r} is taken: write NAME={spec}")
         plugins[name] = _load(source, attribute)
     try:
         secret = os.urandom(32)
@@ -6674,22 +6642,24 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
         sys.exit(f"miniplug: {error}")
 
 
-class _OneModule:
-    """An import hook that gives this very module under every name that leads to its file, and under the
-    host's name for it: in a second copy nothing would be registered, served or cancelled."""
+class _Finder:
+    """An import hook. It gives this very module under every name that leads to its file, and under the host's
+    name for it: in a second copy nothing would be registered, served or cancelled. And for a spec's file it
+    finds the standard library first: a plugin's string.py would break what it imports."""
+
+    library: Sequence[str] = ()
 
     def __init__(self, name: str) -> None:
         self._names = {"miniplug", name}
         self._machinery = _import("importlib.machinery")
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name not in self._names:
-            if f"{name.rpartition('.')[2]}.py" != os.path.basename(_FILE):
-                return None
-            found = self._machinery.PathFinder.find_spec(name, path)
-            if found is None or os.path.realpath(str(found.origin)) != os.path.realpath(_FILE):
-                return None
-        return self._machinery.ModuleSpec(name, self)
+        find, found = self._machinery.PathFinder.find_spec, None
+        if name not in self._names and f"{name.rpartition('.')[2]}.py" == os.path.basename(_FILE):
+            found = find(name, path)
+        if name in self._names or (found and os.path.realpath(str(found.origin)) == os.path.realpath(_FILE)):
+            return self._machinery.ModuleSpec(name, self)
+        return find(name, self.library) if path is None and self.library else None
 
     def create_module(self, spec: Any) -> ModuleType:
         return sys.modules["miniplug"]
@@ -6698,23 +6668,12 @@ class _OneModule:
         """It has run."""
 
 
-class _StandardLibrary:
-    """An import hook that finds the standard library first: else a plugin's file that is called string.py
-    would break what it imports."""
-
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
-        library = os.path.dirname(getattr(os, "__file__", ""))  # frozen, it has none
-        folders = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
-        return None if path is not None else _import("importlib.machinery").PathFinder.find_spec(name, folders)
-
-
 def _load(source: str, attribute: str) -> Any:
     """Import a spec's module, by path or by name, and get the attribute."""
     found = _load_file(os.path.abspath(source)) if source.endswith(".py") else _load_module(source)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            sys.exit(f"miniplug: {_not_found('attribute', part, dir(found), source)[0]}")
+            sys.exit(f"miniplug: {_no_method(part, dir(found), source, 'attribute')}")
         found = getattr(found, part)
     return found
 
@@ -6722,10 +6681,11 @@ def _load(source: str, attribute: str) -> Any:
 def _load_file(path: str) -> ModuleType:
     if not os.path.isfile(path):
         sys.exit(f"miniplug: there is no file {path}")
-    name = os.path.splitext(os.path.basename(path))[0]
-    if name in sys.modules or name in sys.builtin_module_names or _StandardLibrary.find_spec(name):
+    library = os.path.dirname(getattr(os, "__file__", ""))  # frozen, it has none
+    _Finder.library = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
+    name, find = os.path.splitext(os.path.basename(path))[0], _import("importlib.machinery").PathFinder.find_spec
+    if name in sys.modules or name in sys.builtin_module_names or find(name, _Finder.library):
         name = f"_plugin_{name}"
-    sys.meta_path.insert(sys.meta_path.index(_import("importlib.machinery").PathFinder), _StandardLibrary)
     sys.path.insert(0, os.path.dirname(path))
     util = _import("importlib.util")
     spec = util.spec_from_file_location(name, path)
@@ -6808,7 +6768,7 @@ def _inspect(given: Any) -> None:
         for name, methods in sorted(plugin.describe().items()):
             print(name)
             for method in methods.values():
-                print(_indented(_outline(*method)))
+                print(_import("textwrap").indent(_outline(*method), "    "))
 
 
 def _opened(given: Any) -> Plugin:
@@ -6833,8 +6793,7 @@ def _doctor(given: Any) -> int:
     """What this machine allows, each as a line. The last is whether a plugin runs here, and that counts."""
     python = given.python or sys.executable
     rows = []
-    for what, check in (("miniplug", _check_python), ("transport", _check_transport), ("loopback TCP", _check_loopback),
-                        ("FIPS mode", _check_fips), ("process tree", _check_tree), ("a plugin", _check_plugin)):
+    for what, check in _CHECKS.items():
         try:
             works, detail = check(python)
         except (OSError, PluginError) as error:
@@ -6846,10 +6805,6 @@ def _doctor(given: Any) -> int:
         for row in rows:
             print(f"{'ok' if row['ok'] else 'no':<4}{row['check']:<16}{row['detail']}")
     return 0 if works else 1
-
-
-def _check_python(python: str) -> tuple[bool, str]:
-    return True, f"{__version__}, {_FILE}, under Python {sys.version.split()[0]} on {sys.platform}"
 
 
 def _check_transport(python: str) -> tuple[bool, str]:
@@ -6875,16 +6830,22 @@ def _check_fips(python: str) -> tuple[bool, str]:
         return True, "on: no MD5, and miniplug needs none"
 
 
-def _check_tree(python: str) -> tuple[bool, str]:
-    return True, f"a {'job object' if _WINDOWS else 'process group'} for each plugin"
-
-
 def _check_plugin(python: str) -> tuple[bool, str]:
     start = time.monotonic()
     with launch("doctor=os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
         plugin.dispense(timeout=20.0).basename("a/b")
         seconds = time.monotonic() - start
         return True, f"runs: {seconds * 1e3:.0f} ms to the first answer, {plugin.ping() * 1e6:.0f} µs a ping"
+
+
+_CHECKS: dict[str, Callable[[str], tuple[bool, str]]] = {
+    "miniplug": lambda python: (True, f"{__version__}, {_FILE}, under {sys.version.split()[0]} on {sys.platform}"),
+    "transport": _check_transport,
+    "loopback TCP": _check_loopback,
+    "FIPS mode": _check_fips,
+    "process tree": lambda python: (True, f"a {'job object' if _WINDOWS else 'process group'} for each plugin"),
+    "a plugin": _check_plugin,
+}
 
 
 def _parser(argparse: Any) -> Any:

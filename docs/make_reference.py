@@ -97,8 +97,9 @@ def entry(name: str) -> Iterator[str]:
     is_class = inspect.isclass(obj)
     yield f"### {name}\n"
     if is_class and issubclass(obj, Exception) and obj is not miniplug.PluginError:
-        own = [f"[{base.__name__}](#{base.__name__.lower()})" for base in obj.__bases__ if base.__module__ == miniplug.__name__]
-        others = dict.fromkeys(f"\\[{base.__name__}]" for base in obj.__bases__ if base.__module__ != miniplug.__name__)
+        bases = [each for base in obj.__bases__ for each in (base.__bases__ if base.__name__[0] == "_" else (base,))]
+        own = [f"[{base.__name__}](#{base.__name__.lower()})" for base in bases if base.__module__ == miniplug.__name__]
+        others = dict.fromkeys(f"\\[{base.__name__}]" for base in bases if base.__module__ != miniplug.__name__)
         yield ", ".join([*own, *others]) + "\n"  # before 3.11 a timeout is one of asyncio's, too, by the same name
     if name == "Plugin":
         yield "```text\nPlugin(command, **options)\n```\n"  # those of launch

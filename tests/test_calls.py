@@ -133,9 +133,9 @@ def test_the_result_may_not_come_in_time(both, proxy):
 def test_submit_does_not_wait_and_answers_come_out_of_order(proxy):
     slow = proxy.wait.submit("slow")
     assert [proxy.echo.submit(number).result(10) for number in range(50)] == list(range(50))
-    assert not slow.done() and "pending" in repr(slow)
+    assert not slow.done()
     proxy.let_go()
-    assert slow.result(10) == "slow" and "answered" in repr(slow)
+    assert slow.result(10) == "slow"
 
 
 def test_what_cannot_be_sent_is_raised_by_submit(both, proxy):

@@ -84,8 +84,8 @@ def test_serving_by_hand_says_that_this_is_a_plugin():
 
 
 @pytest.mark.parametrize("specs, said", [
-    ([WORKSHOP, WORKSHOP], "the name 'workshop' is taken: write name="),
-    (["system=" + WORKSHOP], "the name 'system' is reserved: write name="),
+    ([WORKSHOP, WORKSHOP], "the name 'workshop' is taken: write NAME="),
+    (["system=" + WORKSHOP], "the name 'system' is taken: write NAME="),
     (["no-spec"], "'no-spec' is no spec: write module:Attr"),
 ])
 def test_bad_specs_are_one_line(specs, said):
@@ -204,7 +204,7 @@ def test_another_interpreter(write, tmp_path):
     ([WORKSHOP, "_target"], "has no method '_target': names that begin with an underscore are private"),
     ([WORKSHOP, "__class__"], "__class__"),
     ([WORKSHOP, "workshop.__repr__"], "__repr__"),
-    ([WORKSHOP, ""], "has only methods that can be called"),
+    ([WORKSHOP, ""], "only its methods"),
     ([WORKSHOP, "greet"], "miniplug: TypeError: "),
     ([WORKSHOP, "fail", "ValueError", "first\nsecond"], "miniplug: ValueError: first"),
     ([WORKSHOP, "fail"], "miniplug: ValueError"),

@@ -194,7 +194,7 @@ def test_the_last_words_are_short(lines):
 @given(ODD_TEXT, st.one_of(st.none(), ODD_TEXT), ODD_TEXT)
 def test_what_inspect_prints_of_a_method(name, signature, doc):
     with Quiet():
-        text = miniplug._indented(miniplug._outline(name, signature, doc))
+        text = miniplug._outline(name, signature, doc)
     assert (name.splitlines() or [""])[0].strip() in text
 
 

@@ -261,7 +261,7 @@ def test_iterators_of_all_kinds_stream(both, proxy, method, number):
     stream = getattr(proxy, method)(number)
     assert isinstance(stream, miniplug.Stream) and iter(stream) is stream
     assert list(stream) == wanted
-    assert list(stream) == [] and "ended" in repr(stream)
+    assert list(stream) == []
     with pytest.raises(StopIteration):
         next(stream)
     settled(both)
@@ -538,7 +538,7 @@ def test_a_closed_stream_frees_the_generator(both, proxy, source, method):
     stream.close()
     stream.close()
     assert source.over.wait(10)
-    assert list(stream) == [] and "ended" in repr(stream)
+    assert list(stream) == []
     settled(both)
 
 
