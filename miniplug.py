@@ -4125,11 +4125,11 @@ class _Awaitable:
         except BaseException as error:
             return self._fail(error)
         call.future = None  # which may have a stream, that shall go when nobody wants it
-        return _quietly(future.set_result, value)
+        return _settled(future.set_result, value)
 
     def _fail(self, error: BaseException) -> None:
         future: Any = self
-        _quietly(future.set_exception, error)
+        _settled(future.set_exception, error)
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
@@ -4158,7 +4158,7 @@ class _Awaitable:
         return _import("asyncio").wrap_future(self).__await__()
 
 
-def _quietly(settle: Callable[[Any], Any], outcome: Any) -> None:
+def _settled(settle: Callable[[Any], Any], outcome: Any) -> None:
     try:
         settle(outcome)
     except _import("concurrent.futures").InvalidStateError:
