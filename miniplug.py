@@ -3600,6 +3600,9 @@ class _Remote:
     def __hash__(self) -> int:
         return hash(self._target.identity)
 
+    def __reduce__(self) -> NoReturn:
+        raise NotSerializable("a proxy cannot be copied or pickled: it stays in its process", type_name="proxy")
+
     def __repr__(self) -> str:
         return f"<{f'method {self._name}' if self._name else 'proxy'} of {self._target.label}>"
 
@@ -6069,7 +6072,7 @@ def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
     """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin.
     Cancelled, it calls `undo` before and after that has returned: so nothing is left half done."""
-    asyncio, call = _import("asyncio"), _on_first_use("Call")(function.__name__)
+    asyncio, call = _import("asyncio"), _on_first_use("Call")()
     _aside("miniplug-async", _attempt, call, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
     try:
