@@ -5592,10 +5592,11 @@ class _Lines:
             return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
         if seconds is None:
             return True  # reading itself is what waits
-        time.sleep(seconds)
+        peek = partial(_import("_winapi").PeekNamedPipe, _import("msvcrt").get_osfhandle(self.file.fileno()), 0)
         try:
-            handle = _import("msvcrt").get_osfhandle(self.file.fileno())
-            return bool(_import("_winapi").PeekNamedPipe(handle, 0)[0])
+            if not peek()[0]:
+                time.sleep(seconds)
+            return bool(peek()[0])
         except OSError:
             return True  # its end
 
