@@ -4409,8 +4409,7 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
     if host is None and not persist and address is None:
-        whose = "the application that it belongs to starts it, not a person"
-        sys.exit(f"This program is a plugin: {whose}. ({hint})")
+        sys.exit(f"This program is a plugin: its application starts it, not a person. ({hint})")
     if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
@@ -4452,7 +4451,7 @@ def _checked_key(key: bytes | str) -> bytes:
 
 
 def _checked_config(config: Any) -> dict[str, Any]:
-    """What another host needs to attach. Raises ValueError for what is not, without telling the key."""
+    """What another host needs to attach. Raises ValueError, which does not tell the key."""
     kinds = {"network": str, "address": str, "authkey": str, "pid": int, "protocol_version": int}
     if not isinstance(config, dict) or any(type(config.get(key)) is not kind for key, kind in kinds.items()):
         raise ValueError(f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it")
@@ -4461,10 +4460,10 @@ def _checked_config(config: Any) -> dict[str, Any]:
 
 
 class _Server:
-    """What this process serves, and the hosts that it serves it to, each over a session of its own.
+    """What this process serves, and to whom, each over a session of its own.
 
-    The main thread listens, serves the launcher, waits and closes. A thread of the door attends to each host
-    that attaches. Any thread may `stop` it. `_lock` protects `_sessions`, `_grace` and `_over`.
+    The main thread listens, serves the launcher, waits and closes; a thread of the door attends to each host
+    that attaches; any may `stop` it. `_lock` protects `_sessions`, `_grace` and `_over`.
     """
 
     def __init__(self, versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None,
@@ -4526,8 +4525,7 @@ class _Server:
             sys.exit(f"miniplug: the connection to the host has failed: {type(cause).__name__}: {cause}")
 
     def attend(self, channel: _Channel, terms: _Terms, gone: Callable[[], Any] = bool) -> BaseException | None:
-        """Serve one host, until it says stop or is gone: then `gone` is called, at once. Returns why the
-        session has ended."""
+        """Serve one host, until it says stop or is gone: then `gone` is called. Returns why it has ended."""
         def lost(cause: BaseException) -> Callable[[list[str]], BaseException]:
             gone()
             return lambda calls: PluginClosed("the host is gone")
@@ -4550,7 +4548,7 @@ class _Server:
         return session.cause
 
     def _part(self, sessions: list[_Session], served: Iterable[_Served] = ()) -> None:
-        """Give the calls that run the time they have, and let go of sessions, and then of what is served."""
+        """Give the calls that run their time; let go of sessions, and then of what is served."""
         deadline = time.monotonic() + self._grace / 2
         for session in sessions:
             session.drain(_left(deadline))
@@ -4572,7 +4570,7 @@ class _Server:
 
     def wait(self) -> None:
         while not self._over.wait(0.5):
-            pass  # a signal that another thread got, and on Windows any, does not interrupt a lock
+            pass  # a signal on Windows, or to another thread, does not interrupt it
 
     def close(self) -> None:
         """Let nobody in any more, and end the sessions and what is served."""
@@ -4614,12 +4612,12 @@ def _prepare_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-        except (AttributeError, OSError, ValueError):
+        except Exception:
             pass  # there is none, it is closed, or it is the plugin's own
     c_stack = {"c_stack": False} if sys.version_info >= (3, 14) else {}  # which is long, and tells little
     try:
         _import("faulthandler").enable(all_threads=False, **c_stack)
-    except (AttributeError, OSError, ValueError, RuntimeError):
+    except Exception:
         pass  # no stderr to write to
     if _environment.pop(_NO_STDIN, "") and "PYTHONBREAKPOINT" not in os.environ:
         sys.breakpointhook = _no_breakpoint
@@ -4698,7 +4696,7 @@ def _log_line(formatter: Any, record: Any) -> str:
 
 # -- a plugin's output in the host: lines, and the log records that they are
 
-_LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces, as it must be kept until its end
+_LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces
 _TAIL_LINES = 30  # how many last lines an error carries
 _RECORD_LIMIT = 1 << 20  # characters of a log record; what is longer is logged as text
 
@@ -4743,10 +4741,11 @@ class _Lines:
             return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
         if seconds is None:
             return True  # reading itself is what waits
-        time.sleep(seconds)
+        peek = partial(_import("_winapi").PeekNamedPipe, _import("msvcrt").get_osfhandle(self.file.fileno()), 0)
         try:
-            handle = _import("msvcrt").get_osfhandle(self.file.fileno())
-            return bool(_import("_winapi").PeekNamedPipe(handle, 0)[0])
+            if not peek()[0]:
+                time.sleep(seconds)
+            return bool(peek()[0])
         except OSError:
             return True  # its end
 
@@ -4786,8 +4785,10 @@ def _record_of(line: str) -> dict[str, Any] | None:
         fields = json.loads(line, parse_int=_make_integer)
     except (ValueError, RecursionError):
         return None
-    known = isinstance(fields.get("@message"), str) and isinstance(fields.get("@level", ""), str)
-    return {_clean(key): _clean(value) for key, value in fields.items()} if known else None
+    if not isinstance(fields.get("@message"), str):
+        return None
+    return {_clean(key): _clean(value) for key, value in fields.items()
+            if not key.startswith("@") or isinstance(value, (str, int))}
 
 
 def _clean(value: Any) -> Any:
@@ -4801,7 +4802,7 @@ def _readable(line: str) -> str:
     if fields is None:
         return line
     trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
-    level = fields.get("@level", "info").upper()
+    level = str(fields.get("@level", "info")).upper()
     return f"[{level}] {fields.get('@module', '')}: {fields['@message']}{trace}"
 
 
@@ -4857,7 +4858,7 @@ class _LogSink:
             return False
         level, word, module = (fields.pop(key, "") for key in ("@levelno", "@level", "@module"))
         if type(level) is not int or not 0 < level <= 100:  # a logger remembers each that it was asked for
-            level = _LEVELS.get(word.lower(), 20)
+            level = _LEVELS.get(str(word).lower(), 20)
         named = isinstance(module, str) and module not in ("", "root") and len(module) <= 200
         name = f"{self._prefix}{module}" if named else self._parent.name
         logger = self._nearest(name)
@@ -5188,8 +5189,7 @@ class _WindowsProcess:
 
 
 class _NoProcess:
-    """Stands for a process that is another host's, or for this one, where a `thread` serves: there is but a
-    connection to it."""
+    """Stands for another host's process, or for this one, where a `thread` serves: a mere connection."""
 
     stdout = stderr = None
 

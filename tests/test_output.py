@@ -209,7 +209,7 @@ def test_a_line_beyond_all_bounds_comes_in_pieces(monkeypatch):
 
 MALFORMED = [
     "{", "{}", "[1, 2]", "7", "null", '{"a": 1}', '{"@message": 5}', '{"@message": null, "@level": "info"}', '{"@message": ["x"]}',
-    '{"@level": 3, "@message": "level"}', "[" * 100000, '{"@message": ' + "[" * 100000, '{"@message": 1' + "0" * 10000 + "}",
+    "[" * 100000, '{"@message": ' + "[" * 100000, '{"@message": 1' + "0" * 10000 + "}",
     '{"\ud800": "\udfff"}', "{" + "\x00" * 10,
 ]
 
@@ -221,10 +221,13 @@ def test_malformed_lines_are_logged_as_they_are(shop, log):
     log.await_message("the end")
     messages = [record.getMessage() for record in log.records]
     assert len(messages) == len(MALFORMED) + 1
-    assert messages[:10] == MALFORMED[:10]
+    assert messages[:9] == MALFORMED[:9]
 
 
 def test_hostile_records_do_no_harm(shop, log):
+    deep = []
+    for _ in range(400):
+        deep = [deep]
     hostile = [
         {"@message": "m", "msg": "x", "args": [1], "getMessage": "x", "levelno": "x", "name": "y", "exc_info": [1, 2, 3], "": 1},
         {"@message": "%s %d %(x)s", "@level": "no such level"},
@@ -234,6 +237,7 @@ def test_hostile_records_do_no_harm(shop, log):
         {"@message": "level", "@levelno": 10**100},
         {"@message": "module", "@module": "..a..b."},
         {"@message": "trace", "@traceback": {"a": 1}, "__class__": "x", "__dict__": "y"},
+        {"@message": "deep", **{key: deep for key in ("@level", "@levelno", "@module", "@timestamp", "@traceback", "more")}},
     ]
     for fields in hostile:
         shop.write_bytes(json.dumps(fields).encode() + b"\n", 2)
@@ -242,7 +246,7 @@ def test_hostile_records_do_no_harm(shop, log):
     formatter = logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
     for record in log.records:
         formatter.format(record)
-    assert {"m", "%s %d %(x)s", "time", "time2", "time3", "level", "module", "trace"} <= {r.getMessage() for r in log.records}
+    assert {"m", "%s %d %(x)s", "time", "time2", "time3", "level", "module", "trace", "deep"} <= {r.getMessage() for r in log.records}
 
 
 def test_a_callable_that_raises_stops_nothing(log, caplog):
@@ -357,6 +361,7 @@ def test_the_last_words_of_a_crash_are_log_records_as_text(write):
         class Plugin:
             def die(self):
                 print('{"a": 1}', file=sys.stderr)
+                print('{"@message": "", "@traceback": ' + '[' * 900 + ']' * 900 + '}', file=sys.stderr)
                 print('{"@message": ' + '[' * 900 + ']' * 900 + '}', file=sys.stderr)
                 logging.getLogger("shop.disk").warning("%s is full", "x", extra={"free": 12})
                 try:
@@ -369,7 +374,7 @@ def test_the_last_words_of_a_crash_are_log_records_as_text(write):
         with pytest.raises(miniplug.PluginCrashed) as caught:
             plugin.dispense().die()
         output = caught.value.output
-    del output[1]  # too deep for some
+    del output[1:3]  # too deep for some
     assert output[:4] == ['{"a": 1}', "[WARN] shop.disk: x is full", "[ERROR] root: no key",
                           "Traceback (most recent call last):"]
     assert output[-1].startswith("KeyError: 'keykey") and len(output[-1]) < 1100
