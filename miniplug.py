@@ -5360,7 +5360,7 @@ class _Recipe:
 
     def argv(self) -> list[str]:
         """What to run, once its files are checked. Raises LaunchError if that can be told to fail."""
-        if not self.command:
+        if self.command in ([], [""]):
             raise self.not_started([], "the command is empty")
         argv = [*self.command]
         if self.attribute:
@@ -5403,18 +5403,19 @@ class _Recipe:
             reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
             raise self.not_started(argv, reason, ChecksumError, path=path, expected=expected, actual=actual)
 
-    def failure(self, run: _Run, argv: list[str], in_time: bool, refusal: Any) -> LaunchError:
+    def failure(self, run: _Run, argv: list[str], refusal: Any, silent: bool, strangers: int) -> LaunchError:
         """Why a process did not come up."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
             run.wait(1.0)  # it says on stderr that it was refused
             kind, reason, told = HandshakeError, str(refusal), vars(refusal)
-        elif not in_time:
+        elif silent:
             _end_runs([run], None)
-            reason = f"it did not connect within {self.start_timeout:g} s; does it call miniplug.serve()?"
+            others = f" ({strangers} callers without the key did)" if strangers else ""
+            reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
         else:
             reason = f"it {run.end_words()[0]}"
-        if in_time and run.exit_code == 0:
+        if run.exit_code == 0 and not silent:
             python = f"; or python={self.python!r} is no Python" if self.python is not None else ""
             kind = HandshakeError
             reason += f" without connecting: it is no plugin, or does not call serve(); {_HINT}{python}"
@@ -5602,7 +5603,8 @@ class _Run:
             if came and isinstance(came[1], _Terms):
                 self._connect(*came)
             if not self.takes_calls:
-                raise self.recipe.failure(self, argv, in_time, came[1] if came else None)
+                silent = not in_time, door.strangers
+                raise self.recipe.failure(self, argv, came[1] if came else None, *silent)
         finally:
             door.close()
             if came and self.session is None:  # too late
@@ -5746,8 +5748,8 @@ class _Run:
     def _over(self) -> None:
         self.gone.set()
         _runs.discard(self)
-        self._end_session()
         self.supervisor.notice()
+        self._end_session()
         self._arrival.set()
         self.ended.set()
 
@@ -5769,6 +5771,7 @@ class _Run:
             if not self.owned or isinstance(cause, ProtocolError) or not self.gone.wait(0.5):
                 self.process.signal(kill=True)
             self.gone.wait(2.0)
+        self.supervisor.notice()  # before any call fails: the next one goes to another run
         return self.error
 
     def error(self, calls: Sequence[str] = (), verdict: str = "") -> BaseException:
@@ -5985,8 +5988,8 @@ class _Supervisor:
 
     def notice(self) -> None:
         """Look whether the run that serves has ended. Calls and the run itself do, whichever is first."""
-        if self.state == "closed":  # at interpreter exit nobody gets the lock any more
-            return
+        if self.state != "up":
+            return  # without the lock, which is held for good at interpreter exit
         with self.news:
             run = self.run
             if self.state == "up" and not run.takes_calls:

@@ -770,6 +770,15 @@ def test_interpreter_exit_closes_what_is_open(write, tmp_path):
         assert not any(alive(int(pid)) for pid in out.split())
 
 
+def test_interpreter_exit_waits_for_nothing_but_the_plugins_end(write):
+    host = write("host.py", f"""
+        import miniplug
+        miniplug._GRACE = 600.0
+        print(miniplug.launch({WORKSHOP!r}).dispense().greet("you"))
+    """)
+    assert run_python(host) == (0, "Hello, you!\n", "")
+
+
 # -- crashing
 
 
