@@ -1337,7 +1337,7 @@ _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
 _FOREVER = 2e6  # seconds; more would be too much for poll()
 _LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again, as a handler that raises may lose a wake-up
 _TOGETHER = 32  # messages that leave with one system call at most
-_FULL, _FULL_BYTES = 256, 1 << 20  # messages, bytes; while more is left to be written others wait
+_FULL, _FULL_BYTES = 256, 1 << 24  # messages, bytes; while more is left to be written others wait
 _POSTED_LIMIT = 1 << 17  # messages; more that the other side does not take end the connection
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
