@@ -1877,7 +1877,7 @@ def _remove_stale(path: str, age: float = 0.0) -> bool:
     """Remove the socket of a process that was killed, at which nobody listens, and its folder if that was
     made for it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
     folder = os.path.dirname(path)
-    if _transport(path) != "unix":
+    if _WINDOWS:
         return False
     try:
         stat, there = os.lstat(folder), os.lstat(path)
