@@ -1206,7 +1206,7 @@ _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
 _FOREVER = 2e6  # seconds; more would be too much for poll()
 _LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again, as a handler that raises may lose a wake-up
 _TOGETHER = 32  # messages that leave with one system call at most
-_FULL, _FULL_BYTES = 256, 1 << 20  # messages, bytes; while more is left to be written others wait
+_FULL, _FULL_BYTES = 256, 1 << 24  # messages, bytes; while more is left to be written others wait
 _POSTED_LIMIT = 1 << 17  # messages; more that the other side does not take end the connection
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
@@ -1322,14 +1322,14 @@ class _Channel:
         self._readable.register(sock, select.POLLIN)
 
     def begin(self, limit: int) -> None:
-        """From now on messages come, of at most so many bytes, and no frames."""
+        """From now on messages come, of at most so many bytes."""
         self.limit = limit + _HEAD
         self.state = (self.state[0], None, *self.state[2:])
 
     # -- receiving
 
     def receive_frame(self, deadline: float) -> bytes:
-        """The next frame of the handshake. Raises TimeoutError, ConnectionError and ProtocolError."""
+        """The next frame of the handshake."""
         frames: Any = self.receive(deadline)
         if frames is None:
             raise _Late("no answer has come in time")
@@ -1428,7 +1428,7 @@ class _Channel:
         return [length + head + body] if size < _READ_SIZE else [length + head, body]
 
     def send_frame(self, data: bytes) -> None:
-        """Send a frame of the handshake, which never waits, as it is short. Raises ConnectionError."""
+        """Send a frame of the handshake. That is so short that it never waits."""
         self.write(self.frame(b"", data), None, False)
 
     def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
@@ -1446,7 +1446,7 @@ class _Channel:
         self.write(message, lent, wait, deadline)
 
     def notice(self, number: int) -> list[list[_Bytes]]:
-        """Messages to be posted: one that gives a reference back."""
+        """To be posted: what gives a reference back."""
         return [[_FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)]]
 
     def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
@@ -1536,11 +1536,11 @@ class _Channel:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
             errno = _import("errno")
-            if error.errno in (errno.EBADF, errno.ENOTSOCK):  # somebody has closed it: that wakes nobody
+            if error.errno in (errno.EBADF, errno.ENOTSOCK):
                 self.gone(error)
 
     def abandon(self) -> None:
-        """In a forked child, which ends if it would still write here."""
+        """In a forked child, which ends if it would still write."""
         self.write = self.send = lambda *what: _leave_fork(None)  # type: ignore[assignment, method-assign]
         self.sock.close()
 
@@ -1656,7 +1656,7 @@ def _endpoint(address: str) -> Any:
 
 
 def _channel_over(connection: Any) -> _Channel:
-    """The channel that takes over a Connection."""
+    """What takes over a Connection."""
     if _WINDOWS:
         return _PipeChannel(connection)
     with connection:
@@ -1664,8 +1664,7 @@ def _channel_over(connection: Any) -> _Channel:
 
 
 def _connect(address: str, timeout: float) -> _Channel:
-    """A channel to a path, a pipe's name or ``host:port``. Raises ValueError, OSError, past the timeout
-    TimeoutError."""
+    """A channel to an address. Raises ValueError, OSError, past the timeout TimeoutError."""
     connection, target = _import("multiprocessing.connection"), _endpoint(address)
     came: list[Any] = []
     news = threading.Event()
@@ -1740,7 +1739,7 @@ class _Listener:
         return self._bind("127.0.0.1:0")  # no folder to be had: the key alone keeps others out
 
     def accept(self) -> _Channel:
-        """The next connection. Raises OSError, also when half a second brings none (on Windows it waits)."""
+        """The next connection. Raises OSError, also when half a second brings none, but not on Windows."""
         return _channel_over(self._listener.accept())
 
     def close(self) -> None:
@@ -1759,7 +1758,7 @@ def _remove_stale(path: str, age: float = 0.0) -> bool:
     """Remove the socket of a process that was killed, at which nobody listens, and its folder if that was
     made for it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
     folder = os.path.dirname(path)
-    if _transport(path) != "unix":
+    if _WINDOWS:
         return False
     try:
         stat, there = os.lstat(folder), os.lstat(path)

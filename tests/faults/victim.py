@@ -242,7 +242,7 @@ def close_the_connection():
     if WINDOWS:
         import _winapi
 
-        _winapi.CloseHandle(channel._handle)
+        _winapi.CloseHandle(channel._handles[0])
     else:
         os.close(channel.sock.fileno())
 
