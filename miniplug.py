@@ -2125,43 +2125,60 @@ class _Pool:
             _start_thread("miniplug-worker", self._work)
 
     def _work(self) -> None:
-        while True:
-            self._waiting.append(None)
-            leads = self._lead.acquire(True, _IDLE_SECONDS)
-            task: Any = self._next() if leads else None
-            self._waiting.pop()  # who begins a session looks at that before
-            if task is None or (task[0] is bool and not _sessions):
-                break  # others wait; or there is nothing to wait for
+        taken: list[Any] = []  # the task: whatever is raised into this thread, that is done
+        while taken or self._waits(taken):
             try:
-                self.check()
-            except (RuntimeError, MemoryError):
-                pass  # tasks wait until a thread can be started, or is done
-            self._lead.release()
-            try:
-                task[0](*task[1:])
+                if taken:
+                    function, *arguments = taken.pop()
+                    function(*arguments)
             except BaseException:
                 _import("traceback").print_exc()
-            task = None
-        if leads:
-            self._lead.release()
+            function = arguments = None
 
-    def _next(self) -> Any:
-        """Wait for a task; for none any more, if there is no session."""
-        heapq, alarms, seconds = _import("heapq"), self._alarms, None
-        while _sessions or not self._tasks.empty():
-            if alarms:
-                seconds = alarms[0][0] - time.monotonic()
-                if seconds <= 0:
-                    return heapq.heappop(alarms)[2:]
+    def _waits(self, taken: list[Any]) -> bool:
+        """Wait for a task, or for nothing any more: False."""
+        leads: list[bool] = []
+        self._waiting.append(None)
+        try:
+            leads.extend(map(self._lead.acquire, (True,), (_IDLE_SECONDS,)))  # one step
+            if leads[0]:
+                self._next(taken)
+        except BaseException:
+            _import("traceback").print_exc()
+            return True
+        finally:
+            self._waiting.pop()  # first: who begins a session, or puts a task without one, looks at that after
+            goes_on = bool(taken or _sessions or not self._tasks.empty())
+            if any(leads):
+                self._go(goes_on)
+        return goes_on and leads[0]
+
+    def _next(self, taken: list[Any]) -> None:
+        """As who leads: take a task, unless there is no session any more."""
+        heapq, alarms = _import("heapq"), self._alarms
+        while not taken and (_sessions or not self._tasks.empty()):
+            seconds = alarms[0][0] - time.monotonic() if alarms else _FOREVER
+            if seconds <= 0:
+                taken.append(heapq.heappop(alarms)[2:])
+                return
             try:
-                task = self._tasks.get(True, None if seconds is None else min(seconds, _FOREVER))
-                if type(task[0]) is not float:
-                    return task
-                heapq.heappush(alarms, task)
+                taken.extend(map(self._tasks.get, (True,), (min(seconds, _FOREVER),)))  # one step
             except _import("_queue").Empty:
-                pass
-        alarms.clear()
-        return (bool,)
+                continue
+            if type(taken[0][0]) is float:
+                heapq.heappush(alarms, taken.pop())
+        if not taken:
+            alarms.clear()
+
+    def _go(self, goes_on: bool) -> None:
+        """As who leads: let another do that."""
+        try:
+            if goes_on:
+                self.check()
+        except (RuntimeError, MemoryError):
+            pass  # tasks wait until a thread can be started, or is done
+        finally:
+            self._lead.release()
 
 
 def _move(function: Callable[[Any], Any], take: Callable[[], Any]) -> None:
@@ -2181,8 +2198,8 @@ def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
             results.append((None, error))
         _open(gate)
 
-    _pool.check()
     _pool.put((run,))
+    _pool.check()  # there may be no session
     gate.acquire()
     value, error = results.pop()
     if error is not None:
@@ -2669,7 +2686,7 @@ class _Caller:
                seconds: float | None) -> _Call:
         """Call; the future, a Call, has the answer when it has come. Raises what sending raises."""
         call = future._call = _Call(next(self._numbers), method, seconds)
-        call.session, call.future, call.home = self._session, future, False
+        call.session, call.home = self._session, False
         asyncio = sys.modules.get("asyncio")
         call.loop = asyncio._get_running_loop() if asyncio is not None else None
         if call.loop is not None:
@@ -2677,7 +2694,7 @@ class _Caller:
         try:
             _pool.check()  # without a thread to read the answer nothing is sent
             self._reader.unattended.add(call.number)
-            self._start(call, _CALL, self._codec.dumps_call(target, method, args, kwargs, call.lent))
+            self._start(call, _CALL, self._codec.dumps_call(target, method, args, kwargs, call.lent), future)
             self._reader.pass_on()
             if call.deadline is not None:
                 self._ring(call.deadline)
@@ -2710,15 +2727,19 @@ class _Caller:
             request = request.outer  # this side is called through another session
         return 0 if request is None else request.number
 
-    def _start(self, call: _Call, kind: int, content: Any) -> None:
+    def _start(self, call: _Call, kind: int, content: Any, future: Any = None) -> None:
         session = self._session
         self._calls[call.number] = call
         if session.sealed:  # only now, as the end fails those that are there
             raise _Sealed
+        if future is not None:
+            call.future = future  # only now, as what is not sent may go elsewhere
+            if call.inbox:  # it has ended meanwhile
+                _pool.put((future._settle, call, _ENDED))
         parent = 0 if _current.get() is None else self._parent()
         session.send(kind, 0, call.number, content, parent, True, call.deadline)
         channel = session.channel
-        if channel.posted and _get_ident() in channel.writer.holder() and kind != _NOTIFY and call.future is None:
+        if channel.posted and _get_ident() in channel.writer.holder() and kind != _NOTIFY and future is None:
             raise _waits_for_itself(call)
 
     def value(self, call: _Call, expected: int = _RESULT) -> Any:
@@ -2762,6 +2783,7 @@ class _Caller:
         session = self._session
         call.home = False
         self._reader.unattended.discard(call.number)
+        self._reader.sleepers.pop(call.number, None)
         session.references.unlend(call.lent)
         is_open = self._calls.pop(call.number, None) is not None and session.ended is None
         if is_open:
@@ -3325,10 +3347,9 @@ class _Session:
             self.ended = make_error
         self.sealed = True
         for call in list(self.calls.values()):
+            call.inbox.append(_ENDED)
             if call.future is not None and not call.streams:
                 _pool.put((call.future._settle, call, _ENDED))
-            else:
-                call.inbox.append(_ENDED)
             self.calls.pop(call.number, None)
             call.wake()
         self.stop(-1.0 if self.closing is None else self.closing)

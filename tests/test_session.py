@@ -595,3 +595,60 @@ def test_an_end_between_a_frame_that_is_no_answer_and_the_waiting_for_one(pair, 
         in_threads(greet)
     finally:
         over.set()
+
+
+# -- what is left of a call, and of a thread
+
+
+def test_a_call_that_is_given_up_does_not_sleep(pair):
+    """A second interrupt has struck before it was taken out."""
+    here = pair({"e": Echo()}).here
+    call = miniplug._Call(77, "echo", None)
+    here.reader.sleepers[77] = call
+    here.caller.give_up(call)
+    assert not here.reader.sleepers
+
+
+@pytest.mark.parametrize("when", ["before it looks", "after it has looked"])
+def test_an_end_while_a_call_is_submitted(pair, monkeypatch, when):
+    """What was not sent goes elsewhere, and is not failed as one that was lost; what would be sent is failed."""
+    class Calls(dict):
+        def __setitem__(self, number, call):
+            super().__setitem__(number, call)
+            if when == "before it looks":
+                here.end(EOFError())
+
+    class Looks:
+        def __bool__(self):
+            here.sealed = False
+            here.end(EOFError())
+            return False
+
+    here = pair({"e": Echo()}).here
+    here.caller._calls = here.calls = Calls()
+    if when == "after it has looked":
+        here.sealed = Looks()
+    call, tasks = miniplug.Call("echo"), []
+    monkeypatch.setattr(miniplug._pool, "put", tasks.append)
+    if when == "before it looks":
+        with pytest.raises(miniplug._Sealed):
+            here.submit(call, 0, "listMethods", (), {}, None)
+    else:
+        here.submit(call, 0, "listMethods", (), {}, None)
+    assert (call._settle in [task[0] for task in tasks]) == (when != "before it looks")
+    monkeypatch.undo()
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="only CPython raises in other threads")
+def test_what_is_raised_into_a_thread_of_the_pool_does_not_end_it(pair, capfd):
+    import ctypes
+
+    proxy = pair({"e": Echo()}).dispense("e")
+    for _ in range(3):
+        for thread in threading.enumerate():
+            frame = sys._current_frames().get(thread.ident)
+            if thread.name == "miniplug-worker" and frame.f_code.co_name in ("_waits", "_next"):
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(ValueError))
+        done = [miniplug._in_pool(lambda number=number: number) for number in range(5)]
+        assert done == list(range(5))
+    assert proxy.echo.submit("still").result(10) == "still"
