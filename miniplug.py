@@ -852,15 +852,11 @@ def _scanner(hook: Any, integers: Any = None) -> Any:
 _scan = _scanner(None)
 
 
-class _Unpacker:
-    """What the tags of a message stand for; or of any number of messages that have no buffers."""
+def _hook(borrow: Any, buffers: Sequence[_Bytes] = ()) -> Callable[[dict[str, Any]], Any]:
+    """The scanner's hook: what gives the value that an object of a message with those buffers stands for."""
+    left = dict(enumerate(buffers))  # taken once each: a short message must not fill the memory
 
-    def __init__(self, borrow: Any, buffers: Sequence[_Bytes] = ()) -> None:
-        self._borrow = borrow
-        self._buffers = dict(enumerate(buffers))  # taken once each: a short message must not fill the memory
-
-    def unmark(self, mapping: dict[str, Any]) -> Any:
-        """What an object stands for: the scanner's hook."""
+    def unmark(mapping: dict[str, Any]) -> Any:
         if len(mapping) != 1:
             return mapping
         ((tag, state),) = mapping.items()
@@ -870,10 +866,12 @@ class _Unpacker:
         if tag[:1] != "$":
             return mapping
         if tag == "$ref" or tag == "$own":
-            return self._borrow(tag, state)
+            return borrow(tag, state)
         if type(state) is int and (tag == "$bytes" or tag == "$bytearray"):
-            return _TAGS[tag].type(self._buffers.pop(state))
+            return _TAGS[tag].type(left.pop(state))
         return _maker(tag, type(state))(state)
+
+    return unmark
 
 
 # -- the codec
@@ -895,7 +893,7 @@ class _Codec:
     def __init__(self, lend: Any, unlend: Any, borrow: Any) -> None:
         self.lend, self.unlend, self.borrow = lend, unlend, borrow
         self.arrays = False
-        self._scan = _scanner(_Unpacker(borrow).unmark)
+        self._scan = _scanner(_hook(borrow))
 
     def dumps(self, value: Any, label: str, lent: list[int] | None = None) -> _Content:
         """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent: the list
@@ -963,8 +961,7 @@ class _Codec:
         scan = self._scan if tagged else _scan
         long = len(text) > _MAX_DIGITS // 2 and _DIGITS.search(text[::100])
         if buffers or long:
-            hook = _Unpacker(self.borrow, buffers).unmark if tagged else None
-            scan = _scanner(hook, _make_integer if long else None)
+            scan = _scanner(_hook(self.borrow, buffers) if tagged else None, _make_integer if long else None)
         value, end = scan(text, 0)
         if end != len(text):
             raise ValueError("more than one value")
@@ -1019,17 +1016,17 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
         return body
     builtin = [base.__name__ for base in kind.__mro__ if _BUILTIN_ERRORS.get(base.__name__) is base]
     if bare:
-        return {**body, "kind": builtin[0], "args": [message]} if builtin else body
+        return {**body, "kind": builtin[0], "args": [message], "state": {}} if builtin else body
+    registered = [state for tag, state in map(_WAYS.__getitem__, kind.__mro__) if tag == "$type"]
+    if registered and not is_group:  # a group's parts are no data
+        body["registered"] = registered[0](error)
     if is_group or builtin:
         state = _error_state(error)
-        body.update(kind=[*builtin, "ExceptionGroup"][0], args=state.pop("args"), state={
+        body.update(kind="".join(builtin[:1]), args=state.pop("args"), state={
             name: held for name, held in state.items() if name[0] != "_" or name == "__notes__"})
-    registered = [state for tag, state in map(_WAYS.__getitem__, kind.__mro__) if tag == "$type"]
-    if is_group:  # whose parts are no data
+    if is_group:
         parts = [*map(_encode_error, error.exceptions)]
         body.update(kind="ExceptionGroup", args=[error.message], parts=parts)
-    elif registered:
-        body["registered"] = registered[0](error)
     return body
 
 

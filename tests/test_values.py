@@ -481,6 +481,29 @@ def test_an_encode_that_fails_is_named():
         codec().dumps([1, Slotted(1)], "value")
 
 
+def test_what_strikes_once_is_no_fault_of_the_value():
+    """As a signal handler does that raises in the midst of it."""
+    strikes = []
+
+    def strike(value):
+        if strikes:
+            raise strikes.pop()
+        return value
+
+    miniplug.register(Slotted, encode=lambda slotted: strike([slotted.value]), decode=lambda state: strike(Slotted(*state)))
+    for value in (Slotted(1), [1.5, Slotted(float("nan"))]):
+        for error in (TimeoutError("struck"), ValueError("struck"), LookupError("struck")):
+            strikes.append(error)
+            with pytest.raises(type(error), match="struck"):
+                codec().dumps(value, "value")
+            content = codec().dumps(value, "value")
+            strikes.append(error)
+            with pytest.raises(type(error), match="struck"):
+                codec().loads(content[0], content[1], content[2])
+            codec().loads(content[0], content[1], content[2])
+    assert not strikes
+
+
 # -- references
 
 
@@ -568,6 +591,27 @@ def test_one_that_is_not_registered_at_the_receiver_arrives_as_its_builtin_base(
     miniplug._registered.pop("test_values.BadFile")
     back = miniplug._decode_error(trip(body))
     assert isinstance(back, FileNotFoundError) is False and isinstance(back, OSError) and back.errno == 2
+
+
+def test_one_that_has_no_text_arrives_as_its_type_with_the_text_that_was_told():
+    if hasattr(sys, "set_int_max_str_digits"):
+        back = raised(OverflowError(10**5000))
+        assert isinstance(back, OverflowError) and str(back) == back.message == "(its text could not be made)"
+
+    @miniplug.register(name="textless")
+    class Textless(KeyError):
+        def __str__(self):
+            return self.missing
+
+    back = raised(Textless("k"))
+    assert isinstance(back, KeyError) and back.type_name.endswith("Textless") and back.args == ("k",)
+
+
+def test_where_an_error_came_from_does_not_travel_with_it():
+    back = raised(AppError(7))
+    vars(back)["_origin"] = threading.Lock(), 5  # the session's
+    again = raised(back)
+    assert isinstance(again, AppError) and again.code == 7 and "_origin" not in vars(again)
 
 
 def test_what_would_confuse_the_host_stays_plain():
