@@ -3915,8 +3915,9 @@ class _Method(_Remote):
             seconds = target.session.call_timeout if target.timeout is None else target.timeout
         found = target.here()
         if found is not None:
+            session, number = found
             try:
-                return act(*found, self._name, args, kwargs, seconds)
+                return act(session, number, self._name, args, kwargs, seconds)
             except _Sealed:
                 pass
         begin = partial(_reach, target.find, act, self._name, args, kwargs)
@@ -3968,14 +3969,7 @@ class _Proxy(_Remote):
             raise AttributeError(name)
         if name.startswith("_") or (self._names is not None and name not in self._names):
             raise _no_method(name, self._names, self._target.label)
-        kind: type[_Method] = _Method
-        if self._interface is not _Proxy:
-            inspect, declared = _import("inspect"), getattr(self._interface, name, None)
-            if inspect.iscoroutinefunction(declared):
-                kind = _AsyncMethod
-            elif inspect.isasyncgenfunction(declared):
-                kind = _AsyncStream
-        method = self.__dict__[name] = kind(self._target, name)  # found there the next time
+        method = self.__dict__[name] = _Method(self._target, name)  # found there the next time
         return method
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -3997,11 +3991,17 @@ class _Proxy(_Remote):
     def _adopt(self, interface: type) -> None:
         """Be an instance of the interface. Raises InterfaceMismatch unless all of it is there, and takes its
         arguments."""
-        differences = _differences(interface, self._names, lambda: _ask_description(self._target))
+        differences = _differences(interface, self._target, self._names)
         if differences:
             text = f"{self._target.label} is no {interface.__name__}: " + "; ".join(differences)
             raise InterfaceMismatch(text, differences=differences)
         vars(self)["_interface"] = interface
+        inspect = _import("inspect")
+        for name in _method_names(interface) or ():
+            if inspect.iscoroutinefunction(getattr(interface, name)):
+                vars(self)[name] = _AsyncMethod(self._target, name)
+            elif inspect.isasyncgenfunction(getattr(interface, name)):
+                vars(self)[name] = _AsyncStream(self._target, name)
 
 
 def _borrow(session: _Session, tag: str, state: Any) -> Any:
@@ -4047,8 +4047,8 @@ def _outline(name: str, signature: str | None, doc: str | None) -> str:
     return name + (signature or "(...)") + (_import("textwrap").indent(f"\n{doc}", "    ") if doc else "")
 
 
-def _differences(interface: type, names: Sequence[str] | None, describe: Callable[[], dict[str, Any]]) -> list[str]:
-    """In which ways something with methods of these names (None: all) is not the interface, in words."""
+def _differences(interface: type, target: _Target, names: Sequence[str] | None) -> list[str]:
+    """In which ways an object with methods of these names (None: all) is not the interface, in words."""
     inspect = _import("inspect")
     abstract = sorted(getattr(interface, "__abstractmethods__", ()))
     found = [f"{name!r} is private, and cannot be called on a plugin" for name in abstract if name.startswith("_")]
@@ -4057,7 +4057,7 @@ def _differences(interface: type, names: Sequence[str] | None, describe: Callabl
               and (name in abstract or getattr(interface, "_is_protocol", False))]
     if names is None:
         return found
-    described = describe()
+    described = _ask_description(target)
     for name in _method_names(interface) or []:
         if name not in names:
             found.append(f"it has no method {name!r}")
@@ -4068,7 +4068,7 @@ def _differences(interface: type, names: Sequence[str] | None, describe: Callabl
 
 
 def _refusals(name: str, method: Any, shown: str, parameters: Any) -> list[str]:
-    """A call that the interface's method allows and the plugin's does not take, in words; or nothing."""
+    """A call that the interface's method allows and the plugin's does not take, if there is one."""
     inspect = _import("inspect")
     own = not isinstance(method, staticmethod)
     try:
@@ -4153,9 +4153,6 @@ class _Awaitable:
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
-        return _in_pool(self._cancel) if _in_main_thread() else self._cancel()
-
-    def _cancel(self) -> bool:
         base: Any = super()
         with self._condition:
             if self.done():
@@ -4165,7 +4162,7 @@ class _Awaitable:
             base.set_running_or_notify_cancel()
         call = self._call
         if call is not None and call.session is not None:
-            call.session.caller.give_up(call)
+            _in_pool(call.session.caller.give_up, call)  # where no handler strikes
         for callback in callbacks:
             base.add_done_callback(callback)
         return True
@@ -4227,8 +4224,7 @@ class Stream:
             with self._lock:
                 self._advance(True)
 
-    def __aiter__(self) -> Stream:
-        return self
+    __aiter__ = __iter__
 
     async def __anext__(self) -> Any:
         while True:
