@@ -2918,6 +2918,7 @@ class _Runner:
             if type(value) in _ATOMS or not self._is_more(request, value):
                 self.answer(request, value)
         except BaseException as error:
+            self._explain(request, error)
             own, strikes = own and issubclass(type(error), PluginError), _in_main_thread()
             if strikes or issubclass(type(error), RecursionError):  # where nothing strikes, and where there is room
                 _pool.put((self.fail, request, error, own))
@@ -2935,6 +2936,15 @@ class _Runner:
         if len(self.quick) > 1000:
             self.quick.clear()  # an object that answers every name
         self.quick[method] = 0 if seconds > _QUICK else self.quick.get(method, 0) + 1
+
+    @staticmethod
+    def _explain(request: _Request, error: BaseException) -> None:
+        """Add what to do to a beginner's error."""
+        text = error.args[0] if type(error) in (TypeError, EOFError) and error.args else None
+        if type(text) is str and "argument 'timeout'" in text and request.body and "timeout" in request.body[3]:
+            error.args = (f"{text}; a deadline is given as {request.method}.timeout(seconds)(...)",)
+        elif text == "EOF when reading a line":
+            error.args = (f"{text}; a plugin's stdin is discarded, unless launched with stdin='inherit'",)
 
     def answer(self, request: _Request, value: Any) -> None:
         """Answer with what a method has returned."""
@@ -3390,7 +3400,9 @@ def _method_names(obj: Any) -> list[str] | None:
 
 def _no_method(name: str, names: Iterable[str] | None, where: str, what: str = "method") -> MethodNotFound:
     matches = _import("difflib").get_close_matches(name, list(names or ()), cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+    hint = ": attributes stay in the plugin" if what == "method" else ""
+    if matches:
+        hint = f"; did you mean {' or '.join(map(repr, matches))}?"
     if name.startswith("_"):
         hint = ": names that begin with an underscore are private to the plugin"
     text = f"{where} has no {what} {name!r}{hint}" if name else f"{where} cannot be called itself, only its methods"
@@ -3485,7 +3497,7 @@ class _Served:
         served = self.find(name)[1]
         with self._entering.setdefault(name, threading.RLock()):
             if name not in self._shared:
-                self._shared[name] = _enter(served() if _makes_instances(served) else served)
+                self._shared[name] = _enter(_made(served) if _makes_instances(served) else served)
             return self._shared[name][0]
 
     def on_loop(self, function: Callable[[], Any]) -> bool:
@@ -3503,6 +3515,16 @@ class _Served:
             self._loop.close()
         while self._shared:
             _exit(self._shared.popitem()[1][1])
+
+
+def _made(factory: Any) -> Any:
+    try:
+        return factory()
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise  # it has begun
+        how = "it is called without arguments at each dispense: serve an instance, or a function that makes one"
+        raise TypeError(f"{error}; {how}") from None
 
 
 def _enter(obj: Any) -> tuple[Any, Any]:
@@ -3783,7 +3805,7 @@ class _System:
         if name == "system":
             return _Ref(self)
         name, served = self._served.find(name)
-        return _Ref(*_enter(served())) if _makes_instances(served) else _Ref(self._served.shared(name), None)
+        return _Ref(*_enter(_made(served))) if _makes_instances(served) else _Ref(self._served.shared(name), None)
 
     def info(self) -> dict[str, Any]:
         """The dict that the plugin was served with."""
@@ -4225,6 +4247,13 @@ class Stream:
                 self._advance(True)
 
     __aiter__ = __iter__
+
+    if not TYPE_CHECKING:  # which finds by itself that there are no such
+        def __getitem__(self, index: Any) -> Any:
+            raise TypeError("a stream has no index: read it with for or next(), or take list(stream)")
+
+        def __await__(self) -> Any:
+            raise TypeError("a stream is not awaited: read it with async for; await m.submit(...) opens one")
 
     async def __anext__(self) -> Any:
         while True:

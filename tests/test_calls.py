@@ -661,6 +661,45 @@ def test_async_callbacks_of_the_host_run_too(both, proxy):
     settled(both)
 
 
+@pytest.mark.parametrize("kind", ["function", "async", "method"])
+def test_callbacks_of_what_is_submitted_on_a_loop_run_there_in_its_context(both, proxy, kind):
+    variable, seen = contextvars.ContextVar("variable", default="none"), []
+
+    def note(value):
+        seen.append((threading.get_ident(), asyncio.get_running_loop(), variable.get(), value))
+        return value + 1
+
+    async def note_async(value):
+        await asyncio.sleep(0)
+        return note(value)
+
+    class Holder:
+        def note(self, value):
+            return note(value)
+
+    callback = {"function": note, "async": note_async, "method": Holder().note}[kind]
+
+    async def request(name):
+        variable.set(name)
+        return await proxy.call.submit(callback, 1)
+
+    async def main():
+        assert await asyncio.gather(*map(request, "ab")) == [2, 2]
+        return asyncio.get_running_loop()
+
+    loop = asyncio.run(main())
+    assert sorted(seen, key=lambda each: each[2]) == [(threading.get_ident(), loop, name, 1) for name in "ab"]
+    settled(both)
+
+
+def test_callbacks_of_what_is_submitted_elsewhere_run_in_a_thread_of_the_pool(both, proxy):
+    seen = []
+    assert proxy.call.submit(lambda: seen.append(threading.current_thread())).result(20) is None
+    assert seen[0] is not threading.current_thread() and seen[0].name.startswith("miniplug")
+    assert proxy.call(lambda: seen.append(threading.current_thread())) is None
+    assert seen[1] is threading.current_thread()
+
+
 # -- overlap
 
 

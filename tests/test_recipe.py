@@ -1,6 +1,7 @@
 """What a plugin is made from: paths, the interpreter with its flags and variables, and what is said of options and
 commands that will not do."""
 
+import asyncio
 import json
 import logging
 import os
@@ -321,6 +322,57 @@ def test_a_script_that_asks_for_input(write):
     path = write("asks.py", "name = input('Who are you? ')\n")
     with pytest.raises(miniplug.LaunchError, match="its stdin is discarded: stdin='inherit' gives it the host's"):
         miniplug.launch(path, stderr="discard")
+
+
+BEGINNER = """
+    class Needs:
+        def __init__(self, path): self.path = path
+
+    class Breaks:
+        def __init__(self): int("x", y=1)
+
+    class Shop:
+        price = 5
+        @property
+        def total(self): return 5
+        def ask(self): return input()
+        def buy(self, what, pause=1): raise TypeError("the argument 'timeout' is somebody else's")
+        def items(self):
+            yield from range(3)
+"""
+
+
+def test_a_beginners_mistakes_are_told_with_what_to_do(write):
+    path = write("shop.py", BEGINNER)
+
+    async def wait(stream):
+        await stream
+
+    with miniplug.launch(path + ":Shop") as plugin:
+        shop = plugin.dispense()
+        for what, kind, words in (
+            (lambda: shop.buy("x", timeout=3), TypeError, r"'timeout'.*; a deadline is given as buy\.timeout\(seconds\)\("),
+            (lambda: shop.buy.submit("x", timeout=3).result(20), TypeError, r"a deadline is given as buy\.timeout"),
+            (lambda: shop.buy("x"), TypeError, "somebody else's$"),
+            (lambda: shop.price, AttributeError, "attributes stay in the plugin"),
+            (lambda: shop.total, AttributeError, "attributes stay in the plugin"),
+            (shop.ask, EOFError, "stdin is discarded, unless launched with stdin='inherit'"),
+            (lambda: shop.items()[0], TypeError, r"read it with for or next\(\)"),
+            (lambda: asyncio.run(wait(shop.items())), TypeError, "read it with async for"),
+        ):
+            with pytest.raises(kind, match=words):
+                what()
+
+
+def test_a_class_that_cannot_be_made_without_arguments(write):
+    path = write("shop.py", BEGINNER)
+    with miniplug.launch(path + ":Needs") as plugin:
+        for what in (plugin.dispense, plugin.describe):
+            with pytest.raises(TypeError, match=r"'path'.* without arguments at each dispense: serve an instance"):
+                what()
+    with miniplug.launch(path + ":Breaks") as plugin, pytest.raises(TypeError) as caught:
+        plugin.dispense()
+    assert "dispense" not in str(caught.value)  # it could be called
 
 
 @pytest.mark.parametrize("statement", ["breakpoint()", "import pdb; pdb.set_trace()"])
