@@ -3295,8 +3295,9 @@ class _Caller:
 
     def _start(self, call: _Call, kind: int, content: Any) -> None:
         session = self._session
-        self._calls[call.number] = call
-        if session.sealed:  # only now, as the end fails those that are there
+        if not session.sealed:
+            self._calls[call.number] = call
+        if session.sealed:  # once more, as the end fails those that are there
             raise _Sealed
         session.send(kind, 0, call.number, content, self._parent() if _current.get() is not None else 0, True,
                      call.deadline)
