@@ -2726,8 +2726,9 @@ class _Caller:
 
     def _start(self, call: _Call, kind: int, content: Any, future: Any = None) -> None:
         session = self._session
-        self._calls[call.number] = call
-        if session.sealed:  # only now, as the end fails those that are there
+        if not session.sealed:
+            self._calls[call.number] = call
+        if session.sealed:  # once more, as the end fails those that are there
             raise _Sealed
         if future is not None:
             call.future = future  # only now, as what is not sent may go elsewhere

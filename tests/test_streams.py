@@ -236,6 +236,7 @@ def both(pair):  # noqa: F811
     made = pair({"s": Source()})
     made.source = made.served[0].plugins["s"]
     yield made
+    made.source.go.clear = bool  # a stream that is still there may wait for it twice
     made.source.go.set()
 
 

@@ -121,6 +121,22 @@ def test_a_call_in_flight_fails_and_never_runs_twice(shop, tmp_path):
         assert (tmp_path / "runs").read_text() == "x" and plugin.restarts == 1
 
 
+def test_a_call_that_comes_after_the_end_is_not_failed_with_those_before(shop):
+    """By a second thread that ends the session: it is never among the calls of one that has ended."""
+
+    class Calls(dict):
+        def __setitem__(self, number, call):
+            session.calls[number] = call
+            session.end(EOFError())
+
+    with miniplug.launch(shop, max_restarts=1, stderr="discard") as plugin:
+        proxy, supervisor, session = plugin.dispense(), plugin._supervisor, plugin._supervisor.run.session
+        crash(proxy)
+        session.caller._calls = Calls()
+        supervisor.open = session  # as if this call had looked just before the end
+        assert proxy.pid.submit().result(30) == plugin.pid and plugin.restarts == 1
+
+
 def test_past_the_limit_calls_raise_the_last_crash_until_start(shop):
     with miniplug.launch(shop, max_restarts=2, stderr="discard") as plugin:
         proxy = plugin.dispense()
