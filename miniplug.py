@@ -5910,7 +5910,7 @@ class _Guardian:
         argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", "5" if nested else "30"]  # tenths of a second
         try:
             self._pipe.extend(os.pipe())
-            os.set_blocking(self._pipe[1], False)
+            _posix.set_blocking(self._pipe[1], False)
             self._process = _popen(argv, stdin=self._pipe[0], stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
                                    env={"PATH": os.defpath}, start_new_session=True)
         except OSError:  # no descriptor to be had
