@@ -5446,19 +5446,19 @@ class _Recipe:
             reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
             raise self.not_started(argv, reason, ChecksumError, path=path, expected=expected, actual=actual)
 
-    def failure(self, run: _Run, argv: list[str], refusal: Any, silent: bool, strangers: int) -> LaunchError:
-        """Why a process did not come up."""
+    def failure(self, run: _Run, argv: list[str], refusal: Any, strangers: int | None) -> LaunchError:
+        """Why a process did not come up. `strangers`: so many came in its time instead."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
             run.wait(1.0)  # it says on stderr that it was refused
             kind, reason, told = HandshakeError, str(refusal), vars(refusal)
-        elif silent:
+        elif strangers is not None:
             _end_runs([run], None)
             others = f" ({strangers} callers without the key did)" if strangers else ""
             reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
         else:
             reason = f"it {run.end_words()[0]}"
-        if run.exit_code == 0 and not silent:
+        if run.exit_code == 0 and strangers is None:
             python = f"; or python={self.python!r} is no Python" if self.python is not None else ""
             kind = HandshakeError
             reason += f" without connecting: it is no plugin, or does not call serve(); {_HINT}{python}"
@@ -5534,7 +5534,7 @@ class _Recipe:
         return config
 
 
-class _Streams:
+class _Voice:
     """What a process says: a thread for each of its output streams delivers the lines, and keeps the last."""
 
     def __init__(self, process: Any, sinks: Sequence[_Sink | None]) -> None:
@@ -5644,10 +5644,10 @@ class _Run:
             if self.gone.is_set():
                 door.settle(0.2)  # it may have been refused just before
             if came and isinstance(came[1], _Terms):
-                self._connect(*came)
+                self._meet(*came)
             if not self.takes_calls:
-                silent = not in_time, door.strangers
-                raise self.recipe.failure(self, argv, came[1] if came else None, *silent)
+                others = None if in_time else door.strangers
+                raise self.recipe.failure(self, argv, came[1] if came else None, others)
         finally:
             door.close()
             if came and self.session is None:  # too late
@@ -5660,8 +5660,7 @@ class _Run:
                _LOG_LEVEL: str(logger.getEffectiveLevel()), _NO_STDIN: "1" * (recipe.stdin == "discard")}
         for folder in listener.passed_over:
             logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
-        words = {"discard": _DEVNULL, "inherit": None}
-        stdin = words[recipe.stdin] if isinstance(recipe.stdin, str) else recipe.stdin
+        stdin = {"discard": _DEVNULL, "inherit": None}.get(recipe.stdin, recipe.stdin)
         sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
         stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
         terminal = recipe.stdin == "inherit" and os.isatty(0)
@@ -5670,7 +5669,7 @@ class _Run:
 
     def _begin(self, process: Any, sinks: Sequence[_Sink | None] = ()) -> None:
         """There is a process, which will have a session."""
-        self.process, self.output = process, _Streams(process, sinks)
+        self.process, self.output = process, _Voice(process, sinks)
         _runs.add(self)
         try:
             self.output.start()
@@ -5691,12 +5690,12 @@ class _Run:
         try:
             terms = self._greet(bytes.fromhex(config["authkey"]), channel, config["address"])
             self._begin(_NoProcess(channel, config["pid"]))
-            self._connect(channel, terms)
+            self._meet(channel, terms)
         except BaseException:
             channel.close()
             raise
 
-    def _connect(self, channel: _Channel, terms: _Terms) -> None:
+    def _meet(self, channel: _Channel, terms: _Terms) -> None:
         """Have a session with it, over an authenticated channel."""
         recipe = self.recipe
         session = _open_session(channel, terms, recipe.max_message, _Served({}), self._lost)
@@ -5792,9 +5791,11 @@ class _Run:
         self.gone.set()
         _runs.discard(self)
         self.supervisor.notice()
-        self._end_session()
+        if self.session is not None:
+            self.session.end(EOFError())
         self._arrival.set()
         self.ended.set()
+        self._end_session()  # last: a handler that waits here may have interrupted who reads
 
     def _end_session(self) -> None:
         if self.session is not None:
@@ -5955,15 +5956,15 @@ class _Supervisor:
             while self.start is not None and (self.start.settled or drain is not None):
                 self.news.wait(1.0)  # until it is undone, or over
             self.notice()
-            if self.state == "up" and drain is None:
-                return
             if self.state != "up":
                 drain = None
+            elif drain is None:
+                return
             elif not self.run.owned:
                 who = f"the plugin {self.recipe.name!r} belongs to another host"
                 raise PluginError(f"{who}: that can restart it")
-            begins = self.start is None
-            if begins and drain is None:
+            begins = self.start is None and drain is None
+            if begins:
                 self.tries.clear()
             start = self.start or self._started(drain=drain)
             start.not_before = 0.0
@@ -5971,7 +5972,7 @@ class _Supervisor:
         try:
             self._await(start)
         finally:
-            if begins and drain is None and not start.settled:  # interrupted
+            if begins and not start.settled:  # interrupted
                 _end_runs(self.close(), None)
 
     def _await(self, start: _Run, asked: _Call | None = None) -> None:
@@ -5992,18 +5993,18 @@ class _Supervisor:
         error: BaseException | None = None
         try:
             with self.news:
-                while not start.settled and start.not_before > time.monotonic():
-                    self.news.wait(min(start.not_before - time.monotonic(), 1.0))
+                while not start.settled and _left(start.not_before):
+                    self.news.wait(min(_left(start.not_before), 1.0))
             if old is not None and self.state != "up":
                 old.wait()  # it is on its way out, which has a bound
             if not start.settled:
                 start.open()
             if not start.settled and on_start is not None:
                 on_start(self.plugin)
-        except StopIteration:  # which no asyncio future takes
-            error = RuntimeError("on_start raised StopIteration")
         except BaseException as problem:
             error = problem
+            if isinstance(problem, StopIteration):  # which no asyncio future takes
+                error = RuntimeError("on_start raised StopIteration")
         with self.news:
             error = start.failure or error or (None if start.takes_calls else start.error())
             if error is None:
@@ -6497,8 +6498,8 @@ def launch(command: _Command, **options: Any) -> Plugin:
       through, and what those call back. If it raises, the process is ended, and whoever started it gets that.
       `on_exit(plugin)` runs in a thread of miniplug's, once for each time that the process ends unasked.
     - `sha256`: the hex digest of the program, script or spec's file (not of the interpreter), or ``{path:
-      digest}``. It is checked before anything runs, and nothing checked is run from a bytecode cache. Who can
-      write to the file can still swap it after that; what it imports is not checked unless it is named.
+      digest}``. It is checked before anything runs, and nothing checked is run from a bytecode cache. What it
+      imports is not checked unless it is named.
     - `limits`: what it may use at most. `max_message`: bytes of the longest message that the host takes, at
       least 4096.
     - `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host goes, unless
