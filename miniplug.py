@@ -2023,8 +2023,8 @@ class _Door:
 
 # === 5. session =========================================================================================
 #
-# Calls, answers and streams, both ways, over one channel. The two sides are one class: each numbers its own calls,
-# and answers those of the other. The rooms, each with a job of its own:
+# Calls, answers and streams, both ways, over one channel. The two sides are one class: each numbers its own
+# calls, and answers those of the other. The rooms, each with a job of its own:
 #
 #     _Pool       threads, for all sessions: what is to be done, now or at a time
 #     _Reader     the seat: who reads what has come, and where it goes
@@ -2034,21 +2034,25 @@ class _Door:
 #     _Producer   one of their calls that is answered by a stream
 #     _Session    what these share, and the end
 #
-# Reading. Whoever holds the seat reads, and only routes: what is about a call of ours to that call's inbox, for who
-# waits to decode it; a call made on behalf of one of ours to the thread, or the loop, that waits for that one; any
-# other to the pool. A thread that waits takes the seat if it is free, else it sleeps until there is something for it.
+# Reading. Whoever holds the seat reads, and only routes: what is about a call of ours to that call's inbox,
+# for who waits to decode it; a call made on behalf of one of ours to the thread, or the loop, that waits for
+# that one; any other to the pool. A thread that waits takes the seat if it is free, else it sleeps until
+# there is something for it.
 #
-# Sleeping and waking. Who sleeps first says so, then looks once more; who has something does that first, then looks
-# who sleeps. So no wake-up is lost, but where a handler raises in between: so who sleeps looks again after a second.
+# Sleeping and waking. Who sleeps first says so, then looks once more; who has something does that first, then
+# looks who sleeps. So no wake-up is lost, but where a handler raises in between: so who sleeps looks again
+# after a second.
 #
-# What a signal handler raises strikes the main thread between any two steps. What must not be struck a thread of the
-# pool does, told by one step (`_pool.put`, `_move`), which is an `except`'s first, with no call before it: so nothing
-# strikes before, in Python 3.10 and later. Every other step may be repeated.
+# What a signal handler raises strikes the main thread between any two steps. What must not be struck a thread
+# of the pool does, told by one step (`_pool.put`, `_move`), which is an `except`'s first, with no call before
+# it: so nothing strikes before, in Python 3.10 and later. Every other step may be repeated.
 #
-# Streams. A call may be answered by items, several to a message, until an end or an error. The caller may leave
-# _WINDOW of them unread, and gives credit for as many as it has read. A producer without credit holds no thread.
+# Streams. A call may be answered by items, several to a message, until an end or an error. The caller may
+# leave _WINDOW of them unread, and gives credit for as many as it has read. A producer without credit holds
+# no thread.
 
-_CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END, _CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = range(1, 13)
+_CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END = 1, 2, 3, 4, 5, 6
+_CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = 7, 8, 9, 10, 11, 12
 _TAGGED, _IGNORABLE, _STREAM = 1, 2, 4
 _ANSWERS = frozenset((_RESULT, _ERROR, _ITEM, _END, _PONG))
 _NOTHING: Any = (b"", (), 0, [])  # a content without a value
@@ -2061,7 +2065,8 @@ _LOOK = 0.5  # seconds between two looks whether such a run takes long after all
 _LAZY = 0.01  # seconds after a call until the attendant reads, where only what is lent asks for it
 _IDLE_SECONDS = 10.0  # after which a thread of the pool that has nothing to do ends
 _NESTED = 256  # calls on behalf of ours for which no thread waits that run at once
-_ENDING = {"SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration", "CancelledError"}
+_ENDING = {"SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration",
+           "CancelledError"}  # what does not come home
 _RAISED = 16  # exceptions of ours that a call remembers, should they come home
 
 _current: ContextVar[_Request | None] = ContextVar("miniplug", default=None)  # the call that runs here
@@ -2099,9 +2104,9 @@ def _in_main_thread() -> bool:
 class _Pool:
     """Daemon threads for all sessions, as long as there is one.
 
-    `put((function, *arguments))` has a thread call the function, in one step: for any thread, finalizers and signal
-    handlers too. Who holds `_lead`, which protects `_alarms`, waits for tasks; before it goes with one it sees to it
-    that another thread waits.
+    `put((function, *arguments))` has a thread call the function, in one step: for any thread, finalizers and
+    signal handlers too. Who holds `_lead`, which protects `_alarms`, waits for tasks; before it goes with one
+    it sees to it that another thread waits.
     """
 
     def __init__(self) -> None:
@@ -2144,7 +2149,7 @@ class _Pool:
             _import("traceback").print_exc()
             return True
         finally:
-            self._waiting.pop()  # first: who begins a session, or puts a task without one, looks at that after
+            self._waiting.pop()  # first: who begins a session, or needs a task done, looks at that last
             goes_on = bool(taken or _sessions or not self._tasks.empty())
             if any(leads):
                 self._go(goes_on)
@@ -2234,8 +2239,8 @@ def _leave_fork(error: BaseException | None) -> None:
 
 
 class _Call:
-    """A call of ours. `inbox` is what has come about it: messages, each for one thread to take and decode; or first, while
-    the thread that waits runs it, a call of the other side's."""
+    """A call of ours. `inbox` is what has come about it: messages, each for one thread to take and decode; or
+    first, while the thread that waits runs it, a call of the other side's."""
 
     gate: Any = None  # of the thread that waits, while it sleeps
     home = True  # whether a thread waits, which runs calls on its behalf
@@ -2272,13 +2277,13 @@ class _Call:
 
 
 def _waits_for_itself(call: _Call) -> Exception:
-    return RuntimeError(f"{call.method}() would wait for ever: called by a signal handler, a __del__ or a decode, it "
-                        "has interrupted what is to bring the answer; use submit or notify there")
+    return RuntimeError(f"{call.method}() would wait for ever: called by a signal handler, a __del__ or a "
+                        "decode, it has interrupted what is to bring the answer; use submit or notify there")
 
 
 def _too_late(call: _Call) -> Exception:
-    text = f"{call.method}() took longer than {call.seconds:g} s"
-    return _on_first_use("CallTimeout")(text, method=call.method, seconds=call.seconds)  # type: ignore[no-any-return]
+    text, kind = f"{call.method}() took longer than {call.seconds:g} s", _on_first_use("CallTimeout")
+    return kind(text, method=call.method, seconds=call.seconds)  # type: ignore[no-any-return]
 
 
 class _Sealed(Exception):
@@ -2313,7 +2318,8 @@ class _Request:
             self.producer.resume()  # it is closed, if it waits for credit
 
     def on_loop(self, function: Callable[[], Any]) -> bool:
-        """Have the loop that this runs on call a function: the host's, or that of the async methods. False if closed."""
+        """Have the loop that this runs on call a function: the host's, or that of the async methods. False if
+        closed."""
         if self.loop is None:
             return self.session.references.on_loop(function)  # type: ignore[no-any-return]
         return _call_on(self.loop, function)
@@ -2328,8 +2334,8 @@ def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> boo
 
 
 class _Slots:
-    """How many calls may run at once. All sessions of a plugin share them. For threads of the pool; `_lock` protects the
-    rest."""
+    """How many calls may run at once. All sessions of a plugin share them. For threads of the pool; `_lock`
+    protects the rest."""
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
@@ -2355,8 +2361,8 @@ class _Slots:
 
 
 class _Reader:
-    """Who reads what has come, and where it goes. Any thread may call `wait` and `pass_on`; the rest is for who holds the
-    seat. Should a handler raise there, the message is still first in the channel's queue.
+    """Who reads what has come, and where it goes. Any thread may call `wait` and `pass_on`; the rest is for
+    who holds the seat. Should a handler raise there, the message is still first in the channel's queue.
 
         nobody --a caller: wait, until it has its answer-----> nobody
         nobody --pass_on: a sleeper is woken, takes the seat-> nobody
@@ -2373,8 +2379,8 @@ class _Reader:
         self.unattended: set[int] = set()  # numbers of those whose answer must be read though no thread waits
 
     def wait(self, call: _Call) -> None:
-        """Wait until something has come about the call, read while nobody else does, and run what is made on its behalf.
-        Raises _Late past its deadline, RuntimeError if it would wait for itself."""
+        """Wait until something has come about the call, read while nobody else does, and run what is made on
+        its behalf. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
         seat, session, token = self.seat, self._session, {_get_ident()}
         mine = _ref_to(token)
         try:
@@ -2398,8 +2404,8 @@ class _Reader:
         finally:
             if seat[0] is mine:
                 del seat[0]
-            if self.sleepers or self.unattended or self._requests or session.references.lends or session.sealed \
-                    or session.serving:
+            if (self.sleepers or self.unattended or self._requests or session.serving or session.sealed
+                    or session.references.lends):
                 self.pass_on()
 
     def _sleep(self, call: _Call) -> None:
@@ -2434,8 +2440,8 @@ class _Reader:
         return self._session.attendant.come()
 
     def read(self, waiting: _Call | None = None) -> _Request | None:
-        """Hand on what comes, until there is something for the call that is `waiting`. Without one, as the attendant,
-        until there is a call to be run, which is returned, or a caller may read."""
+        """Hand on what comes, until there is something for the call that is `waiting`. Without one, as the
+        attendant, until there is a call to be run, which is returned, or a caller may read."""
         calls, receive = self._calls, self._channel.receive
         number, deadline = (0, None) if waiting is None else (waiting.number, waiting.deadline)
         while True:
@@ -2448,9 +2454,10 @@ class _Reader:
                     message = come[0] = self._session.references.held(message)
                 kind = message[0]
                 if kind in _ANSWERS:
-                    if kind == _RESULT and message[2] == number and number in calls and not message[1] & _STREAM:
+                    plain = kind == _RESULT and not message[1] & _STREAM
+                    if plain and message[2] == number and number in calls:  # the usual case
                         waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
-                        calls.pop(number, None)  # the usual case
+                        calls.pop(number, None)
                     elif self._route_answer(come, message, waiting is None):
                         return None
                 elif kind > _NOTIFY:
@@ -2488,7 +2495,8 @@ class _Reader:
         return sleeps and attends
 
     def _route_call(self, come: deque[_Message], message: _Message, attends: bool) -> _Request | None:
-        """Give a call to who runs it. The attendant does so itself, where it is on behalf of none: it is returned."""
+        """Give a call to who runs it. The attendant does so itself, where it is on behalf of none: it is
+        returned."""
         number, parent = message[2:4]
         request, runner = self._requests.get(number), self._session.runner
         if request is None:
@@ -2525,12 +2533,13 @@ class _Reader:
 
 
 class _Attendant:
-    """Who reads while no caller does: a thread of the pool, where calls come in at any time (in a plugin always, in a
-    host while it has lent something), or an answer is due that no thread waits for. A method that has been quick it runs
-    at once, and reads on; for any other it first has another thread read. `_look` sees twice a second whether a quick
-    one takes long after all.
+    """Who reads while no caller does: a thread of the pool, where calls come in at any time (in a plugin
+    always, in a host while it has lent something), or an answer is due that no thread waits for. A method
+    that has been quick it runs at once, and reads on; for any other it first has another thread read. `_look`
+    sees twice a second whether a quick one takes long after all.
 
-    Any thread may call `come` and `watch`, the pool all else. The attendant has what was in `_rights`: `_current`.
+    Any thread may call `come` and `watch`, the pool all else. The attendant has what was in `_rights`:
+    `_current`.
     """
 
     def __init__(self, session: _Session) -> None:
@@ -2549,8 +2558,8 @@ class _Attendant:
         return bool(wanted) and session.ended is None
 
     def come(self) -> None:
-        """Nobody reads: have a thread read, if one must; where only what is lent asks for it, in a moment, so that who
-        calls again at once finds the seat free."""
+        """Nobody reads: have a thread read, if one must; where only what is lent asks for it, in a moment, so
+        that who calls again at once finds the seat free."""
         if not self._rights or not self._is_wanted():
             return
         if self._session.serving or self._reader.unattended:
@@ -2573,7 +2582,9 @@ class _Attendant:
         session, seat, runner, token = self._session, self._reader.seat, self._session.runner, {_get_ident()}
         mine, slow = _ref_to(token), None
         try:
-            while slow is None and self._current is right and self._is_wanted() and seat.setdefault(0, mine) is mine:
+            while slow is None and self._current is right and self._is_wanted():
+                if seat.setdefault(0, mine) is not mine:
+                    break
                 request = self._reader.read()
                 if request is None:
                     if not (session.serving or self._reader.unattended):
@@ -2593,7 +2604,7 @@ class _Attendant:
                 request = None
                 if seat[0] is mine:
                     del seat[0]
-        except BaseException as error:  # no memory is left, say: what it was to do would be waited for in vain
+        except BaseException as error:  # no memory is left, say: who waits would wait in vain
             session.end(error)
         finally:
             if seat[0] is mine:
@@ -2632,7 +2643,8 @@ class _Attendant:
 
 
 class _Caller:
-    """Our calls, from the proxy to the answer. For any thread. What one may leave the pool clears up: `give_up`."""
+    """Our calls, from the proxy to the answer. For any thread. What one may leave the pool clears up:
+    `give_up`."""
 
     def __init__(self, session: _Session) -> None:
         self._session = session
@@ -2642,12 +2654,13 @@ class _Caller:
         self._calls = session.calls
         self._next_alarm = 0.0
 
-    def call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any], seconds: float | None,
-             kind: int = _CALL) -> Any:
-        """Call and wait for the answer, which may be a Stream. Raises what the method raised, CallTimeout, _Sealed, and
-        what `lost` made of the connection's end."""
+    def call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
+             seconds: float | None, kind: int = _CALL) -> Any:
+        """Call and wait for the answer, which may be a Stream. Raises what the method raised, CallTimeout,
+        _Sealed, and what `lost` made of the connection's end."""
         if _loop_threads and kind != _NOTIFY and _get_ident() in _loop_threads:
-            raise RuntimeError(f"{method}() would block the event loop of the async methods: await {method}.submit(...)")
+            text = f"{method}() would block the event loop of the async methods: await {method}.submit(...)"
+            raise RuntimeError(text)
         call = _Call(next(self._numbers), method, seconds)
         try:
             if kind == _PING:
@@ -2703,11 +2716,12 @@ class _Caller:
         return call
 
     def next(self, call: _Call) -> None:
-        """Wait for a message of a stream. Raises as `call` does, and leaves it to the stream to give the call up."""
+        """Wait for a message of a stream. Raises as `call` does, and leaves it to the stream to give the call
+        up."""
         if call.inbox:
             return
         if _loop_threads and _get_ident() in _loop_threads:
-            raise RuntimeError(f"{call.method}() would block the event loop of the async methods: use async for")
+            raise RuntimeError("this would block the event loop of the async methods: use async for")
         call.deadline = None if call.seconds is None else time.monotonic() + call.seconds
         try:
             call.home = True
@@ -2741,8 +2755,8 @@ class _Caller:
             raise _waits_for_itself(call)
 
     def value(self, call: _Call, expected: int = _RESULT) -> Any:
-        """What the first message of the inbox stands for: the answer, or items. Raises what it says, and StopIteration at
-        the end of a stream."""
+        """What the first message of the inbox stands for: the answer, or items. Raises what it says, and
+        StopIteration at the end of a stream."""
         try:
             message = call.inbox[0]
             value = self._session.decode(call.inbox)
@@ -2830,8 +2844,8 @@ class _Caller:
 
 
 class _Runner:
-    """Their calls: decode, run, answer. For threads of the pool; but `run` also for who waits for the call on whose
-    behalf one is made, and `run_on_loop` for who routes."""
+    """Their calls: decode, run, answer. For threads of the pool; but `run` also for who waits for the call on
+    whose behalf one is made, and `run_on_loop` for who routes."""
 
     def __init__(self, session: _Session, slots: _Slots) -> None:
         self._session = session
@@ -2839,12 +2853,13 @@ class _Runner:
         self._codec = session.codec
         self.quick: dict[str, int] = {}  # by the method: how many times in a row it was, up to 3
         self.slots = slots
-        self.nested_slots = _Slots(_NESTED)  # of their own, or who waits for a nested call might hold the last slot
+        self.nested_slots = _Slots(_NESTED)  # of their own: who waits for one may hold the last of the others
 
     # -- which thread
 
     def run_message(self, message: _Message) -> None:
-        """Run the call that a message is, once there is a slot; unless a thread has gone in the midst of it."""
+        """Run the call that a message is, once there is a slot; unless a thread has gone in the midst of
+        it."""
         request = self._requests.get(message[2])
         if request is not None and request.begun:
             self.fail(request, KeyboardInterrupt())
@@ -2881,8 +2896,7 @@ class _Runner:
         """Make the call of what has come: `request.body`. Without one it is answered already."""
         try:
             call = self._session.decode(request.inbox)
-            if (type(call) is not list or len(call) < 4 or type(call[1]) is not str or type(call[2]) is not list
-                    or type(call[3]) is not dict):
+            if type(call) is not list or [*map(type, call[1:4])] != [str, list, dict]:
                 raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
             if self._session.closing is not None:
                 raise _Undecodable(PluginClosed("the plugin is shutting down"))
@@ -2893,11 +2907,12 @@ class _Runner:
             self._session.end(error)
 
     def run(self, request: _Request) -> None:
-        """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises is an
-        answer too. (Should there be one, the other side ignores this.)"""
+        """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises
+        is an answer too. (Should there be one, the other side ignores this.)"""
         if request.begun and request.producer is None:
             return None
-        own, returned, outer = True, False, _current.get()  # own: whether a PluginError would be about this call itself
+        outer, returned = _current.get(), False
+        own = True  # whether a PluginError would be about this call itself
         try:
             _current.set(request)
             if request.producer is not None:
@@ -2921,7 +2936,7 @@ class _Runner:
         except BaseException as error:
             self._explain(request, error)
             own, strikes = own and issubclass(type(error), PluginError), _in_main_thread()
-            if strikes or issubclass(type(error), RecursionError):  # where nothing strikes, and where there is room
+            if strikes or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
                 _pool.put((self.fail, request, error, own))
             else:
                 self.fail(request, error, own)
@@ -2971,23 +2986,25 @@ class _Runner:
             return
         session.references.unlend(request.lent)
         if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
-            call.raised = deque([*call.raised, (request.number, error)], _RAISED)  # it may come home as that one's
+            call.raised = deque([*call.raised, (request.number, error)], _RAISED)  # it may come home
         if request.kind == _NOTIFY:
             _import("traceback").print_exception(type(error), error, error.__traceback__)
         elif not request.cancelled:
             for bare in (False, True, None):
                 try:
-                    body = {"message": "it cannot be told"} if bare is None else _encode_error(error, own, bare=bare)
+                    told = None if bare is None else _encode_error(error, own, bare)
+                    body = told or {"message": "it cannot be told"}
                     content = self._codec.dumps({**body, **self._home(error)}, "the exception")
                     session.send(_ERROR, 0, request.number, content, wait=wait)
                     break
-                except BaseException as problem:  # its arguments cannot travel, or are too long, or it is a trap
+                except BaseException as problem:  # its arguments cannot travel, or it is a trap
                     if _is_ctrl_c(problem):
                         raise
         self._requests.pop(request.number, None)
 
     def _home(self, error: BaseException) -> dict[str, Any]:
-        """Of an exception that has come from the other side: the number of the call that had raised it here."""
+        """Of an exception that has come from the other side: the number of the call that had raised it
+        here."""
         origin = vars(error).get("_origin") if issubclass(type(error), RemoteError) else None
         return {"home": origin[1]} if origin is not None and origin[0]() is self._session else {}
 
@@ -3010,12 +3027,13 @@ class _Runner:
         return True
 
     def run_as_task(self, request: _Request, function: Callable[[], Any]) -> None:
-        """Run an async function on the loop of who waits for it, or on the one that the async methods share."""
+        """Run an async function on the loop of who waits for it, or on the one that the async methods
+        share."""
         def begin() -> None:
             asyncio = _import("asyncio")
             _current.set(request)
             request.task = task = asyncio.ensure_future(function())
-            if request.cancelled and request.producer is None:  # once it has begun, or nothing would finish the request
+            if request.cancelled and request.producer is None:  # not before it has begun, or nothing would end it
                 asyncio.get_running_loop().call_soon(task.cancel)
 
         if not request.on_loop(begin):
@@ -3032,11 +3050,11 @@ class _Runner:
 
 
 class _Producer:
-    """The sending end of a stream: it takes from an iterator what the other side has given credit for. Items that come
-    quickly leave together, a slow producer's one by one, when they are made.
+    """The sending end of a stream: it takes from an iterator what the other side has given credit for. Items
+    that come quickly leave together, a slow producer's one by one, when they are made.
 
-    Any thread may call `grant` and `resume`. Who holds `_turn`, a thread or a task, produces. `_lock` protects `_group`,
-    `_size` and `_last`, and is held while items leave, so that they leave in order.
+    Any thread may call `grant` and `resume`. Who holds `_turn`, a thread or a task, produces. `_lock`
+    protects `_group`, `_size` and `_last`, and is held while items leave, so that they leave in order.
     """
 
     def __init__(self, request: _Request, iterator: Any) -> None:
@@ -3084,7 +3102,9 @@ class _Producer:
     async def _produce(self) -> None:
         request, iterator = self._request, self._iterator
         end = StopAsyncIteration if self._is_async else StopIteration
-        while not self._over and (request.cancelled or self._credit or self._left > 0) and self._turn.acquire(False):
+        while not self._over and (request.cancelled or self._credit or self._left > 0):
+            if not self._turn.acquire(False):
+                return
             ended, error = True, None
             try:
                 while self._has_credit() and not request.cancelled:
@@ -3120,7 +3140,8 @@ class _Producer:
             self._group.append(content)
             self._size += size
             now = time.monotonic()
-            if alone or len(self._group) >= _WINDOW // 2 or self._size >= _READ_SIZE or now - self._last > _GATHER:
+            full = len(self._group) >= _WINDOW // 2 or self._size >= _READ_SIZE
+            if alone or full or now - self._last > _GATHER:
                 self._send()
             elif not self._alarmed:
                 self._alarmed = True
@@ -3153,7 +3174,8 @@ class _Producer:
         except BaseException as problem:
             error = error or problem
         if error is not None:
-            return session.runner.fail(request, error, issubclass(type(error), (NotSerializable, MessageTooLarge)))
+            own = issubclass(type(error), (NotSerializable, MessageTooLarge))
+            return session.runner.fail(request, error, own)
         if not request.cancelled:
             session.send(_END, 0, request.number, _NOTHING)
         session.requests.pop(request.number, None)
@@ -3163,16 +3185,17 @@ class _Producer:
 class _Session:
     """Both directions of one connection, for any thread: what its rooms share, and its end.
 
-    `references`: what this side serves and lends. `borrow(session, tag, state)` makes the proxy for what the other side
-    lends. `lost(cause)` is called at the connection's end, and returns what makes the exception of the calls that are
-    lost, from their methods' names.
+    `references`: what this side serves and lends. `borrow(session, tag, state)` makes the proxy for what the
+    other side lends. `lost(cause)` is called at the connection's end, and returns what makes the exception of
+    the calls that are lost, from their methods' names.
 
         open --seal--> sealed --end--> ended       any --end--> ended
 
     `sealed`: it takes no more calls. `ended` is None until then.
     """
 
-    def __init__(self, channel: _Channel, terms: _Terms, max_message: int, references: Any, borrow: Callable[..., Any],
+    def __init__(self, channel: _Channel, terms: _Terms, max_message: int, references: Any,
+                 borrow: Callable[..., Any],
                  lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
                  serving: bool = False, slots: _Slots | None = None) -> None:
         self.channel = channel
@@ -3193,7 +3216,7 @@ class _Session:
         self.lost_calls: list[str] = []  # the methods that were being called then
         self.is_abandoned = False  # in a forked child
         self.is_disposed = False  # whether who reads last closes the channel
-        self.closing: float | None = None  # the grace in seconds, once the host has said stop; -1: gone without a word
+        self.closing: float | None = None  # the grace in seconds, once the host has said stop; -1: it is gone
         self.finished = _gate()  # opens when the other side says stop or is gone
         self._lost = lost
         self._last_asked = 0  # the number taken by the last `unused`
@@ -3232,7 +3255,7 @@ class _Session:
         """Raises MessageTooLarge for what the other side does not take."""
         size, limit = len(content[0]) + sum(map(len, content[1])), self.send_limit
         if size > limit:
-            text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message, or send parts"
+            text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message"
             raise MessageTooLarge(text, size=size, limit=limit)
 
     def post(self, kind: int, number: int, value: Any = None) -> None:
@@ -3282,8 +3305,8 @@ class _Session:
         return None
 
     def decode(self, inbox: deque[_Message], safely: bool = False) -> Any:
-        """The value of the first message, which is taken out. References in it are borrowed where no handler strikes: so
-        none gets lost halfway. Raises as the codec does."""
+        """The value of the first message, which is taken out. References in it are borrowed where no handler
+        strikes: so none gets lost halfway. Raises as the codec does."""
         if inbox[0][1] & _TAGGED and not safely and b'"$ref"' in inbox[0][4] and _in_main_thread():
             return _in_pool(self.decode, inbox, True)
         _, flags, _, _, body, buffers = inbox.popleft()
@@ -3333,20 +3356,21 @@ class _Session:
         self.post(_SHUTDOWN, 0, grace)
 
     def seal(self) -> bool:
-        """Take no more calls, unless it is busy. Returns whether it takes none. (Who calls is among `calls` before it
-        looks: so none slips through.)"""
+        """Take no more calls, unless it is busy. Returns whether it takes none. (Who calls is among `calls`
+        before it looks: so none slips through.)"""
         self.sealed = True
         self.sealed = self.ended is not None or not self.busy()
         return self.sealed
 
     def failed(self, error: BaseException, call: _Call) -> BaseException:
-        """End the connection for what the other side should not have sent; returns what the call is to raise."""
+        """End the connection for what the other side should not have sent; returns what the call is to
+        raise."""
         self.end(error)
         return self.ended([*{call.method: None, **dict.fromkeys(self.lost_calls)}])  # type: ignore[misc]
 
     def end(self, cause: BaseException) -> None:
-        """The connection has ended: fail every call, let every thread go. `cause`: a _Broken, or what the other side has
-        done. The first one counts."""
+        """The connection has ended: fail every call, let every thread go. `cause`: a _Broken, or what the
+        other side has done. The first one counts."""
         self.cause = self.cause or (cause.args[0] if type(cause) is _Broken else cause)
         self.channel.shutdown()
         make_error = self._lost(self.cause)
@@ -3367,7 +3391,8 @@ class _Session:
 
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""
-        self.ended = lambda calls: PluginError("the connection belongs to the process that this one was forked from")
+        text = "the connection belongs to the process that this one was forked from"
+        self.ended = lambda calls: PluginError(text)
         self.sealed = self.is_abandoned = True
         self.channel.abandon()
         self.reader.seat = _Seat()
