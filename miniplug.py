@@ -407,10 +407,12 @@ def _make_each(tag: str, states: list[Any]) -> list[Any]:
 def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
     if type(data) is not bytes or order not in ("little", "big"):
         raise ValueError("an array is a letter, the size of an item, the byte order, and bytes")
-    known = order == sys.byteorder and code in _found("array.typecodes")
-    if not known or _call("array.array", code).itemsize != size:
-        raise NotSerializable(f"no array of {code!r} with items of {size} bytes, {order}-endian, can be here")
-    return _call("array.array", code, data)
+    if code not in _found("array.typecodes") or _call("array.array", code).itemsize != size:
+        raise NotSerializable(f"an array of {code!r} with items of {size} bytes is not to be had here")
+    array = _call("array.array", code, data)
+    if order != sys.byteorder:
+        array.byteswap()
+    return array
 
 
 def _moment(value: Any) -> Any:

@@ -392,11 +392,11 @@ def test_arrays(code):
 
 
 def test_an_array_of_another_platform():
-    back = codec().loads(f'{{"$array":["h",2,"{sys.byteorder}",{{"$bytes":"AAH//w=="}}]}}'.encode(), [], True)
-    assert back.typecode == "h" and back.tobytes() == b"\x00\x01\xff\xff"
-    for order, size in ((sys.byteorder, 4), ({"big": "little", "little": "big"}[sys.byteorder], 2)):
-        with pytest.raises(miniplug._Undecodable, match=f"items of {size} bytes, {order}-endian"):
-            codec().loads(f'{{"$array":["h",{size},"{order}",{{"$bytes":"AAABAA=="}}]}}'.encode(), [], True)
+    for order, items in (("big", [1, -1]), ("little", [256, -1])):
+        back = codec().loads(f'{{"$array":["h",2,"{order}",{{"$bytes":"AAH//w=="}}]}}'.encode(), [], True)
+        assert back.typecode == "h" and list(back) == items
+    with pytest.raises(miniplug._Undecodable, match="items of 4 bytes"):
+        codec().loads(b'{"$array":["h",4,"little",{"$bytes":"AAABAA=="}]}', [], True)
 
 
 def test_buffers_of_every_kind():
