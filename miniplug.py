@@ -151,7 +151,7 @@ class HandshakeError(LaunchError):
 
 
 class ChecksumError(LaunchError):
-    """A file, `path`, is not the one expected, and nothing was run. `expected`, `actual`: SHA-256 in hex digits."""
+    """The file `path` is not the one expected; nothing was run. `expected`, `actual`: SHA-256, hex digits."""
 
     path: str = ""
     expected: str = ""
@@ -159,8 +159,8 @@ class ChecksumError(LaunchError):
 
 
 class PluginCrashed(PluginError, ConnectionError):
-    """The plugin died in use. `exit_code`: negative for a signal, or None. `signal_name`: such as ``"SIGSEGV"``,
-    or None. `output`: the last lines of its stderr. `calls`: the names of the methods that were being called."""
+    """The plugin died in use. `exit_code`: negative for a signal, or None. `signal_name`: such as
+    ``"SIGSEGV"``, or None. `output`: the last lines of its stderr. `calls`: the methods being called."""
 
     exit_code: int | None = None
     signal_name: str | None = None
@@ -193,7 +193,7 @@ class InterfaceMismatch(PluginError, TypeError):
 
 
 class MethodNotFound(PluginError, AttributeError):
-    """The plugin has no such public method. `name`: what was asked for. `matches`: the names that come close."""
+    """The plugin has no such public method. `name`: what was asked for. `matches`: names that come close."""
 
     name: str = ""
     matches: Sequence[str] = ()
@@ -214,10 +214,9 @@ class MessageTooLarge(PluginError, ValueError):
 
 
 class RemoteError(PluginError):
-    """A method raised. `type_name`: the exception's type. `message`: its text; this error's own begins with the
-    type. `remote_traceback`: the plugin's own, as text. A builtin or registered exception arrives as its own
-    type too, with its own text: ``except ValueError`` and ``except RemoteError`` both catch a plugin's
-    ValueError, and an ExceptionGroup is one of what has arrived so."""
+    """A method raised. `type_name`: the exception's type. `message`: its text; this error's own begins with
+    the type. `remote_traceback`: the plugin's own, as text. A builtin or registered exception is of its own
+    type too: ``except ValueError`` and ``except RemoteError`` both catch a plugin's ValueError."""
 
     type_name: str = ""
     message: str = ""
@@ -284,7 +283,8 @@ def _import(name: str) -> Any:
 
 def _is_ctrl_c(error: BaseException) -> bool:
     """Whether this is for the program, and not just something that was raised."""
-    return issubclass(type(error), KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and issubclass(type(error), KeyboardInterrupt)
 
 
 def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threading.Thread:
@@ -3408,8 +3408,8 @@ class _Session:
 
 # === 6. dispatcher ======================================================================================
 #
-# Names to methods, as xmlrpc.server does it: a method is looked up on the served object, a name that begins with
-# "_" never is, and an object with its own _dispatch(method, args, kwargs) answers every name itself.
+# Names to methods, as xmlrpc.server does it: a method is looked up on the served object, never by a name that
+# begins with "_"; and an object with its own _dispatch(method, args, kwargs) answers every name itself.
 
 def _method_names(obj: Any) -> list[str] | None:
     """The public methods of an object, sorted; None if it answers every name. No property is run for that."""
@@ -3433,22 +3433,22 @@ def _no_method(name: str, names: Iterable[str] | None, where: str, what: str = "
         hint = f"; did you mean {' or '.join(map(repr, matches))}?"
     if name.startswith("_"):
         hint = ": names that begin with an underscore are private to the plugin"
-    text = f"{where} has no {what} {name!r}{hint}" if name else f"{where} cannot be called itself, only its methods"
-    return MethodNotFound(text, name=name, matches=matches)
+    text = f"has no {what} {name!r}{hint}" if name else "cannot be called, only its methods"
+    return MethodNotFound(f"{where} {text}", name=name, matches=matches)
 
 
 def _makes_instances(served: Any) -> bool:
-    """Whether what is served is a class or a zero-argument factory, and not the object itself. A function that
-    needs arguments is there to be called; so is one with *args or **kwargs, or in C, if it may take some."""
-    kind = type(served).__name__
-    if isinstance(served, type) or kind not in ("function", "method", "partial", "builtin_function_or_method"):
+    """Whether what is served is a class or a zero-argument factory, and not the object itself. A function
+    that needs arguments is there to be called; so is one with *args or **kwargs, or in C, if it takes any."""
+    kind, in_c = type(served).__name__, "builtin_function_or_method"
+    if isinstance(served, type) or kind not in ("function", "method", "partial", in_c):
         return isinstance(served, type)
     of_class = isinstance(getattr(served, "func", None), type)  # a partial, which has what the class needs
     try:
         parameters = _import("inspect").signature(served).parameters.values()
     except ValueError:
         return of_class  # a C function that does not tell
-    if kind == "builtin_function_or_method":
+    if kind == in_c:
         return not parameters
     return all(each.default is not each.empty or (of_class and each.kind in (2, 4)) for each in parameters)
 
@@ -3516,12 +3516,13 @@ class _Served:
         if name is None and len(names) == 1:
             (name,) = names
         if name is None or name not in names:
-            problem = "several plugins are served, name one" if name is None else f"no plugin {name!r} is served"
-            raise PluginNotFound(f"{problem}: there {'is' if len(names) == 1 else 'are'} {', '.join(names)}", names=names)
+            problem = "several plugins are" if name is None else f"no plugin {name!r} is"
+            there = f"there {'is' if len(names) == 1 else 'are'} {', '.join(names)}"
+            raise PluginNotFound(f"{problem} served: {there}", names=names)
         return name, self.plugins[name]
 
     def shared(self, name: str) -> Any:
-        """The object that all callers share; of a class or factory the one instance that describes the others."""
+        """The object that all callers share; of a class or factory the instance that describes the others."""
         served = self.find(name)[1]
         with self._entering.setdefault(name, threading.RLock()):
             if name not in self._shared:
@@ -3574,7 +3575,7 @@ def _exit(manager: Any) -> None:
 # -- references: objects that stay where they are, and are called from the other side
 
 class _Ref:
-    """An object to be passed by reference; with a context manager, or None, if it is an instance of its own."""
+    """An object to be passed by reference. A dispensed one has a context manager, or None."""
 
     def __init__(self, obj: Any, *manager: Any) -> None:
         self.object = obj
@@ -3582,7 +3583,7 @@ class _Ref:
 
 
 def ref(obj: Any) -> Any:
-    """Pass `obj` by reference: the other side gets a proxy for it. To be used in an argument or a return value.
+    """Pass `obj` by reference, in an argument or a return value: the other side gets a proxy for it.
 
     The object stays here and is called from there, until the other side has released it or let go of its last
     proxy for it, or the connection ends. Sent back, it arrives as itself. Functions need no `ref`.
@@ -3591,7 +3592,7 @@ def ref(obj: Any) -> Any:
 
 
 class _Target:
-    """What a proxy and its methods share: where the object is. Of what a plugin serves it is another kind, which
+    """What a proxy and its methods share: where the object is. What a plugin serves has another kind, which
     finds it again in another session (_Dispensed)."""
 
     released = False
@@ -3637,8 +3638,8 @@ class _Target:
 
 def _reach(find: Callable[[_Call], tuple[_Session, int]], act: Callable[..., Any], method: str, args: Any,
            kwargs: Any, seconds: float | None) -> Any:
-    """Call `act` with the session and number that `find` gives, or gives next if that takes no calls by then. To
-    find them is within the deadline as well."""
+    """Call `act` with the session and number that `find` gives, or gives next if that takes no calls by then:
+    all within the deadline."""
     asked = _Call(0, method, seconds)
     while True:
         try:
@@ -3652,7 +3653,7 @@ def _reach(find: Callable[[_Call], tuple[_Session, int]], act: Callable[..., Any
 
 
 class _Remote:
-    """What stands for an object of the other side's: a proxy, or a method of one. Equal ones stand for the same."""
+    """A proxy for an object of the other side's, or a method of one. Equal ones stand for the same."""
 
     __slots__ = ()
     _target: _Target
@@ -3701,7 +3702,7 @@ class _Held(tuple):  # type: ignore[type-arg]
 
 
 class _References:
-    """What one side has lent over one session, by number. 0 is `system`, which lends what is served. Any thread."""
+    """What one side has lent over one session, by number; 0 is `system`. Any thread."""
 
     def __init__(self, served: _Served) -> None:
         self.served = served
@@ -3711,12 +3712,12 @@ class _References:
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
         self.lends = False  # whether anything is lent
-        self._held: Any = _import("weakref").WeakValueDictionary()  # also what was given back, if a message holds it
+        self._held: Any = _import("weakref").WeakValueDictionary()  # also those that only a message holds
         self._parting: list[_Loan] = []  # those to be exited
         self._exit_lock = threading.RLock()  # held while they are
 
     def resolve(self, target: Any, method: str) -> Callable[..., Any]:
-        """The function that a call runs. An empty name is the object itself. Raises MethodNotFound, DeadReference."""
+        """What a call runs; an empty name is the object itself. Raises MethodNotFound, DeadReference."""
         loan = self.loan(target)
         obj = loan.object
         if method in loan.known:  # not by the string that has come: classes cache those they are asked by
@@ -3763,7 +3764,8 @@ class _References:
         if type(buffers) is _Held:
             return message
         held: Any = _Held(buffers)
-        held.loans = [self._loans.get(int(number)) for number in re.findall(rb'"\$own":\s*\[\s*(\d{1,18})\b', body)]
+        numbers = re.findall(rb'"\$own":\s*\[\s*(\d{1,18})\b', body)
+        held.loans = [self._loans.get(int(number)) for number in numbers]
         return (*head, body, held)
 
     def own(self, number: Any, method: Any) -> Any:
@@ -3804,7 +3806,7 @@ class _References:
             self._lock.release()
 
     def unlend(self, lent: Any) -> None:
-        """What was lent for a message that was not sent; and what a handler that raised has left half lent."""
+        """Take back what was lent for a message that was not sent, and what a handler has left half lent."""
         with self._lock:
             half = [number for number, loan in self._loans.items() if number and not loan.sent]
             while lent:
@@ -3856,8 +3858,8 @@ class _System:
         return self._described(name)[0]  # type: ignore[no-any-return]
 
     def describe(self, target: str | int | None = None) -> dict[str, Any]:
-        """{method: [signature, doc, parameters]} of a plugin, or of the reference of that number; of all plugins
-        {plugin: {...}}."""
+        """{method: [signature, doc, parameters]} of a plugin, or of the reference of that number; or that of
+        each plugin."""
         if target is None:
             return {plugin: self.describe(plugin) for plugin in ("system", *sorted(self._served.plugins))}
         if type(target) is int:
@@ -3876,8 +3878,8 @@ class _System:
 
 
 def _describe(function: Any) -> list[Any]:
-    """A function as [signature, doc, parameters], None for what is not known. A parameter is [name, kind, default,
-    annotation], and the last one the result's."""
+    """A function as [signature, doc, parameters], None for what is not known. A parameter is [name, kind,
+    default, annotation]; the last one is the result."""
     inspect = _import("inspect")
     doc = inspect.getdoc(function)
     try:
@@ -3898,7 +3900,7 @@ def _describe(function: Any) -> list[Any]:
 # === 7. proxies =========================================================================================
 
 class MethodInfo(namedtuple("_MethodInfo", "name signature doc"), metaclass=_Brief):
-    """What `Plugin.describe` tells of a method: `name`, `signature` (text, or None) and `doc` (text, or None)."""
+    """What `Plugin.describe` tells of a method: `name`, and as text or None its `signature` and `doc`."""
 
     __slots__ = ()
     if TYPE_CHECKING:
@@ -3907,7 +3909,7 @@ class MethodInfo(namedtuple("_MethodInfo", "name signature doc"), metaclass=_Bri
         doc: str | None
 
 
-def _call_at(session: _Session, number: int, method: str, args: Any, kwargs: Any, seconds: float | None) -> Any:
+def _call_at(session: _Session, number: int, method: str, args: Any, kwargs: Any, seconds: Any) -> Any:
     return session.call(number, method, args, kwargs, seconds)
 
 
@@ -3954,7 +3956,7 @@ class _Method(_Remote):
         self._act(_notify_at, args, kwargs)
 
     def timeout(self, seconds: float | None) -> _Method:
-        """The same method with a deadline: past `seconds` a call raises CallTimeout. None: the default one."""
+        """The same method with a deadline: past `seconds` it raises CallTimeout. None: the default one."""
         return type(self)(self._target, self._name, _checked_timeout(seconds))
 
     def _act(self, act: Callable[..., Any], args: Any, kwargs: Any, call: Any = None) -> Any:
@@ -4023,7 +4025,7 @@ class _Proxy(_Remote):
         return method
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{self._target.label} has methods only: what is set here would not reach it ({name!r})")
+        raise AttributeError(f"{self._target.label} has methods only: {name!r} set here would not reach it")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _Method(self._target, "")(*args, **kwargs)
@@ -4067,7 +4069,8 @@ def _borrow(session: _Session, tag: str, state: Any) -> Any:
     return _Method(target, "") if second == [] and rest[:1] == [True] else _Proxy(target, second)
 
 
-def _open_session(channel: _Channel, terms: _Terms, max_message: int, served: _Served, *others: Any) -> _Session:
+def _open_session(channel: _Channel, terms: _Terms, max_message: int, served: _Served,
+                  *others: Any) -> _Session:
     """A session that serves to the other side, and makes proxies for what that one lends."""
     return _Session(channel, terms, max_message, _References(served), _borrow, *others)
 
@@ -4101,7 +4104,7 @@ def _differences(interface: type, target: _Target, names: Sequence[str] | None) 
     """In which ways an object with methods of these names (None: all) is not the interface, in words."""
     inspect = _import("inspect")
     abstract = sorted(getattr(interface, "__abstractmethods__", ()))
-    found = [f"{name!r} is private, and cannot be called on a plugin" for name in abstract if name.startswith("_")]
+    found = [f"{name!r} is private, and a plugin's cannot be called" for name in abstract if name[0] == "_"]
     found += [f"{name!r} is a property, and a plugin has methods only" for name in dir(interface)
               if not name.startswith("_") and isinstance(inspect.getattr_static(interface, name), property)
               and (name in abstract or getattr(interface, "_is_protocol", False))]
@@ -4113,7 +4116,8 @@ def _differences(interface: type, target: _Target, names: Sequence[str] | None) 
             found.append(f"it has no method {name!r}")
         else:
             signature, _, parameters = described.get(name, (None, None, None))
-            found += _refusals(name, inspect.getattr_static(interface, name), f"{name}{signature}", parameters)
+            method = inspect.getattr_static(interface, name)
+            found += _refusals(name, method, f"{name}{signature}", parameters)
     return found
 
 
@@ -4124,9 +4128,9 @@ def _refusals(name: str, method: Any, shown: str, parameters: Any) -> list[str]:
     try:
         mine = inspect.signature(getattr(method, "__func__", method))
         *others, (_, _, _, _) = parameters
-        theirs = inspect.Signature([
-            inspect.Parameter(name, inspect._ParameterKind(kind), default=mine.empty if default is None else 0)
-            for name, kind, default, _ in others])
+        kinds, make = inspect._ParameterKind, inspect.Parameter
+        theirs = inspect.Signature([make(name, kinds(kind), default=mine.empty if default is None else 0)
+                                    for name, kind, default, _ in others])
     except (TypeError, ValueError):
         return []  # one of the two is not known
     mine = mine.replace(parameters=[*mine.parameters.values()][own:])
@@ -4142,15 +4146,14 @@ def _refusals(name: str, method: Any, shown: str, parameters: Any) -> list[str]:
 def _allowed_calls(parameters: Iterable[Any]) -> Iterable[tuple[int, list[str]]]:
     """The shapes of calls that these parameters allow, as (how many by position, names of the others): each
     count with no optional name, and with all. What takes those takes all between."""
-    only, either, var, keyword, rest = ([each for each in parameters if each.kind == kind] for kind in range(5))
+    only, either, var, keyword, rest = ([each for each in parameters if each.kind == kind]
+                                        for kind in range(5))
     positional = [*only, *either]
     least = sum(each.default is each.empty for each in only)
     for count in range(least, len(positional) + 1 + 3 * len(var)):
         named = [each for each in either if each not in positional[:count]] + keyword
-        needed = [each.name for each in named if each.default is each.empty]
-        optional = [each.name for each in named if each.default is not each.empty] + ["any_other_name"] * len(rest)
-        yield count, needed
-        yield count, needed + optional
+        yield count, [each.name for each in named if each.default is each.empty]
+        yield count, [each.name for each in named] + ["any_other_name"] * len(rest)
 
 
 # -- calls and streams
@@ -4174,7 +4177,7 @@ class _Awaitable:
     def _arrive(self, call: _Call, come: deque[_Message], attends: bool) -> None:
         """Called by who reads, once the answer has come. Callbacks may take long: a thread of the pool runs
         them, and does it all where the reader may be interrupted."""
-        if attends and self._condition.acquire(False):  # who was struck in the midst of a `result` may hold it
+        if attends and self._condition.acquire(False):  # whoever was struck in `result` may hold it for ever
             try:  # no callback is added meanwhile
                 if all(map(_is_asyncios, self._done_callbacks)):
                     return self._settle(call, come.popleft())
@@ -4298,8 +4301,7 @@ class Stream:
                 await self._news()
 
     def _advance(self, wait: bool) -> None:
-        """Go on to the next message, unless there is still something to read. Not to `wait` for it is to do so
-        only if it has come."""
+        """Go on to the next message, unless the latest is still being read; without `wait` if it has come."""
         call, batch = self._call, self._batch
         if self._over or batch[0].__length_hint__():
             return
@@ -4373,12 +4375,6 @@ class Stream:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Stream:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -6603,11 +6599,10 @@ def _serve_here(server: _Server, channel: _Channel, address: str, key: bytes) ->
 def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     """The files in a folder that `launch` can run, sorted, as absolute paths.
 
-    `pattern` is a glob, relative to the folder: the default finds all that lie in it, ``"*/plugin.py"`` one in
-    each folder there, and ``**`` stands for any folders below. A file can be run that ends with ``.py`` or
-    ``.pyw``, or is executable (on Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Left out is what has a
-    name that begins with ``.`` or ``_``, or lies in such a folder: ``__init__.py``, ``.venv``. Nothing is run
-    or imported. For a spec add the attribute: ``f"{path}:Tool"``.
+    `pattern` is a glob, relative to the folder: ``"*/plugin.py"`` finds one in each folder there, ``**``
+    stands for any folders below. A file can be run that ends with ``.py`` or ``.pyw``, or is executable (on
+    Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Left out is what has a name that begins with ``.``
+    or ``_``, or lies in such a folder. Nothing is run or imported. For a spec add ``:Attr``.
 
     Raises OSError for a folder that cannot be read, and ValueError for a pattern that is empty or absolute,
     TypeError for one that is no str.
@@ -6760,7 +6755,8 @@ def _load_file(path: str) -> ModuleType:
         sys.exit(f"miniplug: there is no file {path}")
     library = os.path.dirname(getattr(os, "__file__", ""))  # frozen, it has none
     _Finder.library = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
-    name, find = os.path.splitext(os.path.basename(path))[0], _import("importlib.machinery").PathFinder.find_spec
+    find = _import("importlib.machinery").PathFinder.find_spec
+    name = os.path.splitext(os.path.basename(path))[0]
     if name in sys.modules or name in sys.builtin_module_names or find(name, _Finder.library):
         name = f"_plugin_{name}"
     sys.path.insert(0, os.path.dirname(path))
@@ -6850,11 +6846,11 @@ def _inspect(given: Any) -> None:
 
 def _opened(given: Any) -> Plugin:
     """The plugin that a verb names, started, whatever version it speaks."""
-    output = "log" if given.verbose else "discard"
+    sink = "log" if given.verbose else "discard"
     if given.verbose:
         _import("logging").basicConfig(format="%(name)s %(levelname)s: %(message)s")
         _import("logging").getLogger("miniplug").setLevel("DEBUG")
-    return launch(given.plugin, protocol_versions=range(100), python=given.python, stdout=output, stderr=output)
+    return launch(given.plugin, protocol_versions=range(100), python=given.python, stdout=sink, stderr=sink)
 
 
 def _one_line(error: BaseException) -> str:
@@ -6886,7 +6882,7 @@ def _doctor(given: Any) -> int:
 
 def _check_transport(python: str) -> tuple[bool, str]:
     listener = _Listener()
-    kind = "a named pipe" if _WINDOWS else "a Unix socket" if listener.folder else "TCP, guarded by the key alone"
+    kind = "a named pipe" if _WINDOWS else "a Unix socket" if listener.folder else "TCP: the key alone guards"
     listener.close()
     return True, "; not in ".join([f"{kind}, {listener.address}", *listener.passed_over])
 
@@ -6909,18 +6905,17 @@ def _check_fips(python: str) -> tuple[bool, str]:
 
 def _check_plugin(python: str) -> tuple[bool, str]:
     start = time.monotonic()
-    with launch("doctor=os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
+    with launch("os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
         plugin.dispense(timeout=20.0).basename("a/b")
-        seconds = time.monotonic() - start
-        return True, f"runs: {seconds * 1e3:.0f} ms to the first answer, {plugin.ping() * 1e6:.0f} µs a ping"
+        return True, f"runs: {(time.monotonic() - start) * 1e3:.0f} ms to the first answer"
 
 
 _CHECKS: dict[str, Callable[[str], tuple[bool, str]]] = {
-    "miniplug": lambda python: (True, f"{__version__}, {_FILE}, under {sys.version.split()[0]} on {sys.platform}"),
+    "miniplug": lambda python: (True, f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}"),
     "transport": _check_transport,
     "loopback TCP": _check_loopback,
     "FIPS mode": _check_fips,
-    "process tree": lambda python: (True, f"a {'job object' if _WINDOWS else 'process group'} for each plugin"),
+    "process tree": lambda python: (True, f"a {'job' if _WINDOWS else 'process group'} for each plugin"),
     "a plugin": _check_plugin,
 }
 
@@ -6943,14 +6938,14 @@ def _parser(argparse: Any) -> Any:
 
     call = verbs.add_parser("call", help="run a plugin, call it once, print the result").add_argument
     inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do").add_argument
-    doctor = verbs.add_parser("doctor", help="what this machine allows, and whether a plugin runs here").add_argument
+    doctor = verbs.add_parser("doctor", help="what this machine allows; whether a plugin runs").add_argument
     for add in (call, inspect, doctor):
         add("--python", metavar="PATH", help="the interpreter for the plugin")
     for add in (call, inspect):
         add("--verbose", "-v", action="store_true", help="what the plugin writes goes to stderr")
         add("plugin", metavar="PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
     call("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
-    call("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- it may begin with a dash")
+    call("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- also with a dash")
     doctor("--json", action="store_true")
     return parser
 
@@ -6962,7 +6957,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
                     authkey_file=given.authkey_file)
         return
     try:
-        sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # closed: nobody reads  # noqa: SIM115
+        sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         status = {"call": _call_once, "inspect": _inspect, "doctor": _doctor}[given.verb](given)
         sys.stdout.flush()

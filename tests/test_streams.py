@@ -674,7 +674,7 @@ def test_async_for(both, proxy, method):
     async def main():
         assert [item async for item in getattr(proxy, method)(1000)] == list(range(1000))
         assert [item async for item in await getattr(proxy, method).submit(300)] == list(range(300))
-        async with await proxy.endless.submit() as stream:
+        with await proxy.endless.submit() as stream:
             async for _ in stream:
                 break
         with pytest.raises(KeyError):
