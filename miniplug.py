@@ -3015,7 +3015,7 @@ class _Runner:
     def _is_more(self, request: _Request, value: Any) -> bool:
         """Whether what a method has returned is not its answer yet: a coroutine, or a stream."""
         kind = type(value)
-        if hasattr(kind, "__await__"):
+        if hasattr(kind, "__await__") and kind is not Stream:
             self.run_as_task(request, partial(self._await, request, value))
         elif hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
             request.producer = _Producer(request, value)
