@@ -4413,7 +4413,7 @@ def _variable(name: str) -> str:
 
 
 def _take_environment() -> None:
-    """Take our variables out of the environment, so that no child of this process sees them."""
+    """Take our variables out of the environment, so that no child sees them."""
     cookie = _variable(os.environ.get(_COOKIE_KEY, "MINIPLUG_COOKIE"))
     for name in [name for name in os.environ if name.startswith("MINIPLUG_") or name == cookie]:
         _environment[name] = os.environ.pop(name)
@@ -4426,8 +4426,8 @@ def _refuse_monkey_patches() -> None:
         found = getattr(sys.modules.get(module), attribute, None)
         library = str(getattr(found, "__module__", "")).partition(".")[0]
         if library in ("gevent", "eventlet"):
-            raise RuntimeError(f"miniplug does not run under the monkey patches of {library} (here: {name}): let "
-                               "a process that is not patched have the plugins")
+            raise RuntimeError(f"miniplug does not run under the monkey patches of {library} (here: {name}): "
+                               "let a process without them have the plugins")
 
 
 def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
@@ -4447,9 +4447,9 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     a pipe; by default a private place. `authkey` is the key that they have to hold: at least 16 bytes, or as
     many in hexadecimal digits; by default a fresh one.
 
-    Started by hand with `persist` or an `address`, it prints what `attach` needs, as a line of JSON, and
-    serves until Ctrl-C, or without `persist` until its last host is gone. Else, by hand or refused by the
-    host, it says so and exits with status 1 (SystemExit).
+    Started by hand with `persist` or an `address`, it prints what `attach` needs, as JSON, and serves until
+    Ctrl-C, or without `persist` until its last host is gone. Else, by hand or refused by the host, it says so
+    and exits with status 1 (SystemExit).
 
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
@@ -4469,7 +4469,7 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
 
 
 def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secret: bytes,
-           persist: bool, hint: str = "In Python, miniplug.launch() with its path and handshake does.") -> None:
+           persist: bool, hint: str = "In Python, miniplug.launch() with its path does.") -> None:
     """The plugin's main loop."""
     _refuse_monkey_patches()
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
@@ -4489,7 +4489,8 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
             print(json.dumps(server.config), flush=True)
         else:
             server.serve_launcher(host, key, cookie)
-        server.wait()
+        while not server.over.wait(0.5):
+            pass  # a signal on Windows, or to another thread, does not interrupt it
     except KeyboardInterrupt:
         if host is not None and not persist:
             raise
@@ -4498,7 +4499,7 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
 
 
 def _heed_sigterm() -> None:
-    """Have it end a plugin that listens in the orderly way, as Ctrl-C does."""
+    """Have it end the plugin as Ctrl-C does."""
     signal = _import("signal")
     main = threading.current_thread() is threading.main_thread()
     if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -4519,7 +4520,7 @@ def _checked_key(key: bytes | str) -> bytes:
 def _checked_config(config: Any) -> dict[str, Any]:
     """What another host needs to attach. Raises ValueError, which does not tell the key."""
     kinds = {"network": str, "address": str, "authkey": str, "pid": int, "protocol_version": int}
-    if not isinstance(config, dict) or any(type(config.get(key)) is not kind for key, kind in kinds.items()):
+    if not (isinstance(config, dict) and all(type(config.get(key)) is kind for key, kind in kinds.items())):
         raise ValueError(f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it")
     _checked_key(config["authkey"])
     return {key: config[key] for key in kinds}
@@ -4529,7 +4530,7 @@ class _Server:
     """What this process serves, and to whom, each over a session of its own.
 
     The main thread listens, serves the launcher, waits and closes; a thread of the door attends to each host
-    that attaches; any may `stop` it. `_lock` protects `_sessions`, `_grace` and `_over`.
+    that attaches; any may `stop` it. `_lock` protects `_sessions`, `_grace` and `over`.
     """
 
     def __init__(self, versions: Mapping[Any, Mapping[str, Any]], info: Mapping[str, Any] | None,
@@ -4547,7 +4548,7 @@ class _Server:
         self._lock = threading.Lock()
         self._sessions: list[_Session] = []  # those that are not disposed of
         self._grace = _GRACE  # in seconds, that the calls have and what is served
-        self._over = threading.Event()  # set once it is to end
+        self.over = threading.Event()  # set once it is to end
 
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
         """Run the handshake."""
@@ -4583,14 +4584,15 @@ class _Server:
                 address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
         except (OSError, EOFError, ValueError, PluginError) as error:
             refused = isinstance(error, HandshakeError)
-            what = "the host refused this plugin" if refused else f"no host at {address}: {type(error).__name__}"
-            sys.exit(f"miniplug: {what}: {error}")
+            what = "the host refused this plugin" if refused else f"no host at {address}"
+            sys.exit(f"miniplug: {what}: {type(error).__name__}: {error}")
         cause = self.attend(channel, terms, gone)
         orderly = EOFError, BrokenPipeError, ConnectionResetError, ConnectionAbortedError, type(None)
         if not (self.stays or isinstance(cause, orderly)):
             sys.exit(f"miniplug: the connection to the host has failed: {type(cause).__name__}: {cause}")
 
-    def attend(self, channel: _Channel, terms: _Terms, gone: Callable[[], Any] = bool) -> BaseException | None:
+    def attend(self, channel: _Channel, terms: _Terms,
+               gone: Callable[[], Any] = bool) -> BaseException | None:
         """Serve one host, until it says stop or is gone: then `gone` is called. Returns why it has ended."""
         def lost(cause: BaseException) -> Callable[[list[str]], BaseException]:
             gone()
@@ -4598,18 +4600,18 @@ class _Server:
 
         served = self._served.get(terms.protocol_version) or self._served[None]
         with self._lock:
-            if self._over.is_set():
+            if self.over.is_set():
                 channel.close()
                 return None
             session = _open_session(channel, terms, self._max_message, served, lost, True, self._slots)
             self._sessions.append(session)
         session.finished.acquire()
-        assert session.closing is not None
-        if session.closing >= 0:
-            self.stop(session.closing)
+        grace = session.closing or 0.0
+        if grace >= 0:
+            self.stop(grace)
         elif not self.stays and all(each.closing is not None for each in list(self._sessions)):
             self.stop()  # the last one is gone
-        if not self._over.is_set():  # else `close` does that
+        if not self.over.is_set():  # else `close` does that
             self._part([session])
         return session.cause
 
@@ -4628,15 +4630,11 @@ class _Server:
     def stop(self, grace: float = _GRACE) -> None:
         """Tell the hosts' sessions, and whoever waits, that it is over; `close` does the rest."""
         with self._lock:
-            self._grace = self._grace if self._over.is_set() else grace
-            self._over.set()
+            self._grace = self._grace if self.over.is_set() else grace
+            self.over.set()
             sessions = list(self._sessions)
         for session in sessions:
             session.stop(self._grace)
-
-    def wait(self) -> None:
-        while not self._over.wait(0.5):
-            pass  # a signal on Windows, or to another thread, does not interrupt it
 
     def close(self) -> None:
         """Let nobody in any more, and end the sessions and what is served."""
@@ -4667,7 +4665,7 @@ def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, 
     return versions
 
 
-# -- output and logging in the plugin: lines on stderr, in the format of hclog, one JSON object each
+# -- output and logging in the plugin: lines on stderr, as hclog's JSON
 
 _LEVELS = {"error": 40, "warn": 30, "info": 20, "debug": 10, "trace": 5}
 
@@ -4701,7 +4699,7 @@ def _prepare_output() -> None:
 
 
 def _no_breakpoint(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("breakpoint() in a plugin whose stdin is discarded: launch it with stdin='inherit' and "
+    raise RuntimeError("breakpoint() in a plugin whose stdin is discarded: launch it with stdin='inherit', "
                        "stdout='inherit'")
 
 
@@ -4749,8 +4747,8 @@ def _log_line(formatter: Any, record: Any) -> str:
     when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
     level = next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace")
     trace = formatter.formatException(record.exc_info) if record.exc_info else record.exc_text
-    fields = {"@level": level, "@levelno": record.levelno, "@message": record.getMessage(), "@module": record.name,
-              "@timestamp": when.isoformat(timespec="microseconds"),
+    fields = {"@level": level, "@levelno": record.levelno, "@module": record.name,
+              "@message": record.getMessage(), "@timestamp": when.isoformat(timespec="microseconds"),
               "@traceback": "\n".join(filter(None, (trace, record.stack_info)))}
     blank = _import("logging").makeLogRecord({"message": "", "asctime": ""})  # what formatting adds
     more = {key: value for key, value in vars(record).items() if not hasattr(blank, key)}
@@ -4760,7 +4758,7 @@ def _log_line(formatter: Any, record: Any) -> str:
         return json.dumps({**{key: _import("reprlib").repr(value) for key, value in more.items()}, **fields})
 
 
-# -- a plugin's output in the host: lines, and the log records that they are
+# -- a plugin's output in the host
 
 _LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces
 _TAIL_LINES = 30  # how many last lines an error carries
@@ -4782,8 +4780,7 @@ class _Lines:
         self._returned = False  # whether the last line has ended with a \r, which a \n may follow
 
     def read_until(self, ended: Callable[[], bool], wake: int) -> None:
-        """Deliver lines until the stream ends; or the process has, and for a moment what comes yet: another
-        one may hold the pipe open for ever."""
+        """Deliver lines until the stream ends, or the process has: another one may hold the pipe open."""
         more, last = True, float("inf")
         while more and time.monotonic() < last:
             over = ended()
@@ -4802,12 +4799,13 @@ class _Lines:
         self._flush()
 
     def _await_more(self, seconds: float | None, wake: int) -> bool:
-        """Wait for something to read, until there is something in `wake`. False if there is nothing."""
+        """Whether there is something to read, within that time and before there is something in `wake`."""
         if not _WINDOWS:
             return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
         if seconds is None:
             return True  # reading itself is what waits
-        peek = partial(_import("_winapi").PeekNamedPipe, _import("msvcrt").get_osfhandle(self.file.fileno()), 0)
+        handle = _import("msvcrt").get_osfhandle(self.file.fileno())
+        peek = partial(_import("_winapi").PeekNamedPipe, handle, 0)
         try:
             if not peek()[0]:
                 time.sleep(seconds)
@@ -4887,7 +4885,7 @@ class _LogSink:
     """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is."""
 
     _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
-    _LINKS = ("During handling of the above exception,", "The above exception was the direct cause", _HEADS[0])
+    _LINKS = (_HEADS[0], "During handling of the above exception,", "The above exception was the direct")
 
     def __init__(self, parent: logging.Logger, stream: str) -> None:
         self._parent = parent
@@ -4954,14 +4952,13 @@ class _LogSink:
 
 # === 9. process =======================================================================================
 #
-# Start a process, and end it with all that it started: on POSIX it leads a session of its own, so that one
-# signal reaches its group and the terminal's Ctrl-C does not (with stdin="inherit" on a terminal there is no
-# group: then only the process itself is ended); on Windows it is in a job object. When the host itself ends,
-# by SIGKILL too, the job closes with its last handle; on POSIX the guardian waits for that.
+# Start a process, and end it with all that it started: on POSIX it leads a session of its own, which the
+# terminal's Ctrl-C does not reach (with stdin="inherit" on a terminal it does not, and is ended alone); on
+# Windows it is in a job object. When the host ends, the job does; on POSIX there is a guardian for that.
 #
 # What stands for a process has `pid`, `stdout`, `stderr`; `signal(kill)`, for any thread; `await_exit()` and
-# then `reap()`, which gives the exit code, for the one thread that watches it; `keep()`, so that it stays when
-# the host goes; and `disown()`, for a forked child.
+# then `reap()`, which gives the exit code, for the one that watches it; `keep()`, so that it stays when the
+# host goes; and `disown()`, for a forked child.
 
 _PIPE, _DEVNULL = -1, -3  # as in subprocess, which is slow to import
 _SHELL = "/bin/sh"
@@ -5007,7 +5004,7 @@ class Limits(_Limits, metaclass=_Brief):
         return self
 
     def _as_job(self, stays: bool = False) -> bytes:
-        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of a job that ends with its last handle, unless it stays."""
+        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of a job that ends with its last handle or `stays`."""
         flags = 0x4 * bool(self.cpu_seconds) | 0x200 * bool(self.memory) | 0x2000 * (not stays)
         ticks = min(int((self.cpu_seconds or 0) * 10**7), (1 << 63) - 1)  # of 100 ns
         memory = min(self.memory or 0, (1 << 8 * struct.calcsize("N")) - 1)
@@ -5037,10 +5034,10 @@ class Limits(_Limits, metaclass=_Brief):
 # The guardian is told "+PID" of a process that leads a group, "=PID" of one that leads none, "/FOLDER" of a
 # door's folder; and the same after a "!" when that is gone. When the host is gone it removes the folders,
 # gives the processes some time to end by themselves, and kills what is left of them and their groups. Each is
-# known by when it began as well, so that no later process of its number is meant. (A group's number is given
-# to nobody: so what its leader has left behind is killed without a look.)
+# known by when it began as well, so that no later process of its number is meant. (A group's number is nobody
+# else's: so what its leader has left is killed without a look.)
 _GUARDIAN = """
-begun() {  # sets when the process $1 has
+begun() {
     if [ -d /proc/self ]; then
         read -r stat 2>/dev/null <"/proc/$1/stat" || return 1
         set -- ${stat##*) }
@@ -5050,7 +5047,7 @@ begun() {  # sets when the process $1 has
         [ $# -gt 0 ] && found=$2-$3-$4-$5
     fi
 }
-runs() {  # whether what is known as $1 does
+runs() {
     begun "${1##*[+=]}" && [ "$found" = "${1%%[+=]*}" ]
 }
 rounds=$1
@@ -5120,7 +5117,7 @@ class _Guardian:
         return None
 
     def _begin(self) -> None:
-        """There is none where there is no shell: a plugin still ends by itself when its connection does."""
+        """Where there is no shell, a plugin still ends by itself when its connection does."""
         nested = _ADDRESS in {**_environment, **os.environ}  # another guardian waits for this host
         argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", "5" if nested else "30"]  # tenths of a second
         try:
@@ -5128,11 +5125,11 @@ class _Guardian:
             _posix.set_blocking(self._pipe[1], False)
             self._process = _popen(argv, stdin=self._pipe[0], stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
                                    env={"PATH": os.defpath}, start_new_session=True)
-        except OSError:  # no descriptor to be had
+        except OSError:
             self._part()
 
     def _part(self) -> None:
-        """First its end, or it would take that of the pipe for the host's."""
+        """Killed first, as it would take the pipe's end for the host's."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -5234,7 +5231,7 @@ class _WindowsProcess:
         self._limit(stays=True)
 
     def signal(self, kill: bool) -> None:
-        """Windows has no gentler way for a process without a window."""
+        """There is no gentler way for a process without a window."""
         with self._lock:
             if self._job:
                 self._system.TerminateJobObject(self._job, 1)
@@ -5268,7 +5265,7 @@ class _NoProcess:
         self._let_go.set()
 
     def await_exit(self) -> None:
-        self._let_go.wait() if self._thread is None else self._thread.join()
+        (self._thread.join if self._thread else self._let_go.wait)()
 
     def reap(self) -> int | None:
         return None if self._thread is None else 0
