@@ -2727,7 +2727,7 @@ class _Request:
             self.producer.resume()  # it is closed, if it waits for credit
 
     def on_loop(self, function: Callable[[], Any]) -> bool:
-        """Have the loop that this runs on, the host's or that of the async methods, call it. False if closed."""
+        """Have the loop that this runs on call a function: the host's, or ours. False if it is closed."""
         if self.loop is None:
             return self.session.references.on_loop(function)  # type: ignore[no-any-return]
         return _call_on(self.loop, function)
@@ -2742,7 +2742,7 @@ def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> boo
 
 
 class _Slots:
-    """How many calls may run at once, of all sessions of a plugin. For the pool; `_lock` protects the rest."""
+    """How many calls may run at once, of all sessions of a plugin. For the pool; `_lock` protects it all."""
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
@@ -2903,7 +2903,7 @@ class _Reader:
         return sleeps and attends
 
     def _route_call(self, come: deque[_Message], message: _Message, attends: bool) -> _Request | None:
-        """Give a call to who runs it. What the attendant runs itself, as it is on behalf of none, is returned."""
+        """Give a call to who runs it. One on behalf of none the attendant runs itself: it is returned."""
         number, parent = message[2:4]
         request, runner = self._requests.get(number), self._session.runner
         if request is None:
@@ -3050,7 +3050,7 @@ class _Attendant:
 
 
 class _Caller:
-    """Our calls, from the proxy to the answer. For any thread; but `give_up`, which clears up, for the pool."""
+    """Our calls, from the proxy to the answer. For any thread; `give_up`, which clears up, for the pool."""
 
     def __init__(self, session: _Session) -> None:
         self._session = session
