@@ -2320,8 +2320,7 @@ class _Request:
             self.producer.resume()  # it is closed, if it waits for credit
 
     def on_loop(self, function: Callable[[], Any]) -> bool:
-        """Have the loop that this runs on call a function: the host's, or that of the async methods. False if
-        closed."""
+        """Have the loop that this runs on call a function: the host's, or ours. False if it is closed."""
         if self.loop is None:
             return self.session.references.on_loop(function)  # type: ignore[no-any-return]
         return _call_on(self.loop, function)
@@ -2336,8 +2335,7 @@ def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> boo
 
 
 class _Slots:
-    """How many calls may run at once. All sessions of a plugin share them. For threads of the pool; `_lock`
-    protects the rest."""
+    """How many calls may run at once, of all sessions of a plugin. For the pool; `_lock` protects it all."""
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
@@ -2458,7 +2456,8 @@ class _Reader:
                 if kind in _ANSWERS:
                     plain = kind == _RESULT and not message[1] & _STREAM
                     if plain and message[2] == number and number in calls:  # the usual case
-                        waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
+                        inbox: Any = waiting.inbox  # type: ignore[union-attr]
+                        inbox.extend(itertools.starmap(come.popleft, _ONCE))
                         calls.pop(number, None)
                     elif self._route_answer(come, message, waiting is None):
                         return None
@@ -2497,8 +2496,7 @@ class _Reader:
         return sleeps and attends
 
     def _route_call(self, come: deque[_Message], message: _Message, attends: bool) -> _Request | None:
-        """Give a call to who runs it. The attendant does so itself, where it is on behalf of none: it is
-        returned."""
+        """Give a call to who runs it. One on behalf of none the attendant runs itself: it is returned."""
         number, parent = message[2:4]
         request, runner = self._requests.get(number), self._session.runner
         if request is None:
@@ -2645,8 +2643,7 @@ class _Attendant:
 
 
 class _Caller:
-    """Our calls, from the proxy to the answer. For any thread. What one may leave the pool clears up:
-    `give_up`."""
+    """Our calls, from the proxy to the answer. For any thread; `give_up`, which clears up, for the pool."""
 
     def __init__(self, session: _Session) -> None:
         self._session = session
@@ -2718,8 +2715,7 @@ class _Caller:
         return call
 
     def next(self, call: _Call) -> None:
-        """Wait for a message of a stream. Raises as `call` does, and leaves it to the stream to give the call
-        up."""
+        """Wait for a message of a stream. Raises as `call` does; the stream gives the call up then."""
         if call.inbox:
             return
         if _loop_threads and _get_ident() in _loop_threads:
@@ -2860,8 +2856,7 @@ class _Runner:
     # -- which thread
 
     def run_message(self, message: _Message) -> None:
-        """Run the call that a message is, once there is a slot; unless a thread has gone in the midst of
-        it."""
+        """Run the call that a message is, once there is a slot; unless a thread has left it half run."""
         request = self._requests.get(message[2])
         if request is not None and request.begun:
             self.fail(request, KeyboardInterrupt())
@@ -2880,10 +2875,12 @@ class _Runner:
 
     def run_nested(self, call: _Call) -> None:
         """As the thread that waits for a call: run the one in its inbox."""
-        request = self._requests.get(call.inbox[0][2])
+        inbox = call.inbox
+        request = self._requests.get(inbox[0][2])
         if request is not None:
             self.run(request)
-        call.inbox.popleft()  # not before: should this thread go, who gives the call up sees to it
+        if inbox:  # not given up meanwhile
+            inbox.popleft()  # not before: should this thread go, who gives the call up sees to it
 
     def run_on_loop(self, call: _Call, request: _Request) -> bool:
         """Have the loop that waits for a call run one made on its behalf. False if that is closed."""
@@ -3005,8 +3002,7 @@ class _Runner:
         self._requests.pop(request.number, None)
 
     def _home(self, error: BaseException) -> dict[str, Any]:
-        """Of an exception that has come from the other side: the number of the call that had raised it
-        here."""
+        """The number of the call that raised an exception here, which then came from the other side."""
         origin = vars(error).get("_origin") if issubclass(type(error), RemoteError) else None
         return {"home": origin[1]} if origin is not None and origin[0]() is self._session else {}
 
@@ -3029,13 +3025,12 @@ class _Runner:
         return True
 
     def run_as_task(self, request: _Request, function: Callable[[], Any]) -> None:
-        """Run an async function on the loop of who waits for it, or on the one that the async methods
-        share."""
+        """Run an async function on the loop of who waits for it, or on that of the async methods."""
         def begin() -> None:
             asyncio = _import("asyncio")
             _current.set(request)
             request.task = task = asyncio.ensure_future(function())
-            if request.cancelled and request.producer is None:  # not before it has begun, or nothing would end it
+            if request.cancelled and request.producer is None:  # once it has begun, or nothing would end it
                 asyncio.get_running_loop().call_soon(task.cancel)
 
         if not request.on_loop(begin):
@@ -3365,8 +3360,7 @@ class _Session:
         return self.sealed
 
     def failed(self, error: BaseException, call: _Call) -> BaseException:
-        """End the connection for what the other side should not have sent; returns what the call is to
-        raise."""
+        """End the connection for what the other side should not have sent; returns what the call raises."""
         self.end(error)
         return self.ended([*{call.method: None, **dict.fromkeys(self.lost_calls)}])  # type: ignore[misc]
 
