@@ -377,10 +377,16 @@ def _bounded(value: int) -> int:
 
 def _told_apart(values: Iterable[Any]) -> list[Any]:
     """The values for a set, or the keys. To tell many with the same hash apart would take quadratic time."""
-    held = [*values]
+    held = values if type(values) is list else [*values]
     if len(held) > _MAX_ALIKE and max(Counter(map(hash, held)).values()) > _MAX_ALIKE:
         raise NotSerializable(f"more than {_MAX_ALIKE} of its values have the same hash")
     return held
+
+
+def _pairs(value: dict[Any, Any]) -> list[Any]:
+    if len(value) > _MAX_ALIKE:
+        _told_apart(value)
+    return [*_flatten(value.items())]
 
 
 def _make_dict(state: list[Any]) -> dict[Any, Any]:
@@ -474,7 +480,7 @@ _TAGS = {tag: _Row(*row) for tag, row in {
     "$str": (str, lambda text: _base64(text.encode("utf-8", "surrogatepass")),
              {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
     "$tuple": (tuple, list, {list: tuple}),
-    "$dict": (dict, lambda value: [*_flatten(zip(_told_apart(value), value.values()))], {list: _make_dict}),
+    "$dict": (dict, _pairs, {list: _make_dict}),
     "$numbers": (None, None, {list: _spread(_make_numbers)}),
     "$each": (None, None, {list: _spread(_make_each)}),
     "$bytes": (bytes, bytes, {str: binascii.a2b_base64}),
@@ -738,18 +744,21 @@ class _Packer:
                 return {"$numbers": [code, struct.pack(f"<{len(values)}{code}", *values)]}
             except struct.error:  # beyond 64 bits
                 return None
-        if kind is list:  # of short lists, at once
-            return values if max(map(len, values)) < _MANY and _are_plain([*_flatten(values)]) else None
+        if kind is list or kind is tuple:  # short ones, at once
+            if max(map(len, values)) >= _MANY or not _are_plain([*_flatten(values)]):
+                return None
+            if kind is list:
+                return values
         tag, tell = _WAYS[kind]
         if tag not in _EACH or (kind is dict and (not values[0] or str in map(type, _flatten(values)))):
             return None
-        states: Any = values if kind is bytes else [*map(tell, values)]
-        if tag != "$bytes":
-            states = self._fit_list(states)
-        elif max(map(len, states)) <= _INLINE:
+        states: Any = values if kind is bytes or kind is tuple else [*map(tell, values)]
+        if tag == "$bytes":
+            if max(map(len, states)) > _INLINE:
+                return None
             states = [*map(_base64, states)]
-        else:
-            return None
+        elif kind is not tuple:
+            states = self._fit_list(states)
         self.tagged = 1
         return {"$each": [tag, states]}
 
