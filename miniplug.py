@@ -3715,7 +3715,7 @@ class _References:
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
         self.lends = False  # whether anything is lent
-        self._held: Any = _import("weakref").WeakValueDictionary()  # also those that only a message holds
+        self._held: Any = _import("weakref").WeakValueDictionary()  # those in messages, also if given back
         self._parting: list[_Loan] = []  # those to be exited
         self._exit_lock = threading.RLock()  # held while they are
 
@@ -3755,7 +3755,7 @@ class _References:
             if number is None:
                 loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
                 number = self._lent.setdefault(key, next(self._numbers))
-                self._held[number] = self._loans.setdefault(number, loan)
+                self._loans.setdefault(number, loan)
             loan = self._loans[number]
             self.lends = True
             loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
@@ -3767,8 +3767,10 @@ class _References:
         if type(buffers) is _Held:
             return message
         held: Any = _Held(buffers)
-        numbers = re.findall(rb'"\$own":\s*\[\s*(\d{1,18})\b', body)
-        held.loans = [self._loans.get(int(number)) for number in numbers]
+        numbers = map(int, re.findall(rb'"\$own":\s*\[\s*(\d{1,18})\b', body))
+        found = {number: self._loans.get(number) for number in numbers}
+        held.loans = {number: loan for number, loan in found.items() if loan is not None}
+        self._held.update(held.loans)
         return (*head, body, held)
 
     def own(self, number: Any, method: Any) -> Any:

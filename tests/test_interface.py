@@ -281,8 +281,9 @@ def test_describe_tells_signatures_and_docs():
 def test_help_shows_the_plugins_signature_and_doc(both):
     proxy = both.dispense("s")
     out = io.StringIO()
-    pydoc.Helper(output=out).help(proxy.static)
-    assert "static(a: int, b: str = 'x')" in out.getvalue() and "A static one." in out.getvalue()
+    if sys.version_info >= (3, 9):  # before, pydoc looks at the type alone
+        pydoc.Helper(output=out).help(proxy.static)
+        assert "static(a: int, b: str = 'x')" in out.getvalue() and "A static one." in out.getvalue()
     assert proxy.plain.__doc__ == "plain(a, b)\n    Two by position or by name."
     assert proxy.plain.__name__ == "plain" and "plain" in repr(proxy.plain)
 
@@ -375,8 +376,9 @@ def test_a_function_is_dispensed_and_called():
         proxy = plugin.dispense()
         assert proxy(4) == 8 and proxy(4, by=3) == 12 and proxy.submit(5).result(5) == 10
         out = io.StringIO()
-        pydoc.Helper(output=out).help(proxy)
-        assert "(number, by=2)" in out.getvalue() and "Twice as much" in out.getvalue()
+        if sys.version_info >= (3, 9):
+            pydoc.Helper(output=out).help(proxy)
+            assert "(number, by=2)" in out.getvalue() and "Twice as much" in out.getvalue()
         with pytest.raises(miniplug.InterfaceMismatch, match="is no Shop: it has no method 'defaults'"):
             plugin.dispense("double", Shop)
         plugin.close()
