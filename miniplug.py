@@ -465,7 +465,9 @@ def _make_registered(name: str, held: Any) -> Any:
                               "both sides have to call miniplug.register for it")
     try:
         return _registered[name][1](held)
-    except Exception as error:
+    except BaseException as error:
+        if _is_ctrl_c(error):
+            raise
         why = f"a value of the registered type {name!r} cannot be made from what came: {_shown(error)}"
         raise NotSerializable(why) from error
 
@@ -2747,9 +2749,8 @@ class _Caller:
 
     def _start(self, call: _Call, kind: int, content: Any, future: Any = None) -> None:
         session = self._session
-        if not session.sealed:
-            self._calls[call.number] = call
-        if session.sealed:  # once more, as the end fails those that are there
+        self._calls[call.number] = call
+        if session.sealed:  # only now, as the end fails those that are there
             raise _Sealed
         if future is not None:
             call.future = future  # only now, as what is not sent may go elsewhere
@@ -2943,7 +2944,8 @@ class _Runner:
                 self.answer(request, value)
         except BaseException as error:
             self._explain(request, error)
-            own, strikes = own and issubclass(type(error), PluginError), _in_main_thread()
+            own = own and issubclass(type(error), PluginError)
+            strikes = _in_main_thread() and not self._session.is_abandoned
             if strikes or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
                 _pool.put((self.fail, request, error, own))
             else:

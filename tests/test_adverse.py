@@ -422,7 +422,7 @@ def test_the_end_waits_for_what_is_being_exited(pair, monkeypatch):  # noqa: F81
 
     both = pair({"managed": Managed})
     managed = both.dispense("managed")
-    start = miniplug._start_thread
+    put = miniplug._pool.put
 
     def close():
         both.references.close()
@@ -430,13 +430,13 @@ def test_the_end_waits_for_what_is_being_exited(pair, monkeypatch):  # noqa: F81
 
     closing = threading.Thread(target=close)
 
-    def late(name, *args):
-        if name == "miniplug-exit":
+    def late(task):
+        if task[0] == both.references._exit_parting:
             closing.start()
-            closing.join(0.2)  # it does not end, as the exit has not even begun
-        return start(name, *args)
+            closing.join(0.2)
+        put(task)
 
-    monkeypatch.setattr(miniplug, "_start_thread", late)
+    monkeypatch.setattr(miniplug._pool, "put", late)
     miniplug.release(managed)
     until(lambda: "closed" in done)
     assert done == ["exited", "closed"]

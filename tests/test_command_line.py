@@ -340,7 +340,7 @@ def test_doctor_tells_of_a_temp_folder_that_will_not_do(monkeypatch):
 
 def test_doctor_where_no_plugin_runs(tmp_path):
     status, out, err = run("doctor", "--python", str(tmp_path / "no-python"))
-    assert (status, err) == (1, "") and out.splitlines()[-1].startswith("no  a plugin        ") and "no such program" in out
+    assert (status, err) == (1, "") and out.splitlines()[-1].startswith("no  a plugin        ") and "o such file" in out
     status, out, err = run("doctor", "--json", "--python", str(tmp_path / "no-python"))
     assert (status, err, json.loads(out)["ok"]) == (1, "", False)
 

@@ -628,7 +628,7 @@ def test_an_end_while_a_call_is_submitted(pair, monkeypatch, when):
     here.caller._calls = here.calls = Calls()
     if when == "after it has looked":
         here.sealed = Looks()
-    call, tasks = miniplug.Call("echo"), []
+    call, tasks = miniplug.Call(), []
     monkeypatch.setattr(miniplug._pool, "put", tasks.append)
     if when == "before it looks":
         with pytest.raises(miniplug._Sealed):
