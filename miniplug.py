@@ -4558,7 +4558,6 @@ class _Server:
         self.over = threading.Event()  # set once it is to end
 
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
-        """Run the handshake."""
         versions = None if None in self._served else sorted(self._served)
         hello = _Hello(channel, address, key, "plugin")
         return hello.as_plugin(versions, self._max_message, cookie, ["persist"] if self.stays else [])
@@ -4635,7 +4634,7 @@ class _Server:
             self._sessions.remove(session)
 
     def stop(self, grace: float = _GRACE) -> None:
-        """Tell the hosts' sessions, and whoever waits, that it is over; `close` does the rest."""
+        """Tell the sessions, and whoever waits, that it is over; `close` does the rest."""
         with self._lock:
             self._grace = self._grace if self.over.is_set() else grace
             self.over.set()
@@ -4935,7 +4934,7 @@ class _LogSink:
         logger = self._nearest(name)
         record = self._parent.makeRecord(name, level, "(plugin)", 0, fields.pop("@message"), (), None)
         trace, when = fields.pop("@traceback", None), str(fields.pop("@timestamp", ""))
-        record.exc_text = trace if isinstance(trace, str) else None  # formatters print it below the message
+        record.exc_text = trace and str(trace)  # formatters print it below the message
         try:
             created = _import("datetime").datetime.fromisoformat(when.replace("Z", "+00:00")).timestamp()
             time.localtime(created)  # formatters do that, and no platform can for every time
@@ -5221,7 +5220,7 @@ class _WindowsProcess:
         self._popen = _popen(argv, creationflags=flags, **popen)
         self.pid: int = self._popen.pid
         self.stdout, self.stderr = self._popen.stdout, self._popen.stderr
-        handle = ctypes.c_void_p(int(self._popen._handle))  # what ctypes takes for an int it would cut in two
+        handle = ctypes.c_void_p(int(self._popen._handle))  # an int would be cut to 32 bits
         self._job = ctypes.c_void_p(self._system.CreateJobObjectW(None, None))
         held = self._limit() and self._system.AssignProcessToJobObject(self._job, handle)
         unlimited = limits and not held  # without limits it runs without a job, too
@@ -5283,7 +5282,7 @@ class _NoProcess:
     disown = keep
 
 
-_WINDOWS_ERRORS = {0xC0000005: "an access violation", 0xC00000FD: "a stack overflow", 0xC000013A: "Ctrl-C",
+_WINDOWS_ERRORS = {0xC0000005: "an access violation", 0xC00000FD: "a stack overflow",
                    0xC0000135: "a DLL that is missing", 0xC0000409: "abort() or a buffer overrun"}
 
 

@@ -253,7 +253,7 @@ def test_nobody_waits_for_a_guardian_that_somebody_has_stopped():
     assert miniplug._guardian._process is None
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fdinfo"), reason="only /proc tells of it")
+@pytest.mark.skipif(WINDOWS or not os.path.isdir("/proc/self/fdinfo"), reason="only /proc tells of it")
 def test_the_guardian_of_a_host_with_a_default_timeout_waits_for_it():
     """What does not block for the host may not do so for who inherits it either: the guardian would take that for the
     host's end."""
