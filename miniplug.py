@@ -827,14 +827,17 @@ class _CarefulPacker(_Packer):
         return {"$dict": [*_flatten(zip(keys, values))]}
 
 
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)  # None: not CPython
+_quote = json.encoder.encode_basestring
+
+
 def _writer(hook: Any) -> Callable[[Any], str]:
     """What writes JSON, and asks `hook` for what JSON does not have."""
-    make: Any = getattr(json.encoder, "c_make_encoder", None)
-    if make is None:  # not CPython
+    if _make_encoder is None:
         return json.JSONEncoder(default=hook, ensure_ascii=False, check_circular=False, allow_nan=False,
                                 separators=(",", ":")).encode
     # json's own setup for every value costs more than its work
-    encode = make(None, hook, json.encoder.encode_basestring, None, ":", ",", False, False, False)
+    encode = _make_encoder(None, hook, _quote, None, ":", ",", False, False, False)
     return lambda value: "".join(encode(value, 0))
 
 

@@ -485,7 +485,7 @@ class TestGroups:
 def test_without_the_c_accelerator(monkeypatch):
     value = [1, (2, "a"), {3: b"x"}, D("1.5"), "\ud800", float("nan"), [2**60] * 40, [D(1)] * 40, {"$tuple": 1}]
     expected = codec().dumps(value, "value")
-    monkeypatch.setattr(json.encoder, "c_make_encoder", None)
+    monkeypatch.setattr(miniplug, "_make_encoder", None)
     monkeypatch.setattr(json.scanner, "c_make_scanner", None)
     monkeypatch.setattr(json.decoder.scanner, "make_scanner", json.scanner.py_make_scanner)
     monkeypatch.setattr(miniplug, "_encode", miniplug._writer(None))
