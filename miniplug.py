@@ -3720,7 +3720,7 @@ class _References:
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
         self.lends = False  # whether anything is lent
-        self._held: Any = _import("weakref").WeakValueDictionary()  # those in messages, also if given back
+        self._held: dict[int, Any] = {}  # weak references to those given back, that a message may hold
         self._parting: list[_Loan] = []  # those to be exited
         self._exit_lock = threading.RLock()  # held while they are
 
@@ -3737,7 +3737,9 @@ class _References:
         return lambda *args, **kwargs: obj._dispatch(method, args, kwargs)
 
     def loan(self, number: Any) -> _Loan:
-        loan = self._loans.get(number) or self._held.get(number) if type(number) is int else None
+        loan = None
+        if type(number) is int:
+            loan = self._loans.get(number) or self._held.get(number, lambda: None)()
         if loan is None:
             raise DeadReference(f"reference {number!r} is not lent, or no longer")
         return loan
@@ -3773,9 +3775,7 @@ class _References:
             return message
         held: Any = _Held(buffers)
         numbers = map(int, re.findall(rb'"\$own":\s*\[\s*(\d{1,18})\b', body))
-        found = {number: self._loans.get(number) for number in numbers}
-        held.loans = {number: loan for number, loan in found.items() if loan is not None}
-        self._held.update(held.loans)
+        held.loans = [*map(self._loans.get, numbers)]
         return (*head, body, held)
 
     def own(self, number: Any, method: Any) -> Any:
@@ -3794,6 +3794,7 @@ class _References:
                 loan.sent.pop()
             if loan.sent:
                 return
+            self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
             del self._loans[number]
             self._lent.pop(loan.key, None)
             self.lends = len(self._loans) > 1
