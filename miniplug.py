@@ -6883,7 +6883,8 @@ class _Run:
         _runs.discard(self)
         if self.session is not None:
             self.session.end(EOFError())
-        self.supervisor.notice()
+        if self.supervisor.state != "closed":  # at interpreter exit nobody gets its lock any more
+            self.supervisor.notice()
         self._settled.set()
         self.ended.set()
         self._end_session()
@@ -7375,8 +7376,6 @@ class _Supervisor:
 
     def notice(self) -> None:
         """Look whether the run that serves has ended. Calls and the run itself do, whichever is first."""
-        if self.state == "closed":  # at interpreter exit nobody gets the lock any more
-            return
         with self.news:
             run = self.run
             if self.state != "up" or run is None or run.takes_calls:
