@@ -2246,12 +2246,13 @@ if hasattr(os, "register_at_fork"):
 
 def _leave_fork(error: BaseException | None) -> None:
     """End a forked child whose method has ended there: it must neither answer nor serve beside its parent."""
+    code = error.code if isinstance(error, SystemExit) else error
     try:
-        if error is not None:
+        if error is not None and code is error:
             _import("traceback").print_exception(type(error), error, error.__traceback__)
         sys.stdout.flush()
     finally:
-        os._exit(int(error is not None))
+        os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
 
 
 class _Call:
