@@ -2639,12 +2639,13 @@ if hasattr(os, "register_at_fork"):
 
 def _leave_fork(error: BaseException | None) -> None:
     """End a forked child whose method has ended there: it must neither answer nor serve beside its parent."""
+    code: Any = error.code if isinstance(error, SystemExit) else int(error is not None)
     try:
-        if error is not None:
+        if error is not None and not isinstance(error, SystemExit):
             _import("traceback").print_exception(type(error), error, error.__traceback__)
         sys.stdout.flush()
     finally:
-        os._exit(int(error is not None))
+        os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
 
 
 class _Call:
@@ -2678,7 +2679,6 @@ class _Call:
         return None if self.deadline is None else _left(self.deadline)
 
     def wake(self) -> None:
-        """Something has come for who waits."""
         if self.watcher is not None:
             self.watcher()
         if self.gate is not None:
@@ -3089,7 +3089,6 @@ class _Caller:
             raise
 
     def notify(self, *call: Any) -> None:
-        """Call, and want no answer. Raises what sending raises."""
         self.call(*call, kind=_NOTIFY)  # type: ignore[misc]
 
     def ping(self, seconds: float) -> float:
@@ -3234,7 +3233,6 @@ class _Caller:
             _pool.alarm(when, self._expire)
 
     def _expire(self) -> None:
-        """Fail submitted calls whose deadline has come."""
         now = time.monotonic()
         for call in list(self._calls.values()):
             if call.future is None or call.deadline is None or call.streams:
@@ -3338,7 +3336,8 @@ class _Runner:
             if type(value) in _ATOMS or not self._is_more(request, value):
                 self.answer(request, value)
         except BaseException as error:
-            own, strikes = own and issubclass(type(error), PluginError), _in_main_thread()
+            own = own and issubclass(type(error), PluginError)
+            strikes = _in_main_thread() and not self._session.is_abandoned
             if strikes or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
                 _pool.put((self.fail, request, error, own))
             else:
@@ -3351,13 +3350,11 @@ class _Runner:
         return None
 
     def _took(self, method: str, seconds: float) -> None:
-        """A method has run that long."""
         if len(self.quick) > 1000:
             self.quick.clear()  # an object that answers every name
         self.quick[method] = 0 if seconds > _QUICK else self.quick.get(method, 0) + 1
 
     def answer(self, request: _Request, value: Any) -> None:
-        """Answer with what a method has returned."""
         lent: list[int] = []
         if request.kind == _CALL and not request.cancelled:
             try:
@@ -3465,7 +3462,6 @@ class _Producer:
         self._alarmed = False  # whether those that wait are seen to
 
     def grant(self, message: _Message) -> None:
-        """There is credit for so many more items."""
         self._credit.append(int(message[4]))
         self.resume()
 
@@ -3651,7 +3647,6 @@ class _Session:
             raise MessageTooLarge(text, size=size, limit=limit)
 
     def post(self, kind: int, number: int, value: Any = None) -> None:
-        """Send a small message without waiting."""
         content = _NOTHING if value is None else self.codec.dumps(value, "a message")
         self.send(kind, 0, number, content, wait=False)
 
@@ -3730,7 +3725,6 @@ class _Session:
             time.sleep(0.005)
 
     def busy(self) -> bool:
-        """Whether any call or stream is under way, or a reference left, either way."""
         return bool(self.calls or self.requests or self.borrowed or self.references.lends)
 
     def unused(self) -> bool:
@@ -3744,7 +3738,6 @@ class _Session:
         self.reader.pass_on()
 
     def ask_to_end(self, grace: float) -> None:
-        """Tell the plugin to end, within so many seconds."""
         self.post(_SHUTDOWN, 0, grace)
 
     def seal(self) -> bool:
