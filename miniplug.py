@@ -2246,9 +2246,9 @@ if hasattr(os, "register_at_fork"):
 
 def _leave_fork(error: BaseException | None) -> None:
     """End a forked child whose method has ended there: it must neither answer nor serve beside its parent."""
-    code = error.code if isinstance(error, SystemExit) else error
+    code: Any = error.code if isinstance(error, SystemExit) else int(error is not None)
     try:
-        if error is not None and code is error:
+        if error is not None and not isinstance(error, SystemExit):
             _import("traceback").print_exception(type(error), error, error.__traceback__)
         sys.stdout.flush()
     finally:
@@ -2286,7 +2286,6 @@ class _Call:
         return None if self.deadline is None else _left(self.deadline)
 
     def wake(self) -> None:
-        """Something has come for who waits."""
         if self.watcher is not None:
             self.watcher()
         if self.gate is not None:
@@ -2697,7 +2696,6 @@ class _Caller:
             raise
 
     def notify(self, *call: Any) -> None:
-        """Call, and want no answer. Raises what sending raises."""
         self.call(*call, kind=_NOTIFY)  # type: ignore[misc]
 
     def ping(self, seconds: float) -> float:
@@ -2843,7 +2841,6 @@ class _Caller:
             _pool.alarm(when, self._expire)
 
     def _expire(self) -> None:
-        """Fail submitted calls whose deadline has come."""
         now = time.monotonic()
         for call in list(self._calls.values()):
             if call.future is None or call.deadline is None or call.streams:
@@ -2962,7 +2959,6 @@ class _Runner:
         return None
 
     def _took(self, method: str, seconds: float) -> None:
-        """A method has run that long."""
         if len(self.quick) > 1000:
             self.quick.clear()  # an object that answers every name
         self.quick[method] = 0 if seconds > _QUICK else self.quick.get(method, 0) + 1
@@ -2977,7 +2973,6 @@ class _Runner:
             error.args = (f"{text}; a plugin's stdin is discarded, unless launched with stdin='inherit'",)
 
     def answer(self, request: _Request, value: Any) -> None:
-        """Answer with what a method has returned."""
         lent: list[int] = []
         if request.kind == _CALL and not request.cancelled:
             try:
@@ -3085,7 +3080,6 @@ class _Producer:
         self._alarmed = False  # whether those that wait are seen to
 
     def grant(self, message: _Message) -> None:
-        """There is credit for so many more items."""
         self._credit.append(int(message[4]))
         self.resume()
 
@@ -3271,7 +3265,6 @@ class _Session:
             raise MessageTooLarge(text, size=size, limit=limit)
 
     def post(self, kind: int, number: int, value: Any = None) -> None:
-        """Send a small message without waiting."""
         content = _NOTHING if value is None else self.codec.dumps(value, "a message")
         self.send(kind, 0, number, content, wait=False)
 
@@ -3350,7 +3343,6 @@ class _Session:
             time.sleep(0.005)
 
     def busy(self) -> bool:
-        """Whether any call or stream is under way, or a reference left, either way."""
         return bool(self.calls or self.requests or self.borrowed or self.references.lends)
 
     def unused(self) -> bool:
@@ -3364,7 +3356,6 @@ class _Session:
         self.reader.pass_on()
 
     def ask_to_end(self, grace: float) -> None:
-        """Tell the plugin to end, within so many seconds."""
         self.post(_SHUTDOWN, 0, grace)
 
     def seal(self) -> bool:
