@@ -3669,7 +3669,12 @@ class _Remote:
         return hash(self._target.identity)
 
     def __reduce__(self) -> NoReturn:
+<<<<<<< HEAD
         raise NotSerializable("a proxy cannot be copied or pickled: it stays in its process", type_name="proxy")
+=======
+        text = "a proxy cannot be copied or pickled: it stays in its process"
+        raise NotSerializable(text, type_name="proxy")
+>>>>>>> faces
 
     def __repr__(self) -> str:
         return f"<{f'method {self._name}' if self._name else 'proxy'} of {self._target.label}>"
@@ -6673,10 +6678,19 @@ def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
     a host has imported it."""
     sys.meta_path.insert(0, _Finder(name))
+    sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
     _run_script(*arguments) if verb == "run" else _serve_specs(*arguments, **options)
+
+
+def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
+    """As sys.excepthook: the traceback without the frames of miniplug and of importing that come first."""
+    here = _show_error.__code__.co_filename
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((here, "<")):
+        frames = frames.tb_next
+    sys.__excepthook__(kind, error.with_traceback(frames), frames)
 
 
 def _run_script(path: str) -> None:

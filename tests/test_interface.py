@@ -2,9 +2,11 @@
 
 import abc
 import asyncio
+import copy
 import inspect
 import io
 import os
+import pickle
 import pydoc
 import sys
 import threading
@@ -307,6 +309,16 @@ def test_attributes_cannot_be_set(both):
         with pytest.raises(AttributeError, match="has methods only"):
             setattr(proxy, name, 1)
     assert callable(proxy.plain)
+
+
+@pytest.mark.parametrize("use", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(both, use):
+    proxy = both.dispense("s")
+    for each in (proxy, proxy.plain, [proxy]):
+        if each == [proxy] and use is copy.copy:
+            continue
+        with pytest.raises(miniplug.NotSerializable, match="proxy"):
+            use(each)
 
 
 # -- what a foreign plugin may answer
