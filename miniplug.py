@@ -3669,12 +3669,8 @@ class _Remote:
         return hash(self._target.identity)
 
     def __reduce__(self) -> NoReturn:
-<<<<<<< HEAD
-        raise NotSerializable("a proxy cannot be copied or pickled: it stays in its process", type_name="proxy")
-=======
         text = "a proxy cannot be copied or pickled: it stays in its process"
         raise NotSerializable(text, type_name="proxy")
->>>>>>> faces
 
     def __repr__(self) -> str:
         return f"<{f'method {self._name}' if self._name else 'proxy'} of {self._target.label}>"
