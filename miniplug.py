@@ -2145,13 +2145,19 @@ class _Pool:
     def _work(self) -> None:
         taken: list[Any] = []  # the task: whatever is raised into this thread, that is done
         while taken or self._waits(taken):
+            failed = False
             try:
                 if taken:
                     function, *arguments = taken.pop()
                     function(*arguments)
             except BaseException:
                 _import("traceback").print_exc()
+                failed = True
             function = arguments = None
+            if failed:
+                for session in list(_sessions):  # it may have been the one that reads
+                    session.reader.seat.mend()
+                    session.reader.pass_on()
 
     def _waits(self, taken: list[Any]) -> bool:
         """Wait for a task, or for nothing any more: False."""
@@ -2552,15 +2558,13 @@ class _Attendant:
     that has been quick it runs at once, and reads on; for any other it first has another thread read. `_look`
     sees twice a second whether a quick one takes long after all.
 
-    Any thread may call `come` and `watch`, the pool all else. The attendant has what was in `_rights`:
-    `_current`.
+    Any thread may call `come` and `watch`, the pool all else. `_right` is held by who attends, or is about to.
     """
 
     def __init__(self, session: _Session) -> None:
         self._session = session
         self._reader = session.reader
-        self._rights: deque[Any] = deque(([None],))
-        self._current: Any = None
+        self._right = _Seat()
         self._inline = 0  # the number of the call that the attendant runs; negative when it has
         self._seen = 0  # that, at the last look
         self._watched = False
@@ -2574,7 +2578,7 @@ class _Attendant:
     def come(self) -> None:
         """Nobody reads: have a thread read, if one must; where only what is lent asks for it, in a moment, so
         that who calls again at once finds the seat free."""
-        if not self._rights or not self._is_wanted():
+        if self._right.holder() or not self._is_wanted():
             return
         if self._session.serving or self._reader.unattended:
             self._begin()
@@ -2584,19 +2588,21 @@ class _Attendant:
             self._coming = soon
 
     def _begin(self) -> None:
-        if self._rights and not self._reader.seat and self._is_wanted():
-            try:
-                _move(self._attend, self._rights.popleft)
-            except IndexError:
-                pass  # somebody else was quicker
+        if self._right.holder() or self._reader.seat or not self._is_wanted():
+            return
+        self._right.mend()
+        token = {0}
+        mine = _ref_to(token)
+        if self._right.setdefault(0, mine) is mine:
+            _pool.put((self._attend, token, mine))
 
-    def _attend(self, right: Any) -> None:
+    def _attend(self, token: set[int], mine: Any) -> None:
         """Read while no caller does, and run calls that are quick at once."""
-        self._current = right
-        session, seat, runner, token = self._session, self._reader.seat, self._session.runner, {_get_ident()}
-        mine, slow = _ref_to(token), None
+        session, right, seat, runner = self._session, self._right, self._reader.seat, self._session.runner
+        token.add(_get_ident())
+        slow = None
         try:
-            while slow is None and self._current is right and self._is_wanted():
+            while slow is None and right[0] is mine and self._is_wanted():
                 if seat.setdefault(0, mine) is not mine:
                     break
                 request = self._reader.read()
@@ -2613,7 +2619,7 @@ class _Attendant:
                             self.watch()
                         del seat[0]
                         runner.run_with_slot(request)
-                        if self._current is right:
+                        if right[0] is mine:
                             self._inline = -request.number
                 request = None
                 if seat[0] is mine:
@@ -2623,9 +2629,8 @@ class _Attendant:
         finally:
             if seat[0] is mine:
                 del seat[0]
-            if self._current is right:
-                self._current = None
-                self._rights.append(right)
+            if right[0] is mine:
+                del right[0]
             self._reader.pass_on()
         if slow is not None:
             runner.run_with_slot(slow)
@@ -2643,9 +2648,8 @@ class _Attendant:
         if session.channel.posted:
             session.flush()
         if inline == seen and inline > 0:
-            if self._current is not None and not self._reader.seat:
-                self._current = None  # that one reads no more
-                self._rights.append([None])
+            if self._right and not self._reader.seat:
+                self._right.pop(0, None)  # that one reads no more
                 self._begin()
         elif inline == seen:
             self._watched = False  # first, then look once more
@@ -4365,7 +4369,6 @@ class Stream:
     def close(self) -> None:
         """Give the rest up: the plugin's generator is closed. Closing what has ended does nothing."""
         if not self._over:
-            self._finish()
             _pool.put((self._session.caller.give_up, self._call))
             self._finish()
             _wake(self._waiters)
@@ -5642,7 +5645,7 @@ class _Run:
         except (LaunchError, PluginClosed):
             raise
         except (OSError, EOFError, RuntimeError, ValueError, PluginError, _Sealed) as error:
-            is_none = isinstance(error, (EOFError, PluginError))
+            is_none = isinstance(error, (EOFError, PluginError, _Broken))
             reason = ": ".join([*argv[:1], f"it is no plugin: {error!r}" if is_none else str(error)])
             raise recipe.not_started(argv, reason, HandshakeError if is_none else LaunchError) from None
 
@@ -5789,7 +5792,8 @@ class _Run:
         while not self.session.seal() and time.monotonic() < deadline:
             self.ended.wait(pause)
             pause = min(2 * pause, 0.05)
-        _end_runs([self], _GRACE)
+        if self.session.ended is None:  # else it has crashed, which its calls are told
+            _end_runs([self], _GRACE)
 
     def _watch(self) -> None:
         self.process.await_exit()

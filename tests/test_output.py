@@ -484,7 +484,7 @@ def test_a_logger_is_not_asked_for_any_number_of_levels(log):
 def test_a_traceback_without_end_comes_in_pieces(log):
     take = sink()
     lines = [f"  File {number}" + 300 * "." for number in range(10000)]
-    assert sum(map(len, lines)) > 2 * miniplug._TRACE_LIMIT
+    assert sum(map(len, lines)) > 2 * miniplug._RECORD_LIMIT
     take("Traceback (most recent call last):")
     most = 0
     for number, line in enumerate(lines):

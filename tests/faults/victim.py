@@ -230,7 +230,7 @@ def raise_in_every_thread():
     import ctypes
 
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.ident is not None:  # one that starts just now has none yet
+        if thread is not threading.current_thread() and thread.is_alive():  # in one that starts, it is Python's start() that hangs
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 
 
