@@ -1768,8 +1768,7 @@ class _Listener:
 
     The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it, and
     with a "!" before it once it is gone. Raises OSError and ValueError for an `address` that will not do. One
-    thread may
-    accept, another close.
+    thread may accept, another close.
     """
 
     def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
