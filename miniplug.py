@@ -64,8 +64,8 @@ The map of this file; each section uses only those above it:
 #              _Session.send -> _Channel.send -> write      a message: header, body, buffers
 #              _Reader.wait                 takes the seat and reads, or sleeps while another thread reads
 #     plugin   _Channel.receive             bytes become messages
-#              _Reader.read                 routes: a new call becomes a _Request, and goes to the pool;
-#                                           the thread that reads runs it itself where such are quick
+#              _Reader.read                 routes: a new call becomes a _Request
+#              _Attendant._attend           runs it, if such are quick; else first has another thread read
 #              _Runner.run -> decode        [target, method, args, kwargs]
 #              _References.resolve          names and numbers to the bound method, which is called
 #              _Runner.answer, or fail      the result, or the error, goes back the same way
@@ -84,7 +84,8 @@ The map of this file; each section uses only those above it:
 #         _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock
 #     _Producer._lock, while a message is sent
 #     _References._lock
-#     _Supervisor.news; at interpreter exit it is kept for good, and whatever follows is done under it
+#     _Supervisor.news; but at interpreter exit (_close_all) it is kept for good, and what follows is done
+#         under it, that of any line
 #     under which no other is taken: _mending, _Door._lock, _Pool._lead, _Slots._lock, _Served._lock,
 #         _Server._lock, _Guardian._lock, those of the processes, and the condition of a Call
 #
