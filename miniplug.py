@@ -28,10 +28,11 @@ What `dispense` gives is a proxy, with the plugin's public methods. Each can be 
     m.timeout(5)(...)  waits at most 5 seconds; m.timeout(5).submit(...) and .notify(...) likewise
 
 The plugin runs in a process of its own. Whatever it does there (raise, leak, call ``os._exit``, die of a
-segmentation fault) is an exception in the host, with the exit code and the last lines it wrote; and when the host
-ends, however it ends, the plugin ends too, with all it started. What it prints and logs goes to the host's
-``logging``. The two talk over a private socket (a named pipe on Windows) with a fresh key for every launch, in JSON
-that keeps Python's types. Nothing that arrives is ever run as code. A program can serve plugins by itself, too::
+segmentation fault) is an exception in the host, with the exit code and the last lines it wrote; and when the
+host ends, however it ends, the plugin ends too, with all it started. What it prints and logs goes to the
+host's ``logging``. The two talk over a private socket (a named pipe on Windows) with a fresh key for every
+launch, in JSON that keeps Python's types. Nothing that arrives is ever run as code. A program can serve
+plugins by itself, too::
 
     if __name__ == "__main__":
         miniplug.serve({"greeter": GreeterHello()})
@@ -51,6 +52,46 @@ The map of this file; each section uses only those above it:
     11  discovery     what there is to launch
     12  command line  python -m miniplug serve ...
 """
+
+# For who reads the file (docs/review.md has a route, and the tests that show each part).
+#
+# One call, `greeter.greet("world")`, there and back:
+#
+#     host     _Method.__call__ -> _act     asks its _Target (a _Dispensed) where the object is now; the
+#                                           _Supervisor starts the plugin if it has to: a session, a number
+#              _Caller.call                 makes a _Call, with a number of its own and an inbox
+#              _Codec.dumps_call            makes its content: bytes, buffers beside them, what is lent
+#              _Session.send -> _Channel.send -> write      a message: header, body, buffers
+#              _Reader.wait                 takes the seat and reads, or sleeps while another thread reads
+#     plugin   _Channel.receive             bytes become messages
+#              _Reader.read                 routes: a new call becomes a _Request
+#              _Attendant._attend           runs it, if such are quick; else first has another thread read
+#              _Runner.run -> decode        [target, method, args, kwargs]
+#              _References.resolve          names and numbers to the bound method, which is called
+#              _Runner.answer, or fail      the result, or the error, goes back the same way
+#     host     _Reader.read                 puts the message into the inbox of that _Call
+#              _Caller.value                decodes it, in the thread that called, and returns or raises
+#
+# A callback is the same with the sides exchanged; it names the call on whose behalf it is made, and
+# `_Runner.run_nested` runs it in the thread that waits for that one.
+#
+# The states of a plugin are drawn at `_Supervisor`, those of a connection at `_Session`, and who reads at
+# `_Reader`.
+#
+# Locks, outermost first. One is taken only under those of a line above it:
+#
+#     held while code of the user runs, or a call is waited for, so each is for one thing alone:
+#         _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock
+#     _Producer._lock, while a message is sent
+#     _References._lock
+#     _Supervisor.news; but at interpreter exit (_close_all) it is kept for good, and what follows is done
+#         under it, that of any line
+#     under which no other is taken: _mending, _Door._lock, _Pool._lead, _Slots._lock, _Served._lock,
+#         _Server._lock, _Guardian._lock, those of the processes, and the condition of a Call
+#
+# Nobody waits for `_Producer._turn` and `_Run._claim`: who does not get them leaves the work to who has them.
+# A seat (`_Seat`) is no lock. A gate (`_gate`) is a lock that is used as a wake-up. Code of the user may run
+# in any thread that waits for a call, and a finalizer anywhere: so those only append to a queue.
 
 from __future__ import annotations
 
@@ -82,7 +123,20 @@ if TYPE_CHECKING:  # typing itself is slow to import
     import multiprocessing
     from pathlib import Path
     from types import ModuleType
-    from typing import IO, Any, Callable, Iterable, Mapping, NamedTuple, NoReturn, Sequence, TextIO, TypeVar, Union, overload
+    from typing import (
+        IO,
+        Any,
+        Callable,
+        Iterable,
+        Mapping,
+        NamedTuple,
+        NoReturn,
+        Sequence,
+        TextIO,
+        TypeVar,
+        Union,
+        overload,
+    )
 
     from typing_extensions import ParamSpec  # which type checkers have for every Python
 
@@ -96,15 +150,19 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Output = Union[str, _Sink, TextIO]
     _Bytes = Union[bytes, bytearray, memoryview]
     _Message = tuple[Any, ...]  # kind, flags, number, parent, body, buffers
-    _Content = tuple[bytes, Sequence[_Bytes], int, Sequence[int]]  # a value as bytes, those beside it, tagged?, what it lends
+    # a value as bytes, those beside it, whether it is tagged, what it lends
+    _Content = tuple[bytes, Sequence[_Bytes], int, Sequence[int]]
 
 __version__ = "0.1.0"
 
-__all__ = ["AuthenticationError", "Call", "CallTimeout", "ChecksumError", "DeadReference", "Handshake", "HandshakeError",
-           "InterfaceMismatch", "LaunchError", "Limits", "MessageTooLarge", "MethodInfo", "MethodNotFound", "NotSerializable",
-           "Plugin", "PluginClosed", "PluginCrashed", "PluginError", "PluginNotFound", "ProtocolError", "RemoteError", "Stream",
-           "__version__", "attach", "cancelled", "discover", "discover_entry_points", "freeze_support", "launch", "local", "ref",
-           "register", "release", "serve"]
+__all__ = [
+    "AuthenticationError", "Call", "CallTimeout", "ChecksumError", "DeadReference", "Handshake",
+    "HandshakeError", "InterfaceMismatch", "LaunchError", "Limits", "MessageTooLarge", "MethodInfo",
+    "MethodNotFound", "NotSerializable", "Plugin", "PluginClosed", "PluginCrashed", "PluginError",
+    "PluginNotFound", "ProtocolError", "RemoteError", "Stream", "__version__", "attach", "cancelled",
+    "discover", "discover_entry_points", "freeze_support", "launch", "local", "ref", "register",
+    "release", "serve",
+]
 
 _WINDOWS = os.name == "nt"
 _posix: Any = os  # for what Windows lacks, which type checkers know
@@ -1242,8 +1300,8 @@ def _left(deadline: float | None) -> float:
 
 
 def _of_system(error: OSError) -> bool:
-    """Whether a system call has failed. A signal handler may raise an OSError, too, in the midst of it: that one comes
-    from elsewhere, or was made without an errno."""
+    """Whether a system call has failed. A signal handler may raise an OSError, too, in the midst of it: that
+    one comes from elsewhere, or was made without an errno."""
     trace: Any = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
@@ -1709,9 +1767,9 @@ _listeners: set[_Listener] = set()  # those that are open: a forked child closes
 class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
-    The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it, and with a
-    "!" before it once it is gone. Raises OSError and ValueError for an `address` that will not do. One thread may
-    accept, another close.
+    The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it, and
+    with a "!" before it once it is gone. Raises OSError and ValueError for an `address` that will not do. One
+    thread may accept, another close.
     """
 
     def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
@@ -2503,7 +2561,8 @@ class _Reader:
         if opens:
             call.streams = True
         if kind == _ITEM and (len(call.inbox) > _WINDOW or (call.future is not None and not call.streams)):
-            raise ProtocolError("more items of a stream than there is credit for")  # each message has one at least
+            # each message has one at least
+            raise ProtocolError("more items of a stream than there is credit for")
         if call.future is not None and kind != _ITEM and (opens or not call.streams):
             call.future._arrive(call, come, attends)
         else:
@@ -2971,7 +3030,8 @@ class _Runner:
     def _explain(request: _Request, error: BaseException) -> None:
         """Add what to do to a beginner's error."""
         text = error.args[0] if type(error) in (TypeError, EOFError) and error.args else None
-        if type(text) is str and "argument 'timeout'" in text and request.body and "timeout" in request.body[3]:
+        given = request.body[3] if request.body else ()
+        if type(text) is str and "argument 'timeout'" in text and "timeout" in given:
             error.args = (f"{text}; a deadline is given as {request.method}.timeout(seconds)(...)",)
         elif text == "EOF when reading a line":
             error.args = (f"{text}; a plugin's stdin is discarded, unless launched with stdin='inherit'",)
@@ -3556,8 +3616,8 @@ def _made(factory: Any) -> Any:
     except TypeError as error:
         if error.__traceback__ is None or error.__traceback__.tb_next is not None:
             raise  # it has begun
-        how = "it is called without arguments at each dispense: serve an instance, or a function that makes one"
-        raise TypeError(f"{error}; {how}") from None
+        how = "serve an instance, or a function that makes one"
+        raise TypeError(f"{error}; it is called without arguments at each dispense: {how}") from None
 
 
 def _enter(obj: Any) -> tuple[Any, Any]:
@@ -3843,7 +3903,9 @@ class _System:
         if name == "system":
             return _Ref(self)
         name, served = self._served.find(name)
-        return _Ref(*_enter(_made(served))) if _makes_instances(served) else _Ref(self._served.shared(name), None)
+        if _makes_instances(served):
+            return _Ref(*_enter(_made(served)))
+        return _Ref(self._served.shared(name), None)
 
     def info(self) -> dict[str, Any]:
         """The dict that the plugin was served with."""
@@ -4266,7 +4328,7 @@ class Stream:
         self._session = session
         self._call = call
         self._lock = threading.Lock()  # held by who goes on to the next message
-        self._batch: Any = (iter(()), 0)  # the items of the latest message; how many have come with it, in all
+        self._batch: Any = (iter(()), 0)  # the items of the latest message; how many have come in all
         self._credited = 0  # for how many of those credit was given
         self._waiters: list[Any] = []  # (loop, event) of the tasks that wait for items
         self._over = False

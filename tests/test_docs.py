@@ -3,6 +3,7 @@
 A part is what stands below a heading. It is followed in a folder of its own, with the files of all parts before it.
 """
 
+import ast
 import importlib.util
 import os
 import pydoc
@@ -22,7 +23,7 @@ PAGES = [ROOT / "README.md", *(ROOT / name for name in ("CHANGELOG.md", "CONTRIB
          *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
 
 # What the pages promise and the repository has not yet: link to reason. To be emptied.
-NOT_YET = {"docs/review.md": "is being written"}
+NOT_YET: dict = {}
 
 NEEDS = {"Tk": "tkinter", "Qt": "PySide6", "Numbers and large data": "numpy"}  # what a part imports: skipped without
 POSIX_ONLY = ("Debugging", "Where to put it", "By its path")  # the commands are some for a POSIX shell
@@ -102,6 +103,55 @@ def test_files_that_contributing_names_are_there():
     named = re.findall(r"(?:tests|docs|benchmarks|\.ci)/[\w./*-]*\w", text)
     assert len(named) > 30
     assert [name for name in named if not list(ROOT.glob(name)) and name not in NOT_YET] == []
+
+
+def defined(file):
+    """The names that a file has: functions, classes, what is assigned; of classes with a dot, too."""
+    found = set()
+
+    def add(node, prefix):
+        for each in ast.iter_child_nodes(node):
+            if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                found.update((each.name, prefix + each.name))
+                add(each, f"{each.name}." if isinstance(each, ast.ClassDef) else prefix)
+            elif isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store):
+                found.update((each.attr, prefix + each.attr))
+            elif isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
+                found.update((each.id, prefix + each.id))
+            else:
+                add(each, prefix)
+
+    add(ast.parse(file.read_text(encoding="utf-8")), "")
+    return found
+
+
+def test_what_the_review_names_is_there():
+    text = (ROOT / "docs" / "review.md").read_text(encoding="utf-8")
+    files = re.findall(r"`(tests/[\w./]+)`", text)
+    tests = re.findall(r"`(test_\w+)`", text)
+    names = re.findall(r"`((?!test_)_?[A-Za-z][\w.]*)`", text)
+    assert len(files) > 20 and len(tests) > 30 and len(names) > 60
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    known = set().union(*map(defined, (ROOT / "tests").rglob("test_*.py")))
+    assert [test for test in tests if test not in known] == []
+    known = defined(ROOT / "miniplug.py")
+    assert [name for name in names if name not in known] == []
+
+
+def test_names_in_the_head_of_the_file_are_there():
+    head = (ROOT / "miniplug.py").read_text(encoding="utf-8").partition("\nfrom __future__")[0].rpartition('"""')[2]
+    names = re.findall(r"\b_?[A-Z]\w+\.\w+|\b_[a-zA-Z]\w+", head)
+    known = defined(ROOT / "miniplug.py")
+    assert len(names) > 30 and [name for name in names if name not in known] == []
+
+
+def test_the_file_is_made_of_what_can_be_read_at_once():
+    source = (ROOT / "miniplug.py").read_text(encoding="utf-8")
+    assert [line for line in source.splitlines() if len(line) > 110] == []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines, limit = node.end_lineno - node.lineno + 1, 300 if isinstance(node, ast.ClassDef) else 50
+            assert lines <= limit, f"{node.name} has {lines} lines"
 
 
 def test_reference_is_made_of_the_docstrings_as_they_are():
