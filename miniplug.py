@@ -2202,9 +2202,12 @@ class _Pool:
 
     def _work(self) -> None:
         taken: list[Any] = []  # the task: whatever is raised into this thread, that is done
-        while taken or self._waits(taken):
+        goes_on = True
+        while taken or goes_on:
             failed = False
             try:
+                if not taken:
+                    goes_on = self._waits(taken)
                 if taken:
                     function, *arguments = taken.pop()
                     function(*arguments)
@@ -2218,22 +2221,24 @@ class _Pool:
                     session.reader.pass_on()
 
     def _waits(self, taken: list[Any]) -> bool:
-        """Wait for a task, or for nothing any more: False."""
+        """Wait for a task. False: there is nothing more to do here."""
         leads: list[bool] = []
         self._waiting.append(None)
         try:
             leads.extend(map(self._lead.acquire, (True,), (_IDLE_SECONDS,)))  # one step
             if leads[0]:
                 self._next(taken)
-        except BaseException:
-            _import("traceback").print_exc()
-            return True
         finally:
-            self._waiting.pop()  # first: who begins a session, or needs a task done, looks at that last
-            goes_on = bool(taken or _sessions or not self._tasks.empty())
-            if any(leads):
-                self._go(goes_on)
-        return goes_on and leads[0]
+            if leads and leads[0]:
+                self._lead.release()
+            self._waiting.pop()
+        if not leads[0] or not (taken or _sessions or not self._tasks.empty()):
+            return False
+        try:
+            self.check()  # last: who begins a session, or needs a task done, has looked whether one waits
+        except (RuntimeError, MemoryError):
+            pass  # tasks wait until a thread can be started, or is done
+        return True
 
     def _next(self, taken: list[Any]) -> None:
         """As who leads: take a task, unless there is no session any more."""
@@ -2251,16 +2256,6 @@ class _Pool:
                 heapq.heappush(alarms, taken.pop())
         if not taken:
             alarms.clear()
-
-    def _go(self, goes_on: bool) -> None:
-        """As who leads: let another do that."""
-        try:
-            if goes_on:
-                self.check()
-        except (RuntimeError, MemoryError):
-            pass  # tasks wait until a thread can be started, or is done
-        finally:
-            self._lead.release()
 
 
 def _move(function: Callable[[Any], Any], take: Callable[[], Any]) -> None:
@@ -2617,7 +2612,7 @@ class _Attendant:
     that has been quick it runs at once, and reads on; for any other it first has another thread read. `_look`
     sees twice a second whether a quick one takes long after all.
 
-    Any thread may call `come` and `watch`, the pool all else. `_right` is held by who attends, or is about to.
+    Any thread may call `come` and `watch`, the pool all else. `_right` is held by who attends or is about to.
     """
 
     def __init__(self, session: _Session) -> None:

@@ -229,8 +229,15 @@ def raise_in_every_thread():
     """As those do who want their threads to end: in miniplug's own as well."""
     import ctypes
 
+    def begins(frame):
+        """Whether it is still in threading's own steps: there it is Python's start() that would wait for ever."""
+        while frame is not None and frame.f_code.co_filename == threading.__file__:
+            frame = frame.f_back
+        return frame is None
+
+    frames = sys._current_frames()
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.is_alive():  # in one that starts, it is Python's start() that hangs
+        if thread is not threading.current_thread() and not begins(frames.get(thread.ident)):
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 
 
