@@ -235,9 +235,12 @@ def raise_in_every_thread():
             frame = frame.f_back
         return frame is None
 
-    frames = sys._current_frames()
+    settled = 0
+    while settled < 20:  # looks in a row at which no thread was just starting
+        settled = 0 if any(map(begins, sys._current_frames().values())) else settled + 1
+        time.sleep(0.001)
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not begins(frames.get(thread.ident)):
+        if thread is not threading.current_thread() and thread.is_alive():
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 
 
