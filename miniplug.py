@@ -2179,8 +2179,9 @@ class _Pool:
     """Daemon threads for all sessions, as long as there is one.
 
     `put((function, *arguments))` has a thread call the function, in one step: for any thread, finalizers and
-    signal handlers too. Who holds `_lead`, which protects `_alarms`, waits for tasks; before it goes with one
-    it sees to it that another thread waits.
+    signal handlers too. With None before, the function does not wait: no thread of its own is started for it.
+    Who holds `_lead`, which protects `_alarms`, waits for tasks; before it goes with one it sees to it that
+    another thread waits.
     """
 
     def __init__(self) -> None:
@@ -2254,13 +2255,16 @@ class _Pool:
                 continue
             if type(taken[0][0]) is float:
                 heapq.heappush(alarms, taken.pop())
+            elif taken[0][0] is None:
+                _, function, argument = taken.pop()
+                function(argument)
         if not taken:
             alarms.clear()
 
 
-def _move(function: Callable[[Any], Any], take: Callable[[], Any]) -> None:
+def _move(function: Callable[[Any], Any], take: Callable[[], Any], *mark: None) -> None:
     """Have the pool call a function with what `take`, a queue's popleft, gives: in one step."""
-    _consume(map(_pool.put, zip((function,), itertools.starmap(take, _ONCE))))
+    _consume(map(_pool.put, zip(*zip(mark), (function,), itertools.starmap(take, _ONCE))))
 
 
 def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -2591,7 +2595,7 @@ class _Reader:
         else:
             try:
                 _pool.check()
-                _move(runner.run_message, come.popleft)
+                _move(runner.run_message, come.popleft, None)
             except RuntimeError as error:  # no thread to be had: that fails the call
                 runner.fail(request, error, wait=False)
                 come.popleft()
@@ -2925,16 +2929,13 @@ class _Runner:
     # -- which thread
 
     def run_message(self, message: _Message) -> None:
-        """Run the call that a message is, once there is a slot; unless a thread has left it half run."""
+        """Have the pool run the call that a message is, once there is a slot; unless a thread has left it half
+        run. This does not wait."""
         request = self._requests.get(message[2])
         if request is not None and request.begun:
-            self.fail(request, KeyboardInterrupt())
-        elif request is not None:
-            self.run_in_slot(request)
-
-    def run_in_slot(self, request: _Request) -> None:
-        if request.slots.take(request):
-            self.run_with_slot(request)
+            self.fail(request, KeyboardInterrupt(), wait=False)
+        elif request is not None and request.slots.take(request):
+            _pool.put((self.run_with_slot, request))
 
     def run_with_slot(self, request: _Request) -> None:
         try:

@@ -77,7 +77,7 @@ class Peer:
             number, parent = (asked if each == "asked" else each for each in (number, parent))
             header = HEADER.pack(1, kind, flags, len(buffers), number, parent)
             for frame in (header + body, *buffers):
-                channel.send_frame(frame)
+                channel.write(channel.frame(b"", frame))  # it may have to wait
 
     def close(self):
         self._thread.join()
