@@ -2205,21 +2205,22 @@ class _Pool:
         taken: list[Any] = []  # the task: whatever is raised into this thread, that is done
         goes_on = True
         while taken or goes_on:
-            failed = False
+            failed: Any = None
             try:
                 if not taken:
                     goes_on = self._waits(taken)
                 if taken:
                     function, *arguments = taken.pop()
                     function(*arguments)
-            except BaseException:
+            except BaseException as error:
+                failed = type(error)
                 _import("traceback").print_exc()
-                failed = True
             function = arguments = None
-            if failed:
-                for session in list(_sessions):  # it may have been the one that reads
-                    session.reader.seat.mend()
-                    session.reader.pass_on()
+            for session in list(_sessions) if failed else ():
+                if failed is MemoryError and session.serving:
+                    session.end(MemoryError())  # who waits would wait in vain
+                session.reader.seat.mend()  # it may have been the one that reads
+                session.reader.pass_on()
 
     def _waits(self, taken: list[Any]) -> bool:
         """Wait for a task. False: there is nothing more to do here."""
@@ -2937,6 +2938,10 @@ class _Runner:
         elif request is not None and request.slots.take(request):
             _pool.put((self.run_with_slot, request))
 
+    def run_in_slot(self, request: _Request) -> None:
+        if request.slots.take(request):
+            self.run_with_slot(request)
+
     def run_with_slot(self, request: _Request) -> None:
         try:
             self.run(request)
@@ -3069,6 +3074,8 @@ class _Runner:
                 except BaseException as problem:  # its arguments cannot travel, or it is a trap
                     if _is_ctrl_c(problem):
                         raise
+            else:
+                session.end(MemoryError())  # or what else may be: who waits would wait in vain
         self._requests.pop(request.number, None)
 
     def _home(self, error: BaseException) -> dict[str, Any]:
