@@ -2203,10 +2203,12 @@ class _Pool:
 
     def _work(self) -> None:
         taken: list[Any] = []  # the task: whatever is raised into this thread, that is done
-        goes_on = True
-        while taken or goes_on:
-            failed: Any = None
+        goes_on, failed = True, None
+        while taken or goes_on or failed:
             try:
+                if failed:
+                    self._mend(failed)
+                    failed = None
                 if not taken:
                     goes_on = self._waits(taken)
                 if taken:
@@ -2214,13 +2216,19 @@ class _Pool:
                     function(*arguments)
             except BaseException as error:
                 failed = type(error)
-                _import("traceback").print_exc()
+                try:
+                    _import("traceback").print_exc()
+                except BaseException:
+                    pass  # there may be no memory
             function = arguments = None
-            for session in list(_sessions) if failed else ():
-                if failed is MemoryError and session.serving:
-                    session.end(MemoryError())  # who waits would wait in vain
-                session.reader.seat.mend()  # it may have been the one that reads
-                session.reader.pass_on()
+
+    def _mend(self, failed: Any) -> None:
+        """An exception has ended a task: it may have been the one that reads; or who waits would wait in vain."""
+        for session in list(_sessions):
+            if failed is MemoryError and session.serving:
+                session.end(MemoryError())
+            session.reader.seat.mend()
+            session.reader.pass_on()
 
     def _waits(self, taken: list[Any]) -> bool:
         """Wait for a task. False: there is nothing more to do here."""
