@@ -2223,7 +2223,7 @@ class _Pool:
             function = arguments = None
 
     def _mend(self, failed: Any) -> None:
-        """An exception has ended a task: it may have been the one that reads; or who waits would wait in vain."""
+        """An exception has ended a task: maybe that of who reads; or else who waits would wait in vain."""
         for session in list(_sessions):
             if failed is MemoryError and session.serving:
                 session.end(MemoryError())
@@ -2938,8 +2938,8 @@ class _Runner:
     # -- which thread
 
     def run_message(self, message: _Message) -> None:
-        """Have the pool run the call that a message is, once there is a slot; unless a thread has left it half
-        run. This does not wait."""
+        """Have the pool run the call that a message is, once there is a slot; unless a thread has left it
+        half run. This does not wait."""
         request = self._requests.get(message[2])
         if request is not None and request.begun:
             self.fail(request, KeyboardInterrupt(), wait=False)
@@ -6686,7 +6686,7 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern={pattern!r}: it is a glob, a str")
-    if os.path.isabs(pattern) or os.path.normpath(pattern) == ".":
+    if _import("pathlib").PurePath(pattern).anchor or os.path.normpath(pattern) == ".":
         raise ValueError(f"pattern={pattern!r}: it is a glob relative to the folder")
     folder = _import("pathlib").Path(directory).absolute()
     os.scandir(folder).close()  # raises, where to look for matches would find nothing
@@ -7001,7 +7001,7 @@ _CHECKS: dict[str, Callable[[str], tuple[bool, str]]] = {
     "transport": _check_transport,
     "loopback TCP": _check_loopback,
     "FIPS mode": _check_fips,
-    "process tree": lambda python: (True, f"a {'job' if _WINDOWS else 'process group'} for each plugin"),
+    "process tree": lambda python: (True, f"a {'job object' if _WINDOWS else 'group'} for each plugin"),
     "a plugin": _check_plugin,
 }
 

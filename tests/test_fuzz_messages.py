@@ -30,7 +30,7 @@ watch = oracle.Watch()
 
 def _audit(event, args):
     usual = event.startswith(("socket.", "threading.", "_thread.", "sys."))  # what a session does by itself
-    if not usual and (event, args[1:]) != ("compile", ("<unknown>",)):  # and how a traceback that is printed finds its carets
+    if not usual and "<unknown>" not in args[:2]:  # and how a traceback that is printed finds its carets
         watch(event, args)
 
 
