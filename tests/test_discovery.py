@@ -91,7 +91,7 @@ def test_links_are_followed_and_modes_count(write, tmp_path):
 def test_a_folder_that_is_none(write, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         miniplug.discover(tmp_path / "nothing")
-    with pytest.raises(OSError if WINDOWS else NotADirectoryError, match=r"file\.py"):  # noqa: PT011 -- Wine has another
+    with pytest.raises(OSError if WINDOWS else NotADirectoryError, match=r"file\.py"):
         miniplug.discover(write("file.py", ""))
     (tmp_path / "empty").mkdir()
     assert miniplug.discover(tmp_path / "empty") == []
