@@ -2242,7 +2242,9 @@ class _Pool:
             if leads and leads[0]:
                 self._lead.release()
             self._waiting.pop()
-        if not leads[0] or not (taken or _sessions or not self._tasks.empty()):
+        if not leads[0]:  # for long: others are enough, unless one that goes now has counted on this one
+            return bool(_sessions and not self._waiting)
+        if not (taken or _sessions or not self._tasks.empty()):
             return False
         try:
             self.check()  # last: who begins a session, or needs a task done, has looked whether one waits
