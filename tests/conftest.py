@@ -23,6 +23,9 @@ import miniplug
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WORKSHOP = os.path.join(HERE, "workshop.py") + ":Workshop"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what is in the background, and its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 WINDOWS = os.name == "nt"
 WINE = WINDOWS and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
 TEMPORARY = tempfile.mkdtemp(prefix="mp-")  # of this run alone: what is left there is ours
