@@ -170,7 +170,6 @@ try:
     _FILE = os.path.abspath(__file__)
 except OSError:  # the current folder is gone
     _FILE = __file__
-_network: Any = socket
 
 
 # === 1. errors ==========================================================================================
@@ -5558,7 +5557,7 @@ class _Recipe:
             others = f" ({strangers} callers without the key did)" if strangers else ""
             reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
         else:
-            reason = f"it {run.end_words()[0]}"
+            reason = f"it {_end_words(run.exit_code)[0]}"
         if run.exit_code == 0 and strangers is None:
             python = f"; or python={self.python!r} is no Python" if self.python is not None else ""
             kind = HandshakeError
@@ -5926,16 +5925,12 @@ class _Run:
         if self.asked:
             return PluginClosed(f"{name} was closed")
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else verdict
-        words, signal_name = self.end_words()
+        words, signal_name = _end_words(self.exit_code)
         kind, text = PluginCrashed, f"{name} {self._why or words}{during}{_last_words(tail)}"
         if isinstance(self.session.cause, ProtocolError):
             kind = ProtocolError
             text = f"{name} broke the protocol and was ended{during}: {self.session.cause}"
         return kind(text, exit_code=self.exit_code, signal_name=signal_name, output=tail, calls=[*calls])
-
-    def end_words(self) -> tuple[str, str | None]:
-        """How it ended, in words, and the name of the signal if it was one."""
-        return _end_words(self.exit_code)
 
 
 class _Supervisor:
