@@ -285,8 +285,6 @@ async def await_it(call: miniplug.Call, stream: miniplug.Stream) -> None:
     await asyncio.wait_for(call, 5.0)
     async for item in stream:
         print(item.anything)
-    async with stream:
-        pass
     await stream.aclose()
 
 
