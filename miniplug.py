@@ -3523,42 +3523,36 @@ def _makes_instances(served: Any) -> bool:
 
 
 class _Loop:
-    """An event loop on a thread of its own."""
+    """An event loop on a thread of its own. `call` and `close` are for any thread."""
 
     def __init__(self) -> None:
-        self._loop = _import("asyncio").new_event_loop()
-        self._closing = False
+        self._closing, self._ready = False, _gate()
         self._thread = _start_thread("miniplug-loop", self._run)
+        self._ready.acquire()
 
     def call(self, function: Callable[[], Any]) -> bool:
         """Have the loop call a function. False if it is closed."""
         return _call_on(self._loop, function)
 
     def _run(self) -> None:
-        _import("asyncio").set_event_loop(self._loop)
         _loop_threads.add(threading.get_ident())
-        try:
-            while not self._closing:
-                try:
-                    self._loop.run_forever()
-                except BaseException:  # some task that the plugin has started calls sys.exit()
-                    _import("traceback").print_exc()
-            self._loop.run_until_complete(self._cancel_all())
-        finally:
-            _loop_threads.discard(threading.get_ident())
-            self._loop.close()
+        while not self._closing:
+            try:
+                _import("asyncio").run(self._until_closed())
+            except BaseException:  # some task that the plugin has started calls sys.exit(): another loop
+                _import("traceback").print_exc()
+        _loop_threads.discard(threading.get_ident())
 
-    async def _cancel_all(self) -> None:
+    async def _until_closed(self) -> None:
         asyncio = _import("asyncio")
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._loop.shutdown_asyncgens()
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        _open(self._ready)
+        if not self._closing:
+            await self._end.wait()
 
     def close(self) -> None:
         self._closing = True
-        if self.call(self._loop.stop):
+        if self.call(self._end.set):
             self._thread.join(1.0)  # a task may refuse to end
 
 
@@ -4529,7 +4523,9 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
     try:
         if persist or address is not None:
             server.listen(address or "", secret)
-            _heed_sigterm()
+            signal, main = _import("signal"), threading.main_thread()
+            if threading.current_thread() is main and signal.getsignal(15) == signal.SIG_DFL:
+                signal.signal(15, signal.default_int_handler)  # SIGTERM ends it as Ctrl-C does
         if host is None:
             print(json.dumps(server.config), flush=True)
         else:
@@ -4541,14 +4537,6 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
             raise
     finally:
         server.close()
-
-
-def _heed_sigterm() -> None:
-    """Have it end the plugin as Ctrl-C does."""
-    signal = _import("signal")
-    main = threading.current_thread() is threading.main_thread()
-    if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _checked_key(key: bytes | str) -> bytes:
