@@ -3575,9 +3575,8 @@ class _Served:
         if name is None and len(names) == 1:
             (name,) = names
         if name is None or name not in names:
-            problem = "several plugins are" if name is None else f"no plugin {name!r} is"
-            there = f"there {'is' if len(names) == 1 else 'are'} {', '.join(names)}"
-            raise PluginNotFound(f"{problem} served: {there}", names=names)
+            problem = "several plugins are served:" if name is None else f"no plugin {name!r} is served, only"
+            raise PluginNotFound(f"{problem} {', '.join(names)}", names=names)
         return name, self.plugins[name]
 
     def shared(self, name: str) -> Any:
@@ -3609,10 +3608,10 @@ def _made(factory: Any) -> Any:
     try:
         return factory()
     except TypeError as error:
-        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
-            raise  # it has begun
-        how = "serve an instance, or a function that makes one"
-        raise TypeError(f"{error}; it is called without arguments at each dispense: {how}") from None
+        if error.__traceback__ and not error.__traceback__.tb_next:  # it has not begun
+            how = "serve an instance, or a function that makes one"
+            error.args = (f"{error}; it is called without arguments at each dispense: {how}",)
+        raise
 
 
 def _enter(obj: Any) -> tuple[Any, Any]:
@@ -3953,15 +3952,13 @@ def _describe(function: Any) -> list[Any]:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return [None, doc, None]
-
-    def text(value: Any, show: Callable[[Any], str]) -> str | None:
-        return None if value is inspect.Parameter.empty else show(value)
-
-    rows = [(each.name, each.kind, each.default, each.annotation) for each in signature.parameters.values()]
-    rows.append(("return", 0, signature.empty, signature.return_annotation))
-    parameters = [[name, int(kind), text(default, repr), text(annotation, inspect.formatannotation)]
-                  for name, kind, default, annotation in rows]
-    return [str(signature), doc, parameters]
+    rows = [[each.name, int(each.kind), each.default, each.annotation]
+            for each in signature.parameters.values()]
+    rows.append(["return", 0, signature.empty, signature.return_annotation])
+    for row in rows:
+        row[2:] = [None if value is signature.empty else show(value)
+                   for value, show in zip(row[2:], (repr, inspect.formatannotation))]
+    return [str(signature), doc, rows]
 
 
 # === 7. proxies =========================================================================================
@@ -4342,8 +4339,7 @@ class Stream:
                     self._advance(False)
                 finally:
                     self._lock.release()
-            if not self._has_news():
-                await self._news()
+            await self._news()
 
     def _advance(self, wait: bool) -> None:
         """Go on to the next message, unless the latest is still being read; without `wait` if it has come."""
@@ -4378,9 +4374,6 @@ class Stream:
             raise self._session.failed(ProtocolError(text), call)
         self._batch = (iter(values), received)
 
-    def _has_news(self) -> bool:
-        return bool(self._over or self._call.inbox or self._batch[0].__length_hint__())
-
     async def _news(self) -> None:
         """Wait until something has come."""
         asyncio, call, reader = _import("asyncio"), self._call, self._session.reader
@@ -4388,7 +4381,7 @@ class Stream:
         self._waiters.append(waiter)
         try:
             reader.unattended.add(call.number)
-            if not self._has_news():
+            if not (self._over or call.inbox or self._batch[0].__length_hint__()):
                 reader.pass_on()
                 await asyncio.wait_for(waiter[1].wait(), call.seconds)
         except asyncio.TimeoutError:
@@ -5000,16 +4993,7 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
     return _import("subprocess").Popen(argv, bufsize=0, **options)
 
 
-if TYPE_CHECKING:
-    class _Limits(NamedTuple):
-        memory: int | None
-        cpu_seconds: float | None
-        open_files: int | None
-else:
-    _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
-
-
-class Limits(_Limits, metaclass=_Brief):
+class Limits(namedtuple("_Limits", "memory cpu_seconds open_files"), metaclass=_Brief):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
     - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more
@@ -5025,6 +5009,10 @@ class Limits(_Limits, metaclass=_Brief):
     """
 
     __slots__ = ()
+    if TYPE_CHECKING:
+        memory: int | None
+        cpu_seconds: float | None
+        open_files: int | None
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
@@ -5063,10 +5051,9 @@ class Limits(_Limits, metaclass=_Brief):
 
 
 # The guardian is told "+PID" of a process that leads a group, "=PID" of one that leads none, "/FOLDER" of a
-# door's folder; and the same after a "!" when that is gone. When the host is gone it removes the folders,
-# gives the processes some time to end by themselves, and kills what is left of them and their groups. Each is
-# known by when it began as well, so that no later process of its number is meant. (A group's number is nobody
-# else's: so what its leader has left is killed without a look.)
+# door's folder; and the same after a "!" when that is gone. When the host is gone it removes the folders, and
+# kills what has not ended by itself after some time. A process is known by when it began as well, so that no
+# later one of its number is meant. (A group's number is nobody else's: what its leader has left is killed.)
 _GUARDIAN = """
 begun() {
     if [ -d /proc/self ]; then
@@ -6798,9 +6785,9 @@ def _load_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if not error.name or not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
-        sys.exit(f"miniplug: there is no module {error.name!r} in {folder or 'the current folder'}, nor among "
-                 f"the packages of {sys.executable}; cwd or PYTHONPATH names another folder, and "
-                 "path/to/file.py:Attr a file")
+        where = f"{folder or 'the current folder'}, nor among the packages of {sys.executable}"
+        sys.exit(f"miniplug: there is no module {error.name!r} in {where}; cwd or PYTHONPATH names another "
+                 "folder, and path/to/file.py:Attr a file")
 
 
 def freeze_support() -> None:
