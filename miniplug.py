@@ -4685,7 +4685,8 @@ class _Server:
                 return None
             session = _open_session(channel, terms, self._max_message, served, lost, True, self._slots)
             self._sessions.append(session)
-        session.finished.acquire()
+        while not session.finished.acquire(True, _LOOK_AGAIN):
+            pass  # what a signal raises just before this waits too
         grace = session.closing or 0.0
         if grace >= 0:
             self.stop(grace)
