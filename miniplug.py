@@ -1360,7 +1360,7 @@ class _Channel:
 
     Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat
     of who writes, and protects `batch`. `stuck` is called before a writer waits for the other side, so that
-    somebody reads here; `later` when another thread has to go on writing; `gone` when the descriptor was
+    somebody reads here; `later` when another thread has to go on writing; `gone` when the descriptors were
     closed beneath us.
 
     `state`: messages that have come; one whose buffers have not all come (see `_take`); the bytes behind
@@ -1382,6 +1382,7 @@ class _Channel:
 
     def _take_over(self, sock: socket.socket) -> None:
         self.sock: Any = sock
+        self._end = sock.dup()  # ends the connection when somebody else has closed that number
         sock.setblocking(True)
         if sys.platform == "darwin":
             sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
@@ -1603,7 +1604,7 @@ class _Channel:
     def shutdown(self) -> None:
         """End the connection both ways, and wake whoever reads or writes."""
         try:
-            self.sock.shutdown(socket.SHUT_RDWR)
+            self._end.shutdown(socket.SHUT_RDWR)
         except OSError as error:
             errno = _import("errno")
             if error.errno in (errno.EBADF, errno.ENOTSOCK):
@@ -1613,10 +1614,17 @@ class _Channel:
         """In a forked child, which ends if it would still write."""
         self.write = self.send = lambda *what: _leave_fork(None)  # type: ignore[assignment, method-assign]
         self.sock.close()
+        self._end.close()
 
     def close(self) -> None:
         self.shutdown()
+        try:
+            if not os.path.sameopenfile(self.sock.fileno(), self._end.fileno()):
+                self.sock.detach()  # that number was closed beneath us, and is another file's now
+        except OSError:
+            pass  # one is closed
         _quietly(self.sock.close)
+        _quietly(self._end.close)
 
 
 class _PipeChannel(_Channel):
