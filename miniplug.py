@@ -3836,7 +3836,7 @@ class _References:
         key: Any = object() if manager else (id(obj),) if owner is None else (id(owner), function)
         with self._lock:
             number = 0 if obj is self._loans[0].object else self._lent.get(key)
-            if number is None:
+            if number not in self._loans:  # or a handler has left it half lent
                 loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
                 number = self._lent.setdefault(key, next(self._numbers))
                 self._loans.setdefault(number, loan)
