@@ -1298,25 +1298,15 @@ def _left(deadline: float | None) -> float:
     return -1 if deadline is None else min(_FOREVER, max(0.0, deadline - time.monotonic()))
 
 
-def _of_system(error: OSError) -> bool:
-    """Whether a system call has failed. A signal handler may raise an OSError, too, in the midst of it: that
-    one comes from elsewhere, or was made without an errno."""
+def _heed(error: OSError) -> None:
+    """A system call has said that it would wait. Raises _Broken if it has failed; and what a signal handler
+    has raised in the midst of it, maybe an OSError, too: that comes from elsewhere, or has no errno."""
     trace: Any = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
-    return error.errno is not None and trace.tb_frame.f_globals.get("__name__") == __name__
-
-
-def _step(results: list[Any], calls: Iterable[Any]) -> bool:
-    """Append what a `map` of a system call gives, in one step. False if it would wait. Raises _Broken."""
-    try:
-        results.extend(calls)
-        return True
-    except OSError as error:
-        if not _of_system(error):
-            raise
-        if isinstance(error, BlockingIOError):
-            return False
+    if error.errno is None or trace.tb_frame.f_globals.get("__name__") != __name__:
+        raise error
+    if not isinstance(error, BlockingIOError):
         raise _Broken(error) from None
 
 
@@ -1370,7 +1360,8 @@ class _Channel:
     stuck: Any
     later: Any
     gone: Any
-    limit = 0  # bytes of a message with its header
+    limit = 0  # bytes of a message that comes, with its header
+    send_limit = _short = 0  # bytes of one that goes, without; and of one that is a single chunk
 
     def __init__(self, connection: Any) -> None:
         self.state: Any = (deque(), _GREETING, b"", [], None)
@@ -1392,9 +1383,10 @@ class _Channel:
         self._readable = select.poll()  # select() takes no descriptor over 1023
         self._readable.register(sock, select.POLLIN)
 
-    def begin(self, limit: int) -> None:
-        """From now on messages come, of at most so many bytes."""
-        self.limit = limit + _HEAD
+    def begin(self, limit: int, send_limit: int) -> None:
+        """From now on messages come, of at most so many bytes, and go, of at most `send_limit`."""
+        self.limit, self.send_limit = limit + _HEAD, send_limit
+        self._short = min(send_limit, _READ_SIZE - _HEAD - 1)
         self.state = (self.state[0], None, *self.state[2:])
 
     # -- receiving
@@ -1420,11 +1412,15 @@ class _Channel:
             if large is not None or not steps:
                 if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
                     return None
-                if large is None:
-                    _step(steps, map(self.sock.recv, (_READ_SIZE,)))
-                else:
-                    with large[0].getbuffer() as view, view[sum(steps) :] as missing:
-                        _step(steps, map(self.sock.recv_into, (missing,)))
+                try:
+                    if large is None:
+                        steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
+                    else:
+                        with large[0].getbuffer() as view, view[sum(steps) :] as missing:
+                            steps.extend(map(self.sock.recv_into, (missing,)))
+                except OSError as error:
+                    _heed(error)
+                    continue
                 if not steps[-1]:
                     raise _Broken(EOFError())
             if large is None:
@@ -1502,23 +1498,28 @@ class _Channel:
         """Send a frame of the handshake. That is so short that it never waits."""
         self.write(self.frame(b"", data), None, False)
 
-    def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
-             wait: bool, deadline: float | None) -> None:
-        """Write a message, with the head (kind, flags, number, parent)."""
-        kind, flags, number, parent = head
-        size, count = len(body) + _HEAD, len(buffers)
-        message: list[_Bytes]
-        if size < _READ_SIZE:  # to copy little is cheaper than to gather
-            message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags, count, number, parent) + body]
-        else:
-            message = self.frame(_HEADER.pack(_WIRE_VERSION, kind, flags, count, number, parent), body)
-        for buffer in buffers:
-            message += self.frame(b"", buffer)
+    def send(self, kind: int, flags: int, number: int, content: _Content, parent: int = 0,
+             wait: bool = True, deadline: float | None = None) -> None:
+        """Write a message with what the codec has made. Raises MessageTooLarge, and _Late past the deadline:
+        then nothing is sent."""
+        body, buffers, tagged, lent = content
+        if len(body) > self._short or buffers:
+            self.check_size(content)
+            head = _HEADER.pack(_WIRE_VERSION, kind, flags | tagged, len(buffers), number, parent)
+            message = self.frame(head, body)
+            for buffer in buffers:
+                message += self.frame(b"", buffer)
+        else:  # to copy little is cheaper than to gather
+            size = len(body) + _HEAD
+            message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags | tagged, 0, number, parent) + body]
         self.write(message, lent, wait, deadline)
 
-    def notice(self, number: int) -> list[list[_Bytes]]:
-        """To be posted: what gives a reference back."""
-        return [[_FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)]]
+    def check_size(self, content: _Content) -> None:
+        """Raises MessageTooLarge for what the other side does not take."""
+        size, limit = len(content[0]) + sum(map(len, content[1])), self.send_limit
+        if size > limit:
+            text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message"
+            raise MessageTooLarge(text, size=size, limit=limit)
 
     def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
               deadline: float | None = None) -> None:
@@ -1534,17 +1535,21 @@ class _Channel:
             self._await_turn(wait, deadline)
         try:
             if writer.setdefault(0, mine) is mine and self.batch is None and message and not (posted or lent):
-                self.batch = (message, [])
+                counts: list[Any] = []
+                self.batch = message, counts
+                if self._transmit(message, counts, False):
+                    self.batch = None
             else:
                 clear: Any = itertools.compress(map(list.clear, [lent] if lent else ()), (0,))
                 posted.extend(itertools.chain([message] if message else (), clear))  # one step
                 if writer.setdefault(0, mine) is not mine:  # who writes may have looked before
                     return
-            self._write_all(wait and deadline is None)
+            if posted or self.batch is not None:
+                self._write_all(wait and deadline is None)
         except _Broken:
             posted.clear()
             self.batch = None
-            raise
+            self.shutdown()  # what had come before is still read, up to the end of the connection
         finally:
             if writer[0] is mine:
                 del writer[0]
@@ -1583,21 +1588,23 @@ class _Channel:
     def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
         """Write the batch. False if the other side takes no more for now."""
         flags = _NO_SIGNAL if blocking else _DONT_WAIT
-        if len(chunks) == 1 and not counts:  # the usual case
-            if not _step(counts, map(self.sock.send, chunks, (flags,))):
-                return False
-            if counts[0] == len(chunks[0]):
-                return True
-        while True:
-            have, rest = sum(counts), []
-            for chunk in chunks:
-                if have < len(chunk):
-                    rest.append(memoryview(chunk)[have:] if have else chunk)
-                have = max(0, have - len(chunk))
-            if not rest:
-                return True
-            if not _step(counts, map(self.sock.sendmsg, (rest[:1000],), ((),), (flags,))):  # IOV_MAX is 1024
-                return False
+        try:
+            if len(chunks) == 1 and not counts:  # the usual case
+                counts.extend(map(self.sock.send, chunks, (flags,)))  # one step
+                if counts[0] == len(chunks[0]):
+                    return True
+            while True:
+                have, rest = sum(counts), []
+                for chunk in chunks:
+                    if have < len(chunk):
+                        rest.append(memoryview(chunk)[have:] if have else chunk)
+                    have = max(0, have - len(chunk))
+                if not rest:
+                    return True
+                counts.extend(map(self.sock.sendmsg, (rest[:1000],), ((),), (flags,)))  # IOV_MAX is 1024
+        except OSError as error:
+            _heed(error)
+            return False
 
     # -- the end
 
@@ -1650,7 +1657,7 @@ class _PipeChannel(_Channel):
         while not self.state[0]:
             come, partial, have, reading = self.state
             if not reading:
-                _step(reading, map(self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,)))
+                self._step(reading, map(self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,)))
             result = self._result(reading[0], _left(deadline))
             if result is None:
                 return None
@@ -1669,7 +1676,7 @@ class _PipeChannel(_Channel):
             if len(counts) == len(chunks):
                 return True
             frame = memoryview(chunks[len(counts)])[_LENGTH.size :]
-            _step(counts, map(self._api.WriteFile, self._handles, (frame,), (True,)))
+            self._step(counts, map(self._api.WriteFile, self._handles, (frame,), (True,)))
         return False
 
     def _result(self, begun: Any, seconds: float) -> Any:
@@ -1688,8 +1695,15 @@ class _PipeChannel(_Channel):
                 raise _Broken(EOFError())
             break
         results: list[Any] = []
-        _step(results, map(operation.GetOverlappedResult, (True,)))
+        self._step(results, map(operation.GetOverlappedResult, (True,)))
         return results[0]
+
+    @staticmethod
+    def _step(results: list[Any], calls: Iterable[Any]) -> None:
+        try:
+            results.extend(calls)  # one step
+        except OSError as error:
+            _heed(error)
 
     @staticmethod
     def _cancel(operation: Any) -> None:
@@ -3219,13 +3233,13 @@ class _Producer:
         lent: list[int] = []
         try:
             content = session.codec.dumps(item, "an item", lent)
-            session.check_size(content)
+            session.channel.check_size(content)
         except PluginError:
             session.references.unlend(lent)
             raise
         size, alone = len(content[0]) + 1, bool(content[1])  # what has buffers leaves alone
         with self._lock:
-            if alone or self._size + size + 1 > session.send_limit:
+            if alone or self._size + size + 1 > session.channel.send_limit:
                 self._send()
             self._group.append(content)
             self._size += size
@@ -3289,11 +3303,11 @@ class _Session:
                  lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
                  serving: bool = False, slots: _Slots | None = None) -> None:
         self.channel = channel
+        self.send = channel.send
         self.protocol_version: int = terms.protocol_version
         self.references = references
         self.codec = _Codec(partial(references.lend, self), references.unlend, partial(borrow, self))
         self.codec.arrays = "arrays" in terms.features
-        self.send_limit: int = terms.max_message
         self.call_timeout: float | None = None  # the deadline of calls that have no other
         self.serving = serving
         self.numbers = itertools.count(1)
@@ -3318,7 +3332,7 @@ class _Session:
         self.ping, self.probe = self.caller.ping, self.caller.probe
         channel.stuck, channel.later = self.reader.pass_on, lambda: _pool.put((self.flush,))
         channel.gone = lambda error: None if self.cause is not None else self.end(error)
-        channel.begin(max_message)
+        channel.begin(max_message, terms.max_message)
         _sessions.add(self)
         try:
             _pool.check()
@@ -3329,24 +3343,6 @@ class _Session:
             self.reader.pass_on()
 
     # -- sending
-
-    def send(self, kind: int, flags: int, number: int, content: Any, parent: int = 0, wait: bool = True,
-             deadline: float | None = None) -> None:
-        """Send what the codec made. Raises MessageTooLarge, and _Late past the deadline."""
-        body, buffers, tagged, lent = content
-        if len(body) > self.send_limit or buffers:
-            self.check_size(content)
-        try:
-            self.channel.send((kind, flags | tagged, number, parent), body, buffers, lent, wait, deadline)
-        except _Broken:
-            self.channel.shutdown()  # what had come before is still read, up to the end of the connection
-
-    def check_size(self, content: Any) -> None:
-        """Raises MessageTooLarge for what the other side does not take."""
-        size, limit = len(content[0]) + sum(map(len, content[1])), self.send_limit
-        if size > limit:
-            text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message"
-            raise MessageTooLarge(text, size=size, limit=limit)
 
     def post(self, kind: int, number: int, value: Any = None) -> None:
         content = _NOTHING if value is None else self.codec.dumps(value, "a message")
@@ -3361,10 +3357,7 @@ class _Session:
     def flush(self) -> None:
         """Write what is left. For threads of the pool."""
         self.channel.writer.mend()
-        try:
-            self.channel.write([])
-        except _Broken:
-            self.channel.shutdown()
+        self.channel.write([])
 
     # -- what is neither a call nor an answer
 
@@ -3687,7 +3680,8 @@ class _Target:
         self.session = session
         self.number = number
         self.identity: Any = (session, number)  # also when it is dispensed anew
-        self._notice = session.channel.notice(number) if number else []  # until it is given back
+        notice = [_FRAME.pack(_HEAD, _WIRE_VERSION, _RELEASE, 0, 0, number, 0)]
+        self._notice = [notice] if number else []  # to be posted, until it is given back
         session.borrowed.add(id(self))
 
     def here(self) -> tuple[_Session, int] | None:
