@@ -86,7 +86,7 @@ The map of this file; each section uses only those above it:
 #     _References._lock
 #     _Supervisor.news; but at interpreter exit (_close_all) it is kept for good, and what follows is done
 #         under it, that of any line
-#     under which no other is taken: _mending, _Door._lock, _Pool._lead, _Slots._lock, _Served._lock,
+#     under which no other is taken: _mending, _Door._lock, _Pool._lead, _Served._lock,
 #         _Server._lock, _Guardian._lock, those of the processes, and the condition of a Call
 #
 # Nobody waits for `_Producer._turn` and `_Run._claim`: who does not get them leaves the work to who has them.
@@ -151,7 +151,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Bytes = Union[bytes, bytearray, memoryview]
     _Message = tuple[Any, ...]  # kind, flags, number, parent, body, buffers
     # a value as bytes, those beside it, whether it is tagged, what it lends
-    _Content = tuple[bytes, Sequence[_Bytes], int, Sequence[int]]
+    _Content = tuple[bytes, Sequence[_Bytes], int, list[int]]
 
 __version__ = "0.1.0"
 
@@ -1278,6 +1278,7 @@ _LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again, as a handler th
 _TOGETHER = 32  # messages that leave with one system call at most
 _FULL, _FULL_BYTES = 256, 1 << 24  # messages, bytes; while more is left to be written others wait
 _POSTED_LIMIT = 1 << 17  # messages; more that the other side does not take end the connection
+_IN_TIME = "no answer has come in time"
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
 _get_ident = threading.get_ident
@@ -1394,13 +1395,11 @@ class _Channel:
     def receive_frame(self, deadline: float) -> bytes:
         """The next frame of the handshake."""
         frames: Any = self.receive(deadline)
-        if frames is None:
-            raise _Late("no answer has come in time")
         return frames.popleft()  # type: ignore[no-any-return]
 
-    def receive(self, deadline: float | None = None) -> deque[_Message] | None:
-        """The messages that have come, at least one; who takes one removes it. None past the deadline. Raises
-        _Broken and ProtocolError."""
+    def receive(self, deadline: float | None = None) -> deque[_Message]:
+        """The messages that have come, at least one; who takes one removes it. Raises _Late past the
+        deadline, _Broken and ProtocolError."""
         while True:
             come, partial, rest, steps, large = self.state
             if come:
@@ -1411,7 +1410,7 @@ class _Channel:
                 continue
             if large is not None or not steps:
                 if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
-                    return None
+                    raise _Late(_IN_TIME)
                 try:
                     if large is None:
                         steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
@@ -1430,14 +1429,19 @@ class _Channel:
         """What `state` is with these bytes."""
         come: deque[Any] = deque()
         at, size = 0, len(data)
+        while partial is None and size - at >= 28:  # the usual case: a short message without buffers
+            length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
+            end = at + 4 + length
+            if end > size or count or version != _WIRE_VERSION or not _HEAD <= length <= self.limit:
+                break
+            come.append((kind, flags, number, parent, data[at + 28 : end], ()))
+            at = end
+        return (come, partial, b"", [], None) if at == size else self._parse_any(come, data, at, partial)
+
+    def _parse_any(self, come: deque[Any], data: bytes, at: int, partial: Any) -> Any:
+        """The same of all frames, from an index on."""
+        size = len(data)
         while size - at >= 4:
-            if partial is None and size - at >= 28:  # the usual case: a short message without buffers
-                length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
-                end = at + 4 + length
-                if _HEAD <= length <= self.limit and end <= size and version == _WIRE_VERSION and not count:
-                    come.append((kind, flags, number, parent, data[at + 28 : end], ()))
-                    at = end
-                    continue
             start, (length,) = at + 4, _LENGTH.unpack_from(data, at)
             if length == -1:
                 start = at + 12
@@ -1551,7 +1555,7 @@ class _Channel:
             self.batch = None
             self.shutdown()  # what had come before is still read, up to the end of the connection
         finally:
-            if writer[0] is mine:
+            if writer and writer[0] is mine:
                 del writer[0]
             if (posted or self.batch is not None) and not writer.holder():
                 self.later()  # what is left here, or was just now; or by who has lost the seat
@@ -1653,14 +1657,14 @@ class _PipeChannel(_Channel):
     def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
         return [_LENGTH.pack(0) + head + body]  # the length is not sent
 
-    def receive(self, deadline: float | None = None) -> deque[_Message] | None:
+    def receive(self, deadline: float | None = None) -> deque[_Message]:
         while not self.state[0]:
             come, partial, have, reading = self.state
             if not reading:
                 self._step(reading, map(self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,)))
             result = self._result(reading[0], _left(deadline))
             if result is None:
-                return None
+                raise _Late(_IN_TIME)
             have += bytes(reading[0][0].getbuffer())
             self._check_size(len(have), partial)
             if result[1] == self._api.ERROR_MORE_DATA:
@@ -2444,29 +2448,41 @@ def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> boo
 
 
 class _Slots:
-    """How many calls may run at once, of all sessions of a plugin. For the pool; `_lock` protects it all."""
+    """How many calls may run at once, of all sessions of a plugin. For threads in which no handler strikes;
+    no lock: who adds to one of the two queues looks at the other one after that."""
 
     def __init__(self, count: int) -> None:
-        self._lock = threading.Lock()
         self.free = [None] * count  # as long as how many more calls may run
         self._queue: deque[_Request] = deque()  # calls that wait for a slot
 
     def take(self, request: _Request) -> bool:
         """Whether a call may run now; else it runs when there is a slot."""
-        with self._lock:
-            if self.free:
+        if not self._queue:
+            try:
                 self.free.pop()
                 return True
-            self._queue.append(request)
-            return False
+            except IndexError:
+                pass
+        self._queue.append(request)
+        self._go_on()
+        return False
 
     def give_back(self) -> None:
-        with self._lock:
-            if not self._queue:
+        self.free.append(None)
+        if self._queue:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        while self._queue and self.free:
+            try:
+                self.free.pop()
+            except IndexError:
+                return  # who has taken it looks at the queue when it is given back
+            try:
+                request = self._queue.popleft()
+                _pool.put((request.session.runner.run_with_slot, request))
+            except IndexError:
                 self.free.append(None)
-                return
-            request = self._queue.popleft()
-        _pool.put((request.session.runner.run_with_slot, request))
 
 
 class _Reader:
@@ -2485,7 +2501,8 @@ class _Reader:
         self._requests = session.requests
         self.seat = _Seat()
         self.sleepers: dict[int, _Call] = {}  # our calls whose threads sleep
-        self.unattended: set[int] = set()  # numbers of those whose answer must be read though no thread waits
+        self.unattended: set[int] = set()  # numbers of those for which somebody has to read though no thread
+        # waits; with -1 somebody always has to
 
     def wait(self, call: _Call) -> None:
         """Wait until something has come about the call, read while nobody else does, and run what is made on
@@ -2493,28 +2510,23 @@ class _Reader:
         seat, session, token = self.seat, self._session, {_get_ident()}
         mine = _ref_to(token)
         try:
-            while True:
+            while not call.inbox or call.inbox[0][0] <= _NOTIFY:
                 if call.inbox:
-                    if call.inbox[0][0] > _NOTIFY:
-                        return
                     self.pass_on()
                     session.runner.run_nested(call)
-                elif session.ended is not None:
-                    call.inbox.append(_ENDED)  # it may have come when the call was given up already
                 elif seat.setdefault(0, mine) is not mine:
                     self._sleep(call)
                 else:
-                    if not call.inbox:  # who read before may have brought it
-                        self.read(call)
+                    self.read(call)
                     del seat[0]
         except (_Broken, ProtocolError) as error:
-            session.end(error)
-            call.inbox.append(_ENDED)
+            if session.ended is None:
+                session.end(error)
+            call.inbox.append(_ENDED)  # it may have been given up already
         finally:
-            if seat[0] is mine:
+            if seat and seat[0] is mine:
                 del seat[0]
-            if (self.sleepers or self.unattended or self._requests or session.serving or session.sealed
-                    or session.references.lends):
+            if self.sleepers or self.unattended or self._requests or session.references.lends:
                 self.pass_on()
 
     def _sleep(self, call: _Call) -> None:
@@ -2553,32 +2565,25 @@ class _Reader:
         attendant, until there is a call to be run, which is returned, or a caller may read."""
         calls, receive = self._calls, self._channel.receive
         number, deadline = (0, None) if waiting is None else (waiting.number, waiting.deadline)
-        while True:
+        while waiting is None or not waiting.inbox:  # who read before may have brought it
             come = receive(deadline)
-            if come is None:
-                raise _Late
             while come:
                 message = come[0]
-                if message[1] & _TAGGED and b'"$own"' in message[4]:
+                kind, flags = message[:2]
+                if flags & _TAGGED and b'"$own"' in message[4]:
                     message = come[0] = self._session.references.held(message)
-                kind = message[0]
-                if kind in _ANSWERS:
-                    plain = kind == _RESULT and not message[1] & _STREAM
-                    if plain and message[2] == number and number in calls:  # the usual case
-                        inbox: Any = waiting.inbox  # type: ignore[union-attr]
-                        inbox.extend(itertools.starmap(come.popleft, _ONCE))
-                        calls.pop(number, None)
-                    elif self._route_answer(come, message, waiting is None):
-                        return None
-                elif kind > _NOTIFY:
-                    self._session.steer(come, message)
-                else:
+                if message[2] == number and kind == _RESULT and not flags & _STREAM and number in calls:
+                    waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
+                elif 0 < kind <= _NOTIFY:
                     request = self._route_call(come, message, waiting is None)
                     if request is not None:
                         return request
+                elif kind not in _ANSWERS:
+                    self._session.steer(come, message)
+                elif self._route_answer(come, message, waiting is None):
+                    return None
             message = ()  # what has come is not kept alive by who waits for more
-            if waiting is not None and waiting.inbox:
-                return None
+        return None
 
     def _route_answer(self, come: deque[_Message], message: _Message, attends: bool) -> bool:
         """Put a message into its call's inbox. Returns whether the attendant may go, as a caller is woken."""
@@ -2662,7 +2667,7 @@ class _Attendant:
 
     def _is_wanted(self) -> bool:
         session = self._session
-        wanted = session.serving or self._reader.unattended or session.requests or session.references.lends
+        wanted = self._reader.unattended or session.requests or session.references.lends
         return bool(wanted) and session.ended is None
 
     def come(self) -> None:
@@ -2670,7 +2675,7 @@ class _Attendant:
         that who calls again at once finds the seat free."""
         if self._right.holder() or not self._is_wanted():
             return
-        if self._session.serving or self._reader.unattended:
+        if self._reader.unattended:
             self._begin()
         elif time.monotonic() >= self._coming:
             soon = time.monotonic() + _LAZY
@@ -2692,28 +2697,23 @@ class _Attendant:
         token.add(_get_ident())
         slow = None
         try:
-            while slow is None and right[0] is mine and self._is_wanted():
-                if seat.setdefault(0, mine) is not mine:
-                    break
+            while right[0] is mine and self._is_wanted() and seat.setdefault(0, mine) is mine:
                 request = self._reader.read()
+                del seat[0]
                 if request is None:
-                    if not (session.serving or self._reader.unattended):
+                    if not self._reader.unattended:
                         break  # the caller that was woken reads better
                 elif runner.slots.take(request):
                     runner.decode(request)
                     if runner.quick.get(request.method, 0) < 3:
                         slow = request
-                    else:
-                        self._inline = request.number
-                        if not self._watched:
-                            self.watch()
-                        del seat[0]
-                        runner.run_with_slot(request)
-                        if right[0] is mine:
-                            self._inline = -request.number
-                request = None
-                if seat[0] is mine:
-                    del seat[0]
+                        break
+                    self._inline = request.number
+                    if not self._watched:
+                        self.watch()
+                    runner.run_with_slot(request)
+                    if right[0] is mine:
+                        self._inline = -request.number
         except BaseException as error:  # no memory is left, say: who waits would wait in vain
             session.end(error)
         finally:
@@ -2779,7 +2779,7 @@ class _Caller:
                 self._calls.pop(call.number, None)
                 return None
             self._reader.wait(call)
-            if call.number in self._calls and not call.streams:  # who read was struck before that
+            if not call.streams:
                 self._calls.pop(call.number, None)
             return self.value(call, _RESULT if kind == _CALL else _PONG)
         except BaseException as error:
@@ -3015,18 +3015,19 @@ class _Runner:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises
         is an answer too. (Should there be one, the other side ignores this.)"""
         if request.begun and request.producer is None:
-            return None
+            return
         outer, returned = _current.get(), False
         own = True  # whether a PluginError would be about this call itself
         try:
             _current.set(request)
-            if request.producer is not None:
-                return request.producer.go_on()
+            if request.begun:
+                request.producer.go_on()  # type: ignore[union-attr]
+                return
             request.begun, request.outer = True, outer
             if request.body is None:
                 self.decode(request)
                 if request.body is None:
-                    return None
+                    return
             start = time.monotonic()
             target, method, args, kwargs = request.body[:4]
             function = self._session.references.resolve(target, method)
@@ -3051,7 +3052,7 @@ class _Runner:
         finally:
             _current.set(outer)
             request.body = args = kwargs = None  # not kept alive by a frame that lingers
-        return None
+        return
 
     def _took(self, method: str, seconds: float) -> None:
         if len(self.quick) > 1000:
@@ -3340,7 +3341,7 @@ class _Session:
             _sessions.discard(self)
             raise
         if serving:
-            self.reader.pass_on()
+            self.keep_reading()
 
     # -- sending
 
@@ -3457,6 +3458,7 @@ class _Session:
             self.lost_calls = [call.method for call in list(self.calls.values())]
             self.ended = make_error
         self.sealed = True
+        self.reader.unattended.add(-1)  # who reads last closes the channel
         for call in list(self.calls.values()):
             call.inbox.append(_ENDED)
             if call.future is not None and not call.streams:
@@ -3680,7 +3682,7 @@ class _Target:
         self.session = session
         self.number = number
         self.identity: Any = (session, number)  # also when it is dispensed anew
-        notice = [_FRAME.pack(_HEAD, _WIRE_VERSION, _RELEASE, 0, 0, number, 0)]
+        notice: list[_Bytes] = [_FRAME.pack(_HEAD, _WIRE_VERSION, _RELEASE, 0, 0, number, 0)]
         self._notice = [notice] if number else []  # to be posted, until it is given back
         session.borrowed.add(id(self))
 
@@ -3797,7 +3799,9 @@ class _References:
 
     def resolve(self, target: Any, method: str) -> Callable[..., Any]:
         """What a call runs; an empty name is the object itself. Raises MethodNotFound, DeadReference."""
-        loan = self.loan(target)
+        loan = self._loans.get(target) if type(target) is int else None
+        if loan is None:
+            loan = self.loan(target)
         obj = loan.object
         if method in loan.known:  # not by the string that has come: classes cache those they are asked by
             return getattr(obj, loan.known[method])  # type: ignore[no-any-return]
