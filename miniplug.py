@@ -1122,6 +1122,11 @@ def _format_traceback(error: BaseException) -> str:
         return f"(a traceback that could not be made: {type(failure).__name__})"
 
 
+def _print_error(error: BaseException) -> None:
+    """In one piece, so that it is one record of the host's log under any load."""
+    print(_format_traceback(error), end="", file=sys.stderr)
+
+
 def _base_of(cls: type) -> tuple[Any, dict[str, Any]]:
     """The builtin exception that a class comes from, and those of its attributes that are not in __dict__."""
     base: Any = next(base for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
@@ -3094,7 +3099,7 @@ class _Runner:
         if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
             call.raised = deque([*call.raised, (request.number, error)], _RAISED)  # it may come home
         if request.kind == _NOTIFY:
-            _import("traceback").print_exception(type(error), error, error.__traceback__)
+            _print_error(error)
         elif not request.cancelled:
             for bare in (False, True, None):
                 try:
