@@ -4089,6 +4089,53 @@ def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
     return None if seconds is None else float(seconds)
 
 
+def _is_output(value: Any) -> bool:
+    if isinstance(value, str):
+        return value in ("discard", "inherit", "log")
+    return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
+
+
+def _are_digests(value: Any) -> bool:
+    digests = [value] if isinstance(value, str) else value.values() if hasattr(value, "values") else [None]
+    return all(isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each) for each in digests)
+
+
+# What the options of functions take, by their types in the signature: the error, in words, and as a test.
+_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
+    "str": (TypeError, "a str", lambda value: isinstance(value, str)),
+    "bool": (TypeError, "True or False", lambda value: isinstance(value, bool)),
+    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
+    "Handshake": (TypeError, "a miniplug.Handshake", lambda value: hasattr(value, "magic_cookie_value")),
+    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
+                      isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
+    "Mapping[str, str]": (TypeError, "a dict; names and values are str", lambda value: hasattr(value, "items")
+                          and all(isinstance(part, str) for item in value.items() for part in item)),
+    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
+                      lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
+    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
+    "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", _are_digests),
+    "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
+                       lambda value: hasattr(value, "getChild")),
+    "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
+    "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
+
+
+def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Check the options that a function was given by the types in its signature. Raises TypeError and
+    ValueError."""
+    for name, annotation in function.__annotations__.items():
+        wanted, none, _ = annotation.partition(" | None")
+        if wanted == "int":
+            least = {"max_message": _HELLO_LIMIT, "max_workers": 1}
+            _checked_count(given[name], name, least.get(name, 0))
+        elif wanted == "float":
+            _checked_timeout(given[name], name)
+        elif wanted in _TYPES and not (none and given[name] is None):
+            kind, words, is_right = _TYPES[wanted]
+            if not is_right(given[name]):
+                raise kind(f"{name}={given[name]!r}: it is {words}")
+
+
 class _Proxy(_Remote):
     # An object of the other side's: it has the object's public methods.
 
@@ -4531,12 +4578,7 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
     """
-    if not hasattr(handshake, "magic_cookie_value"):
-        raise TypeError(f"handshake={handshake!r}: it is a miniplug.Handshake")
-    if not isinstance(address, (str, type(None))):
-        raise TypeError(f"address={address!r}: it is a str, or None")
-    if not isinstance(persist, bool):
-        raise TypeError(f"persist={persist!r}: it is True or False")
+    _check(serve, locals())
     server = _Server(_versions(plugins, handshake), info, max_workers, max_message)
     secret = os.urandom(32) if authkey is None else _checked_key(authkey)
     _take_environment()
@@ -5387,51 +5429,6 @@ _LONGEST_PAUSE = 10.0
 _Process: Any = _WindowsProcess if _WINDOWS else _PosixProcess
 
 
-def _is_output(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in ("discard", "inherit", "log")
-    return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
-
-
-def _are_digests(value: Any) -> bool:
-    digests = [value] if isinstance(value, str) else value.values() if hasattr(value, "values") else [None]
-    return all(isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each) for each in digests)
-
-
-# What the options take, by their types in Plugin's signature: the error, in words, and as a test.
-_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
-    "str": (TypeError, "a str", lambda value: isinstance(value, str)),
-    "bool": (TypeError, "True or False", lambda value: value in (True, False)),
-    "int": (ValueError, "a whole number, at least 0", lambda value: type(value) is int and value >= 0),
-    "float": (ValueError, "a number of seconds, or None for no limit",
-              lambda value: isinstance(value, (int, float)) and value >= 0),
-    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
-    "Handshake": (TypeError, "a miniplug.Handshake", lambda value: hasattr(value, "magic_cookie_value")),
-    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
-                      isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
-    "Mapping[str, str]": (TypeError, "a dict; names and values are str", lambda value: hasattr(value, "items")
-                          and all(isinstance(part, str) for item in value.items() for part in item)),
-    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
-                      lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
-    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
-    "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", _are_digests),
-    "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
-                       lambda value: hasattr(value, "getChild")),
-    "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
-    "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
-
-
-def _check_options(given: dict[str, Any]) -> None:
-    """Raises TypeError and ValueError."""
-    for name, annotation in Plugin.__init__.__annotations__.items():
-        wanted, none, _ = annotation.partition(" | None")
-        if wanted in _TYPES and not (none and given[name] is None):
-            kind, words, is_right = _TYPES[wanted]
-            if not is_right(given[name]):
-                raise kind(f"{name}={given[name]!r}: it is {words}")
-    _checked_count(given["max_message"], "max_message", _HELLO_LIMIT)
-
-
 def _or_forever(seconds: float | None) -> float:
     return _FOREVER if seconds is None else min(seconds, _FOREVER)
 
@@ -5442,16 +5439,18 @@ _HINT = ("what is in a file or module is named after a colon: 'path/to/file.py:A
 
 class _Recipe:
     """What a plugin is made from: the options, checked once, as attributes; what is to be run; where its
-    paths start. It does not change, so any thread may read it. `config`: of a process to attach to. `process`
-    starts one."""
+    paths start. It does not change, so any thread may read it. `process` starts one; `config` is of one to
+    attach to."""
 
     def __init__(self, command: Any, **options: Any) -> None:
         versions = options["protocol_versions"]
         if versions is None:
             versions = [getattr(options["handshake"], "protocol_version", 1)]
         options["protocol_versions"] = [*versions] if hasattr(versions, "__iter__") else versions
-        _check_options(options)
-        vars(self).update(options, start_timeout=_or_forever(options["start_timeout"]))
+        _check(Plugin.__init__, options)
+        for name in ("start_timeout", "restart_window"):
+            options[name] = _or_forever(options[name])
+        vars(self).update(options)
         self.config: Any = None
         self.process = _Process
         self.folder = _current_folder()  # what is relative starts there
@@ -5471,6 +5470,7 @@ class _Recipe:
         if not self.is_list:
             name, source, attribute = _split_spec(source)
         self.name: str = self.name or name or os.path.splitext(os.path.basename(source))[0] or "plugin"
+        self.label = f"the plugin {self.name!r}"
         self.is_module = attribute != "" and not source.endswith(".py")
         self.source = source if self.is_module else self._whole(source)
         self.task: list[str] = []  # what this very file does in the process, if that runs it
@@ -5494,12 +5494,12 @@ class _Recipe:
     def not_started(self, argv: list[str], reason: str, kind: type[LaunchError] = LaunchError,
                     **carried: Any) -> LaunchError:
         words = _last_words(carried.get("output", ()))
-        return kind(f"the plugin {self.name!r} did not start: {reason}{words}", command=argv, **carried)
+        return kind(f"{self.label} did not start: {reason}{words}", command=argv, **carried)
 
     # -- what to run
 
     def argv(self) -> list[str]:
-        """What to run, once its files are checked. Raises LaunchError, and OSError for an unreadable file."""
+        """What to run. Raises LaunchError if that can be told to fail, OSError for a file not to be read."""
         if self.command in ([], [""]):
             raise self.not_started([], "the command is empty")
         argv = [*self.command] if self.is_list else [self.source]
@@ -5559,7 +5559,6 @@ class _Recipe:
     # -- and around it
 
     def environ(self) -> dict[str, str]:
-        """What the plugin's environment has beside the address and the key."""
         env = {name: value for name, value in os.environ.items()
                if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
         if not (self.is_list or self.is_own):
@@ -5581,15 +5580,15 @@ class _Recipe:
         return env
 
     def above(self) -> list[Any]:
-        """What is being started, from the first host down to this process, while this one does not serve yet:
-        [[the program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin must
-        not be launched there: one whose module launches what imports it would go on for ever."""
+        """What is being started, from the first host down to this process, if that does not serve yet: [[the
+        program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin must not
+        be launched there: a module that launches what imports it would go on for ever."""
         if self.process is not _Process:
             return []
         above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
         for program, address in above:
             if program in (None, self.identity()):
-                what = f"the plugin {self.name!r} is not launched: this process is still being started as one"
+                what = f"{self.label} is not launched: this process is still being started as one"
                 how = "a host's module that it imports has to have what launches plugins under"
                 raise RuntimeError(f'{what}; {how}  if __name__ == "__main__":')
             try:
@@ -5632,18 +5631,16 @@ class _Voice:
         files = (process.stdout, process.stderr)
         self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
         self._threads: list[threading.Thread] = []
-        self._wake: list[int] = []  # a pipe: its end wakes them
-        self._ended = False
+        self._wake: list[int] = []  # a pipe, the end of which wakes them
 
     def start(self) -> None:
         self._wake.extend(os.pipe() if self._streams else ())
         for stream in self._streams:
-            what = stream.read_until, lambda: self._ended, self._wake[0]
+            what = stream.read_until, lambda: len(self._wake) < 2, self._wake[0]
             self._threads.append(_start_thread("miniplug-output", *what))
 
     def stop(self) -> None:
         """Have the threads end, once nothing more comes."""
-        self._ended = True
         if self._wake:
             os.close(self._wake.pop())
 
@@ -5663,15 +5660,13 @@ class _Voice:
 
 
 class _Run:
-    """One process of a plugin, from the wish to have it to its end.
+    """One process of a plugin, from the wish to have it to its end. Any thread may call the methods.
 
-    The thread of the number `thread` brings it up, and may alone call on it until on_start has returned. The
-    supervisor's `news` protects `settled`, set when it serves or will not, and `failure`, which says why not.
-    When `gone` is set the last line is delivered, the process reaped; when `ended` is set the calls have
-    failed, too, and the supervisor knows. An end before which nobody has set `asked` is a crash.
-
-    One thread waits for the process and reaps it, another minds it. Any may call the methods. `_claim` is
-    held for good by who ends the run: who waits for the process, or who detaches before.
+    The thread of the number `thread` brings it up, and may alone call on it until on_start has returned; one
+    waits for the process and reaps it; another minds it. The supervisor's `news` protects `settled`, set when
+    it serves or will not, and `failure`, which says why not. When `gone` is set the last line is delivered,
+    the process reaped; when `ended` is set its calls have failed, too. An end that was not `asked` for is a
+    crash. `_claim` is held for good by who ends the run: who waits for the process, or who detaches.
     """
 
     def __init__(self, supervisor: _Supervisor) -> None:
@@ -5682,13 +5677,13 @@ class _Run:
         self.process: Any = None
         self.output: Any = None
         self.session: Any = None
-        self.config: dict[str, Any] | None = None  # what another host needs to attach to a process that stays
+        self.config: dict[str, Any] | None = None  # of a process that stays: what a host needs to attach
         self.owned = True  # whether the process is this host's
         self.asked = False
         self.exit_code: int | None = None
         self.gone, self.ended = threading.Event(), threading.Event()
-        self._arrival = threading.Event()  # set when it has connected, was refused, or has ended
-        self._why = ""  # what is said of one that had to be killed
+        self._arrival = threading.Event()  # it has connected, was refused, or has ended
+        self._why = ""  # it had to be killed
         self._claim = threading.Lock()
 
     # -- how it comes up
@@ -5767,7 +5762,6 @@ class _Run:
                                    stdout=stdout, stderr=stderr), sinks)
 
     def _begin(self, process: Any, sinks: Sequence[_Sink | None] = ()) -> None:
-        """There is a process, which will have a session."""
         self.process, self.output = process, _Voice(process, sinks)
         _runs.add(self)
         try:
@@ -5777,14 +5771,12 @@ class _Run:
             process.signal(kill=True)
             self._watch()
             raise
-        with self.supervisor.news:
-            if self.supervisor.state != "up":
-                self.supervisor.run = self
+        if self.supervisor.state != "up":
+            self.supervisor.run = self
         if self.settled:  # nobody wants it any more
             _end_runs([self], 0.0)
 
     def _meet(self, channel: _Channel, terms: _Terms) -> None:
-        """Have a session with it, over an authenticated channel."""
         recipe = self.recipe
         self.session = session = _open_session(channel, terms, recipe.max_message, _Served({}), self._lost)
         session.call_timeout = recipe.call_timeout
@@ -5804,7 +5796,7 @@ class _Run:
         return session is not None and session.ended is None and not (self.asked or self.gone.is_set())
 
     def _mind(self, session: _Session) -> None:
-        """See that it answers, and is used. In rounds: that this host stood still for once tells nothing."""
+        """See that it answers, and is used; in rounds, as this host may have stood still for once."""
         heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
         pause = min(heartbeat / 4, idle / 8)
         silent = unused = 0.0
@@ -5829,8 +5821,7 @@ class _Run:
             self.session.ask_to_end(grace or 0.0)
 
     def detach(self) -> None:
-        """Let go of a process that stays without this host."""
-        self.asked = True
+        """Once its supervisor is closed."""
         if not self.owned:
             _end_runs([self], 0.0)
         elif self._claim.acquire(False):
@@ -5842,15 +5833,13 @@ class _Run:
 
     def drain(self, seconds: float) -> None:
         """Another run has taken its place: end it as soon as it is not busy, or after so many seconds."""
-        deadline, pause = time.monotonic() + seconds, 0.001
+        deadline = time.monotonic() + seconds
         while not self.session.seal() and time.monotonic() < deadline:
-            self.ended.wait(pause)
-            pause = min(2 * pause, 0.05)
+            self.ended.wait(0.02)
         if self.session.ended is None:  # else it has crashed, which its calls are told
             _end_runs([self], _GRACE)
 
     def _watch(self) -> None:
-        """Wait for the process, and reap it."""
         self.process.await_exit()
         if self._claim.acquire(False):
             self.process.signal(kill=True)  # what it has left behind
@@ -5884,7 +5873,6 @@ class _Run:
             session.dispose()
 
     def disown(self) -> None:
-        """In a forked child of the host: nothing here is ours."""
         self.process.disown()
         self.output.close()
 
@@ -5899,7 +5887,7 @@ class _Run:
 
     def error(self, calls: Sequence[str] = (), verdict: str = "") -> BaseException:
         """What calls raise that it has cut off, by name, or else does not take any more."""
-        name, tail = f"the plugin {self.recipe.name!r}", self.output.tail()
+        name, tail = self.recipe.label, self.output.tail()
         if self.asked:
             return PluginClosed(f"{name} was closed")
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else verdict
@@ -5922,8 +5910,8 @@ class _Supervisor:
         down --call, start()--> starting --it serves--> up --crash, idle--> down (or starting, with a `start`)
         starting --it fails--> down      any --close(), kill(), detach(), exit--> closed --start()--> starting
 
-    `news` protects all fields. It is held for moments; who waits for it looks again within a second, should a
-    signal handler have changed something between look and sleep. Any thread may call any method.
+    `news` protects all fields, for any thread. Who waits for it looks again within a second, should a signal
+    handler have changed something between look and sleep.
     """
 
     def __init__(self, recipe: _Recipe, plugin: Plugin) -> None:
@@ -5963,11 +5951,11 @@ class _Supervisor:
         Comes before any lock, which in a forked child a thread that is not there may hold."""
         if self.owner != os.getpid():
             where = "belongs to the process that this one was forked from: launch another here"
-            raise PluginError(f"the plugin {self.recipe.name!r} {where}")
+            raise PluginError(f"{self.recipe.label} {where}")
         start = self.start
         if start is None or start.thread == threading.get_ident():
             return start
-        request = _current.get() if start.session is not None else None
+        request = _current.get()
         while request is not None and request.session is not start.session:
             request = request.outer
         return start if request is not None else None
@@ -6029,8 +6017,7 @@ class _Supervisor:
             if is_up and not replace:
                 return
             if is_up and not self.run.owned:
-                who = f"the plugin {self.recipe.name!r} belongs to another host"
-                raise PluginError(f"{who}: that can restart it")
+                raise PluginError(f"{self.recipe.label} belongs to another host: that can restart it")
             begins = self.start is None and not is_up
             if begins:
                 self.tries.clear()
@@ -6044,7 +6031,6 @@ class _Supervisor:
                 _end_runs(self.close(), None)
 
     def _await(self, start: _Run, asked: _Call | None = None) -> None:
-        """Wait until it is up. Raises why it is not."""
         with self.news:
             while not start.settled:
                 left = asked.left() if asked is not None else None
@@ -6055,7 +6041,6 @@ class _Supervisor:
             raise start.failure
 
     def _bring_up(self, start: _Run, drain: float | None, counts: bool) -> None:
-        """What the thread of a start does. Whether it `counts` as a restart."""
         start.thread = threading.get_ident()
         old, on_start = self.run, self.recipe.on_start
         error: BaseException | None = None
@@ -6086,7 +6071,6 @@ class _Supervisor:
             old.drain(drain)
 
     def _settle(self, start: _Run, error: BaseException | None = None) -> None:
-        """It serves, or why it does not."""
         with self.news:
             if error is None:
                 self.run, self.crash, self.state = start, None, "up"
@@ -6099,7 +6083,7 @@ class _Supervisor:
     # -- its end
 
     def notice(self) -> None:
-        """Look whether the run that serves has ended. Calls and the run itself do, whichever is first."""
+        """Look whether the run that serves has ended."""
         if self.state != "up":
             return  # without the lock, which is held for good at interpreter exit
         with self.news:
@@ -6111,7 +6095,7 @@ class _Supervisor:
                 self.news.notify_all()
 
     def retire(self, run: _Run) -> None:
-        """End a run that nobody uses, unless somebody does just now. The next call starts another."""
+        """End a run that nobody uses, unless somebody does just now."""
         with self.news:
             idle = self.open is run.session is not None and run.takes_calls and run.session.seal()
             run.asked = run.asked or idle
@@ -6120,7 +6104,7 @@ class _Supervisor:
             _end_runs([run], _GRACE)
 
     def close(self) -> list[_Run]:
-        """Start nothing more, and let go who waits for that. Returns the runs that are to be ended."""
+        """Start nothing more, and let go who waits for that. Returns the runs to end."""
         if self.owner != os.getpid():
             return []  # a thread that is not here may hold the lock
         with self.news:
@@ -6134,7 +6118,7 @@ class _Supervisor:
         return runs
 
     def is_closed(self) -> PluginClosed:
-        return PluginClosed(f"the plugin {self.recipe.name!r} is closed: start() it again")
+        return PluginClosed(f"{self.recipe.label} is closed: start() it again")
 
 
 _runs: set[_Run] = set()  # all that have a process which has not ended
@@ -6181,7 +6165,6 @@ if hasattr(os, "register_at_fork"):
 
 
 def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
-    """Do what a call is made of; what that raises is its answer."""
     try:
         function(*args)
     except BaseException as error:
@@ -6189,8 +6172,8 @@ def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
-    """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin.
-    Cancelled, it calls `undo` before and after that has returned: so nothing is left half done."""
+    """Call what blocks in a thread of its own: those of the loop may all wait for the plugin. Cancelled, it
+    calls `undo` before and after that has returned: so nothing is left half done."""
     asyncio, call = _import("asyncio"), _on_first_use("Call")()
     _aside("miniplug-async", _attempt, call, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
@@ -6213,8 +6196,8 @@ def _ask(kind: type, session: _Session, *what: Any) -> Any:
 
 
 class _Dispensed(_Target):
-    """What a plugin serves under a name: an object of the session of each run in turn, `at` which number. One
-    thread dispenses it anew in a run that it does not know: `_lock` is for that."""
+    """What a plugin serves under a name: an object of the session of each run in turn, `at` which number.
+    `_lock` is for the one thread that dispenses it anew in another run."""
 
     def __init__(self, supervisor: _Supervisor, name: str | None, first: _Target) -> None:
         self.at: dict[_Session, _Target] = {}
@@ -6265,10 +6248,9 @@ class _Dispensed(_Target):
 class Plugin:
     """A plugin, as its host holds it: something to start, call and end, as often as you like.
 
-    The parameters are those of `launch`, which makes one and starts it. One that was only made starts on
-    first use. As a context manager it starts and closes. Any thread may use it. After `close()` calls raise
-    PluginClosed, after a crash PluginCrashed, until `start()`; then the proxies work again, on fresh
-    instances.
+    The parameters are those of `launch`, which makes one and starts it; one that was only made starts on
+    first use. ``with`` starts and closes it. Any thread may use it. After `close()` calls raise PluginClosed,
+    after a crash PluginCrashed, until `start()`; then the proxies work again, on fresh instances.
     """
 
     def __init__(self, command: _Command, *, name: str | None = None, handshake: Handshake = Handshake(),
@@ -6291,16 +6273,16 @@ class Plugin:
     # -- its life
 
     def start(self) -> Plugin:
-        """Start the plugin, unless it runs. Raises LaunchError (and its kinds) when it does not come up."""
+        """Start the plugin, unless it runs. Raises what `launch` does."""
         self._supervisor.start_up()
         return self
 
     def restart(self, drain: float | None = 30.0) -> Plugin:
         """Swap in a fresh process, or start one. Returns when that serves, and new calls go there.
 
-        What is in flight, streams and references too, finishes in the old one behind the caller, in at most
-        `drain` seconds (None: no limit). What is cut off then raises PluginClosed, a reference DeadReference.
-        If the new process does not come up, the old one stays, and this raises what `start` does.
+        Calls in flight, streams and references finish in the old one, in at most `drain` seconds (None: no
+        limit). What is cut off raises PluginClosed, a reference DeadReference. If the new process does not
+        come up, the old one stays, and this raises what `start` does.
         """
         self._supervisor.start_up(_or_forever(_checked_timeout(drain, "drain")))
         return self
@@ -6312,8 +6294,7 @@ class Plugin:
         _end_runs(self._supervisor.close(), seconds)
 
     def kill(self) -> None:
-        """End the plugin and all that it started at once. One that was attached to is asked, and let go
-        of."""
+        """End the plugin and all that it started at once. One that was attached to is asked to end."""
         _end_runs(self._supervisor.close(), None)
 
     def detach(self) -> None:
@@ -6327,13 +6308,13 @@ class Plugin:
 
     def _config_of(self, run: _Run) -> dict[str, Any]:
         if run.config is None:
-            how = "does not stay without its host: launch it with persist=True"
-            raise PluginError(f"the plugin {self.name!r} {how}")
+            what = self._supervisor.recipe.label
+            raise PluginError(f"{what} does not stay without its host: launch it with persist=True")
         return run.config
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until the process that runs now has ended, at most `timeout` seconds. Returns its exit code,
-        or None if it still runs."""
+        """Wait until the process has ended, at most `timeout` seconds. Returns its exit code, or None if it
+        still runs."""
         run = self._run
         if run is not None:
             run.ended.wait(_or_forever(timeout))
@@ -6468,8 +6449,7 @@ import sys
 if sys.path[:1] == [""]:  # what lies in the current folder, a json.py say, is not what is imported here
     del sys.path[0]
 if sys.version_info < (3, 8):
-    version = sys.version.split()[0]
-    sys.exit("miniplug needs Python 3.8 or newer, and this is " + version + ": " + sys.executable)
+    sys.exit("miniplug needs Python 3.8 or newer: " + sys.executable + " is " + sys.version.split()[0])
 import os
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -6530,42 +6510,40 @@ def launch(command: _Command, **options: Any) -> Plugin:
 
     `command`: an argument list, run as it is; or a program's path, a ``.py`` file being run under `python`;
     or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``, which this
-    very file serves under `python`, where miniplug need not be installed. The options:
+    very file serves under `python`. The options:
 
     - `name`: what logs and errors call it; by default made from the command.
     - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
-      version that both have is used.
-    - `python`: the interpreter; by default this one, with its flags. Another one gets none of this one's own
-      variables. A spec or ``.py`` file imports what lies beside it, or for a module in `cwd`; for more give a
-      ``PYTHONPATH`` in `env`.
-    - `env`: added to the environment, and wins over it. `inherit_env=False`: it starts from what the system
-      needs. `cwd`: where it runs, and relative paths in `command`, `python` and `sha256` start.
+      version that both can is used.
+    - `python`: the interpreter, where miniplug need not be installed; by default this one, with its flags.
+      Another one gets none of this one's own variables. What it imports lies beside the file, or for a
+      module in `cwd`; for more give a ``PYTHONPATH`` in `env`.
+    - `env`: added to the environment, and wins over it; with `inherit_env=False` to what the system needs
+      alone. `cwd`: where it runs, and where relative paths start.
     - `start_timeout`, `call_timeout`: seconds to connect in, and for a call that has no deadline of its own.
     - `stdin`: ``"discard"``, ``"inherit"`` (a terminal too: then it shares the host's process group) or a
       file. `stdout`, `stderr`: ``"log"``, ``"inherit"``, ``"discard"``, a callable that takes each line, or a
       text file.
     - `logger` (default ``miniplug.NAME``): the parent of those that its records and lines go to: its own
       loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
-    - `max_restarts` in any `restart_window` seconds: after a crash the next call starts it anew, after a
+    - `max_restarts` in any `restart_window` seconds: the next call after a crash starts it anew, after a
       pause of 0.1 seconds, and of twice as long each time. Proxies stay good; calls wait, their deadlines
-      running. Those in flight fail with PluginCrashed and are never run again. Past the limit calls raise the
-      last one, until `start`.
+      running. Those in flight raise PluginCrashed and never run again; past the limit all do, until `start`.
     - `heartbeat`: seconds without an answer to a ping that count as a crash. `idle_timeout`: seconds without
       a call, stream or reference after which it is closed, to start again on the next call.
-    - `on_start(plugin)` runs after every start; until it returns only the calls of its own thread get
-      through, and what those call back. If it raises, the process is ended, and whoever started it gets that.
+    - `on_start(plugin)` runs after every start; until it returns only its own calls get through, and what
+      those call back. If it raises, the process is ended, and whoever started it gets that.
       `on_exit(plugin)` runs in a thread of miniplug's, once for each time that the process ends unasked.
     - `sha256`: the hex digest of the program, script or spec's file (not of the interpreter), or ``{path:
-      digest}``. It is checked before anything runs, and nothing checked is run from a bytecode cache. What it
-      imports is not checked unless it is named.
+      digest}``, for what it imports too. They are checked before anything runs, and what is checked
+      does not come from a bytecode cache.
     - `limits`: what it may use at most. `max_message`: bytes of the longest message that the host takes, at
-      least 4096.
-    - `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host goes, unless
-      this one closes it, and can be attached to.
+      least 4096. `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host
+      goes, unless this one closes it, and can be attached to.
 
     Raises LaunchError, HandshakeError, ChecksumError, PluginClosed, and what `on_start` raises; TypeError or
-    ValueError for an option; RuntimeError in a process that is itself being started as a plugin, and imports
-    a host's module that launches this one, for want of an ``if __name__ == "__main__":``.
+    ValueError for an option; RuntimeError in a plugin that is still being started: a host's module that it
+    imports lacks an ``if __name__ == "__main__":``.
     """
     return Plugin(command, **options).start()
 
@@ -6638,8 +6616,7 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     Raises OSError for a folder that cannot be read, and ValueError for a pattern that is empty or absolute,
     TypeError for one that is no str.
     """
-    if not isinstance(pattern, str):
-        raise TypeError(f"pattern={pattern!r}: it is a glob, a str")
+    _check(discover, locals())
     if _import("pathlib").PurePath(pattern).anchor or os.path.normpath(pattern) == ".":
         raise ValueError(f"pattern={pattern!r}: it is a glob relative to the folder")
     folder = _import("pathlib").Path(directory).absolute()
@@ -6665,8 +6642,7 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
 
     Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
-    if not isinstance(group, str):
-        raise TypeError(f"group={group!r}: it is the name of a group, a str")
+    _check(discover_entry_points, locals())
     if python is not None:
         with launch("miniplug:discover_entry_points", name="entry_points", python=python) as plugin:
             return dict(plugin.dispense()(group))
