@@ -133,14 +133,14 @@ if TYPE_CHECKING:  # typing itself is slow to import
         NoReturn,
         Sequence,
         TextIO,
-        TypeVar,
         Union,
         overload,
     )
 
-    from typing_extensions import ParamSpec  # which type checkers have for every Python
+    from typing_extensions import ParamSpec, TypeVar  # which type checkers have for every Python
 
     _T = TypeVar("_T")
+    _I = TypeVar("_I", default=Any)
     _F = TypeVar("_F", bound=Callable[..., Any])
     _P = ParamSpec("_P")
     _Path = Union[str, "os.PathLike[str]"]
@@ -1316,11 +1316,11 @@ def _heed(error: OSError) -> None:
         raise _Broken(error) from None
 
 
-def _quietly(function: Callable[..., Any], *arguments: Any) -> None:
-    """Do what somebody else may have done already."""
+def _quietly(function: Callable[..., Any], *arguments: Any, kind: Any = OSError) -> None:
+    """Do what somebody else may have done already: that raises a `kind` of error."""
     try:
         function(*arguments)
-    except OSError:
+    except kind:
         pass
 
 
@@ -1855,12 +1855,12 @@ class _Listener:
         self.folder = ""
 
 
-def _remove_stale(path: str, age: float = 0.0) -> bool:
+def _remove_stale(path: str, age: float = 0.0) -> None:
     """Remove the socket of a process that was killed, at which nobody listens, and its folder if that was
-    made for it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
+    made for it; with an `age` in seconds only one that old, in such a folder."""
     folder = os.path.dirname(path)
     if _WINDOWS:
-        return False
+        return
     try:
         stat, there = os.lstat(folder), os.lstat(path)
         made = (re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
@@ -1873,17 +1873,16 @@ def _remove_stale(path: str, age: float = 0.0) -> bool:
                 os.unlink(path)
                 if made:
                     os.rmdir(folder)
-                return True
     except OSError:
         pass  # there is nothing, or somebody else was quicker
-    return False
 
 
-def _remove_left_behind() -> list[str]:
-    """Remove such sockets in the temp folders, and return them."""
+def _remove_left_behind() -> None:
+    """Remove such sockets in the temp folders."""
     glob = _import("glob")
-    found = [glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")) for base in _temp_folders()]
-    return [path for path in itertools.chain(*found) if _remove_stale(path, _LEFT_BEHIND)]
+    for base in _temp_folders():
+        for path in glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")):
+            _remove_stale(path, _LEFT_BEHIND)
 
 
 # === 4. handshake =======================================================================================
@@ -4101,6 +4100,53 @@ def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
     return None if seconds is None else float(seconds)
 
 
+def _is_output(value: Any) -> bool:
+    if isinstance(value, str):
+        return value in ("discard", "inherit", "log")
+    return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
+
+
+def _are_digests(value: Any) -> bool:
+    digests = [value] if isinstance(value, str) else value.values() if hasattr(value, "values") else [None]
+    return all(isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each) for each in digests)
+
+
+# What the options of functions take, by their types in the signature: the error, in words, and as a test.
+_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
+    "str": (TypeError, "a str", lambda value: isinstance(value, str)),
+    "bool": (TypeError, "True or False", lambda value: isinstance(value, bool)),
+    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
+    "Handshake": (TypeError, "a miniplug.Handshake", lambda value: hasattr(value, "magic_cookie_value")),
+    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
+                      isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
+    "Mapping[str, str]": (TypeError, "a dict; names and values are str", lambda value: hasattr(value, "items")
+                          and all(isinstance(part, str) for item in value.items() for part in item)),
+    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
+                      lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
+    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
+    "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", _are_digests),
+    "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
+                       lambda value: hasattr(value, "getChild")),
+    "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
+    "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
+
+
+def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Check the options that a function was given by the types in its signature. Raises TypeError and
+    ValueError."""
+    for name, annotation in function.__annotations__.items():
+        wanted, none, _ = annotation.partition(" | None")
+        if wanted == "int":
+            least = {"max_message": _HELLO_LIMIT, "max_workers": 1}
+            _checked_count(given[name], name, least.get(name, 0))
+        elif wanted == "float":
+            _checked_timeout(given[name], name)
+        elif wanted in _TYPES and not (none and given[name] is None):
+            kind, words, is_right = _TYPES[wanted]
+            if not is_right(given[name]):
+                raise kind(f"{name}={given[name]!r}: it is {words}")
+
+
 class _Proxy(_Remote):
     # An object of the other side's: it has the object's public methods.
 
@@ -4291,11 +4337,15 @@ class _Awaitable:
         except BaseException as error:
             return self._fail(error)
         call.future = None  # which may have a stream, that shall go when nobody wants it
-        return _settled(future.set_result, value)
+        return self._end(future.set_result, value)
 
     def _fail(self, error: BaseException) -> None:
         future: Any = self
-        _settled(future.set_exception, error)
+        self._end(future.set_exception, error)
+
+    def _end(self, settle: Callable[[Any], Any], outcome: Any) -> None:
+        """It may have been cancelled meanwhile, or settled before."""
+        _quietly(settle, outcome, kind=_import("concurrent.futures").InvalidStateError)
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
@@ -4319,13 +4369,6 @@ class _Awaitable:
 
     def __await__(self) -> Any:
         return _import("asyncio").wrap_future(self).__await__()
-
-
-def _settled(settle: Callable[[Any], Any], outcome: Any) -> None:
-    try:
-        settle(outcome)
-    except _import("concurrent.futures").InvalidStateError:
-        pass  # cancelled meanwhile, or settled before
 
 
 def _is_asyncios(callback: Any) -> bool:
@@ -4546,12 +4589,7 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
     """
-    if not hasattr(handshake, "magic_cookie_value"):
-        raise TypeError(f"handshake={handshake!r}: it is a miniplug.Handshake")
-    if not isinstance(address, (str, type(None))):
-        raise TypeError(f"address={address!r}: it is a str, or None")
-    if not isinstance(persist, bool):
-        raise TypeError(f"persist={persist!r}: it is True or False")
+    _check(serve, locals())
     server = _Server(_versions(plugins, handshake), info, max_workers, max_message)
     secret = os.urandom(32) if authkey is None else _checked_key(authkey)
     _take_environment()
@@ -5344,16 +5382,16 @@ class _WindowsProcess:
 
 
 class _NoProcess:
-    """Stands for another host's process, or for this one, where a `thread` serves: a mere connection."""
+    """Stands for another host's process, or for this one, where a `thread` serves. `end` lets go of it."""
 
     stdout = stderr = None
 
-    def __init__(self, channel: _Channel, pid: int, thread: threading.Thread | None = None) -> None:
-        self.pid, self._channel, self._thread = pid, channel, thread
+    def __init__(self, end: Callable[[], Any], pid: int, thread: threading.Thread | None = None) -> None:
+        self.pid, self._end, self._thread = pid, end, thread
         self._let_go = threading.Event()
 
     def signal(self, kill: bool) -> None:
-        self._channel.shutdown()
+        self._end()
         self._let_go.set()
 
     def await_exit(self) -> None:
@@ -5395,59 +5433,16 @@ def _last_words(lines: Sequence[str]) -> str:
 # === 10. plugin =======================================================================================
 #
 # Four rooms. The recipe: what was asked for, checked once. A run: one process, from its start to its end. The
-# supervisor: which run calls go to, and when another is started. Plugin: what the user holds.
-#
-# A lock of a lower room is taken while one of a higher is held, never the other way: the supervisor's `news`,
-# then a session's. Nothing is started, ended, sent or called back under `news`.
+# supervisor: which run calls go to, and when another is started. Plugin: what the user holds. Nothing is
+# started, ended, sent or called back under the supervisor's lock, `news`.
 
 _PAUSE = 0.1  # seconds between a crash and the next start; twice that after another one, and so on
 _LONGEST_PAUSE = 10.0
 _Process: Any = _WindowsProcess if _WINDOWS else _PosixProcess
 
 
-def _is_output(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in ("discard", "inherit", "log")
-    return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
-
-
-def _are_digests(value: Any) -> bool:
-    digests = [value] if isinstance(value, str) else [*value.values()] if hasattr(value, "values") else [None]
-    return all(isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each) for each in digests)
-
-
-# What the options take, by their types in Plugin's signature: the error, in words, and as a test.
-_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
-    "str": (TypeError, "a str", lambda value: isinstance(value, str)),
-    "bool": (TypeError, "True or False", lambda value: value in (True, False)),
-    "int": (ValueError, "a whole number, at least 0", lambda value: type(value) is int and value >= 0),
-    "float": (ValueError, "a number of seconds, or None for no limit",
-              lambda value: isinstance(value, (int, float)) and value >= 0),
-    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
-    "Handshake": (TypeError, "a miniplug.Handshake", lambda value: hasattr(value, "magic_cookie_value")),
-    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
-                      isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
-    "Mapping[str, str]": (TypeError, "a dict; names and values are str", lambda value: hasattr(value, "items")
-                          and all(isinstance(part, str) for item in value.items() for part in item)),
-    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
-                      lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
-    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
-    "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", _are_digests),
-    "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
-                       lambda value: hasattr(value, "getChild")),
-    "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
-    "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
-
-
-def _check_options(given: dict[str, Any]) -> None:
-    """Raises TypeError and ValueError."""
-    for name, annotation in Plugin.__init__.__annotations__.items():
-        wanted, none, _ = annotation.partition(" | None")
-        if wanted in _TYPES and not (none and given[name] is None):
-            kind, words, is_right = _TYPES[wanted]
-            if not is_right(given[name]):
-                raise kind(f"{name}={given[name]!r}: it is {words}")
-    _checked_count(given["max_message"], "max_message", _HELLO_LIMIT)
+def _or_forever(seconds: float | None) -> float:
+    return _FOREVER if seconds is None else min(seconds, _FOREVER)
 
 
 _HINT = ("what is in a file or module is named after a colon: 'path/to/file.py:Attr' or 'module:Attr'; "
@@ -5456,20 +5451,20 @@ _HINT = ("what is in a file or module is named after a colon: 'path/to/file.py:A
 
 class _Recipe:
     """What a plugin is made from: the options, checked once, as attributes; what is to be run; where its
-    paths start. It does not change, so any thread may read it. `config`: of a process to attach to. `process`
-    starts one."""
+    paths start. It does not change, so any thread may read it. `process` starts one; `config` is of one to
+    attach to."""
 
     def __init__(self, command: Any, **options: Any) -> None:
         versions = options["protocol_versions"]
         if versions is None:
             versions = [getattr(options["handshake"], "protocol_version", 1)]
         options["protocol_versions"] = [*versions] if hasattr(versions, "__iter__") else versions
-        _check_options(options)
+        _check(Plugin.__init__, options)
+        for name in ("start_timeout", "restart_window"):
+            options[name] = _or_forever(options[name])
         vars(self).update(options)
-        self.config: dict[str, Any] | None = None
+        self.config: Any = None
         self.process = _Process
-        limit = options["start_timeout"]
-        self.start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
         self.folder = _current_folder()  # what is relative starts there
         if self.cwd is not None:
             self.folder = os.path.join(self.folder, os.fsdecode(self.cwd))
@@ -5483,12 +5478,18 @@ class _Recipe:
             wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
             raise TypeError(f"command={command!r}: it is {wanted}") from None
         scripts = [part for part in self.command if part.endswith((".py", ".pyw"))]
-        spec = "", (scripts or self.command or [""])[0], ""
-        spec_name, source, self.attribute = spec if self.is_list else _split_spec(self.command[0])
-        self.name: str = self.name or spec_name or os.path.splitext(os.path.basename(source))[0] or "plugin"
-        self.is_module = self.attribute != "" and not source.endswith(".py")
+        name, source, attribute = "", (scripts or self.command or [""])[0], ""
+        if not self.is_list:
+            name, source, attribute = _split_spec(source)
+        self.name: str = self.name or name or os.path.splitext(os.path.basename(source))[0] or "plugin"
+        self.label = f"the plugin {self.name!r}"
+        self.is_module = attribute != "" and not source.endswith(".py")
         self.source = source if self.is_module else self._whole(source)
-        self.spec = f"{spec_name}={self.source}:{self.attribute}"
+        self.task: list[str] = []  # what this very file does in the process, if that runs it
+        if attribute:
+            self.task = ["serve", f"{name}={self.source}:{attribute}"]
+        elif scripts and not self.is_list:
+            self.task = ["run", self.source]
         digests: Any = options["sha256"] or {}
         if isinstance(digests, str):
             if self.is_module:
@@ -5499,36 +5500,34 @@ class _Recipe:
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
 
-    def place(self) -> str | None:
-        """The folder to start in; None for that of this process, which it may not be able to enter again."""
-        return None if self.folder == _current_folder() else self.folder
-
     def log(self) -> Any:
         return self.logger or _import("logging").getLogger(f"miniplug.{self.name}")
 
     def not_started(self, argv: list[str], reason: str, kind: type[LaunchError] = LaunchError,
                     **carried: Any) -> LaunchError:
         words = _last_words(carried.get("output", ()))
-        return kind(f"the plugin {self.name!r} did not start: {reason}{words}", command=argv, **carried)
+        return kind(f"{self.label} did not start: {reason}{words}", command=argv, **carried)
 
     # -- what to run
 
     def argv(self) -> list[str]:
-        """What to run, once its files are checked. Raises LaunchError if that can be told to fail."""
+        """What to run. Raises LaunchError if that can be told to fail, OSError for a file not to be read."""
         if self.command in ([], [""]):
             raise self.not_started([], "the command is empty")
-        argv = [*self.command]
-        if self.attribute:
-            argv = [*self._loader(), "serve", self.spec]
-        elif not self.is_list:
-            is_script = self.source.endswith((".py", ".pyw"))
-            argv = [*self._loader(), "run", self.source] if is_script else [self.source]
+        argv = [*self.command] if self.is_list else [self.source]
+        if self.task:
+            argv = [*self._loader(), *self.task]
         elif self.source == self._whole(argv[0]) in self.sha256:
             argv[0] = self.source  # and not one of that name on the PATH
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
             raise self.not_started(argv, f"there is no such file as {self.source}; {_HINT}")
         for path, expected in self.sha256.items():
-            self._check_file(argv, path, expected)
+            with open(path, "rb") as file:
+                actual = _import("hashlib").sha256(file.read()).hexdigest()
+            if actual != expected:
+                reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
+                found = {"path": path, "expected": expected, "actual": actual}
+                raise self.not_started(argv, reason, ChecksumError, **found)
         return argv
 
     def _loader(self) -> list[str]:
@@ -5541,39 +5540,28 @@ class _Recipe:
             how = "pass python='/path/to/python', or call miniplug.freeze_support() first in its main program"
             raise self.not_started([], f"this application ({python}) has no interpreter to run it: {how}")
         flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
-        file = _FILE.rstrip("c") if frozen else _FILE  # .pyc, says PyInstaller
+        file = _FILE.rstrip("c")  # .pyc, says PyInstaller
         return [python, *flags, "-c", _BOOTSTRAP, file, __name__]
 
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
 
-    def _check_file(self, argv: list[str], path: str, expected: str) -> None:
-        """Raises ChecksumError, or OSError for a file that cannot be read."""
-        digest = _import("hashlib").sha256()
-        with open(path, "rb") as file:
-            for block in iter(partial(file.read, 1 << 20), b""):
-                digest.update(block)
-        actual = digest.hexdigest()
-        if actual != expected:
-            reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
-            raise self.not_started(argv, reason, ChecksumError, path=path, expected=expected, actual=actual)
-
-    def failure(self, run: _Run, argv: list[str], refusal: Any, strangers: int | None) -> LaunchError:
-        """Why a process did not come up. `strangers`: so many came in its time instead."""
+    def failure(self, run: _Run, argv: list[str], refusal: Any, in_time: bool) -> LaunchError:
+        """Why a process did not come up."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
-            run.wait(1.0)  # it says on stderr that it was refused
+            run.ended.wait(1.0)  # it says on stderr that it was refused
             kind, reason, told = HandshakeError, str(refusal), vars(refusal)
-        elif strangers is not None:
+        elif not in_time:
             _end_runs([run], None)
-            others = f" ({strangers} callers without the key did)" if strangers else ""
-            reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
+            reason = f"it did not connect within {self.start_timeout:g} s; does it call serve()?"
+        elif run.exit_code == 0:
+            kind = HandshakeError
+            reason = f"it exited without connecting: it is no plugin, or does not call serve(); {_HINT}"
+            if self.python is not None:
+                reason += f"; or python={self.python!r} is no Python"
         else:
             reason = f"it {_end_words(run.exit_code)[0]}"
-        if run.exit_code == 0 and strangers is None:
-            python = f"; or python={self.python!r} is no Python" if self.python is not None else ""
-            kind = HandshakeError
-            reason += f" without connecting: it is no plugin, or does not call serve(); {_HINT}{python}"
         tail = run.output.tail()
         wants_input = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # since Python 3.14
         if self.stdin == "discard" and "".join(tail[-1:]).startswith(wants_input):
@@ -5583,7 +5571,6 @@ class _Recipe:
     # -- and around it
 
     def environ(self) -> dict[str, str]:
-        """What the plugin's environment has beside the address and the key."""
         env = {name: value for name, value in os.environ.items()
                if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
         if not (self.is_list or self.is_own):
@@ -5600,17 +5587,20 @@ class _Recipe:
             env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
         env[_COOKIE_KEY] = self.handshake.magic_cookie_key
         env[_variable(self.handshake.magic_cookie_key)] = self.handshake.magic_cookie_value
-        env.update({_PERSIST: "1"} if self.persist else {})
+        if self.persist:
+            env[_PERSIST] = "1"
         return env
 
     def above(self) -> list[Any]:
-        """What is being started, from the first host down to this process, while this one does not serve yet:
-        [[the program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin must
-        not be launched there: one whose module launches what imports it would go on for ever."""
+        """What is being started, from the first host down to this process, if that does not serve yet: [[the
+        program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin must not
+        be launched there: a module that launches what imports it would go on for ever."""
+        if self.process is not _Process:
+            return []
         above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
         for program, address in above:
             if program in (None, self.identity()):
-                what = f"the plugin {self.name!r} is not launched: this process is still being started as one"
+                what = f"{self.label} is not launched: this process is still being started as one"
                 how = "a host's module that it imports has to have what launches plugins under"
                 raise RuntimeError(f'{what}; {how}  if __name__ == "__main__":')
             try:
@@ -5622,27 +5612,27 @@ class _Recipe:
 
     def identity(self) -> str | None:
         """By which a program knows itself, whatever its arguments. (A spec's process launches nothing.)"""
-        if self.attribute:
+        if self.task[:1] == ["serve"]:
             return None
         if not self.is_list or self.source.endswith((".py", ".pyw")):
             return os.path.realpath(self.source)
         end = self.command.index("-m") + 2 if "-m" in self.command else None
         return " ".join(self.command[:end])
 
-    def attaches_to(self) -> dict[str, Any] | None:
-        """The config of the process to attach to, if it is not to be started."""
+    def attaches_to(self) -> Any:
+        """The config of the process to attach to, instead of starting one. Raises ValueError."""
         text = os.environ.get(_ATTACH)
-        if self.config is not None or not text or self.process is not _Process:
-            return self.config
+        if self.config is not None:
+            return _checked_config(self.config)
+        if not text or self.process is not _Process:
+            return None
         try:
-            configs = json.loads(text)
-            names = [*configs.keys()]
-            config = _checked_config(configs[self.name]) if self.name in names else None
+            configs = {name: _checked_config(config) for name, config in json.loads(text).items()}
         except (ValueError, AttributeError, RecursionError) as error:
-            reason = f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}"
-            raise self.not_started([], reason) from None
-        what = "launched" if config is None else f"attached to: it is the process {config['pid']}"
-        self.log().info("%s names %s: %r is %s", _ATTACH, names, self.name, what)
+            raise ValueError(f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}") from None
+        config = configs.get(self.name)
+        what = f"attached to: it is the process {config['pid']}" if config else "launched"
+        self.log().info("%s names %s: %r is %s", _ATTACH, [*configs], self.name, what)
         return config
 
 
@@ -5652,29 +5642,29 @@ class _Voice:
     def __init__(self, process: Any, sinks: Sequence[_Sink | None]) -> None:
         files = (process.stdout, process.stderr)
         self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
-        self._wake: list[int] = []  # a pipe: its end wakes the threads
-        self._ended = False
-        self.threads: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
+        self._wake: list[int] = []  # a pipe, the end of which wakes them
 
     def start(self) -> None:
         self._wake.extend(os.pipe() if self._streams else ())
         for stream in self._streams:
-            what = stream.read_until, lambda: self._ended, self._wake[0]
-            self.threads.append(_start_thread("miniplug-output", *what))
+            what = stream.read_until, lambda: len(self._wake) < 2, self._wake[0]
+            self._threads.append(_start_thread("miniplug-output", *what))
 
-    def stop(self, seconds: float) -> None:
-        """Have the threads end, once nothing more comes, and wait for each at most that long."""
-        self._ended = True
+    def stop(self) -> None:
+        """Have the threads end, once nothing more comes."""
         if self._wake:
             os.close(self._wake.pop())
-        for thread in self.threads:
-            thread.join(seconds)
 
-    def close(self) -> None:
-        for stream in self._streams:
-            stream.file.close()
-        while self._wake:
-            os.close(self._wake.pop())
+    def close(self, seconds: float | None = None) -> None:
+        """Close all once the threads have ended, for each of which this waits at most that long."""
+        for thread in self._threads:
+            thread.join(seconds)
+        if not any(thread.is_alive() for thread in self._threads):
+            for stream in self._streams:
+                stream.file.close()
+            while self._wake:
+                os.close(self._wake.pop())
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
@@ -5682,46 +5672,39 @@ class _Voice:
 
 
 class _Run:
-    """One process of a plugin, from the wish to have it to its end.
+    """One process of a plugin, from the wish to have it to its end. Any thread may call the methods.
 
-    The thread of the number `thread` brings it up, and may alone call on it until on_start has returned. The
-    supervisor's `news` protects `settled`, set when it serves or will not, and `failure`, which says why not.
-    When `gone` is set the last line is delivered, the process reaped; when `ended` is set the calls have
-    failed, too, and the supervisor knows. An end before which nobody has set `asked` is a crash.
-
-    One thread waits for the process and reaps it, another minds it. Any may call the methods. `_claim` is
-    held for good by who ends the run: who waits for the process, or who detaches before.
+    The thread of the number `thread` brings it up, and may alone call on it until on_start has returned; one
+    waits for the process and reaps it; another minds it. The supervisor's `news` protects `settled`, set when
+    it serves or will not, and `failure`, which says why not. When `gone` is set the last line is delivered,
+    the process reaped; when `ended` is set its calls have failed, too. An end that was not `asked` for is a
+    crash. `_claim` is held for good by who ends the run: who waits for the process, or who detaches.
     """
 
-    def __init__(self, supervisor: _Supervisor, not_before: float, drain: float | None, counts: bool) -> None:
+    def __init__(self, supervisor: _Supervisor) -> None:
         self.supervisor, self.recipe = supervisor, supervisor.recipe
-        self.not_before = not_before  # on the monotonic clock
-        self.drain_before = drain  # the seconds that the one has whose place it takes
-        self.counts = counts  # as a restart
         self.thread = 0
         self.settled = False
         self.failure: BaseException | None = None
         self.process: Any = None
         self.output: Any = None
         self.session: Any = None
-        self.config: dict[str, Any] | None = None  # what another host needs to attach to a process that stays
+        self.config: dict[str, Any] | None = None  # of a process that stays: what a host needs to attach
         self.owned = True  # whether the process is this host's
-        self.stays = False  # when this host goes
         self.asked = False
         self.exit_code: int | None = None
         self.gone, self.ended = threading.Event(), threading.Event()
-        self._arrival = threading.Event()  # set when it has connected, was refused, or has ended
-        self._why = ""  # what is said of one that had to be killed
+        self._arrival = threading.Event()  # it has connected, was refused, or has ended
+        self._why = ""  # it had to be killed
         self._claim = threading.Lock()
 
     # -- how it comes up
 
     def open(self) -> None:
         """Raises LaunchError, PluginClosed, or RuntimeError where nothing may be launched."""
-        recipe = self.recipe
-        config, argv = recipe.attaches_to(), []
-        above = recipe.above() if recipe.process is _Process and config is None else []
+        recipe, above, argv = self.recipe, self.recipe.above(), []
         try:
+            config = recipe.attaches_to()
             if config is not None:
                 argv = [config["address"]]
                 self._attach(config)
@@ -5738,6 +5721,17 @@ class _Run:
     def _greet(self, key: bytes, channel: _Channel, address: str) -> _Terms:
         hello = _Hello(channel, address, key, "host")
         return hello.as_host(self.recipe.protocol_versions, self.recipe.max_message)
+
+    def _attach(self, config: dict[str, Any]) -> None:
+        channel = _connect(config["address"], _HELLO_SECONDS)
+        self.config, self.owned = config, False
+        try:
+            terms = self._greet(bytes.fromhex(config["authkey"]), channel, config["address"])
+            self._begin(_NoProcess(channel.shutdown, config["pid"]))
+            self._meet(channel, terms)
+        except BaseException:
+            channel.close()
+            raise
 
     def _launch(self, argv: list[str], above: list[Any]) -> None:
         """Start a process, and wait until it has connected, was refused, or has ended."""
@@ -5758,8 +5752,7 @@ class _Run:
             if came and isinstance(came[1], _Terms):
                 self._meet(*came)
             if not self.takes_calls:
-                others = None if in_time else door.strangers
-                raise self.recipe.failure(self, argv, came[1] if came else None, others)
+                raise self.recipe.failure(self, argv, came[1] if came else None, in_time)
         finally:
             door.close()
             if came and self.session is None:  # too late
@@ -5775,12 +5768,12 @@ class _Run:
         stdin = {"discard": _DEVNULL, "inherit": None}.get(recipe.stdin, recipe.stdin)
         sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
         stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
+        place = None if recipe.folder == _current_folder() else recipe.folder  # may be closed to us by now
         terminal = recipe.stdin == "inherit" and os.isatty(0)
-        self._begin(recipe.process(argv, recipe.limits, terminal, env=env, cwd=recipe.place(), stdin=stdin,
+        self._begin(recipe.process(argv, recipe.limits, terminal, env=env, cwd=place, stdin=stdin,
                                    stdout=stdout, stderr=stderr), sinks)
 
     def _begin(self, process: Any, sinks: Sequence[_Sink | None] = ()) -> None:
-        """There is a process, which will have a session."""
         self.process, self.output = process, _Voice(process, sinks)
         _runs.add(self)
         try:
@@ -5790,36 +5783,21 @@ class _Run:
             process.signal(kill=True)
             self._watch()
             raise
-        with self.supervisor.news:
-            if self.supervisor.state != "up":
-                self.supervisor.run = self
+        if self.supervisor.state != "up":
+            self.supervisor.run = self
         if self.settled:  # nobody wants it any more
             _end_runs([self], 0.0)
 
-    def _attach(self, config: dict[str, Any]) -> None:
-        channel = _connect(config["address"], _HELLO_SECONDS)
-        self.config, self.owned, self.stays = config, False, True
-        try:
-            terms = self._greet(bytes.fromhex(config["authkey"]), channel, config["address"])
-            self._begin(_NoProcess(channel, config["pid"]))
-            self._meet(channel, terms)
-        except BaseException:
-            channel.close()
-            raise
-
     def _meet(self, channel: _Channel, terms: _Terms) -> None:
-        """Have a session with it, over an authenticated channel."""
         recipe = self.recipe
-        session = _open_session(channel, terms, recipe.max_message, _Served({}), self._lost)
+        self.session = session = _open_session(channel, terms, recipe.max_message, _Served({}), self._lost)
         session.call_timeout = recipe.call_timeout
-        self.session = session
         if not self.owned:
             session.keep_reading()  # so that the end is seen though nobody calls
-        if self.gone.is_set():  # just before
-            self._end_session()
+        if self.gone.is_set():
+            self._over()  # once more: it was so before there was a session
         elif self.owned and "persist" in terms.features:  # it stays when this host goes: nothing is to end it
             self.config = _checked_config(session.call(0, "reattachConfig", (), {}, _HELLO_SECONDS))
-            self.stays = True
             self.process.keep()
         if recipe.heartbeat or recipe.idle_timeout:
             _start_thread("miniplug-mind", self._mind, session)
@@ -5830,7 +5808,7 @@ class _Run:
         return session is not None and session.ended is None and not (self.asked or self.gone.is_set())
 
     def _mind(self, session: _Session) -> None:
-        """See that it answers, and is used. In rounds: that this host stood still for once tells nothing."""
+        """See that it answers, and is used; in rounds, as this host may have stood still for once."""
         heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
         pause = min(heartbeat / 4, idle / 8)
         silent = unused = 0.0
@@ -5854,30 +5832,22 @@ class _Run:
         elif self.session is not None and self.session.ended is None:
             self.session.ask_to_end(grace or 0.0)
 
-    def wait(self, seconds: float = -1) -> bool:
-        return self.ended.wait(None if seconds < 0 else min(seconds, _FOREVER))
-
     def detach(self) -> None:
-        """Let go of a process that stays without this host."""
-        self.asked = True
+        """Once its supervisor is closed."""
         if not self.owned:
             _end_runs([self], 0.0)
         elif self._claim.acquire(False):
-            self._end_session()  # at which it turns its output away
-            for thread in self.output.threads:
-                thread.join(0.3)
-            self.output.stop(0.3)
-            if not any(thread.is_alive() for thread in self.output.threads):  # on Windows they may read on
-                self.output.close()
+            self.session.channel.shutdown()  # at which it turns its output away
+            self.output.close(0.3)
+            self.output.stop()
+            self.output.close(0.3)  # on Windows its threads may read on
             self._over()
 
     def drain(self, seconds: float) -> None:
         """Another run has taken its place: end it as soon as it is not busy, or after so many seconds."""
-        self.stays = False
-        deadline, pause = time.monotonic() + seconds, 0.001
+        deadline = time.monotonic() + seconds
         while not self.session.seal() and time.monotonic() < deadline:
-            self.ended.wait(pause)
-            pause = min(2 * pause, 0.05)
+            self.ended.wait(0.02)
         if self.session.ended is None:  # else it has crashed, which its calls are told
             _end_runs([self], _GRACE)
 
@@ -5887,7 +5857,8 @@ class _Run:
             self.process.signal(kill=True)  # what it has left behind
             if self.config is not None and self.owned:
                 _remove_stale(self.config["address"])
-            self.output.stop(1.0)
+            self.output.stop()
+            self.output.close(1.0)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
             self._over()
@@ -5896,29 +5867,24 @@ class _Run:
         else:
             self.ended.wait()
             self.process.reap()
-        for thread in self.output.threads:
-            thread.join()  # somebody's callable may hang
-        self.output.close()
+        self.output.close()  # somebody's callable may hang
 
     def _over(self) -> None:
+        """It is gone, or let go of: end the session, tell who waits, give back what was lent, and dispose."""
         self.gone.set()
         _runs.discard(self)
         self.supervisor.notice()
-        if self.session is not None:
-            self.session.end(EOFError())
+        session = self.session
+        if session is not None:
+            session.end(EOFError())
         self._arrival.set()
         self.ended.set()
-        self._end_session()  # last: a handler that waits here may have interrupted who reads
-
-    def _end_session(self) -> None:
-        if self.session is not None:
-            self.session.end(EOFError())
-            self.session.references.close()
-            self.session.references.served.close()
-            self.session.dispose()
+        if session is not None:  # last: a handler that waits here may have interrupted who reads
+            session.references.close()
+            session.references.served.close()
+            session.dispose()
 
     def disown(self) -> None:
-        """In a forked child of the host: nothing here is ours."""
         self.process.disown()
         self.output.close()
 
@@ -5933,7 +5899,7 @@ class _Run:
 
     def error(self, calls: Sequence[str] = (), verdict: str = "") -> BaseException:
         """What calls raise that it has cut off, by name, or else does not take any more."""
-        name, tail = f"the plugin {self.recipe.name!r}", self.output.tail()
+        name, tail = self.recipe.label, self.output.tail()
         if self.asked:
             return PluginClosed(f"{name} was closed")
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else verdict
@@ -5956,13 +5922,13 @@ class _Supervisor:
         down --call, start()--> starting --it serves--> up --crash, idle--> down (or starting, with a `start`)
         starting --it fails--> down      any --close(), kill(), detach(), exit--> closed --start()--> starting
 
-    `news` protects all fields. It is held for moments; who waits for it looks again within a second, should a
-    signal handler have changed something between look and sleep. Any thread may call any method.
+    `news` protects all fields, for any thread. Who waits for it looks again within a second, should a signal
+    handler have changed something between look and sleep.
     """
 
     def __init__(self, recipe: _Recipe, plugin: Plugin) -> None:
         self.recipe, self.plugin = recipe, plugin
-        self._owner = os.getpid()
+        self.owner = os.getpid()
         self.news = threading.Condition()  # with an RLock: a signal handler may close the plugin
         self.state = "down"
         self.start: _Run | None = None  # comes up
@@ -5972,6 +5938,7 @@ class _Supervisor:
         self.crash: _Run | None = None  # has crashed, until another serves
         self.tries: list[float] = []  # when calls have had it started after that, within the window
         self.down_at = 0.0
+        self._not_before = 0.0  # nothing starts, on the monotonic clock
 
     # -- for calls
 
@@ -5979,9 +5946,6 @@ class _Supervisor:
         """The session that this thread is to call on. Waits for a start, until the deadline of what is asked.
         Raises why there is none."""
         while True:
-            session = self.open
-            if session is not None and not session.sealed:
-                return session
             found = self._seek()
             if isinstance(found, _Session):
                 return found
@@ -5994,34 +5958,27 @@ class _Supervisor:
             _aside("miniplug-submit", _attempt, call, begin, seconds)
         return waits
 
-    def _check_owner(self) -> None:
-        """Before any lock: in a forked child a thread that is not there may hold it."""
-        if self._owner != os.getpid():
-            where = "belongs to the process that this one was forked from: launch another here"
-            raise PluginError(f"the plugin {self.recipe.name!r} {where}")
-
     def own_start(self) -> _Run | None:
-        """The start that this thread takes part in: it runs on_start, or what the calls of that call back."""
+        """The start that this thread takes part in: it runs on_start, or what the calls of that call back.
+        Comes before any lock, which in a forked child a thread that is not there may hold."""
+        if self.owner != os.getpid():
+            where = "belongs to the process that this one was forked from: launch another here"
+            raise PluginError(f"{self.recipe.label} {where}")
         start = self.start
         if start is None or start.thread == threading.get_ident():
             return start
-        request = _current.get() if start.session is not None else None
+        request = _current.get()
         while request is not None and request.session is not start.session:
             request = request.outer
         return start if request is not None else None
-
-    def own_run(self) -> Any:
-        """The run that this thread has to do with."""
-        return (self.own_start() or self.run) if self._owner == os.getpid() else None
 
     # -- starting
 
     def _seek(self) -> Any:
         """The session that this thread may call on, or the start to wait for, which may begin now."""
-        self._check_owner()
+        own = self.own_start()
         with self.news:
             self.notice()
-            own = self.own_start()
             run = own or (self.run if self.state == "up" else None)
             if run is not None and run.takes_calls:
                 return run.session
@@ -6033,7 +5990,7 @@ class _Supervisor:
 
     def _start_for_calls(self) -> _Run:
         if self.crash is None:
-            return self._started()
+            return self._begin()
         most, window = self.recipe.max_restarts, self.recipe.restart_window
         self.tries = [each for each in self.tries if self.down_at - each < window]
         if len(self.tries) >= most:
@@ -6041,42 +5998,43 @@ class _Supervisor:
             raise self.crash.error(verdict=why)
         pause = min(_PAUSE * 2 ** min(len(self.tries), 10), _LONGEST_PAUSE)
         self.tries.append(time.monotonic())
-        return self._started(self.down_at + pause, counts=True)
+        return self._begin(pause=pause)
 
-    def _started(self, not_before: float = 0.0, drain: float | None = None, counts: bool = False) -> _Run:
-        start = self.start = _Run(self, not_before, drain, counts)
+    def _begin(self, drain: float | None = None, pause: float | None = None) -> _Run:
+        """Start another run, after a `pause` if that is for a crash. With `drain` it takes the place of one
+        that is up, which then has so many seconds to finish."""
+        start = self.start = _Run(self)
+        self._not_before = self.down_at + (pause or 0.0)
         self.state = self.state if self.state == "up" else "starting"
         self.open = None
         try:
-            _start_thread("miniplug-start", self._bring_up, start)
+            _start_thread("miniplug-start", self._bring_up, start, drain, pause is not None)
         except RuntimeError as error:
             self._settle(start, self.recipe.not_started([], str(error)))
         return start
 
     def start_up(self, drain: float | None = None) -> None:
-        """Start it, unless it is up; with `drain` have another run take its place then, and give it so many
-        seconds. Who is interrupted while it waits for its start closes the plugin."""
-        self._check_owner()
+        """Start it, unless it is up; with `drain` replace what is up. Who is interrupted while it waits for
+        its start closes the plugin."""
+        replace = drain is not None
         if self.own_start() is not None:
-            if drain is not None:
+            if replace:
                 raise RuntimeError("on_start cannot restart the plugin")
             return
         with self.news:
-            while self.start is not None and (self.start.settled or drain is not None):
+            while self.start is not None and (self.start.settled or replace):
                 self.news.wait(1.0)  # until it is undone, or over
             self.notice()
-            if self.state != "up":
-                drain = None
-            elif drain is None:
+            is_up = self.state == "up"
+            if is_up and not replace:
                 return
-            elif not self.run.owned:
-                who = f"the plugin {self.recipe.name!r} belongs to another host"
-                raise PluginError(f"{who}: that can restart it")
-            begins = self.start is None and drain is None
+            if is_up and not self.run.owned:
+                raise PluginError(f"{self.recipe.label} belongs to another host: that can restart it")
+            begins = self.start is None and not is_up
             if begins:
                 self.tries.clear()
-            start = self.start or self._started(drain=drain)
-            start.not_before = 0.0
+            start = self.start or self._begin(drain if is_up else None)
+            self._not_before = 0.0
             self.news.notify_all()
         try:
             self._await(start)
@@ -6085,7 +6043,6 @@ class _Supervisor:
                 _end_runs(self.close(), None)
 
     def _await(self, start: _Run, asked: _Call | None = None) -> None:
-        """Wait until it is up. Raises why it is not."""
         with self.news:
             while not start.settled:
                 left = asked.left() if asked is not None else None
@@ -6095,17 +6052,16 @@ class _Supervisor:
         if start.failure is not None:
             raise start.failure
 
-    def _bring_up(self, start: _Run) -> None:
-        """What the thread of a start does."""
+    def _bring_up(self, start: _Run, drain: float | None, counts: bool) -> None:
         start.thread = threading.get_ident()
         old, on_start = self.run, self.recipe.on_start
         error: BaseException | None = None
         try:
             with self.news:
-                while not start.settled and _left(start.not_before):
-                    self.news.wait(min(_left(start.not_before), 1.0))
+                while not start.settled and _left(self._not_before):
+                    self.news.wait(min(_left(self._not_before), 1.0))
             if old is not None and self.state != "up":
-                old.wait()  # it is on its way out, which has a bound
+                old.ended.wait()  # it is on its way out, which has a bound
             if not start.settled:
                 start.open()
             if not start.settled and on_start is not None:
@@ -6117,20 +6073,19 @@ class _Supervisor:
         with self.news:
             error = start.failure or error or (None if start.takes_calls else start.error())
             if error is None:
+                self.restarts += counts
                 self._settle(start)
         if error is not None:
             if start.process is not None:
                 _end_runs([start], 0.0)
             self._settle(start, error)
-        elif start.drain_before is not None:
-            old.drain(start.drain_before)
+        elif drain is not None:
+            old.drain(drain)
 
     def _settle(self, start: _Run, error: BaseException | None = None) -> None:
-        """It serves, or why it does not."""
         with self.news:
             if error is None:
                 self.run, self.crash, self.state = start, None, "up"
-                self.restarts += start.counts
             elif self.state == "starting":
                 self.state, self.down_at = "down", time.monotonic()
             self.open = self.run.session if self.state == "up" else None
@@ -6140,7 +6095,7 @@ class _Supervisor:
     # -- its end
 
     def notice(self) -> None:
-        """Look whether the run that serves has ended. Calls and the run itself do, whichever is first."""
+        """Look whether the run that serves has ended."""
         if self.state != "up":
             return  # without the lock, which is held for good at interpreter exit
         with self.news:
@@ -6152,7 +6107,7 @@ class _Supervisor:
                 self.news.notify_all()
 
     def retire(self, run: _Run) -> None:
-        """End a run that nobody uses, unless somebody does just now. The next call starts another."""
+        """End a run that nobody uses, unless somebody does just now."""
         with self.news:
             idle = self.open is run.session is not None and run.takes_calls and run.session.seal()
             run.asked = run.asked or idle
@@ -6161,8 +6116,8 @@ class _Supervisor:
             _end_runs([run], _GRACE)
 
     def close(self) -> list[_Run]:
-        """Start nothing more, and let go who waits for that. Returns the runs that are to be ended."""
-        if self._owner != os.getpid():
+        """Start nothing more, and let go who waits for that. Returns the runs to end."""
+        if self.owner != os.getpid():
             return []  # a thread that is not here may hold the lock
         with self.news:
             self.state, self.open, start = "closed", None, self.start
@@ -6175,7 +6130,7 @@ class _Supervisor:
         return runs
 
     def is_closed(self) -> PluginClosed:
-        return PluginClosed(f"the plugin {self.recipe.name!r} is closed: start() it again")
+        return PluginClosed(f"{self.recipe.label} is closed: start() it again")
 
 
 _runs: set[_Run] = set()  # all that have a process which has not ended
@@ -6189,20 +6144,24 @@ def _end_runs(runs: Sequence[_Run], grace: float | None) -> None:
     seconds = 1.0 if grace is None else grace if any(run.session for run in runs) else 0.0
     for kill in (False, True, True):
         deadline, seconds = time.monotonic() + seconds, 1.0
-        runs = [run for run in runs if not run.wait(_left(deadline))]
+        runs = [run for run in runs if not run.ended.wait(_left(deadline))]
         for run in runs:
             run.process.signal(kill)
 
 
 def _close_all() -> None:
-    """At interpreter exit."""
-    runs = [run for run in list(_runs) if run.recipe.managed or run.stays]
-    for run in runs:
-        run.supervisor.news.acquire()  # for good: what waits for a start has no one to tell any more
-        run.supervisor.close()
-        if run.stays:
-            run.detach()
-    _end_runs([run for run in runs if not run.stays], _GRACE)
+    """At interpreter exit: end what is managed, and let go of what stays."""
+    managed = []
+    for run in list(_runs):
+        stays = run.config is not None and run is run.supervisor.run  # else another has taken its place
+        if stays or run.recipe.managed:
+            run.supervisor.news.acquire()  # for good: what waits for a start has no one to tell any more
+            run.supervisor.close()
+            if stays:
+                run.detach()
+            else:
+                managed.append(run)
+    _end_runs(managed, _GRACE)
 
 
 def _disown_all() -> None:
@@ -6218,7 +6177,6 @@ if hasattr(os, "register_at_fork"):
 
 
 def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
-    """Do what a call is made of; what that raises is its answer."""
     try:
         function(*args)
     except BaseException as error:
@@ -6226,8 +6184,8 @@ def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
-    """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin.
-    Cancelled, it calls `undo` before and after that has returned: so nothing is left half done."""
+    """Call what blocks in a thread of its own: those of the loop may all wait for the plugin. Cancelled, it
+    calls `undo` before and after that has returned: so nothing is left half done."""
     asyncio, call = _import("asyncio"), _on_first_use("Call")()
     _aside("miniplug-async", _attempt, call, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
@@ -6250,10 +6208,8 @@ def _ask(kind: type, session: _Session, *what: Any) -> Any:
 
 
 class _Dispensed(_Target):
-    """What a plugin serves under a name: an object of the session of each run in turn, `at` which number. One
-    thread dispenses it anew in a run that it does not know: `_lock` is for that."""
-
-    __slots__ = ("_lock", "_name", "_supervisor", "at")
+    """What a plugin serves under a name: an object of the session of each run in turn, `at` which number.
+    `_lock` is for the one thread that dispenses it anew in another run."""
 
     def __init__(self, supervisor: _Supervisor, name: str | None, first: _Target) -> None:
         self.at: dict[_Session, _Target] = {}
@@ -6304,10 +6260,9 @@ class _Dispensed(_Target):
 class Plugin:
     """A plugin, as its host holds it: something to start, call and end, as often as you like.
 
-    The parameters are those of `launch`, which makes one and starts it. One that was only made starts on
-    first use. As a context manager it starts and closes. Any thread may use it. After `close()` calls raise
-    PluginClosed, after a crash PluginCrashed, until `start()`; then the proxies work again, on fresh
-    instances.
+    The parameters are those of `launch`, which makes one and starts it; one that was only made starts on
+    first use. ``with`` starts and closes it. Any thread may use it. After `close()` calls raise PluginClosed,
+    after a crash PluginCrashed, until `start()`; then the proxies work again, on fresh instances.
     """
 
     def __init__(self, command: _Command, *, name: str | None = None, handshake: Handshake = Handshake(),
@@ -6320,7 +6275,7 @@ class Plugin:
                  heartbeat: float | None = None, idle_timeout: float | None = None,
                  on_start: Callable[[Plugin], Any] | None = None,
                  on_exit: Callable[[Plugin], Any] | None = None, managed: bool = True, persist: bool = False,
-                 max_message: int = _MAX_MESSAGE) -> None:
+                 max_message: int = _MAX_MESSAGE):
         options = dict(locals())
         del options["self"]
         _refuse_monkey_patches()
@@ -6330,58 +6285,54 @@ class Plugin:
     # -- its life
 
     def start(self) -> Plugin:
-        """Start the plugin, unless it runs. Raises LaunchError (and its kinds) when it does not come up."""
+        """Start the plugin, unless it runs. Raises what `launch` does."""
         self._supervisor.start_up()
         return self
 
     def restart(self, drain: float | None = 30.0) -> Plugin:
         """Swap in a fresh process, or start one. Returns when that serves, and new calls go there.
 
-        What is in flight, streams and references too, finishes in the old one behind the caller, in at most
-        `drain` seconds (None: no limit). What is cut off then raises PluginClosed, a reference DeadReference.
-        If the new process does not come up, the old one stays, and this raises what `start` does.
+        Calls in flight, streams and references finish in the old one, in at most `drain` seconds (None: no
+        limit). What is cut off raises PluginClosed, a reference DeadReference. If the new process does not
+        come up, the old one stays, and this raises what `start` does.
         """
-        seconds = _checked_timeout(drain, "drain")
-        self._supervisor.start_up(_FOREVER if seconds is None else seconds)
+        self._supervisor.start_up(_or_forever(_checked_timeout(drain, "drain")))
         return self
 
     def close(self, grace: float | None = _GRACE) -> None:
         """End the plugin and all that it started: ask it, after `grace` seconds (None: never) terminate it,
         then kill it. Returns within `grace` + 2 seconds. Calls in flight raise PluginClosed."""
-        seconds = _checked_timeout(grace, "grace")
-        _end_runs(self._supervisor.close(), _FOREVER if seconds is None else seconds)
+        seconds = _or_forever(_checked_timeout(grace, "grace"))
+        _end_runs(self._supervisor.close(), seconds)
 
     def kill(self) -> None:
-        """End the plugin and all that it started at once. One that was attached to is asked, and let go
-        of."""
+        """End the plugin and all that it started at once. One that was attached to is asked to end."""
         _end_runs(self._supervisor.close(), None)
 
     def detach(self) -> None:
         """Let go of the plugin, and leave it running for a host to `attach` to. Raises PluginError for one
         that cannot stay."""
-        run = self._supervisor.own_run()
+        run = self._run
         if run in _runs:
             self._config_of(run)
             self._supervisor.close()
             run.detach()
 
-    def _config_of(self, run: _Run | None) -> dict[str, Any]:
-        if run is None or run.config is None:
-            how = "does not stay without its host: launch it with persist=True"
-            raise PluginError(f"the plugin {self.name!r} {how}")
+    def _config_of(self, run: _Run) -> dict[str, Any]:
+        if run.config is None:
+            what = self._supervisor.recipe.label
+            raise PluginError(f"{what} does not stay without its host: launch it with persist=True")
         return run.config
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until the process that runs now has ended, at most `timeout` seconds. Returns its exit code,
-        or None if it still runs."""
-        run = self._supervisor.own_run()
-        if run is None:
-            return None
-        run.wait(-1 if timeout is None else max(0.0, timeout))
-        return run.exit_code  # type: ignore[no-any-return]
+        """Wait until the process has ended, at most `timeout` seconds. Returns its exit code, or None if it
+        still runs."""
+        run = self._run
+        if run is not None:
+            run.ended.wait(_or_forever(timeout))
+        return None if run is None else run.exit_code
 
-    def __enter__(self) -> Plugin:
-        return self.start()
+    __enter__ = start
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -6395,8 +6346,7 @@ class Plugin:
         """As `close`, without blocking the event loop."""
         await _in_thread(self.close, grace)
 
-    async def __aenter__(self) -> Plugin:
-        return await self.astart()
+    __aenter__ = astart
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
@@ -6405,21 +6355,27 @@ class Plugin:
         return f"<Plugin {self.name!r}, {f'pid {self.pid}' if self.running else 'not running'}>"
 
     @property
+    def _run(self) -> Any:
+        """The one that this thread has to do with; none in a forked child."""
+        supervisor = self._supervisor
+        return (supervisor.own_start() or supervisor.run) if supervisor.owner == os.getpid() else None
+
+    @property
     def running(self) -> bool:
         """Whether the plugin has started and its process has not ended."""
-        run = self._supervisor.own_run()
+        run = self._run
         return run is not None and run.session is not None and not run.gone.is_set()
 
     @property
     def pid(self) -> int | None:
         """The number of the plugin's process, or None without one."""
-        run = self._supervisor.own_run()
+        run = self._run
         return None if run is None or run.gone.is_set() else run.process.pid
 
     @property
     def exit_code(self) -> int | None:
         """How the last process ended: its exit status, negative for a signal; None if none has ended."""
-        run = self._supervisor.own_run()
+        run = self._run
         return None if run is None else run.exit_code
 
     @property
@@ -6439,16 +6395,8 @@ class Plugin:
 
     # -- its use
 
-    if TYPE_CHECKING:  # an interface makes a _T: mypy takes no abstract class for a type[_T]
-        @overload
-        def dispense(self, name: str | None = None, interface: None = None, *,
-                     timeout: float | None = None) -> Any: ...
-        @overload
-        def dispense(self, name: str | None = None, interface: Callable[..., _T] = ..., *,
-                     timeout: float | None = None) -> _T: ...
-
-    def dispense(self, name: str | None = None, interface: Any = None, *,
-                 timeout: float | None = None) -> Any:
+    def dispense(self, name: str | None = None, interface: Callable[..., _I] | None = None, *,
+                 timeout: float | None = None) -> _I:
         """A proxy for the plugin of that name, or for the only one there is. It has the plugin's public
         methods, not its attributes and properties. The name "system" gives the introspection.
 
@@ -6460,30 +6408,28 @@ class Plugin:
         """
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name={name!r}: it is a str; an interface is given as dispense(interface=...)")
-        interface = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
-        if interface is not None and not isinstance(interface, type):
+        wanted: Any = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
+        if wanted is not None and not isinstance(wanted, type):
             raise TypeError(f"interface={interface!r}: it is an ABC, a Protocol or another class")
 
         seconds = _checked_timeout(timeout)
         found = self._ask_system("dispense", (name,), _Remote)
         target = _Dispensed(self._supervisor, name, found._target)
         target.label, target.timeout = f"the plugin {name or self.name!r}", seconds
-        if type(found) is _Method and interface is None:
-            return _Method(target, "")  # what is served is a function
-        proxy = _Proxy(target, found._names if type(found) is _Proxy else [])
-        if interface is not None:
-            proxy._adopt(interface)
-        return proxy
+        proxy: Any = _Proxy(target, found._names if type(found) is _Proxy else [])
+        if wanted is not None:
+            proxy._adopt(wanted)
+        elif type(found) is _Method:
+            proxy = _Method(target, "")  # what is served is a function
+        return proxy  # type: ignore[no-any-return]
 
     def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
         return self._reach(partial(_ask, kind), method, args, self._supervisor.recipe.call_timeout)
 
     def _reach(self, function: Callable[..., Any], method: str, args: Sequence[Any],
                seconds: float | None) -> Any:
-        def find(asked: _Call) -> tuple[_Session, int]:
-            return self._supervisor.session(asked), 0
-
-        return _reach(find, function, method, args, {}, seconds)
+        session = self._supervisor.session
+        return _reach(lambda asked: (session(asked), 0), function, method, args, {}, seconds)
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
@@ -6498,8 +6444,7 @@ class Plugin:
         """What another host needs to `attach`, as a plain dict that json can store. Who has it can call the
         plugin. Raises PluginError for one that does not persist."""
         session = self._supervisor.session()
-        config = self._config_of(next((run for run in list(_runs) if run.session is session), None))
-        return {**config, "protocol_version": session.protocol_version}
+        return {**self._config_of(self._run), "protocol_version": session.protocol_version}
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
@@ -6516,8 +6461,7 @@ import sys
 if sys.path[:1] == [""]:  # what lies in the current folder, a json.py say, is not what is imported here
     del sys.path[0]
 if sys.version_info < (3, 8):
-    version = sys.version.split()[0]
-    sys.exit("miniplug needs Python 3.8 or newer, and this is " + version + ": " + sys.executable)
+    sys.exit("miniplug needs Python 3.8 or newer: " + sys.executable + " is " + sys.version.split()[0])
 import os
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -6572,51 +6516,46 @@ def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callabl
     return lambda function: vars(function).update(__wrapped__=other) or function
 
 
-del Plugin.__init__.__annotations__["return"]  # or help() would say that launch returns None
-
-
 @_like(Plugin)
 def launch(command: _Command, **options: Any) -> Plugin:
     """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin`` closes it at the end.
 
     `command`: an argument list, run as it is; or a program's path, a ``.py`` file being run under `python`;
     or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``, which this
-    very file serves under `python`, where miniplug need not be installed. The options:
+    very file serves under `python`. The options:
 
     - `name`: what logs and errors call it; by default made from the command.
     - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
-      version that both have is used.
-    - `python`: the interpreter; by default this one, with its flags. Another one gets none of this one's own
-      variables. A spec or ``.py`` file imports what lies beside it, or for a module in `cwd`; for more give a
-      ``PYTHONPATH`` in `env`.
-    - `env`: added to the environment, and wins over it. `inherit_env=False`: it starts from what the system
-      needs. `cwd`: where it runs, and relative paths in `command`, `python` and `sha256` start.
+      version that both can is used.
+    - `python`: the interpreter, where miniplug need not be installed; by default this one, with its flags.
+      Another one gets none of this one's own variables. What it imports lies beside the file, or for a
+      module in `cwd`; for more give a ``PYTHONPATH`` in `env`.
+    - `env`: added to the environment, and wins over it; with `inherit_env=False` to what the system needs
+      alone. `cwd`: where it runs, and where relative paths start.
     - `start_timeout`, `call_timeout`: seconds to connect in, and for a call that has no deadline of its own.
     - `stdin`: ``"discard"``, ``"inherit"`` (a terminal too: then it shares the host's process group) or a
       file. `stdout`, `stderr`: ``"log"``, ``"inherit"``, ``"discard"``, a callable that takes each line, or a
       text file.
     - `logger` (default ``miniplug.NAME``): the parent of those that its records and lines go to: its own
       loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
-    - `max_restarts` in any `restart_window` seconds: after a crash the next call starts it anew, after a
+    - `max_restarts` in any `restart_window` seconds: the next call after a crash starts it anew, after a
       pause of 0.1 seconds, and of twice as long each time. Proxies stay good; calls wait, their deadlines
-      running. Those in flight fail with PluginCrashed and are never run again. Past the limit calls raise the
-      last one, until `start`.
+      running. Those in flight raise PluginCrashed and never run again; past the limit all do, until `start`.
     - `heartbeat`: seconds without an answer to a ping that count as a crash. `idle_timeout`: seconds without
       a call, stream or reference after which it is closed, to start again on the next call.
-    - `on_start(plugin)` runs after every start; until it returns only the calls of its own thread get
-      through, and what those call back. If it raises, the process is ended, and whoever started it gets that.
+    - `on_start(plugin)` runs after every start; until it returns only its own calls get through, and what
+      those call back. If it raises, the process is ended, and whoever started it gets that.
       `on_exit(plugin)` runs in a thread of miniplug's, once for each time that the process ends unasked.
     - `sha256`: the hex digest of the program, script or spec's file (not of the interpreter), or ``{path:
-      digest}``. It is checked before anything runs, and nothing checked is run from a bytecode cache. What it
-      imports is not checked unless it is named.
+      digest}``, for what it imports too. They are checked before anything runs, and what is checked
+      does not come from a bytecode cache.
     - `limits`: what it may use at most. `max_message`: bytes of the longest message that the host takes, at
-      least 4096.
-    - `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host goes, unless
-      this one closes it, and can be attached to.
+      least 4096. `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host
+      goes, unless this one closes it, and can be attached to.
 
     Raises LaunchError, HandshakeError, ChecksumError, PluginClosed, and what `on_start` raises; TypeError or
-    ValueError for an option; RuntimeError in a process that is itself being started as a plugin, and imports
-    a host's module that launches this one, for want of an ``if __name__ == "__main__":``.
+    ValueError for an option; RuntimeError in a plugin that is still being started: a host's module that it
+    imports lacks an ``if __name__ == "__main__":``.
     """
     return Plugin(command, **options).start()
 
@@ -6625,12 +6564,12 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
            protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
            heartbeat: float | None = None, logger: logging.Logger | None = None,
            max_message: int = _MAX_MESSAGE) -> Plugin:
-    """Connect to a plugin that runs already, and return it. `config` is what its `reattach_config` gave.
+    """Connect to a plugin that runs already, and return it. `config` is what its `reattach_config` gave; the
+    options are those of `launch`, which attaches as well where the environment variable ``MINIPLUG_ATTACH``
+    is ``{NAME: config}`` as JSON, and has its `name`.
 
     The process is not this host's: `close`, the end of a ``with`` and interpreter exit disconnect; `kill`
-    asks it to end first. What it prints does not come here. After a `close` `start` connects again. The
-    options are those of `launch` that apply; which attaches as well where the environment variable
-    ``MINIPLUG_ATTACH`` is ``{NAME: config}`` as JSON, and has its `name`.
+    asks it to end first. What it prints does not come here. After a `close` `start` connects again.
 
     Raises LaunchError if there is no such plugin (any more), or its kinds HandshakeError and
     AuthenticationError.
@@ -6639,10 +6578,7 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
     del options["config"]
     plugin = Plugin(["attach"], **options)
     recipe = plugin._supervisor.recipe
-    try:
-        recipe.config = _checked_config(config)
-    except ValueError as error:
-        raise recipe.not_started([], str(error)) from None
+    recipe.process, recipe.config = None, config or {}
     return plugin.start()
 
 
@@ -6653,30 +6589,29 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
           max_message: int = _MAX_MESSAGE) -> Plugin:
     """Serve plugins in this very process, for tests: over the same session and codec, started.
 
-    `plugins`, `info` and `max_workers` are those of `serve`; the options those of `launch` that apply. What a
+    `plugins`, `info` and `max_workers` are those of `serve`, the other options those of `launch`. What a
     plugin prints or logs goes where the process's own does, and what ends a process ends this one. Raises
     what `serve` and `launch` raise.
     """
     options = {key: value for key, value in locals().items() if key not in ("plugins", "info", "max_workers")}
     plugin = Plugin(["local"], **options)
-    server = partial(_Server, _versions(plugins, handshake), info, max_workers, max_message)
-    server()  # raises here what it raises
+    make = partial(_Server, _versions(plugins, handshake), info, max_workers, max_message)
+    make()  # raises here what it raises
 
     def start(*how: Any, **popen: Any) -> _NoProcess:
-        address, key = popen["env"][_ADDRESS], bytes.fromhex(popen["env"][_AUTHKEY])
-        channel = _connect(address, _HELLO_SECONDS)
-        thread = _start_thread("miniplug-local", _serve_here, server(), channel, address, key)
-        return _NoProcess(channel, os.getpid(), thread)
+        server = make()
+        thread = _start_thread("miniplug-local", _serve_here, server, popen["env"])
+        return _NoProcess(partial(server.stop, 0.0), os.getpid(), thread)
 
     plugin._supervisor.recipe.process = start
     return plugin.start()
 
 
-def _serve_here(server: _Server, channel: _Channel, address: str, key: bytes) -> None:
+def _serve_here(server: _Server, env: Mapping[str, str]) -> None:
     try:
-        server.attend(channel, server.greet(channel, address, key, {"matches": True}))
-    except (OSError, EOFError, PluginError):
-        channel.close()  # the host's end tells why
+        server.serve_launcher(env[_ADDRESS], env[_AUTHKEY], {"matches": True})
+    except SystemExit:
+        pass  # the host's end tells why
     server.close()
 
 
@@ -6693,8 +6628,7 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     Raises OSError for a folder that cannot be read, and ValueError for a pattern that is empty or absolute,
     TypeError for one that is no str.
     """
-    if not isinstance(pattern, str):
-        raise TypeError(f"pattern={pattern!r}: it is a glob, a str")
+    _check(discover, locals())
     if _import("pathlib").PurePath(pattern).anchor or os.path.normpath(pattern) == ".":
         raise ValueError(f"pattern={pattern!r}: it is a glob relative to the folder")
     folder = _import("pathlib").Path(directory).absolute()
@@ -6720,8 +6654,7 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
 
     Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
-    if not isinstance(group, str):
-        raise TypeError(f"group={group!r}: it is the name of a group, a str")
+    _check(discover_entry_points, locals())
     if python is not None:
         with launch("miniplug:discover_entry_points", name="entry_points", python=python) as plugin:
             return dict(plugin.dispense()(group))
