@@ -1888,9 +1888,9 @@ def _remove_left_behind() -> None:
 # === 4. handshake =======================================================================================
 #
 # Three passes, mutual, after ISO/IEC 9798-4: the host's greeting; the plugin's, and its proof; what the host
-# chooses, or a refusal, and its proof. That is HMAC-SHA256 over the role's name, the address and all messages
-# before it, nonces among them: so nothing can be changed, replayed, reflected, or relayed to another address.
-# Until the other side's was right, nothing is read but short JSON in UTF-8.
+# chooses, or a refusal, and its proof: HMAC-SHA256 over the role's name, the address and all messages before
+# it, nonces among them. So nothing can be changed, replayed, reflected, or relayed to another address. Until
+# the other side's was right, nothing is read but short JSON in UTF-8.
 
 _HELLO_SECONDS = 5.0
 _CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
@@ -1947,19 +1947,17 @@ class _Hello:
             raise ProtocolError("what came is no handshake")
         return message
 
-    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (),
-              **others: Any) -> None:
+    def greet(self, versions: Sequence[int], max_message: int, *features: str, **others: Any) -> None:
         self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(),
                  protocol_versions=list(versions), max_message=max_message,
                  features=[*_FEATURES, *features], **others)
 
     def hear_greeting(self, role: str) -> dict[str, Any]:
         theirs = self.hear()
-        versions = theirs.get("protocol_versions")
         if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != role:
             raise ProtocolError(f"the other side is no miniplug {role} of wire version {_WIRE_VERSION}")
-        numbers = [*versions, theirs.get("max_message")] if isinstance(versions, list) else [None]
-        if not all(type(number) is int for number in numbers):
+        versions, limit = theirs.get("protocol_versions"), theirs.get("max_message")
+        if type(versions) is not list or {*map(type, versions), type(limit)} != {int}:
             raise ProtocolError("the other side's greeting is incomplete")
         if not isinstance(theirs.get("features"), list):
             theirs["features"] = []
@@ -1972,7 +1970,7 @@ class _Hello:
         """Hear the other side's proof."""
         expected = self._mac(role)
         proof = str(self.hear().get("proof"))
-        if not _import("hmac").compare_digest(expected.encode(), proof.encode("utf-8", "replace")):
+        if not _import("hmac").compare_digest(ascii(expected), ascii(proof)):
             raise _on_first_use("AuthenticationError")(f"the {role} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
@@ -1984,15 +1982,13 @@ class _Hello:
         self.greet(versions, max_message, codec="json")
         theirs = self.hear_greeting("plugin")
         self.check("plugin")
-        choice: dict[str, Any] = {"protocol_versions": list(versions), "codec": "json"}
         refusal = self._refusal(versions, theirs)
-        if refusal:
-            self.say(refusal=refusal)
-            self.prove()
-            raise HandshakeError(refusal, host=choice, plugin=theirs)
-        version = max({*versions}.intersection(theirs["protocol_versions"]))
-        self.say(protocol_version=version, codec="json")
+        version = max({*versions}.intersection(theirs["protocol_versions"]), default=None)
+        self.say(**{"refusal": refusal} if refusal else {"protocol_version": version, "codec": "json"})
         self.prove()
+        if refusal:
+            raise HandshakeError(refusal, host={"protocol_versions": list(versions), "codec": "json"},
+                                 plugin=theirs)
         return _Terms(version, theirs["max_message"], theirs["features"])
 
     def _refusal(self, versions: Sequence[int], theirs: Mapping[str, Any]) -> str:
@@ -2005,16 +2001,15 @@ class _Hello:
             older = "plugin" if max(offered, default=0) < max(versions) else "host"
             return (f"no common protocol version: the host has {list(versions)}, the plugin has {offered}; "
                     f"the {older} is the older one, bring it up to date")
-        if not isinstance(codecs, list) or "json" not in codecs:
-            return f"the plugin does not know the codec 'json', only {codecs}"
-        return ""
+        known = isinstance(codecs, list) and "json" in codecs
+        return "" if known else f"the plugin does not know the codec 'json', only {codecs}"
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
-                  features: Sequence[str] = ()) -> _Terms:
+                  *features: str) -> _Terms:
         """`versions` None: whatever the host has."""
         theirs = self.hear_greeting("host")
         versions = theirs["protocol_versions"] if versions is None else versions
-        self.greet(versions, max_message, features, codecs=["json"], cookie=dict(cookie))
+        self.greet(versions, max_message, *features, codecs=["json"], cookie=dict(cookie))
         self.prove()
         choice = self.hear()
         self.check("host")
@@ -2094,15 +2089,16 @@ class _Door:
             terms = error
         except Exception:  # a stranger, whatever it is that he did
             self.strangers += 1
-        refused = not isinstance(terms, _Terms)
         with self._lock:
-            enters = self._open and terms is not None and channel in self._callers
-            self._open = self._open and (self._stays or not enters)
-            if enters and not refused:
+            counts = terms is not None and self._open and channel in self._callers
+            enters = counts and isinstance(terms, _Terms)
+            if counts:
+                self._open = self._stays
+            if enters:
                 self._callers.remove(channel)  # first: who hears of it may close the door
-        if refused or not enters:
+        if not enters:
             channel.close()
-        if enters:
+        if counts:
             self._arrived(channel, terms)
         with self._lock:
             self._callers = [each for each in self._callers if each is not channel]
@@ -3521,19 +3517,16 @@ def _no_method(name: str, names: Iterable[str] | None, where: str, what: str = "
 
 
 def _makes_instances(served: Any) -> bool:
-    """Whether what is served is a class or a zero-argument factory, and not the object itself. A function
-    that needs arguments is there to be called; so is one with *args or **kwargs, or in C, if it takes any."""
-    kind, in_c = type(served).__name__, "builtin_function_or_method"
-    if isinstance(served, type) or kind not in ("function", "method", "partial", in_c):
-        return isinstance(served, type)
-    of_class = isinstance(getattr(served, "func", None), type)  # a partial, which has what the class needs
+    """Whether what is served is a class, or a function that needs no argument, and not the object itself. One
+    that may take any number is there to be called."""
+    made = getattr(served, "func", None) if type(served) is partial else served
+    if isinstance(made, type) or not (_import("inspect").isroutine(served) or type(served) is partial):
+        return isinstance(made, type)
     try:
         parameters = _import("inspect").signature(served).parameters.values()
     except ValueError:
-        return of_class  # a C function that does not tell
-    if kind == in_c:
-        return not parameters
-    return all(each.default is not each.empty or (of_class and each.kind in (2, 4)) for each in parameters)
+        return False  # a C function that does not tell
+    return all(each.default is not each.empty for each in parameters)
 
 
 class _Loop:
@@ -3546,11 +3539,7 @@ class _Loop:
 
     def call(self, function: Callable[[], Any]) -> bool:
         """Have the loop call a function. False if it is closed."""
-        try:
-            self._loop.call_soon_threadsafe(function)
-            return True
-        except RuntimeError:
-            return False
+        return _call_on(self._loop, function)
 
     def _run(self) -> None:
         _import("asyncio").set_event_loop(self._loop)
@@ -3813,6 +3802,8 @@ class _References:
             return obj  # type: ignore[no-any-return]
         if loan.methods is not None or method.startswith("_"):
             raise _no_method(method, loan.methods, "the plugin")
+        if issubclass(type(obj), _Remote):
+            return getattr(obj, method)  # type: ignore[no-any-return]
         return lambda *args, **kwargs: obj._dispatch(method, args, kwargs)
 
     def loan(self, number: Any) -> _Loan:
@@ -4009,21 +4000,10 @@ def _notify_at(session: _Session, *what: Any) -> None:
     session.notify(*what)
 
 
-def _help(remote: Any) -> str:
-    """What help() shows: methods, with their signatures and docs if they can be asked for."""
-    try:
-        about = _ask_description(remote._target)
-    except (PluginError, RuntimeError):  # gone, or asked on the thread of an event loop
-        about = {}
-    names = remote._names or about if remote._name is None else [remote._name]
-    return "\n\n".join(_outline(name, *(about.get(name) or (None, None))[:2]) for name in names)
-
-
 class _Method(_Remote):
     # A method of the other side's, or with an empty name what can only be called itself, a function: call it.
 
     __slots__ = ("_name", "_target", "_timeout")
-    __doc__ = property(_help)
 
     def __init__(self, target: _Target, name: str, timeout: float | None = None) -> None:
         self._target = target
@@ -4150,8 +4130,6 @@ def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
 class _Proxy(_Remote):
     # An object of the other side's: it has the object's public methods.
 
-    __doc__ = property(_help)
-
     def __init__(self, target: _Target, names: Sequence[str] | None) -> None:
         vars(self).update(_target=target, _names=names, _interface=_Proxy)
 
@@ -4171,9 +4149,6 @@ class _Proxy(_Remote):
 
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *(self._names or ())})
-
-    def _dispatch(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        return getattr(self, method)(*args, **kwargs)  # so that a proxy can be served in turn
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -4234,65 +4209,59 @@ def _checked_description(found: Any) -> dict[str, Any]:
             and len(each) == 3 and texts.issuperset(map(type, each[:2]))}
 
 
-def _outline(name: str, signature: str | None, doc: str | None) -> str:
-    """A method, and what it says about itself below it."""
-    return name + (signature or "(...)") + (_import("textwrap").indent(f"\n{doc}", "    ") if doc else "")
-
-
 def _differences(interface: type, target: _Target, names: Sequence[str] | None) -> list[str]:
     """In which ways an object with methods of these names (None: all) is not the interface, in words."""
     inspect = _import("inspect")
-    abstract = sorted(getattr(interface, "__abstractmethods__", ()))
-    found = [f"{name!r} is private, and a plugin's cannot be called" for name in abstract if name[0] == "_"]
-    found += [f"{name!r} is a property, and a plugin has methods only" for name in dir(interface)
-              if not name.startswith("_") and isinstance(inspect.getattr_static(interface, name), property)
-              and (name in abstract or getattr(interface, "_is_protocol", False))]
-    if names is None:
-        return found
-    described = _ask_description(target)
-    for name in _method_names(interface) or []:
-        if name not in names:
-            found.append(f"it has no method {name!r}")
-        else:
-            signature, _, parameters = described.get(name, (None, None, None))
-            method = inspect.getattr_static(interface, name)
-            found += _refusals(name, method, f"{name}{signature}", parameters)
+    abstract = getattr(interface, "__abstractmethods__", ())
+    described = {} if names is None else _ask_description(target)
+    found = []
+    for name in sorted({*dir(interface), *abstract}):
+        if name.startswith("_"):
+            if name in abstract:
+                found.append(f"{name!r} is private, and a plugin's cannot be called")
+        elif isinstance(inspect.getattr_static(interface, name), property):
+            if name in abstract or getattr(interface, "_is_protocol", False):
+                found.append(f"{name!r} is a property, and a plugin has methods only")
+        elif names is not None and callable(getattr(interface, name)):
+            if name not in names:
+                found.append(f"it has no method {name!r}")
+            elif name in described:
+                found += _refusals(interface, name, *described[name])
     return found
 
 
-def _refusals(name: str, method: Any, shown: str, parameters: Any) -> list[str]:
-    """A call that the interface's method allows and the plugin's does not take, if there is one."""
+def _refusals(interface: type, name: str, shown: str, doc: str, parameters: Any) -> list[str]:
+    """In words, what the plugin's method does not take of the calls that the interface's allows."""
     inspect = _import("inspect")
-    own = not isinstance(method, staticmethod)
     try:
-        mine = inspect.signature(getattr(method, "__func__", method))
+        mine = inspect.signature(getattr(interface, name))
         *others, (_, _, _, _) = parameters
         kinds, make = inspect._ParameterKind, inspect.Parameter
-        theirs = inspect.Signature([make(name, kinds(kind), default=mine.empty if default is None else 0)
-                                    for name, kind, default, _ in others])
+        theirs = inspect.Signature([make(each, kinds(kind), default=mine.empty if default is None else 0)
+                                    for each, kind, default, _ in others])
     except (TypeError, ValueError):
         return []  # one of the two is not known
-    mine = mine.replace(parameters=[*mine.parameters.values()][own:])
-    for count, keywords in _allowed_calls(mine.parameters.values()):
-        try:
+    if inspect.isfunction(inspect.getattr_static(interface, name)):
+        mine = mine.replace(parameters=[*mine.parameters.values()][1:])  # without self
+    try:
+        for count, keywords in _allowed_calls(mine.parameters.values()):
             theirs.bind(*[None] * count, **dict.fromkeys(keywords))
-        except TypeError as error:
-            call = ", ".join(["..."] * count + [f"{keyword}=..." for keyword in keywords])
-            return [f"{shown} does not take all that {name}{mine} allows: {name}({call}): {error}"]
+    except TypeError as error:
+        return [f"{name}{shown} does not take all that {name}{mine} allows: {error}"]
     return []
 
 
 def _allowed_calls(parameters: Iterable[Any]) -> Iterable[tuple[int, list[str]]]:
-    """The shapes of calls that these parameters allow, as (how many by position, names of the others): each
-    count with no optional name, and with all. What takes those takes all between."""
-    only, either, var, keyword, rest = ([each for each in parameters if each.kind == kind]
-                                        for kind in range(5))
-    positional = [*only, *either]
+    """The calls to try, as (how many by position, names of the others): for each count that without optional
+    names, and that with all. What takes those takes all between."""
+    only, either, more, named, others = ([each for each in parameters if each.kind == kind]
+                                         for kind in range(5))
+    positional = only + either
     least = sum(each.default is each.empty for each in only)
-    for count in range(least, len(positional) + 1 + 3 * len(var)):
-        named = [each for each in either if each not in positional[:count]] + keyword
-        yield count, [each.name for each in named if each.default is each.empty]
-        yield count, [each.name for each in named] + ["any_other_name"] * len(rest)
+    for count in range(least, len(positional) + 1 + 3 * len(more)):
+        rest = positional[max(count, len(only)):] + named
+        yield count, [each.name for each in rest if each.default is each.empty]
+        yield count, [each.name for each in rest] + ["any_other_name"] * len(others)
 
 
 # -- calls and streams
@@ -4520,10 +4489,7 @@ class Stream:
 def _wake(waiters: list[Any]) -> None:
     """Something has come: every task looks. Called by who reads."""
     for loop, event in list(waiters):
-        try:
-            loop.call_soon_threadsafe(event.set)
-        except RuntimeError:
-            pass  # the loop is closed
+        _call_on(loop, event.set)
 
 
 # === 8. serve ===========================================================================================
@@ -4556,13 +4522,11 @@ def _take_environment() -> None:
 
 def _refuse_monkey_patches() -> None:
     """Raises RuntimeError where there are green threads instead of the system's: waiting would hang."""
-    for name in ("socket.socket", "threading.get_ident", "time.sleep", "select.select", "subprocess.Popen"):
-        module, attribute = name.split(".")
-        found = getattr(sys.modules.get(module), attribute, None)
-        library = str(getattr(found, "__module__", "")).partition(".")[0]
+    for function in (socket.socket, threading.get_ident, time.sleep, _import("select").select):
+        library = str(function.__module__).partition(".")[0]
         if library in ("gevent", "eventlet"):
-            raise RuntimeError(f"miniplug does not run under the monkey patches of {library} (here: {name}): "
-                               "let a process without them have the plugins")
+            raise RuntimeError(f"miniplug does not run under the monkey patches of {library}: let a process "
+                               "without them have the plugins")
 
 
 def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
@@ -4674,7 +4638,7 @@ class _Server:
         self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
         self._slots = _Slots(_checked_count(max_workers, "max_workers", 1))
         self._door: _Door | None = None
-        self._threads: set[threading.Thread] = set()  # that attend to those who have come through it
+        self._threads: list[threading.Thread] = []  # that attend to those who have come through it
         self._lock = threading.Lock()
         self._sessions: list[_Session] = []  # those that are not disposed of
         self._grace = _GRACE  # in seconds, that the calls have and what is served
@@ -4683,7 +4647,7 @@ class _Server:
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
         versions = None if None in self._served else sorted(self._served)
         hello = _Hello(channel, address, key, "plugin")
-        return hello.as_plugin(versions, self._max_message, cookie, ["persist"] if self.stays else [])
+        return hello.as_plugin(versions, self._max_message, cookie, *["persist"] * self.stays)
 
     def listen(self, address: str, key: bytes) -> None:
         """Let hosts attach. They need no cookie: it is not they who start this program."""
@@ -4700,14 +4664,13 @@ class _Server:
 
     def _arrived(self, channel: _Channel, terms: Any) -> None:
         if isinstance(terms, _Terms):  # or the host has refused this plugin
-            thread = threading.current_thread()
-            self._threads.add(thread)
+            self._threads.append(threading.current_thread())
             self.attend(channel, terms)
-            self._threads.discard(thread)
+            self._threads.remove(threading.current_thread())
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
-        gone = partial(_turn_output, os.open(os.devnull, os.O_RDWR)) if self.stays else bool
+        gone = _turn_output_away if self.stays else bool
         try:
             channel, terms = _come_in(
                 address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
@@ -4776,9 +4739,12 @@ class _Server:
         self._part(list(self._sessions), self._served.values())
 
 
-def _turn_output(fd: int) -> None:
-    for stream in (1, 2):
-        os.dup2(fd, stream)
+def _turn_output_away() -> None:
+    """Nobody reads any more what this process writes."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
@@ -4820,7 +4786,7 @@ def _prepare_output() -> None:
         return
     if "logging" in sys.modules:
         _set_up_logging(sys.modules["logging"], level)
-    else:
+    else:  # once somebody imports it: it is slow to import
         sys.meta_path.insert(0, _LoggingHook(level))
     main = threading.current_thread() is threading.main_thread()
     if main and not _WINDOWS and _posix.getpgrp() != os.getpid():
@@ -4834,7 +4800,7 @@ def _no_breakpoint(*args: Any, **kwargs: Any) -> None:
 
 
 class _LoggingHook:
-    """An import hook that sets logging up once somebody imports it: it is slow to import."""
+    """An import hook that sets logging up."""
 
     def __init__(self, level: int) -> None:
         self._level = level
@@ -4875,10 +4841,10 @@ def _set_up_logging(logging: Any, level: int) -> None:
 def _log_line(formatter: Any, record: Any) -> str:
     datetime = _import("datetime")
     when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-    level = next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace")
     trace = formatter.formatException(record.exc_info) if record.exc_info else record.exc_text
-    fields = {"@level": level, "@levelno": record.levelno, "@module": record.name,
-              "@message": record.getMessage(), "@timestamp": when.isoformat(timespec="microseconds"),
+    fields = {"@level": next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace"),
+              "@levelno": record.levelno, "@module": record.name, "@message": record.getMessage(),
+              "@timestamp": when.isoformat(timespec="microseconds"),
               "@traceback": "\n".join(filter(None, (trace, record.stack_info)))}
     blank = _import("logging").makeLogRecord({"message": "", "asctime": ""})  # what formatting adds
     more = {key: value for key, value in vars(record).items() if not hasattr(blank, key)}
@@ -4916,7 +4882,6 @@ class _Lines:
             over = ended()
             last = min(last, time.monotonic() + 0.8) if over else last
             held = self._log and self._log.trace  # a traceback that may go on
-            more = not over
             if self._await_more(0.0 if over else 0.1 if held else None, wake):
                 try:
                     data = os.read(self.file.fileno(), 1 << 16)
@@ -4925,6 +4890,7 @@ class _Lines:
                 self._take(data)
                 more = bool(data)
             else:
+                more = not over
                 self._flush()
         self._flush()
 
@@ -5126,12 +5092,11 @@ class Limits(_Limits, metaclass=_Brief):
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
-        self = super().__new__(cls, memory, cpu_seconds, open_files)
-        for name, value in zip(cls._fields, self):
+        for name, value in (("memory", memory), ("cpu_seconds", cpu_seconds), ("open_files", open_files)):
             kinds, word = ((int, float), "number") if name == "cpu_seconds" else ((int,), "whole number")
             if value is not None and (type(value) not in kinds or not 0 < value < float("inf")):
                 raise ValueError(f"{name}={value!r}: it is a positive {word}, or None")
-        return self
+        return super().__new__(cls, memory, cpu_seconds, open_files)
 
     def _as_job(self, stays: bool = False) -> bytes:
         """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of a job that ends with its last handle or `stays`."""
@@ -5406,16 +5371,12 @@ class _NoProcess:
     disown = keep
 
 
-_WINDOWS_ERRORS = {0xC0000005: "an access violation", 0xC00000FD: "a stack overflow",
-                   0xC0000135: "a DLL that is missing", 0xC0000409: "abort() or a buffer overrun"}
-
-
 def _end_words(code: int | None) -> tuple[str, str | None]:
     """How a process ended, in words, and the name of the signal if it was one."""
     if code is None:
         return "ended", None
     if 0xC0000000 <= code < 0xF0000000:  # an error of Windows, or a language's own
-        return f"died of {_WINDOWS_ERRORS.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
+        return f"died of an unhandled exception (status 0x{code:08X})", None
     over = ", over its limit of cpu_seconds" if code in (-24, 1816) else ""  # SIGXCPU; no more quota
     if code >= 0:
         return f"exited with status {code}{over}", None
@@ -6693,19 +6654,10 @@ def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
     a host has imported it."""
     sys.meta_path.insert(0, _Finder(name))
-    sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
     _run_script(*arguments) if verb == "run" else _serve_specs(*arguments, **options)
-
-
-def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
-    """As sys.excepthook: the traceback without the frames of miniplug and of importing that come first."""
-    here = _show_error.__code__.co_filename
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((here, "<")):
-        frames = frames.tb_next
-    sys.__excepthook__(kind, error.with_traceback(frames), frames)
 
 
 def _run_script(path: str) -> None:
@@ -6733,8 +6685,8 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
     try:
         secret = os.urandom(32)
         if authkey_file:
-            with open(authkey_file, "rb") as file:
-                secret = _checked_key(file.read(1 << 16).decode("ascii", "replace").strip())
+            with open(authkey_file, encoding="ascii", errors="replace") as file:
+                secret = _checked_key(file.read(1 << 16).strip())
         server = _Server({None: plugins}, None, 64, _MAX_MESSAGE)
         how = "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS."
         _serve(server, {"matches": True}, address, secret, persist, how)
@@ -6800,19 +6752,17 @@ def _load_file(path: str) -> ModuleType:
 
 
 def _load_module(name: str) -> ModuleType:
-    folder = "the current folder, which is gone"
-    try:
-        folder = os.getcwd()
+    folder = _current_folder()
+    if folder:
         sys.path.insert(0, folder)
-    except OSError:
-        pass
     try:
         return _import(name)  # type: ignore[no-any-return]
     except ModuleNotFoundError as error:
         if not error.name or not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
-        sys.exit(f"miniplug: there is no module {error.name!r} in {folder}, nor among the packages of "
-                 f"{sys.executable}; cwd or PYTHONPATH names another folder, and path/to/file.py:Attr a file")
+        sys.exit(f"miniplug: there is no module {error.name!r} in {folder or 'the current folder'}, nor among "
+                 f"the packages of {sys.executable}; cwd or PYTHONPATH names another folder, and "
+                 "path/to/file.py:Attr a file")
 
 
 def freeze_support() -> None:
@@ -6840,16 +6790,17 @@ def _call_once(given: Any) -> None:
     name, _, method = given.method.rpartition(".")
     if method.startswith("_"):  # which a proxy has of its own
         raise _no_method(method, None, "a plugin")
-    arguments = []
-    for argument in given.arguments:
-        try:
-            arguments.append(json.loads(argument))
-        except ValueError:
-            arguments.append(argument)
     with _opened(given) as plugin:
-        result = getattr(plugin.dispense(name or None), method)(*arguments)
+        result = getattr(plugin.dispense(name or None), method)(*map(_argument, given.arguments))
         for each in result if isinstance(result, Stream) else (result,):
             print(_printable(each), flush=True)
+
+
+def _argument(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _printable(value: Any) -> str:
@@ -6872,6 +6823,11 @@ def _inspect(given: Any) -> None:
                 print(_import("textwrap").indent(_outline(*method), "    "))
 
 
+def _outline(name: str, signature: str | None, doc: str | None) -> str:
+    """A method, and what it says about itself below it."""
+    return name + (signature or "(...)") + (_import("textwrap").indent(f"\n{doc}", "    ") if doc else "")
+
+
 def _opened(given: Any) -> Plugin:
     """The plugin that a verb names, started, whatever version it speaks."""
     sink = "log" if given.verbose else "discard"
@@ -6892,58 +6848,54 @@ def _one_line(error: BaseException) -> str:
 
 def _doctor(given: Any) -> int:
     """What this machine allows, each as a line. The last is whether a plugin runs here, and that counts."""
-    python = given.python or sys.executable
     rows = []
     for what, check in _CHECKS.items():
         try:
-            works, detail = check(python)
+            works, detail = True, check(given.python or sys.executable)
         except (OSError, PluginError) as error:
             works, detail = False, _one_line(error)
         rows.append({"check": what, "ok": works, "detail": detail})
+        if not given.json:
+            print(f"{'ok' if works else 'no':<4}{what:<16}{detail}")
     if given.json:
         print(json.dumps({"ok": works, "checks": rows}, indent=2))
-    else:
-        for row in rows:
-            print(f"{'ok' if row['ok'] else 'no':<4}{row['check']:<16}{row['detail']}")
     return 0 if works else 1
 
 
-def _check_transport(python: str) -> tuple[bool, str]:
+def _check_transport(python: str) -> str:
     listener = _Listener()
     kind = "a named pipe" if _WINDOWS else "a Unix socket" if listener.folder else "TCP: the key alone guards"
     listener.close()
-    return True, "; not in ".join([f"{kind}, {listener.address}", *listener.passed_over])
+    return "; not in ".join([f"{kind}, {listener.address}", *listener.passed_over])
 
 
-def _check_loopback(python: str) -> tuple[bool, str]:
-    with socket.create_server(("127.0.0.1", 0)) as server, \
-            socket.create_connection(server.getsockname(), 2.0) as one, server.accept()[0] as other:
-        one.sendall(b"x")
-        other.settimeout(2.0)
-        return other.recv(1) == b"x", "127.0.0.1"
+def _check_loopback(python: str) -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname(), 2.0).close()
+    return "127.0.0.1"
 
 
-def _check_fips(python: str) -> tuple[bool, str]:
+def _check_fips(python: str) -> str:
     try:
         _import("hashlib").md5(b"")
-        return True, "off"
+        return "off"
     except ValueError:
-        return True, "on: no MD5, and miniplug needs none"
+        return "on: no MD5, and miniplug needs none"
 
 
-def _check_plugin(python: str) -> tuple[bool, str]:
+def _check_plugin(python: str) -> str:
     start = time.monotonic()
     with launch("os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
         plugin.dispense(timeout=20.0).basename("a/b")
-        return True, f"runs: {(time.monotonic() - start) * 1e3:.0f} ms to the first answer"
+        return f"runs: {(time.monotonic() - start) * 1e3:.0f} ms to the first answer"
 
 
-_CHECKS: dict[str, Callable[[str], tuple[bool, str]]] = {
-    "miniplug": lambda python: (True, f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}"),
+_CHECKS: dict[str, Callable[[str], str]] = {
+    "miniplug": lambda python: f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}",
     "transport": _check_transport,
     "loopback TCP": _check_loopback,
     "FIPS mode": _check_fips,
-    "process tree": lambda python: (True, f"a {'job object' if _WINDOWS else 'group'} for each plugin"),
+    "process tree": lambda python: f"a {'job object' if _WINDOWS else 'group'} for each plugin",
     "a plugin": _check_plugin,
 }
 
