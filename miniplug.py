@@ -362,8 +362,8 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 #
 # JSON that keeps Python's types, by the json module's parts in C. What JSON has goes as it is. What it has
 # not is tagged: an object with one key, which begins with "$" (docs/protocol.md lists them). Before the
-# encoder runs, `fit` looks, at C speed, for what that would change without a word, and copies with tags only
-# there; what the encoder does not know it asks its hook for (`tag`).
+# encoder runs, `fit` looks for what that does not know, or would change without a word, and copies with tags
+# only there.
 
 _SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps: RFC 8259, section 6
 _MAX_BITS = 1 << 15  # of an integer: to print, compare or convert one takes a millisecond or two at most
@@ -376,8 +376,8 @@ _MAX_BUFFERS = 1 << 16  # such frames of one message; what is over goes in base6
 _PLAIN = frozenset((str, bool, type(None), float))  # it may trip over a text or a float, but changes none
 _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
-_BASES = (str, int, float, list, tuple, dict)  # it takes instances of their subclasses for theirs
-_FINE = {*_PLAIN}  # what goes to the encoder as it is: these, and all for which it asks its hook
+_NEVER = frozenset((bool, type(None)))  # it does not even trip over these
+_NESTS = frozenset((list, tuple, dict))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _flatten = itertools.chain.from_iterable
 
@@ -424,6 +424,10 @@ def _name_of(kind: type) -> str:
 
 def _base64(data: _Bytes) -> str:
     return binascii.b2a_base64(data, newline=False).decode()
+
+
+def _surrogates(text: str) -> str | None:
+    return _base64(text.encode("utf-8", "surrogatepass")) if _SURROGATE.search(text) else None
 
 
 def _bounded(value: int) -> int:
@@ -534,9 +538,10 @@ def _make_registered(name: str, held: Any) -> Any:
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
 _Row = namedtuple("_Row", "type state make")
 _TAGS = {tag: _Row(*row) for tag, row in {
-    "$int": (int, lambda value: hex(_bounded(value)), {str: lambda text: _bounded(int(text, 16))}),
-    "$float": (float, repr, {str: float}),
-    "$str": (str, lambda text: _base64(text.encode("utf-8", "surrogatepass")),
+    "$int": (int, lambda value: hex(_bounded(value)) if abs(value) > _SAFE_INTEGER else None,
+             {str: lambda text: _bounded(int(text, 16))}),
+    "$float": (float, lambda value: None if value - value == 0.0 else repr(value), {str: float}),
+    "$str": (str, _surrogates,
              {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
     "$tuple": (tuple, list, {list: tuple}),
     "$dict": (dict, _pairs, {list: _make_dict}),
@@ -596,8 +601,6 @@ class _Ways(dict):  # type: ignore[type-arg]
         return self.add(kind, tag, _found(_TAGS[tag].state))
 
     def add(self, kind: type, tag: str, state: Any) -> Any:
-        if not issubclass(kind, _BASES):
-            _FINE.add(kind)
         self[kind] = way = tag, state
         return way
 
@@ -711,6 +714,23 @@ def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
 
 # -- encoding
 
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)  # None: not CPython
+_quote = json.encoder.encode_basestring
+
+
+def _writer() -> Any:
+    """What writes JSON, in pieces; the second argument is 0."""
+    if _make_encoder is None:
+        encoder = json.JSONEncoder(ensure_ascii=False, check_circular=False, allow_nan=False)
+        encoder.item_separator, encoder.key_separator = ",", ":"
+        return lambda value, level: (encoder.encode(value),)
+    # json's own setup for every value costs more than its work
+    return _make_encoder(None, None, _quote, None, ":", ",", False, False, False)
+
+
+_encode = _writer()
+
+
 def _are_plain(values: Sequence[Any]) -> bool:
     """Whether they are atoms of which the encoder changes none; at C speed."""
     kinds = set(map(type, values))
@@ -721,184 +741,152 @@ def _are_plain(values: Sequence[Any]) -> bool:
 
 
 class _Packer:
-    """One value on its way out, of one thread. `fit` gives what the encoder is to write for it, `tag` is the
-    encoder's hook."""
+    """One value on its way out, of one thread. `fit` gives what the encoder is to write for it. `plain` are
+    the types that it does not look at: without str and float it is careful. Where it fails, `trail` is the
+    way there, from within: what was looked at, and which part of that."""
 
-    __slots__ = ("_codec", "buffers", "lent", "place", "tagged")
-
-    def __init__(self, codec: _Codec, lent: list[int], place: str | None) -> None:
+    def __init__(self, codec: _Codec, lent: list[int], plain: Any = _PLAIN) -> None:
         self.buffers: list[_Bytes] = []  # that go beside the message
         self.lent = lent  # the numbers of what was lent
-        self.place = place  # of what is looked at; None: of a call
         self.tagged = 0
+        self.trail: list[tuple[Any, Any]] = []
+        self._plain = plain
         self._codec = codec
 
-    def tag(self, value: Any) -> dict[str, Any]:
-        """What JSON does not have, with its tag. Raises NotSerializable, and whatever an `encode` raises."""
-        self.tagged = 1
-        tag, tell = _WAYS[type(value)]
-        if tell is None:
-            loan = self._codec.lend(value, self.lent)
-            if loan is None:
-                raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), "
-                                      "or send a plain str, int, list or dict of what is in it")
-            return dict((loan,))
-        state = tell(value)
-        if type(state) is str and state.isascii():
-            return {tag: state}
-        if tag == "$bytes" or tag == "$bytearray":
-            if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-                return {tag: _base64(state)}
-            self.buffers.append(state)
-            return {tag: len(self.buffers) - 1}
-        return {tag: self.fit(state)}
-
-    def fit_call(self, target: int, method: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        return target, method, self._fit_list(args), kwargs and self._fit_dict(kwargs)
+    def content(self, fitted: Any) -> _Content:
+        return "".join(_encode(fitted, 0)).encode(), self.buffers, self.tagged, self.lent
 
     def fit(self, value: Any) -> Any:
         """The value, or where the encoder would change it without a word, a copy with tags."""
-        kind = type(value)
-        if kind is list:
-            return self._fit_list(value)
+        kind, parts, copy, plain = type(value), value, None, self._plain
         if kind is dict:
-            return self._fit_dict(value)
+            if not _TEXTS.issuperset(map(type, value)) or (len(value) == 1 and next(iter(value))[:1] == "$"):
+                return self.tag(value)
+            if plain is _NEVER and any(map(_SURROGATE.search, value)):
+                return self.tag(value)
+            parts = value.values()
+        elif kind is not list and kind is not tuple:
+            return value if kind in plain else self.tag(value)
+        elif len(value) >= _MANY and plain is _PLAIN:
+            copy = self._fit_many(value)
+        if copy is None:
+            place = 0
+            try:
+                for place, part in enumerate(parts):
+                    its = type(part)
+                    if its in plain or (its is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER):
+                        continue
+                    fitted = self.fit(part) if its in _NESTS else self.tag(part)
+                    if fitted is not part:
+                        copy = copy or [*parts]
+                        copy[place] = fitted
+            except Exception:
+                self.trail.append((value, place))
+                raise
         if kind is tuple:
             self.tagged = 1
-            return {"$tuple": self._fit_list(value)}
-        if kind is int:
-            return value if -_SAFE_INTEGER <= value <= _SAFE_INTEGER else self.tag(value)
-        return self.tag(value) if kind not in _FINE and issubclass(kind, _BASES) else value
+            return {"$tuple": value if copy is None else copy}
+        if copy is None:
+            return value
+        return dict(zip(value, copy)) if kind is dict else copy
 
-    def _fit_list(self, values: Any) -> Any:
-        if len(values) >= _MANY:
-            shorter = self._codec.arrays and self._fit_many(values)
-            if shorter:
-                return shorter
-            if _are_plain(values):
-                return values
-        return values if _FINE.issuperset(map(type, values)) else self._fit_each(values)
+    def tag(self, value: Any) -> Any:
+        """The value with its tag, or itself if it needs none. Raises whatever an `encode` raises."""
+        tag, tell = _WAYS[type(value)]
+        try:
+            if tell is None:
+                return self._lend(value)
+            state = tell(value)
+            if state is None:
+                return value
+            self.tagged = 1
+            kind = type(state)
+            if kind is str and state.isascii():
+                return {tag: state}
+            if tag == "$bytes" or tag == "$bytearray":
+                return {tag: self._put(state)}
+            return {tag: [state[0], self.fit(state[1])] if tag == "$type" else self.fit(state)}
+        except Exception:
+            self.trail.append((value, None))
+            raise
 
-    def _fit_each(self, values: Any) -> Any:
-        fine, copy = _FINE, None
-        for place, part in enumerate(values):
-            kind = type(part)
-            if kind in fine or (kind is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER):
-                continue
-            fitted = self.fit(part)
-            if fitted is not part:
-                copy = copy or [*values]
-                copy[place] = fitted
-        return copy or values
+    def _lend(self, value: Any) -> dict[str, Any]:
+        loan = self._codec.lend(value, self.lent)
+        if loan is None:
+            raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), "
+                                  "or send a plain str, int, list or dict of what is in it")
+        self.tagged = 1
+        return dict((loan,))
+
+    def _put(self, data: _Bytes) -> Any:
+        """The data in base64, or the number of a buffer."""
+        if len(data) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
+            return _base64(data)
+        self.buffers.append(data)
+        return len(self.buffers) - 1
 
     def _fit_many(self, values: Any) -> Any:
-        """The shorter form of a long list of values of one type; None if it has none."""
+        """A long list in its shorter form, or itself if all of it is plain; else None."""
         kind: Any = type(values[0])
         if [*map(type, values)].count(kind) < len(values):
-            return None
-        if kind is int or kind is float:
+            return values if _are_plain(values) else None
+        if (kind is int or kind is float) and self._codec.arrays:
             code = "q" if kind is int else "d"
             try:
-                self.tagged = 1
-                return {"$numbers": [code, struct.pack(f"<{len(values)}{code}", *values)]}
+                data = struct.pack(f"<{len(values)}{code}", *values)
             except struct.error:  # beyond 64 bits
                 return None
-        if kind is list or kind is tuple:  # short ones, at once
+            self.tagged = 1
+            return {"$numbers": [code, {"$bytes": self._put(data)}]}
+        if kind in _ATOMS:
+            return values if _are_plain(values) else None
+        tag, tell = _WAYS[kind]
+        if kind is dict:
+            kinds = set(map(type, _flatten(values)))
+            if kinds == _TEXTS:
+                fits = min(map(len, values)) > 1 and _are_plain([*_flatten(map(dict.values, values))])
+                return values if fits else None
+            if str in kinds or not values[0]:
+                return None
+        elif kind is list or kind is tuple:  # short ones, at once
             if max(map(len, values)) >= _MANY or not _are_plain([*_flatten(values)]):
                 return None
             if kind is list:
                 return values
-        tag, tell = _WAYS[kind]
-        if tag not in _EACH or (kind is dict and (not values[0] or str in map(type, _flatten(values)))):
+        if tag not in _EACH or not self._codec.arrays:
             return None
         states: Any = values if kind is bytes or kind is tuple else [*map(tell, values)]
-        if tag == "$bytes":
+        if kind is bytes:
             if max(map(len, states)) > _INLINE:
                 return None
             states = [*map(_base64, states)]
         elif kind is not tuple:
-            states = self._fit_list(states)
+            states = self.fit(states)
         self.tagged = 1
         return {"$each": [tag, states]}
 
-    def _fit_dict(self, value: dict[Any, Any]) -> Any:
-        if not _TEXTS.issuperset(map(type, value)) or (len(value) == 1 and next(iter(value))[:1] == "$"):
-            return self.tag(value)
-        values = value.values()
-        if _FINE.issuperset(map(type, values)):
-            return value
-        fitted = self._fit_each(values)
-        return value if fitted is values else dict(zip(value, fitted))
-
-
-class _CarefulPacker(_Packer):
-    """The same of a value over which the encoder trips, as it does over NaN and lone surrogates, or which
-    cannot travel: each part is looked at, and its place is known."""
-
-    __slots__ = ()
-
-    def fit_call(self, target: int, method: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        return target, method, self._fit_at("args", [*args]), self._fit_at("kwargs", kwargs)
-
-    def _fit_at(self, place: str, value: Any) -> Any:
-        self.place = place
-        return self.fit(value)
-
-    def fit(self, value: Any) -> Any:
-        """The same. Raises NotSerializable, which names the place."""
-        place, kind = self.place, type(value)
-        try:
-            if kind is list:
-                return [self._fit_at(f"{place}[{index}]", part) for index, part in enumerate(value)]
-            if kind is dict:
-                return self._fit_parts(value, [f"{place}[{_shown(key)}]" for key in value])
-            if kind is str:
-                return self.tag(value) if _SURROGATE.search(value) else value
-            if kind is float:
-                return value if value - value == 0.0 else self.tag(value)
-            if kind is int or kind is bool or value is None:
-                return super().fit(value)
-            if _WAYS[kind][0] != "$type":
-                return self.tag(value)
-            self.tagged = 1
-            name, state = _WAYS[kind][1](value)
-            fields = type(state) is dict
-            return {"$type": [name, self._fit_parts(state, [f"{place}.{key}" for key in state])
-                              if fields else self.fit(state)]}
-        except Exception as error:
-            if isinstance(error, RecursionError) or (isinstance(error, NotSerializable) and error.path):
-                raise
-            why, cause = str(error), error.__cause__
-            if type(error) is not NotSerializable:
-                why, cause = f"its state could not be told: {_shown(error)}", error
-            name = _name_of(kind)
-            raise NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name) from cause
-
-    def _fit_parts(self, value: dict[Any, Any], places: list[str]) -> Any:
-        keys = [self._fit_at(f"a key of {self.place}", key) for key in value]
-        values = [*map(self._fit_at, places, value.values())]
-        if _TEXTS.issuperset(map(type, keys)) and not (len(keys) == 1 and keys[0][:1] == "$"):
-            return dict(zip(keys, values))
-        _told_apart(value)
-        self.tagged = 1
-        return {"$dict": [*_flatten(zip(keys, values))]}
-
-
-_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)  # None: not CPython
-_quote = json.encoder.encode_basestring
-
-
-def _writer(hook: Any) -> Callable[[Any], str]:
-    """What writes JSON, and asks `hook` for what JSON does not have."""
-    if _make_encoder is None:
-        return json.JSONEncoder(default=hook, ensure_ascii=False, check_circular=False, allow_nan=False,
-                                separators=(",", ":")).encode
-    # json's own setup for every value costs more than its work
-    encode = _make_encoder(None, hook, _quote, None, ":", ",", False, False, False)
-    return lambda value: "".join(encode(value, 0))
-
-
-_encode = _writer(None)
+    def explain(self, label: str, error: Exception) -> None:
+        """Raise what names the place of what cannot travel, and why; unless it is no matter of a part."""
+        if not self.trail:
+            return
+        place, state_of = label, None
+        for held, part in reversed(self.trail):
+            if part is None:  # what comes next is its state
+                state_of = held
+                continue
+            if type(state_of) is dict:  # keys and values by turns
+                place = f"{place}[{_shown(held[part - 1])}]" if part % 2 else f"a key of {place}"
+            elif type(held) is not dict:
+                place = f"{place}[{part}]"
+            else:
+                key = [*held][part]
+                place = f"{place}[{_shown(key)}]" if state_of is None else f"{place}.{key}"
+            state_of = None
+        why, cause = str(error), error.__cause__
+        if type(error) is not NotSerializable:
+            why, cause = f"its state could not be told: {_shown(error)}", error
+        name = _name_of(type(self.trail[0][0]))
+        raise NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name) from cause
 
 
 # -- decoding
@@ -972,73 +960,87 @@ class _Codec:
         """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent: the list
         `lent`, if there is one, which knows each from the start. Raises NotSerializable, naming the place in
         `label`."""
-        return self._dumps(value, label, type(value) in _PLAIN, lent)
+        lent = [] if lent is None else lent
+        try:
+            if type(value) in _PLAIN:
+                return "".join(_encode(value, 0)).encode(), (), 0, lent
+            packer = _Packer(self, lent)
+            return packer.content(packer.fit(value))
+        except BaseException as error:
+            return self._dumps_carefully(error, lent, {label: value})
 
     def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
                    lent: list[int] | None = None) -> _Content:
         """The same of a call."""
-        plain = not kwargs and _PLAIN.issuperset(map(type, args))
-        return self._dumps((target, method, args, kwargs), None, plain, lent)
-
-    def _dumps(self, value: Any, label: str | None, plain: bool, lent: list[int] | None) -> _Content:
         lent = [] if lent is None else lent
         try:
-            if plain:
-                return _encode(value).encode(), (), 0, lent
-            return self._pack(_Packer(self, lent, label), value)
-        except RecursionError:
-            if _is_deep():
-                raise
-            label = label or "the call"
-            raise NotSerializable(f"{label} is nested too deeply, or contains itself", path=label) from None
-        except Exception as error:
-            try:
-                content = self._pack(_CarefulPacker(self, lent, label), value)
-            except NotSerializable:  # or what a signal handler has raised just there
-                content = self._pack(_CarefulPacker(self, lent, label), value)
-            if isinstance(error, UnicodeEncodeError) or "JSON compliant" in str(error):
-                return content
-            self.unlend(lent)
-            raise  # a signal handler's: the value itself is good
+            if not kwargs and _PLAIN.issuperset(map(type, args)):
+                return "".join(_encode((target, method, args, kwargs), 0)).encode(), (), 0, lent
+            packer = _Packer(self, lent)
+            return packer.content((target, method, packer.fit([*args]), kwargs and packer.fit(kwargs)))
+        except BaseException as error:
+            return self._dumps_carefully(error, lent, {"args": [*args], "kwargs": kwargs}, target, method)
 
-    def _pack(self, packer: _Packer, value: Any) -> _Content:
+    def _dumps_carefully(self, first: BaseException, lent: list[int], parts: dict[str, Any],
+                         *head: Any) -> _Content:
+        """The same again after a failure: the encoder trips over NaN and lone surrogates, and of what cannot
+        travel the place is to be named. Else the value is good, and `first` a signal handler's: it is raised.
+        """
+        label = ""
         try:
-            fitted = packer.fit_call(*value) if packer.place is None else packer.fit(value)
-            return _writer(packer.tag)(fitted).encode(), packer.buffers, packer.tagged, packer.lent
+            if not isinstance(first, Exception):
+                raise first
+            for last in (False, True):
+                self.unlend(lent)
+                packer, fitted = _Packer(self, lent, _NEVER), []
+                try:
+                    for label in parts:
+                        fitted.append(packer.fit(parts[label]))
+                    content = packer.content((*head, *fitted) if head else fitted[0])
+                    break
+                except Exception as error:
+                    if isinstance(error, RecursionError) and not _is_deep():
+                        label = "the call" if head else label
+                        why = f"{label} is nested too deeply, or contains itself"
+                        raise NotSerializable(why, path=label) from None
+                    if last:
+                        packer.explain(label, error)
+                        raise
+            if not isinstance(first, UnicodeEncodeError) and "JSON compliant" not in str(first):
+                raise first
+            return content
         except BaseException:
-            self.unlend(packer.lent)
+            self.unlend(lent)
             raise
 
-    def loads(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int) -> Any:
-        """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be here."""
+    def loads(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int, first: Any = None) -> Any:
+        """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be here.
+        `first`: what was raised when this was tried before."""
         try:
-            return self._decode(body, buffers, tagged)
+            text = str(body, "utf-8").strip(" \t\r\n")
+            scan = self._scan if tagged else _scan
+            long = len(text) > _MAX_DIGITS // 2 and _DIGITS.search(text[::100])
+            if buffers or long:
+                hook = _hook(self.borrow, buffers) if tagged else None
+                scan = _scanner(hook, _make_integer if long else None)
+            value, end = scan(text, 0)
+            if end != len(text):
+                raise ValueError("more than one value")
+            return value
         except RecursionError:
             if _is_deep():
                 raise  # it is the caller's stack that is full
             raise ProtocolError("a malformed value: it is nested too deeply") from None
         except Exception as error:
-            failure = error
-        try:
-            self._decode(body, buffers, tagged)
-        except (NotSerializable, DeadReference, MethodNotFound) as error:
-            raise _Undecodable(error) from error
-        except ProtocolError:
-            raise
-        except Exception as error:
-            raise ProtocolError(f"a malformed value: {_shown(error)}") from None
-        raise failure.__cause__ or failure  # a signal handler's: the value itself is good
-
-    def _decode(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int) -> Any:
-        text = str(body, "utf-8").strip(" \t\r\n")
-        scan = self._scan if tagged else _scan
-        long = len(text) > _MAX_DIGITS // 2 and _DIGITS.search(text[::100])
-        if buffers or long:
-            scan = _scanner(_hook(self.borrow, buffers) if tagged else None, _make_integer if long else None)
-        value, end = scan(text, 0)
-        if end != len(text):
-            raise ValueError("more than one value")
-        return value
+            if first is not None:
+                if isinstance(error, (NotSerializable, DeadReference, MethodNotFound)):
+                    raise _Undecodable(error) from error
+                if isinstance(error, ProtocolError):
+                    raise
+                raise ProtocolError(f"a malformed value: {_shown(error)}") from None
+            first = error
+        self.loads(body, buffers, tagged, first)
+        raise first.__cause__ or first  # a signal handler's: the value itself is good
 
 
 # -- exceptions
@@ -1934,7 +1936,7 @@ class _Hello:
         self._deadline = time.monotonic() + _HELLO_SECONDS
 
     def say(self, **message: Any) -> None:
-        self._said.append(_encode(message).encode())
+        self._said.append("".join(_encode(message, 0)).encode())
         self._channel.send_frame(self._said[-1])
 
     def hear(self) -> dict[str, Any]:
