@@ -86,7 +86,7 @@ The map of this file; each section uses only those above it:
 #     _References._lock
 #     _Supervisor.news; but at interpreter exit (_close_all) it is kept for good, and what follows is done
 #         under it, that of any line
-#     under which no other is taken: _mending, _Door._lock, _Pool._lead, _Slots._lock, _Served._lock,
+#     under which no other is taken: _mending, _Door._lock, _Pool._lead, _Served._lock,
 #         _Server._lock, _Guardian._lock, those of the processes, and the condition of a Call
 #
 # Nobody waits for `_Producer._turn` and `_Run._claim`: who does not get them leaves the work to who has them.
@@ -133,14 +133,14 @@ if TYPE_CHECKING:  # typing itself is slow to import
         NoReturn,
         Sequence,
         TextIO,
-        TypeVar,
         Union,
         overload,
     )
 
-    from typing_extensions import ParamSpec  # which type checkers have for every Python
+    from typing_extensions import ParamSpec, TypeVar  # which type checkers have for every Python
 
     _T = TypeVar("_T")
+    _I = TypeVar("_I", default=Any)
     _F = TypeVar("_F", bound=Callable[..., Any])
     _P = ParamSpec("_P")
     _Path = Union[str, "os.PathLike[str]"]
@@ -151,7 +151,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Bytes = Union[bytes, bytearray, memoryview]
     _Message = tuple[Any, ...]  # kind, flags, number, parent, body, buffers
     # a value as bytes, those beside it, whether it is tagged, what it lends
-    _Content = tuple[bytes, Sequence[_Bytes], int, Sequence[int]]
+    _Content = tuple[bytes, Sequence[_Bytes], int, list[int]]
 
 __version__ = "0.1.0"
 
@@ -362,8 +362,8 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 #
 # JSON that keeps Python's types, by the json module's parts in C. What JSON has goes as it is. What it has
 # not is tagged: an object with one key, which begins with "$" (docs/protocol.md lists them). Before the
-# encoder runs, `fit` looks, at C speed, for what that would change without a word, and copies with tags only
-# there; what the encoder does not know it asks its hook for (`tag`).
+# encoder runs, `fit` looks for what that does not know, or would change without a word, and copies with tags
+# only there.
 
 _SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps: RFC 8259, section 6
 _MAX_BITS = 1 << 15  # of an integer: to print, compare or convert one takes a millisecond or two at most
@@ -376,8 +376,8 @@ _MAX_BUFFERS = 1 << 16  # such frames of one message; what is over goes in base6
 _PLAIN = frozenset((str, bool, type(None), float))  # it may trip over a text or a float, but changes none
 _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
-_BASES = (str, int, float, list, tuple, dict)  # it takes instances of their subclasses for theirs
-_FINE = {*_PLAIN}  # what goes to the encoder as it is: these, and all for which it asks its hook
+_NEVER = frozenset((bool, type(None)))  # it does not even trip over these
+_NESTS = frozenset((list, tuple, dict))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _flatten = itertools.chain.from_iterable
 
@@ -424,6 +424,10 @@ def _name_of(kind: type) -> str:
 
 def _base64(data: _Bytes) -> str:
     return binascii.b2a_base64(data, newline=False).decode()
+
+
+def _surrogates(text: str) -> str | None:
+    return _base64(text.encode("utf-8", "surrogatepass")) if _SURROGATE.search(text) else None
 
 
 def _bounded(value: int) -> int:
@@ -534,9 +538,10 @@ def _make_registered(name: str, held: Any) -> Any:
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
 _Row = namedtuple("_Row", "type state make")
 _TAGS = {tag: _Row(*row) for tag, row in {
-    "$int": (int, lambda value: hex(_bounded(value)), {str: lambda text: _bounded(int(text, 16))}),
-    "$float": (float, repr, {str: float}),
-    "$str": (str, lambda text: _base64(text.encode("utf-8", "surrogatepass")),
+    "$int": (int, lambda value: hex(_bounded(value)) if abs(value) > _SAFE_INTEGER else None,
+             {str: lambda text: _bounded(int(text, 16))}),
+    "$float": (float, lambda value: None if value - value == 0.0 else repr(value), {str: float}),
+    "$str": (str, _surrogates,
              {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
     "$tuple": (tuple, list, {list: tuple}),
     "$dict": (dict, _pairs, {list: _make_dict}),
@@ -596,8 +601,6 @@ class _Ways(dict):  # type: ignore[type-arg]
         return self.add(kind, tag, _found(_TAGS[tag].state))
 
     def add(self, kind: type, tag: str, state: Any) -> Any:
-        if not issubclass(kind, _BASES):
-            _FINE.add(kind)
         self[kind] = way = tag, state
         return way
 
@@ -711,6 +714,23 @@ def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
 
 # -- encoding
 
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)  # None: not CPython
+_quote = json.encoder.encode_basestring
+
+
+def _writer() -> Any:
+    """What writes JSON, in pieces; the second argument is 0."""
+    if _make_encoder is None:
+        encoder = json.JSONEncoder(ensure_ascii=False, check_circular=False, allow_nan=False)
+        encoder.item_separator, encoder.key_separator = ",", ":"
+        return lambda value, level: (encoder.encode(value),)
+    # json's own setup for every value costs more than its work
+    return _make_encoder(None, None, _quote, None, ":", ",", False, False, False)
+
+
+_encode = _writer()
+
+
 def _are_plain(values: Sequence[Any]) -> bool:
     """Whether they are atoms of which the encoder changes none; at C speed."""
     kinds = set(map(type, values))
@@ -721,184 +741,152 @@ def _are_plain(values: Sequence[Any]) -> bool:
 
 
 class _Packer:
-    """One value on its way out, of one thread. `fit` gives what the encoder is to write for it, `tag` is the
-    encoder's hook."""
+    """One value on its way out, of one thread. `fit` gives what the encoder is to write for it. `plain` are
+    the types that it does not look at: without str and float it is careful. Where it fails, `trail` is the
+    way there, from within: what was looked at, and which part of that."""
 
-    __slots__ = ("_codec", "buffers", "lent", "place", "tagged")
-
-    def __init__(self, codec: _Codec, lent: list[int], place: str | None) -> None:
+    def __init__(self, codec: _Codec, lent: list[int], plain: Any = _PLAIN) -> None:
         self.buffers: list[_Bytes] = []  # that go beside the message
         self.lent = lent  # the numbers of what was lent
-        self.place = place  # of what is looked at; None: of a call
         self.tagged = 0
+        self.trail: list[tuple[Any, Any]] = []
+        self._plain = plain
         self._codec = codec
 
-    def tag(self, value: Any) -> dict[str, Any]:
-        """What JSON does not have, with its tag. Raises NotSerializable, and whatever an `encode` raises."""
-        self.tagged = 1
-        tag, tell = _WAYS[type(value)]
-        if tell is None:
-            loan = self._codec.lend(value, self.lent)
-            if loan is None:
-                raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), "
-                                      "or send a plain str, int, list or dict of what is in it")
-            return dict((loan,))
-        state = tell(value)
-        if type(state) is str and state.isascii():
-            return {tag: state}
-        if tag == "$bytes" or tag == "$bytearray":
-            if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-                return {tag: _base64(state)}
-            self.buffers.append(state)
-            return {tag: len(self.buffers) - 1}
-        return {tag: self.fit(state)}
-
-    def fit_call(self, target: int, method: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        return target, method, self._fit_list(args), kwargs and self._fit_dict(kwargs)
+    def content(self, fitted: Any) -> _Content:
+        return "".join(_encode(fitted, 0)).encode(), self.buffers, self.tagged, self.lent
 
     def fit(self, value: Any) -> Any:
         """The value, or where the encoder would change it without a word, a copy with tags."""
-        kind = type(value)
-        if kind is list:
-            return self._fit_list(value)
+        kind, parts, copy, plain = type(value), value, None, self._plain
         if kind is dict:
-            return self._fit_dict(value)
+            if not _TEXTS.issuperset(map(type, value)) or (len(value) == 1 and next(iter(value))[:1] == "$"):
+                return self.tag(value)
+            if plain is _NEVER and any(map(_SURROGATE.search, value)):
+                return self.tag(value)
+            parts = value.values()
+        elif kind is not list and kind is not tuple:
+            return value if kind in plain else self.tag(value)
+        elif len(value) >= _MANY and plain is _PLAIN:
+            copy = self._fit_many(value)
+        if copy is None:
+            place = 0
+            try:
+                for place, part in enumerate(parts):
+                    its = type(part)
+                    if its in plain or (its is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER):
+                        continue
+                    fitted = self.fit(part) if its in _NESTS else self.tag(part)
+                    if fitted is not part:
+                        copy = copy or [*parts]
+                        copy[place] = fitted
+            except Exception:
+                self.trail.append((value, place))
+                raise
         if kind is tuple:
             self.tagged = 1
-            return {"$tuple": self._fit_list(value)}
-        if kind is int:
-            return value if -_SAFE_INTEGER <= value <= _SAFE_INTEGER else self.tag(value)
-        return self.tag(value) if kind not in _FINE and issubclass(kind, _BASES) else value
+            return {"$tuple": value if copy is None else copy}
+        if copy is None:
+            return value
+        return dict(zip(value, copy)) if kind is dict else copy
 
-    def _fit_list(self, values: Any) -> Any:
-        if len(values) >= _MANY:
-            shorter = self._codec.arrays and self._fit_many(values)
-            if shorter:
-                return shorter
-            if _are_plain(values):
-                return values
-        return values if _FINE.issuperset(map(type, values)) else self._fit_each(values)
+    def tag(self, value: Any) -> Any:
+        """The value with its tag, or itself if it needs none. Raises whatever an `encode` raises."""
+        tag, tell = _WAYS[type(value)]
+        try:
+            if tell is None:
+                return self._lend(value)
+            state = tell(value)
+            if state is None:
+                return value
+            self.tagged = 1
+            kind = type(state)
+            if kind is str and state.isascii():
+                return {tag: state}
+            if tag == "$bytes" or tag == "$bytearray":
+                return {tag: self._put(state)}
+            return {tag: [state[0], self.fit(state[1])] if tag == "$type" else self.fit(state)}
+        except Exception:
+            self.trail.append((value, None))
+            raise
 
-    def _fit_each(self, values: Any) -> Any:
-        fine, copy = _FINE, None
-        for place, part in enumerate(values):
-            kind = type(part)
-            if kind in fine or (kind is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER):
-                continue
-            fitted = self.fit(part)
-            if fitted is not part:
-                copy = copy or [*values]
-                copy[place] = fitted
-        return copy or values
+    def _lend(self, value: Any) -> dict[str, Any]:
+        loan = self._codec.lend(value, self.lent)
+        if loan is None:
+            raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), "
+                                  "or send a plain str, int, list or dict of what is in it")
+        self.tagged = 1
+        return dict((loan,))
+
+    def _put(self, data: _Bytes) -> Any:
+        """The data in base64, or the number of a buffer."""
+        if len(data) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
+            return _base64(data)
+        self.buffers.append(data)
+        return len(self.buffers) - 1
 
     def _fit_many(self, values: Any) -> Any:
-        """The shorter form of a long list of values of one type; None if it has none."""
+        """A long list in its shorter form, or itself if all of it is plain; else None."""
         kind: Any = type(values[0])
         if [*map(type, values)].count(kind) < len(values):
-            return None
-        if kind is int or kind is float:
+            return values if _are_plain(values) else None
+        if (kind is int or kind is float) and self._codec.arrays:
             code = "q" if kind is int else "d"
             try:
-                self.tagged = 1
-                return {"$numbers": [code, struct.pack(f"<{len(values)}{code}", *values)]}
+                data = struct.pack(f"<{len(values)}{code}", *values)
             except struct.error:  # beyond 64 bits
                 return None
-        if kind is list or kind is tuple:  # short ones, at once
+            self.tagged = 1
+            return {"$numbers": [code, {"$bytes": self._put(data)}]}
+        if kind in _ATOMS:
+            return values if _are_plain(values) else None
+        tag, tell = _WAYS[kind]
+        if kind is dict:
+            kinds = set(map(type, _flatten(values)))
+            if kinds == _TEXTS:
+                fits = min(map(len, values)) > 1 and _are_plain([*_flatten(map(dict.values, values))])
+                return values if fits else None
+            if str in kinds or not values[0]:
+                return None
+        elif kind is list or kind is tuple:  # short ones, at once
             if max(map(len, values)) >= _MANY or not _are_plain([*_flatten(values)]):
                 return None
             if kind is list:
                 return values
-        tag, tell = _WAYS[kind]
-        if tag not in _EACH or (kind is dict and (not values[0] or str in map(type, _flatten(values)))):
+        if tag not in _EACH or not self._codec.arrays:
             return None
         states: Any = values if kind is bytes or kind is tuple else [*map(tell, values)]
-        if tag == "$bytes":
+        if kind is bytes:
             if max(map(len, states)) > _INLINE:
                 return None
             states = [*map(_base64, states)]
         elif kind is not tuple:
-            states = self._fit_list(states)
+            states = self.fit(states)
         self.tagged = 1
         return {"$each": [tag, states]}
 
-    def _fit_dict(self, value: dict[Any, Any]) -> Any:
-        if not _TEXTS.issuperset(map(type, value)) or (len(value) == 1 and next(iter(value))[:1] == "$"):
-            return self.tag(value)
-        values = value.values()
-        if _FINE.issuperset(map(type, values)):
-            return value
-        fitted = self._fit_each(values)
-        return value if fitted is values else dict(zip(value, fitted))
-
-
-class _CarefulPacker(_Packer):
-    """The same of a value over which the encoder trips, as it does over NaN and lone surrogates, or which
-    cannot travel: each part is looked at, and its place is known."""
-
-    __slots__ = ()
-
-    def fit_call(self, target: int, method: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        return target, method, self._fit_at("args", [*args]), self._fit_at("kwargs", kwargs)
-
-    def _fit_at(self, place: str, value: Any) -> Any:
-        self.place = place
-        return self.fit(value)
-
-    def fit(self, value: Any) -> Any:
-        """The same. Raises NotSerializable, which names the place."""
-        place, kind = self.place, type(value)
-        try:
-            if kind is list:
-                return [self._fit_at(f"{place}[{index}]", part) for index, part in enumerate(value)]
-            if kind is dict:
-                return self._fit_parts(value, [f"{place}[{_shown(key)}]" for key in value])
-            if kind is str:
-                return self.tag(value) if _SURROGATE.search(value) else value
-            if kind is float:
-                return value if value - value == 0.0 else self.tag(value)
-            if kind is int or kind is bool or value is None:
-                return super().fit(value)
-            if _WAYS[kind][0] != "$type":
-                return self.tag(value)
-            self.tagged = 1
-            name, state = _WAYS[kind][1](value)
-            fields = type(state) is dict
-            return {"$type": [name, self._fit_parts(state, [f"{place}.{key}" for key in state])
-                              if fields else self.fit(state)]}
-        except Exception as error:
-            if isinstance(error, RecursionError) or (isinstance(error, NotSerializable) and error.path):
-                raise
-            why, cause = str(error), error.__cause__
-            if type(error) is not NotSerializable:
-                why, cause = f"its state could not be told: {_shown(error)}", error
-            name = _name_of(kind)
-            raise NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name) from cause
-
-    def _fit_parts(self, value: dict[Any, Any], places: list[str]) -> Any:
-        keys = [self._fit_at(f"a key of {self.place}", key) for key in value]
-        values = [*map(self._fit_at, places, value.values())]
-        if _TEXTS.issuperset(map(type, keys)) and not (len(keys) == 1 and keys[0][:1] == "$"):
-            return dict(zip(keys, values))
-        _told_apart(value)
-        self.tagged = 1
-        return {"$dict": [*_flatten(zip(keys, values))]}
-
-
-_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)  # None: not CPython
-_quote = json.encoder.encode_basestring
-
-
-def _writer(hook: Any) -> Callable[[Any], str]:
-    """What writes JSON, and asks `hook` for what JSON does not have."""
-    if _make_encoder is None:
-        return json.JSONEncoder(default=hook, ensure_ascii=False, check_circular=False, allow_nan=False,
-                                separators=(",", ":")).encode
-    # json's own setup for every value costs more than its work
-    encode = _make_encoder(None, hook, _quote, None, ":", ",", False, False, False)
-    return lambda value: "".join(encode(value, 0))
-
-
-_encode = _writer(None)
+    def explain(self, label: str, error: Exception) -> None:
+        """Raise what names the place of what cannot travel, and why; unless it is no matter of a part."""
+        if not self.trail:
+            return
+        place, state_of = label, None
+        for held, part in reversed(self.trail):
+            if part is None:  # what comes next is its state
+                state_of = held
+                continue
+            if type(state_of) is dict:  # keys and values by turns
+                place = f"{place}[{_shown(held[part - 1])}]" if part % 2 else f"a key of {place}"
+            elif type(held) is not dict:
+                place = f"{place}[{part}]"
+            else:
+                key = [*held][part]
+                place = f"{place}[{_shown(key)}]" if state_of is None else f"{place}.{key}"
+            state_of = None
+        why, cause = str(error), error.__cause__
+        if type(error) is not NotSerializable:
+            why, cause = f"its state could not be told: {_shown(error)}", error
+        name = _name_of(type(self.trail[0][0]))
+        raise NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name) from cause
 
 
 # -- decoding
@@ -972,73 +960,87 @@ class _Codec:
         """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent: the list
         `lent`, if there is one, which knows each from the start. Raises NotSerializable, naming the place in
         `label`."""
-        return self._dumps(value, label, type(value) in _PLAIN, lent)
+        lent = [] if lent is None else lent
+        try:
+            if type(value) in _PLAIN:
+                return "".join(_encode(value, 0)).encode(), (), 0, lent
+            packer = _Packer(self, lent)
+            return packer.content(packer.fit(value))
+        except BaseException as error:
+            return self._dumps_carefully(error, lent, {label: value})
 
     def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
                    lent: list[int] | None = None) -> _Content:
         """The same of a call."""
-        plain = not kwargs and _PLAIN.issuperset(map(type, args))
-        return self._dumps((target, method, args, kwargs), None, plain, lent)
-
-    def _dumps(self, value: Any, label: str | None, plain: bool, lent: list[int] | None) -> _Content:
         lent = [] if lent is None else lent
         try:
-            if plain:
-                return _encode(value).encode(), (), 0, lent
-            return self._pack(_Packer(self, lent, label), value)
-        except RecursionError:
-            if _is_deep():
-                raise
-            label = label or "the call"
-            raise NotSerializable(f"{label} is nested too deeply, or contains itself", path=label) from None
-        except Exception as error:
-            try:
-                content = self._pack(_CarefulPacker(self, lent, label), value)
-            except NotSerializable:  # or what a signal handler has raised just there
-                content = self._pack(_CarefulPacker(self, lent, label), value)
-            if isinstance(error, UnicodeEncodeError) or "JSON compliant" in str(error):
-                return content
-            self.unlend(lent)
-            raise  # a signal handler's: the value itself is good
+            if not kwargs and _PLAIN.issuperset(map(type, args)):
+                return "".join(_encode((target, method, args, kwargs), 0)).encode(), (), 0, lent
+            packer = _Packer(self, lent)
+            return packer.content((target, method, packer.fit([*args]), kwargs and packer.fit(kwargs)))
+        except BaseException as error:
+            return self._dumps_carefully(error, lent, {"args": [*args], "kwargs": kwargs}, target, method)
 
-    def _pack(self, packer: _Packer, value: Any) -> _Content:
+    def _dumps_carefully(self, first: BaseException, lent: list[int], parts: dict[str, Any],
+                         *head: Any) -> _Content:
+        """The same again after a failure: the encoder trips over NaN and lone surrogates, and of what cannot
+        travel the place is to be named. Else the value is good, and `first` a signal handler's: it is raised.
+        """
+        label = ""
         try:
-            fitted = packer.fit_call(*value) if packer.place is None else packer.fit(value)
-            return _writer(packer.tag)(fitted).encode(), packer.buffers, packer.tagged, packer.lent
+            if not isinstance(first, Exception):
+                raise first
+            for last in (False, True):
+                self.unlend(lent)
+                packer, fitted = _Packer(self, lent, _NEVER), []
+                try:
+                    for label in parts:
+                        fitted.append(packer.fit(parts[label]))
+                    content = packer.content((*head, *fitted) if head else fitted[0])
+                    break
+                except Exception as error:
+                    if isinstance(error, RecursionError) and not _is_deep():
+                        label = "the call" if head else label
+                        why = f"{label} is nested too deeply, or contains itself"
+                        raise NotSerializable(why, path=label) from None
+                    if last:
+                        packer.explain(label, error)
+                        raise
+            if not isinstance(first, UnicodeEncodeError) and "JSON compliant" not in str(first):
+                raise first
+            return content
         except BaseException:
-            self.unlend(packer.lent)
+            self.unlend(lent)
             raise
 
-    def loads(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int) -> Any:
-        """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be here."""
+    def loads(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int, first: Any = None) -> Any:
+        """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be here.
+        `first`: what was raised when this was tried before."""
         try:
-            return self._decode(body, buffers, tagged)
+            text = str(body, "utf-8").strip(" \t\r\n")
+            scan = self._scan if tagged else _scan
+            long = len(text) > _MAX_DIGITS // 2 and _DIGITS.search(text[::100])
+            if buffers or long:
+                hook = _hook(self.borrow, buffers) if tagged else None
+                scan = _scanner(hook, _make_integer if long else None)
+            value, end = scan(text, 0)
+            if end != len(text):
+                raise ValueError("more than one value")
+            return value
         except RecursionError:
             if _is_deep():
                 raise  # it is the caller's stack that is full
             raise ProtocolError("a malformed value: it is nested too deeply") from None
         except Exception as error:
-            failure = error
-        try:
-            self._decode(body, buffers, tagged)
-        except (NotSerializable, DeadReference, MethodNotFound) as error:
-            raise _Undecodable(error) from error
-        except ProtocolError:
-            raise
-        except Exception as error:
-            raise ProtocolError(f"a malformed value: {_shown(error)}") from None
-        raise failure.__cause__ or failure  # a signal handler's: the value itself is good
-
-    def _decode(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int) -> Any:
-        text = str(body, "utf-8").strip(" \t\r\n")
-        scan = self._scan if tagged else _scan
-        long = len(text) > _MAX_DIGITS // 2 and _DIGITS.search(text[::100])
-        if buffers or long:
-            scan = _scanner(_hook(self.borrow, buffers) if tagged else None, _make_integer if long else None)
-        value, end = scan(text, 0)
-        if end != len(text):
-            raise ValueError("more than one value")
-        return value
+            if first is not None:
+                if isinstance(error, (NotSerializable, DeadReference, MethodNotFound)):
+                    raise _Undecodable(error) from error
+                if isinstance(error, ProtocolError):
+                    raise
+                raise ProtocolError(f"a malformed value: {_shown(error)}") from None
+            first = error
+        self.loads(body, buffers, tagged, first)
+        raise first.__cause__ or first  # a signal handler's: the value itself is good
 
 
 # -- exceptions
@@ -1120,6 +1122,11 @@ def _format_traceback(error: BaseException) -> str:
         return "".join(_call("traceback.format_exception", type(error), error, frames))
     except BaseException as failure:  # such as a __repr__ that calls sys.exit()
         return f"(a traceback that could not be made: {type(failure).__name__})"
+
+
+def _print_error(error: BaseException) -> None:
+    """In one piece, so that it is one record of the host's log under any load."""
+    print(_format_traceback(error), end="", file=sys.stderr)
 
 
 def _base_of(cls: type) -> tuple[Any, dict[str, Any]]:
@@ -1278,6 +1285,7 @@ _LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again, as a handler th
 _TOGETHER = 32  # messages that leave with one system call at most
 _FULL, _FULL_BYTES = 256, 1 << 24  # messages, bytes; while more is left to be written others wait
 _POSTED_LIMIT = 1 << 17  # messages; more that the other side does not take end the connection
+_IN_TIME = "no answer has come in time"
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
 _get_ident = threading.get_ident
@@ -1298,33 +1306,23 @@ def _left(deadline: float | None) -> float:
     return -1 if deadline is None else min(_FOREVER, max(0.0, deadline - time.monotonic()))
 
 
-def _of_system(error: OSError) -> bool:
-    """Whether a system call has failed. A signal handler may raise an OSError, too, in the midst of it: that
-    one comes from elsewhere, or was made without an errno."""
+def _heed(error: OSError) -> None:
+    """A system call has said that it would wait. Raises _Broken if it has failed; and what a signal handler
+    has raised in the midst of it, maybe an OSError, too: that comes from elsewhere, or has no errno."""
     trace: Any = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
-    return error.errno is not None and trace.tb_frame.f_globals.get("__name__") == __name__
-
-
-def _step(results: list[Any], calls: Iterable[Any]) -> bool:
-    """Append what a `map` of a system call gives, in one step. False if it would wait. Raises _Broken."""
-    try:
-        results.extend(calls)
-        return True
-    except OSError as error:
-        if not _of_system(error):
-            raise
-        if isinstance(error, BlockingIOError):
-            return False
+    if error.errno is None or trace.tb_frame.f_globals.get("__name__") != __name__:
+        raise error
+    if not isinstance(error, BlockingIOError):
         raise _Broken(error) from None
 
 
-def _quietly(function: Callable[..., Any], *arguments: Any) -> None:
-    """Do what somebody else may have done already."""
+def _quietly(function: Callable[..., Any], *arguments: Any, kind: Any = OSError) -> None:
+    """Do what somebody else may have done already: that raises a `kind` of error."""
     try:
         function(*arguments)
-    except OSError:
+    except kind:
         pass
 
 
@@ -1360,7 +1358,7 @@ class _Channel:
 
     Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat
     of who writes, and protects `batch`. `stuck` is called before a writer waits for the other side, so that
-    somebody reads here; `later` when another thread has to go on writing; `gone` when the descriptor was
+    somebody reads here; `later` when another thread has to go on writing; `gone` when the descriptors were
     closed beneath us.
 
     `state`: messages that have come; one whose buffers have not all come (see `_take`); the bytes behind
@@ -1370,7 +1368,8 @@ class _Channel:
     stuck: Any
     later: Any
     gone: Any
-    limit = 0  # bytes of a message with its header
+    limit = 0  # bytes of a message that comes, with its header
+    send_limit = _short = 0  # bytes of one that goes, without; and of one that is a single chunk
 
     def __init__(self, connection: Any) -> None:
         self.state: Any = (deque(), _GREETING, b"", [], None)
@@ -1382,6 +1381,7 @@ class _Channel:
 
     def _take_over(self, sock: socket.socket) -> None:
         self.sock: Any = sock
+        self._end = sock.dup()  # ends the connection when somebody else has closed that number
         sock.setblocking(True)
         if sys.platform == "darwin":
             sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
@@ -1391,9 +1391,10 @@ class _Channel:
         self._readable = select.poll()  # select() takes no descriptor over 1023
         self._readable.register(sock, select.POLLIN)
 
-    def begin(self, limit: int) -> None:
-        """From now on messages come, of at most so many bytes."""
-        self.limit = limit + _HEAD
+    def begin(self, limit: int, send_limit: int) -> None:
+        """From now on messages come, of at most so many bytes, and go, of at most `send_limit`."""
+        self.limit, self.send_limit = limit + _HEAD, send_limit
+        self._short = min(send_limit, _READ_SIZE - _HEAD - 1)
         self.state = (self.state[0], None, *self.state[2:])
 
     # -- receiving
@@ -1401,13 +1402,11 @@ class _Channel:
     def receive_frame(self, deadline: float) -> bytes:
         """The next frame of the handshake."""
         frames: Any = self.receive(deadline)
-        if frames is None:
-            raise _Late("no answer has come in time")
         return frames.popleft()  # type: ignore[no-any-return]
 
-    def receive(self, deadline: float | None = None) -> deque[_Message] | None:
-        """The messages that have come, at least one; who takes one removes it. None past the deadline. Raises
-        _Broken and ProtocolError."""
+    def receive(self, deadline: float | None = None) -> deque[_Message]:
+        """The messages that have come, at least one; who takes one removes it. Raises _Late past the
+        deadline, _Broken and ProtocolError."""
         while True:
             come, partial, rest, steps, large = self.state
             if come:
@@ -1418,12 +1417,16 @@ class _Channel:
                 continue
             if large is not None or not steps:
                 if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
-                    return None
-                if large is None:
-                    _step(steps, map(self.sock.recv, (_READ_SIZE,)))
-                else:
-                    with large[0].getbuffer() as view, view[sum(steps) :] as missing:
-                        _step(steps, map(self.sock.recv_into, (missing,)))
+                    raise _Late(_IN_TIME)
+                try:
+                    if large is None:
+                        steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
+                    else:
+                        with large[0].getbuffer() as view, view[sum(steps) :] as missing:
+                            steps.extend(map(self.sock.recv_into, (missing,)))
+                except OSError as error:
+                    _heed(error)
+                    continue
                 if not steps[-1]:
                     raise _Broken(EOFError())
             if large is None:
@@ -1433,14 +1436,19 @@ class _Channel:
         """What `state` is with these bytes."""
         come: deque[Any] = deque()
         at, size = 0, len(data)
+        while partial is None and size - at >= 28:  # the usual case: a short message without buffers
+            length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
+            end = at + 4 + length
+            if end > size or count or version != _WIRE_VERSION or not _HEAD <= length <= self.limit:
+                break
+            come.append((kind, flags, number, parent, data[at + 28 : end], ()))
+            at = end
+        return (come, partial, b"", [], None) if at == size else self._parse_any(come, data, at, partial)
+
+    def _parse_any(self, come: deque[Any], data: bytes, at: int, partial: Any) -> Any:
+        """The same of all frames, from an index on."""
+        size = len(data)
         while size - at >= 4:
-            if partial is None and size - at >= 28:  # the usual case: a short message without buffers
-                length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
-                end = at + 4 + length
-                if _HEAD <= length <= self.limit and end <= size and version == _WIRE_VERSION and not count:
-                    come.append((kind, flags, number, parent, data[at + 28 : end], ()))
-                    at = end
-                    continue
             start, (length,) = at + 4, _LENGTH.unpack_from(data, at)
             if length == -1:
                 start = at + 12
@@ -1501,23 +1509,28 @@ class _Channel:
         """Send a frame of the handshake. That is so short that it never waits."""
         self.write(self.frame(b"", data), None, False)
 
-    def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
-             wait: bool, deadline: float | None) -> None:
-        """Write a message, with the head (kind, flags, number, parent)."""
-        kind, flags, number, parent = head
-        size, count = len(body) + _HEAD, len(buffers)
-        message: list[_Bytes]
-        if size < _READ_SIZE:  # to copy little is cheaper than to gather
-            message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags, count, number, parent) + body]
-        else:
-            message = self.frame(_HEADER.pack(_WIRE_VERSION, kind, flags, count, number, parent), body)
-        for buffer in buffers:
-            message += self.frame(b"", buffer)
+    def send(self, kind: int, flags: int, number: int, content: _Content, parent: int = 0,
+             wait: bool = True, deadline: float | None = None) -> None:
+        """Write a message with what the codec has made. Raises MessageTooLarge, and _Late past the deadline:
+        then nothing is sent."""
+        body, buffers, tagged, lent = content
+        if len(body) > self._short or buffers:
+            self.check_size(content)
+            head = _HEADER.pack(_WIRE_VERSION, kind, flags | tagged, len(buffers), number, parent)
+            message = self.frame(head, body)
+            for buffer in buffers:
+                message += self.frame(b"", buffer)
+        else:  # to copy little is cheaper than to gather
+            size = len(body) + _HEAD
+            message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags | tagged, 0, number, parent) + body]
         self.write(message, lent, wait, deadline)
 
-    def notice(self, number: int) -> list[list[_Bytes]]:
-        """To be posted: what gives a reference back."""
-        return [[_FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)]]
+    def check_size(self, content: _Content) -> None:
+        """Raises MessageTooLarge for what the other side does not take."""
+        size, limit = len(content[0]) + sum(map(len, content[1])), self.send_limit
+        if size > limit:
+            text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message"
+            raise MessageTooLarge(text, size=size, limit=limit)
 
     def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
               deadline: float | None = None) -> None:
@@ -1533,19 +1546,23 @@ class _Channel:
             self._await_turn(wait, deadline)
         try:
             if writer.setdefault(0, mine) is mine and self.batch is None and message and not (posted or lent):
-                self.batch = (message, [])
+                counts: list[Any] = []
+                self.batch = message, counts
+                if self._transmit(message, counts, False):
+                    self.batch = None
             else:
                 clear: Any = itertools.compress(map(list.clear, [lent] if lent else ()), (0,))
                 posted.extend(itertools.chain([message] if message else (), clear))  # one step
                 if writer.setdefault(0, mine) is not mine:  # who writes may have looked before
                     return
-            self._write_all(wait and deadline is None)
+            if posted or self.batch is not None:
+                self._write_all(wait and deadline is None)
         except _Broken:
             posted.clear()
             self.batch = None
-            raise
+            self.shutdown()  # what had come before is still read, up to the end of the connection
         finally:
-            if writer[0] is mine:
+            if writer and writer[0] is mine:
                 del writer[0]
             if (posted or self.batch is not None) and not writer.holder():
                 self.later()  # what is left here, or was just now; or by who has lost the seat
@@ -1582,28 +1599,30 @@ class _Channel:
     def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
         """Write the batch. False if the other side takes no more for now."""
         flags = _NO_SIGNAL if blocking else _DONT_WAIT
-        if len(chunks) == 1 and not counts:  # the usual case
-            if not _step(counts, map(self.sock.send, chunks, (flags,))):
-                return False
-            if counts[0] == len(chunks[0]):
-                return True
-        while True:
-            have, rest = sum(counts), []
-            for chunk in chunks:
-                if have < len(chunk):
-                    rest.append(memoryview(chunk)[have:] if have else chunk)
-                have = max(0, have - len(chunk))
-            if not rest:
-                return True
-            if not _step(counts, map(self.sock.sendmsg, (rest[:1000],), ((),), (flags,))):  # IOV_MAX is 1024
-                return False
+        try:
+            if len(chunks) == 1 and not counts:  # the usual case
+                counts.extend(map(self.sock.send, chunks, (flags,)))  # one step
+                if counts[0] == len(chunks[0]):
+                    return True
+            while True:
+                have, rest = sum(counts), []
+                for chunk in chunks:
+                    if have < len(chunk):
+                        rest.append(memoryview(chunk)[have:] if have else chunk)
+                    have = max(0, have - len(chunk))
+                if not rest:
+                    return True
+                counts.extend(map(self.sock.sendmsg, (rest[:1000],), ((),), (flags,)))  # IOV_MAX is 1024
+        except OSError as error:
+            _heed(error)
+            return False
 
     # -- the end
 
     def shutdown(self) -> None:
         """End the connection both ways, and wake whoever reads or writes."""
         try:
-            self.sock.shutdown(socket.SHUT_RDWR)
+            self._end.shutdown(socket.SHUT_RDWR)
         except OSError as error:
             errno = _import("errno")
             if error.errno in (errno.EBADF, errno.ENOTSOCK):
@@ -1613,10 +1632,17 @@ class _Channel:
         """In a forked child, which ends if it would still write."""
         self.write = self.send = lambda *what: _leave_fork(None)  # type: ignore[assignment, method-assign]
         self.sock.close()
+        self._end.close()
 
     def close(self) -> None:
         self.shutdown()
+        try:
+            if not os.path.sameopenfile(self.sock.fileno(), self._end.fileno()):
+                self.sock.detach()  # that number was closed beneath us, and is another file's now
+        except OSError:
+            pass  # one is closed
         _quietly(self.sock.close)
+        _quietly(self._end.close)
 
 
 class _PipeChannel(_Channel):
@@ -1638,14 +1664,14 @@ class _PipeChannel(_Channel):
     def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
         return [_LENGTH.pack(0) + head + body]  # the length is not sent
 
-    def receive(self, deadline: float | None = None) -> deque[_Message] | None:
+    def receive(self, deadline: float | None = None) -> deque[_Message]:
         while not self.state[0]:
             come, partial, have, reading = self.state
             if not reading:
-                _step(reading, map(self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,)))
+                self._step(reading, map(self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,)))
             result = self._result(reading[0], _left(deadline))
             if result is None:
-                return None
+                raise _Late(_IN_TIME)
             have += bytes(reading[0][0].getbuffer())
             self._check_size(len(have), partial)
             if result[1] == self._api.ERROR_MORE_DATA:
@@ -1661,7 +1687,7 @@ class _PipeChannel(_Channel):
             if len(counts) == len(chunks):
                 return True
             frame = memoryview(chunks[len(counts)])[_LENGTH.size :]
-            _step(counts, map(self._api.WriteFile, self._handles, (frame,), (True,)))
+            self._step(counts, map(self._api.WriteFile, self._handles, (frame,), (True,)))
         return False
 
     def _result(self, begun: Any, seconds: float) -> Any:
@@ -1680,8 +1706,15 @@ class _PipeChannel(_Channel):
                 raise _Broken(EOFError())
             break
         results: list[Any] = []
-        _step(results, map(operation.GetOverlappedResult, (True,)))
+        self._step(results, map(operation.GetOverlappedResult, (True,)))
         return results[0]
+
+    @staticmethod
+    def _step(results: list[Any], calls: Iterable[Any]) -> None:
+        try:
+            results.extend(calls)  # one step
+        except OSError as error:
+            _heed(error)
 
     @staticmethod
     def _cancel(operation: Any) -> None:
@@ -1824,12 +1857,12 @@ class _Listener:
         self.folder = ""
 
 
-def _remove_stale(path: str, age: float = 0.0) -> bool:
+def _remove_stale(path: str, age: float = 0.0) -> None:
     """Remove the socket of a process that was killed, at which nobody listens, and its folder if that was
-    made for it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
+    made for it; with an `age` in seconds only one that old, in such a folder."""
     folder = os.path.dirname(path)
     if _WINDOWS:
-        return False
+        return
     try:
         stat, there = os.lstat(folder), os.lstat(path)
         made = (re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
@@ -1842,17 +1875,16 @@ def _remove_stale(path: str, age: float = 0.0) -> bool:
                 os.unlink(path)
                 if made:
                     os.rmdir(folder)
-                return True
     except OSError:
         pass  # there is nothing, or somebody else was quicker
-    return False
 
 
-def _remove_left_behind() -> list[str]:
-    """Remove such sockets in the temp folders, and return them."""
+def _remove_left_behind() -> None:
+    """Remove such sockets in the temp folders."""
     glob = _import("glob")
-    found = [glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")) for base in _temp_folders()]
-    return [path for path in itertools.chain(*found) if _remove_stale(path, _LEFT_BEHIND)]
+    for base in _temp_folders():
+        for path in glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")):
+            _remove_stale(path, _LEFT_BEHIND)
 
 
 # === 4. handshake =======================================================================================
@@ -1904,7 +1936,7 @@ class _Hello:
         self._deadline = time.monotonic() + _HELLO_SECONDS
 
     def say(self, **message: Any) -> None:
-        self._said.append(_encode(message).encode())
+        self._said.append("".join(_encode(message, 0)).encode())
         self._channel.send_frame(self._said[-1])
 
     def hear(self) -> dict[str, Any]:
@@ -2418,29 +2450,41 @@ def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> boo
 
 
 class _Slots:
-    """How many calls may run at once, of all sessions of a plugin. For the pool; `_lock` protects it all."""
+    """How many calls may run at once, of all sessions of a plugin. For threads in which no handler strikes;
+    no lock: who adds to one of the two queues looks at the other one after that."""
 
     def __init__(self, count: int) -> None:
-        self._lock = threading.Lock()
         self.free = [None] * count  # as long as how many more calls may run
         self._queue: deque[_Request] = deque()  # calls that wait for a slot
 
     def take(self, request: _Request) -> bool:
         """Whether a call may run now; else it runs when there is a slot."""
-        with self._lock:
-            if self.free:
+        if not self._queue:
+            try:
                 self.free.pop()
                 return True
-            self._queue.append(request)
-            return False
+            except IndexError:
+                pass
+        self._queue.append(request)
+        self._go_on()
+        return False
 
     def give_back(self) -> None:
-        with self._lock:
-            if not self._queue:
+        self.free.append(None)
+        if self._queue:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        while self._queue and self.free:
+            try:
+                self.free.pop()
+            except IndexError:
+                return  # who has taken it looks at the queue when it is given back
+            try:
+                request = self._queue.popleft()
+                _pool.put((request.session.runner.run_with_slot, request))
+            except IndexError:
                 self.free.append(None)
-                return
-            request = self._queue.popleft()
-        _pool.put((request.session.runner.run_with_slot, request))
 
 
 class _Reader:
@@ -2459,7 +2503,8 @@ class _Reader:
         self._requests = session.requests
         self.seat = _Seat()
         self.sleepers: dict[int, _Call] = {}  # our calls whose threads sleep
-        self.unattended: set[int] = set()  # numbers of those whose answer must be read though no thread waits
+        self.unattended: set[int] = set()  # numbers of those for which somebody has to read though no thread
+        # waits; with -1 somebody always has to
 
     def wait(self, call: _Call) -> None:
         """Wait until something has come about the call, read while nobody else does, and run what is made on
@@ -2467,28 +2512,23 @@ class _Reader:
         seat, session, token = self.seat, self._session, {_get_ident()}
         mine = _ref_to(token)
         try:
-            while True:
+            while not call.inbox or call.inbox[0][0] <= _NOTIFY:
                 if call.inbox:
-                    if call.inbox[0][0] > _NOTIFY:
-                        return
                     self.pass_on()
                     session.runner.run_nested(call)
-                elif session.ended is not None:
-                    call.inbox.append(_ENDED)  # it may have come when the call was given up already
                 elif seat.setdefault(0, mine) is not mine:
                     self._sleep(call)
                 else:
-                    if not call.inbox:  # who read before may have brought it
-                        self.read(call)
+                    self.read(call)
                     del seat[0]
         except (_Broken, ProtocolError) as error:
-            session.end(error)
-            call.inbox.append(_ENDED)
+            if session.ended is None:
+                session.end(error)
+            call.inbox.append(_ENDED)  # it may have been given up already
         finally:
-            if seat[0] is mine:
+            if seat and seat[0] is mine:
                 del seat[0]
-            if (self.sleepers or self.unattended or self._requests or session.serving or session.sealed
-                    or session.references.lends):
+            if self.sleepers or self.unattended or self._requests or session.references.lends:
                 self.pass_on()
 
     def _sleep(self, call: _Call) -> None:
@@ -2527,32 +2567,25 @@ class _Reader:
         attendant, until there is a call to be run, which is returned, or a caller may read."""
         calls, receive = self._calls, self._channel.receive
         number, deadline = (0, None) if waiting is None else (waiting.number, waiting.deadline)
-        while True:
+        while waiting is None or not waiting.inbox:  # who read before may have brought it
             come = receive(deadline)
-            if come is None:
-                raise _Late
             while come:
                 message = come[0]
-                if message[1] & _TAGGED and b'"$own"' in message[4]:
+                kind, flags = message[:2]
+                if flags & _TAGGED and b'"$own"' in message[4]:
                     message = come[0] = self._session.references.held(message)
-                kind = message[0]
-                if kind in _ANSWERS:
-                    plain = kind == _RESULT and not message[1] & _STREAM
-                    if plain and message[2] == number and number in calls:  # the usual case
-                        inbox: Any = waiting.inbox  # type: ignore[union-attr]
-                        inbox.extend(itertools.starmap(come.popleft, _ONCE))
-                        calls.pop(number, None)
-                    elif self._route_answer(come, message, waiting is None):
-                        return None
-                elif kind > _NOTIFY:
-                    self._session.steer(come, message)
-                else:
+                if message[2] == number and kind == _RESULT and not flags & _STREAM and number in calls:
+                    waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
+                elif 0 < kind <= _NOTIFY:
                     request = self._route_call(come, message, waiting is None)
                     if request is not None:
                         return request
+                elif kind not in _ANSWERS:
+                    self._session.steer(come, message)
+                elif self._route_answer(come, message, waiting is None):
+                    return None
             message = ()  # what has come is not kept alive by who waits for more
-            if waiting is not None and waiting.inbox:
-                return None
+        return None
 
     def _route_answer(self, come: deque[_Message], message: _Message, attends: bool) -> bool:
         """Put a message into its call's inbox. Returns whether the attendant may go, as a caller is woken."""
@@ -2636,7 +2669,7 @@ class _Attendant:
 
     def _is_wanted(self) -> bool:
         session = self._session
-        wanted = session.serving or self._reader.unattended or session.requests or session.references.lends
+        wanted = self._reader.unattended or session.requests or session.references.lends
         return bool(wanted) and session.ended is None
 
     def come(self) -> None:
@@ -2644,7 +2677,7 @@ class _Attendant:
         that who calls again at once finds the seat free."""
         if self._right.holder() or not self._is_wanted():
             return
-        if self._session.serving or self._reader.unattended:
+        if self._reader.unattended:
             self._begin()
         elif time.monotonic() >= self._coming:
             soon = time.monotonic() + _LAZY
@@ -2666,28 +2699,23 @@ class _Attendant:
         token.add(_get_ident())
         slow = None
         try:
-            while slow is None and right[0] is mine and self._is_wanted():
-                if seat.setdefault(0, mine) is not mine:
-                    break
+            while right[0] is mine and self._is_wanted() and seat.setdefault(0, mine) is mine:
                 request = self._reader.read()
+                del seat[0]
                 if request is None:
-                    if not (session.serving or self._reader.unattended):
+                    if not self._reader.unattended:
                         break  # the caller that was woken reads better
                 elif runner.slots.take(request):
                     runner.decode(request)
                     if runner.quick.get(request.method, 0) < 3:
                         slow = request
-                    else:
-                        self._inline = request.number
-                        if not self._watched:
-                            self.watch()
-                        del seat[0]
-                        runner.run_with_slot(request)
-                        if right[0] is mine:
-                            self._inline = -request.number
-                request = None
-                if seat[0] is mine:
-                    del seat[0]
+                        break
+                    self._inline = request.number
+                    if not self._watched:
+                        self.watch()
+                    runner.run_with_slot(request)
+                    if right[0] is mine:
+                        self._inline = -request.number
         except BaseException as error:  # no memory is left, say: who waits would wait in vain
             session.end(error)
         finally:
@@ -2753,7 +2781,7 @@ class _Caller:
                 self._calls.pop(call.number, None)
                 return None
             self._reader.wait(call)
-            if call.number in self._calls and not call.streams:  # who read was struck before that
+            if not call.streams:
                 self._calls.pop(call.number, None)
             return self.value(call, _RESULT if kind == _CALL else _PONG)
         except BaseException as error:
@@ -2989,18 +3017,19 @@ class _Runner:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises
         is an answer too. (Should there be one, the other side ignores this.)"""
         if request.begun and request.producer is None:
-            return None
+            return
         outer, returned = _current.get(), False
         own = True  # whether a PluginError would be about this call itself
         try:
             _current.set(request)
-            if request.producer is not None:
-                return request.producer.go_on()
+            if request.begun:
+                request.producer.go_on()  # type: ignore[union-attr]
+                return
             request.begun, request.outer = True, outer
             if request.body is None:
                 self.decode(request)
                 if request.body is None:
-                    return None
+                    return
             start = time.monotonic()
             target, method, args, kwargs = request.body[:4]
             function = self._session.references.resolve(target, method)
@@ -3025,7 +3054,7 @@ class _Runner:
         finally:
             _current.set(outer)
             request.body = args = kwargs = None  # not kept alive by a frame that lingers
-        return None
+        return
 
     def _took(self, method: str, seconds: float) -> None:
         if len(self.quick) > 1000:
@@ -3067,7 +3096,7 @@ class _Runner:
         if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
             call.raised = deque([*call.raised, (request.number, error)], _RAISED)  # it may come home
         if request.kind == _NOTIFY:
-            _import("traceback").print_exception(type(error), error, error.__traceback__)
+            _print_error(error)
         elif not request.cancelled:
             for bare in (False, True, None):
                 try:
@@ -3207,13 +3236,13 @@ class _Producer:
         lent: list[int] = []
         try:
             content = session.codec.dumps(item, "an item", lent)
-            session.check_size(content)
+            session.channel.check_size(content)
         except PluginError:
             session.references.unlend(lent)
             raise
         size, alone = len(content[0]) + 1, bool(content[1])  # what has buffers leaves alone
         with self._lock:
-            if alone or self._size + size + 1 > session.send_limit:
+            if alone or self._size + size + 1 > session.channel.send_limit:
                 self._send()
             self._group.append(content)
             self._size += size
@@ -3277,11 +3306,11 @@ class _Session:
                  lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
                  serving: bool = False, slots: _Slots | None = None) -> None:
         self.channel = channel
+        self.send = channel.send
         self.protocol_version: int = terms.protocol_version
         self.references = references
         self.codec = _Codec(partial(references.lend, self), references.unlend, partial(borrow, self))
         self.codec.arrays = "arrays" in terms.features
-        self.send_limit: int = terms.max_message
         self.call_timeout: float | None = None  # the deadline of calls that have no other
         self.serving = serving
         self.numbers = itertools.count(1)
@@ -3306,7 +3335,7 @@ class _Session:
         self.ping, self.probe = self.caller.ping, self.caller.probe
         channel.stuck, channel.later = self.reader.pass_on, lambda: _pool.put((self.flush,))
         channel.gone = lambda error: None if self.cause is not None else self.end(error)
-        channel.begin(max_message)
+        channel.begin(max_message, terms.max_message)
         _sessions.add(self)
         try:
             _pool.check()
@@ -3314,27 +3343,9 @@ class _Session:
             _sessions.discard(self)
             raise
         if serving:
-            self.reader.pass_on()
+            self.keep_reading()
 
     # -- sending
-
-    def send(self, kind: int, flags: int, number: int, content: Any, parent: int = 0, wait: bool = True,
-             deadline: float | None = None) -> None:
-        """Send what the codec made. Raises MessageTooLarge, and _Late past the deadline."""
-        body, buffers, tagged, lent = content
-        if len(body) > self.send_limit or buffers:
-            self.check_size(content)
-        try:
-            self.channel.send((kind, flags | tagged, number, parent), body, buffers, lent, wait, deadline)
-        except _Broken:
-            self.channel.shutdown()  # what had come before is still read, up to the end of the connection
-
-    def check_size(self, content: Any) -> None:
-        """Raises MessageTooLarge for what the other side does not take."""
-        size, limit = len(content[0]) + sum(map(len, content[1])), self.send_limit
-        if size > limit:
-            text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message"
-            raise MessageTooLarge(text, size=size, limit=limit)
 
     def post(self, kind: int, number: int, value: Any = None) -> None:
         content = _NOTHING if value is None else self.codec.dumps(value, "a message")
@@ -3349,10 +3360,7 @@ class _Session:
     def flush(self) -> None:
         """Write what is left. For threads of the pool."""
         self.channel.writer.mend()
-        try:
-            self.channel.write([])
-        except _Broken:
-            self.channel.shutdown()
+        self.channel.write([])
 
     # -- what is neither a call nor an answer
 
@@ -3452,6 +3460,7 @@ class _Session:
             self.lost_calls = [call.method for call in list(self.calls.values())]
             self.ended = make_error
         self.sealed = True
+        self.reader.unattended.add(-1)  # who reads last closes the channel
         for call in list(self.calls.values()):
             call.inbox.append(_ENDED)
             if call.future is not None and not call.streams:
@@ -3661,7 +3670,8 @@ class _Target:
         self.session = session
         self.number = number
         self.identity: Any = (session, number)  # also when it is dispensed anew
-        self._notice = session.channel.notice(number) if number else []  # until it is given back
+        notice: list[_Bytes] = [_FRAME.pack(_HEAD, _WIRE_VERSION, _RELEASE, 0, 0, number, 0)]
+        self._notice = [notice] if number else []  # to be posted, until it is given back
         session.borrowed.add(id(self))
 
     def here(self) -> tuple[_Session, int] | None:
@@ -3777,7 +3787,9 @@ class _References:
 
     def resolve(self, target: Any, method: str) -> Callable[..., Any]:
         """What a call runs; an empty name is the object itself. Raises MethodNotFound, DeadReference."""
-        loan = self.loan(target)
+        loan = self._loans.get(target) if type(target) is int else None
+        if loan is None:
+            loan = self.loan(target)
         obj = loan.object
         if method in loan.known:  # not by the string that has come: classes cache those they are asked by
             return getattr(obj, loan.known[method])  # type: ignore[no-any-return]
@@ -3812,7 +3824,7 @@ class _References:
         key: Any = object() if manager else (id(obj),) if owner is None else (id(owner), function)
         with self._lock:
             number = 0 if obj is self._loans[0].object else self._lent.get(key)
-            if number is None:
+            if number not in self._loans:  # or a handler has left it half lent
                 loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
                 number = self._lent.setdefault(key, next(self._numbers))
                 self._loans.setdefault(number, loan)
@@ -4061,6 +4073,53 @@ def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
     return None if seconds is None else float(seconds)
 
 
+def _is_output(value: Any) -> bool:
+    if isinstance(value, str):
+        return value in ("discard", "inherit", "log")
+    return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
+
+
+def _are_digests(value: Any) -> bool:
+    digests = [value] if isinstance(value, str) else value.values() if hasattr(value, "values") else [None]
+    return all(isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each) for each in digests)
+
+
+# What the options of functions take, by their types in the signature: the error, in words, and as a test.
+_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
+    "str": (TypeError, "a str", lambda value: isinstance(value, str)),
+    "bool": (TypeError, "True or False", lambda value: isinstance(value, bool)),
+    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
+    "Handshake": (TypeError, "a miniplug.Handshake", lambda value: hasattr(value, "magic_cookie_value")),
+    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
+                      isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
+    "Mapping[str, str]": (TypeError, "a dict; names and values are str", lambda value: hasattr(value, "items")
+                          and all(isinstance(part, str) for item in value.items() for part in item)),
+    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
+                      lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
+    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
+    "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", _are_digests),
+    "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
+                       lambda value: hasattr(value, "getChild")),
+    "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
+    "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
+
+
+def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Check the options that a function was given by the types in its signature. Raises TypeError and
+    ValueError."""
+    for name, annotation in function.__annotations__.items():
+        wanted, none, _ = annotation.partition(" | None")
+        if wanted == "int":
+            least = {"max_message": _HELLO_LIMIT, "max_workers": 1}
+            _checked_count(given[name], name, least.get(name, 0))
+        elif wanted == "float":
+            _checked_timeout(given[name], name)
+        elif wanted in _TYPES and not (none and given[name] is None):
+            kind, words, is_right = _TYPES[wanted]
+            if not is_right(given[name]):
+                raise kind(f"{name}={given[name]!r}: it is {words}")
+
+
 class _Proxy(_Remote):
     # An object of the other side's: it has the object's public methods.
 
@@ -4240,11 +4299,15 @@ class _Awaitable:
         except BaseException as error:
             return self._fail(error)
         call.future = None  # which may have a stream, that shall go when nobody wants it
-        return _settled(future.set_result, value)
+        return self._end(future.set_result, value)
 
     def _fail(self, error: BaseException) -> None:
         future: Any = self
-        _settled(future.set_exception, error)
+        self._end(future.set_exception, error)
+
+    def _end(self, settle: Callable[[Any], Any], outcome: Any) -> None:
+        """It may have been cancelled meanwhile, or settled before."""
+        _quietly(settle, outcome, kind=_import("concurrent.futures").InvalidStateError)
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
@@ -4268,13 +4331,6 @@ class _Awaitable:
 
     def __await__(self) -> Any:
         return _import("asyncio").wrap_future(self).__await__()
-
-
-def _settled(settle: Callable[[Any], Any], outcome: Any) -> None:
-    try:
-        settle(outcome)
-    except _import("concurrent.futures").InvalidStateError:
-        pass  # cancelled meanwhile, or settled before
 
 
 def _is_asyncios(callback: Any) -> bool:
@@ -4486,12 +4542,7 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
     """
-    if not hasattr(handshake, "magic_cookie_value"):
-        raise TypeError(f"handshake={handshake!r}: it is a miniplug.Handshake")
-    if not isinstance(address, (str, type(None))):
-        raise TypeError(f"address={address!r}: it is a str, or None")
-    if not isinstance(persist, bool):
-        raise TypeError(f"persist={persist!r}: it is True or False")
+    _check(serve, locals())
     server = _Server(_versions(plugins, handshake), info, max_workers, max_message)
     secret = os.urandom(32) if authkey is None else _checked_key(authkey)
     _take_environment()
@@ -4629,7 +4680,8 @@ class _Server:
                 return None
             session = _open_session(channel, terms, self._max_message, served, lost, True, self._slots)
             self._sessions.append(session)
-        session.finished.acquire()
+        while not session.finished.acquire(True, _LOOK_AGAIN):
+            pass  # what a signal raises just before this waits too
         grace = session.closing or 0.0
         if grace >= 0:
             self.stop(grace)
@@ -5270,16 +5322,16 @@ class _WindowsProcess:
 
 
 class _NoProcess:
-    """Stands for another host's process, or for this one, where a `thread` serves: a mere connection."""
+    """Stands for another host's process, or for this one, where a `thread` serves. `end` lets go of it."""
 
     stdout = stderr = None
 
-    def __init__(self, channel: _Channel, pid: int, thread: threading.Thread | None = None) -> None:
-        self.pid, self._channel, self._thread = pid, channel, thread
+    def __init__(self, end: Callable[[], Any], pid: int, thread: threading.Thread | None = None) -> None:
+        self.pid, self._end, self._thread = pid, end, thread
         self._let_go = threading.Event()
 
     def signal(self, kill: bool) -> None:
-        self._channel.shutdown()
+        self._end()
         self._let_go.set()
 
     def await_exit(self) -> None:
@@ -5317,59 +5369,16 @@ def _last_words(lines: Sequence[str]) -> str:
 # === 10. plugin =======================================================================================
 #
 # Four rooms. The recipe: what was asked for, checked once. A run: one process, from its start to its end. The
-# supervisor: which run calls go to, and when another is started. Plugin: what the user holds.
-#
-# A lock of a lower room is taken while one of a higher is held, never the other way: the supervisor's `news`,
-# then a session's. Nothing is started, ended, sent or called back under `news`.
+# supervisor: which run calls go to, and when another is started. Plugin: what the user holds. Nothing is
+# started, ended, sent or called back under the supervisor's lock, `news`.
 
 _PAUSE = 0.1  # seconds between a crash and the next start; twice that after another one, and so on
 _LONGEST_PAUSE = 10.0
 _Process: Any = _WindowsProcess if _WINDOWS else _PosixProcess
 
 
-def _is_output(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in ("discard", "inherit", "log")
-    return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
-
-
-def _are_digests(value: Any) -> bool:
-    digests = [value] if isinstance(value, str) else [*value.values()] if hasattr(value, "values") else [None]
-    return all(isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each) for each in digests)
-
-
-# What the options take, by their types in Plugin's signature: the error, in words, and as a test.
-_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
-    "str": (TypeError, "a str", lambda value: isinstance(value, str)),
-    "bool": (TypeError, "True or False", lambda value: value in (True, False)),
-    "int": (ValueError, "a whole number, at least 0", lambda value: type(value) is int and value >= 0),
-    "float": (ValueError, "a number of seconds, or None for no limit",
-              lambda value: isinstance(value, (int, float)) and value >= 0),
-    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
-    "Handshake": (TypeError, "a miniplug.Handshake", lambda value: hasattr(value, "magic_cookie_value")),
-    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
-                      isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
-    "Mapping[str, str]": (TypeError, "a dict; names and values are str", lambda value: hasattr(value, "items")
-                          and all(isinstance(part, str) for item in value.items() for part in item)),
-    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
-                      lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
-    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
-    "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", _are_digests),
-    "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
-                       lambda value: hasattr(value, "getChild")),
-    "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
-    "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
-
-
-def _check_options(given: dict[str, Any]) -> None:
-    """Raises TypeError and ValueError."""
-    for name, annotation in Plugin.__init__.__annotations__.items():
-        wanted, none, _ = annotation.partition(" | None")
-        if wanted in _TYPES and not (none and given[name] is None):
-            kind, words, is_right = _TYPES[wanted]
-            if not is_right(given[name]):
-                raise kind(f"{name}={given[name]!r}: it is {words}")
-    _checked_count(given["max_message"], "max_message", _HELLO_LIMIT)
+def _or_forever(seconds: float | None) -> float:
+    return _FOREVER if seconds is None else min(seconds, _FOREVER)
 
 
 _HINT = ("what is in a file or module is named after a colon: 'path/to/file.py:Attr' or 'module:Attr'; "
@@ -5378,20 +5387,20 @@ _HINT = ("what is in a file or module is named after a colon: 'path/to/file.py:A
 
 class _Recipe:
     """What a plugin is made from: the options, checked once, as attributes; what is to be run; where its
-    paths start. It does not change, so any thread may read it. `config`: of a process to attach to. `process`
-    starts one."""
+    paths start. It does not change, so any thread may read it. `process` starts one; `config` is of one to
+    attach to."""
 
     def __init__(self, command: Any, **options: Any) -> None:
         versions = options["protocol_versions"]
         if versions is None:
             versions = [getattr(options["handshake"], "protocol_version", 1)]
         options["protocol_versions"] = [*versions] if hasattr(versions, "__iter__") else versions
-        _check_options(options)
+        _check(Plugin.__init__, options)
+        for name in ("start_timeout", "restart_window"):
+            options[name] = _or_forever(options[name])
         vars(self).update(options)
-        self.config: dict[str, Any] | None = None
+        self.config: Any = None
         self.process = _Process
-        limit = options["start_timeout"]
-        self.start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
         self.folder = _current_folder()  # what is relative starts there
         if self.cwd is not None:
             self.folder = os.path.join(self.folder, os.fsdecode(self.cwd))
@@ -5405,12 +5414,18 @@ class _Recipe:
             wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
             raise TypeError(f"command={command!r}: it is {wanted}") from None
         scripts = [part for part in self.command if part.endswith((".py", ".pyw"))]
-        spec = "", (scripts or self.command or [""])[0], ""
-        spec_name, source, self.attribute = spec if self.is_list else _split_spec(self.command[0])
-        self.name: str = self.name or spec_name or os.path.splitext(os.path.basename(source))[0] or "plugin"
-        self.is_module = self.attribute != "" and not source.endswith(".py")
+        name, source, attribute = "", (scripts or self.command or [""])[0], ""
+        if not self.is_list:
+            name, source, attribute = _split_spec(source)
+        self.name: str = self.name or name or os.path.splitext(os.path.basename(source))[0] or "plugin"
+        self.label = f"the plugin {self.name!r}"
+        self.is_module = attribute != "" and not source.endswith(".py")
         self.source = source if self.is_module else self._whole(source)
-        self.spec = f"{spec_name}={self.source}:{self.attribute}"
+        self.task: list[str] = []  # what this very file does in the process, if that runs it
+        if attribute:
+            self.task = ["serve", f"{name}={self.source}:{attribute}"]
+        elif scripts and not self.is_list:
+            self.task = ["run", self.source]
         digests: Any = options["sha256"] or {}
         if isinstance(digests, str):
             if self.is_module:
@@ -5421,36 +5436,34 @@ class _Recipe:
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
 
-    def place(self) -> str | None:
-        """The folder to start in; None for that of this process, which it may not be able to enter again."""
-        return None if self.folder == _current_folder() else self.folder
-
     def log(self) -> Any:
         return self.logger or _import("logging").getLogger(f"miniplug.{self.name}")
 
     def not_started(self, argv: list[str], reason: str, kind: type[LaunchError] = LaunchError,
                     **carried: Any) -> LaunchError:
         words = _last_words(carried.get("output", ()))
-        return kind(f"the plugin {self.name!r} did not start: {reason}{words}", command=argv, **carried)
+        return kind(f"{self.label} did not start: {reason}{words}", command=argv, **carried)
 
     # -- what to run
 
     def argv(self) -> list[str]:
-        """What to run, once its files are checked. Raises LaunchError if that can be told to fail."""
+        """What to run. Raises LaunchError if that can be told to fail, OSError for a file not to be read."""
         if self.command in ([], [""]):
             raise self.not_started([], "the command is empty")
-        argv = [*self.command]
-        if self.attribute:
-            argv = [*self._loader(), "serve", self.spec]
-        elif not self.is_list:
-            is_script = self.source.endswith((".py", ".pyw"))
-            argv = [*self._loader(), "run", self.source] if is_script else [self.source]
+        argv = [*self.command] if self.is_list else [self.source]
+        if self.task:
+            argv = [*self._loader(), *self.task]
         elif self.source == self._whole(argv[0]) in self.sha256:
             argv[0] = self.source  # and not one of that name on the PATH
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
             raise self.not_started(argv, f"there is no such file as {self.source}; {_HINT}")
         for path, expected in self.sha256.items():
-            self._check_file(argv, path, expected)
+            with open(path, "rb") as file:
+                actual = _import("hashlib").sha256(file.read()).hexdigest()
+            if actual != expected:
+                reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
+                found = {"path": path, "expected": expected, "actual": actual}
+                raise self.not_started(argv, reason, ChecksumError, **found)
         return argv
 
     def _loader(self) -> list[str]:
@@ -5463,39 +5476,28 @@ class _Recipe:
             how = "pass python='/path/to/python', or call miniplug.freeze_support() first in its main program"
             raise self.not_started([], f"this application ({python}) has no interpreter to run it: {how}")
         flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
-        file = _FILE.rstrip("c") if frozen else _FILE  # .pyc, says PyInstaller
+        file = _FILE.rstrip("c")  # .pyc, says PyInstaller
         return [python, *flags, "-c", _BOOTSTRAP, file, __name__]
 
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
 
-    def _check_file(self, argv: list[str], path: str, expected: str) -> None:
-        """Raises ChecksumError, or OSError for a file that cannot be read."""
-        digest = _import("hashlib").sha256()
-        with open(path, "rb") as file:
-            for block in iter(partial(file.read, 1 << 20), b""):
-                digest.update(block)
-        actual = digest.hexdigest()
-        if actual != expected:
-            reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
-            raise self.not_started(argv, reason, ChecksumError, path=path, expected=expected, actual=actual)
-
-    def failure(self, run: _Run, argv: list[str], refusal: Any, strangers: int | None) -> LaunchError:
-        """Why a process did not come up. `strangers`: so many came in its time instead."""
+    def failure(self, run: _Run, argv: list[str], refusal: Any, in_time: bool) -> LaunchError:
+        """Why a process did not come up."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
-            run.wait(1.0)  # it says on stderr that it was refused
+            run.ended.wait(1.0)  # it says on stderr that it was refused
             kind, reason, told = HandshakeError, str(refusal), vars(refusal)
-        elif strangers is not None:
+        elif not in_time:
             _end_runs([run], None)
-            others = f" ({strangers} callers without the key did)" if strangers else ""
-            reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
+            reason = f"it did not connect within {self.start_timeout:g} s; does it call serve()?"
+        elif run.exit_code == 0:
+            kind = HandshakeError
+            reason = f"it exited without connecting: it is no plugin, or does not call serve(); {_HINT}"
+            if self.python is not None:
+                reason += f"; or python={self.python!r} is no Python"
         else:
             reason = f"it {_end_words(run.exit_code)[0]}"
-        if run.exit_code == 0 and strangers is None:
-            python = f"; or python={self.python!r} is no Python" if self.python is not None else ""
-            kind = HandshakeError
-            reason += f" without connecting: it is no plugin, or does not call serve(); {_HINT}{python}"
         tail = run.output.tail()
         wants_input = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # since Python 3.14
         if self.stdin == "discard" and "".join(tail[-1:]).startswith(wants_input):
@@ -5505,7 +5507,6 @@ class _Recipe:
     # -- and around it
 
     def environ(self) -> dict[str, str]:
-        """What the plugin's environment has beside the address and the key."""
         env = {name: value for name, value in os.environ.items()
                if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
         if not (self.is_list or self.is_own):
@@ -5522,17 +5523,20 @@ class _Recipe:
             env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
         env[_COOKIE_KEY] = self.handshake.magic_cookie_key
         env[_variable(self.handshake.magic_cookie_key)] = self.handshake.magic_cookie_value
-        env.update({_PERSIST: "1"} if self.persist else {})
+        if self.persist:
+            env[_PERSIST] = "1"
         return env
 
     def above(self) -> list[Any]:
-        """What is being started, from the first host down to this process, while this one does not serve yet:
-        [[the program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin must
-        not be launched there: one whose module launches what imports it would go on for ever."""
+        """What is being started, from the first host down to this process, if that does not serve yet: [[the
+        program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin must not
+        be launched there: a module that launches what imports it would go on for ever."""
+        if self.process is not _Process:
+            return []
         above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
         for program, address in above:
             if program in (None, self.identity()):
-                what = f"the plugin {self.name!r} is not launched: this process is still being started as one"
+                what = f"{self.label} is not launched: this process is still being started as one"
                 how = "a host's module that it imports has to have what launches plugins under"
                 raise RuntimeError(f'{what}; {how}  if __name__ == "__main__":')
             try:
@@ -5544,27 +5548,27 @@ class _Recipe:
 
     def identity(self) -> str | None:
         """By which a program knows itself, whatever its arguments. (A spec's process launches nothing.)"""
-        if self.attribute:
+        if self.task[:1] == ["serve"]:
             return None
         if not self.is_list or self.source.endswith((".py", ".pyw")):
             return os.path.realpath(self.source)
         end = self.command.index("-m") + 2 if "-m" in self.command else None
         return " ".join(self.command[:end])
 
-    def attaches_to(self) -> dict[str, Any] | None:
-        """The config of the process to attach to, if it is not to be started."""
+    def attaches_to(self) -> Any:
+        """The config of the process to attach to, instead of starting one. Raises ValueError."""
         text = os.environ.get(_ATTACH)
-        if self.config is not None or not text or self.process is not _Process:
-            return self.config
+        if self.config is not None:
+            return _checked_config(self.config)
+        if not text or self.process is not _Process:
+            return None
         try:
-            configs = json.loads(text)
-            names = [*configs.keys()]
-            config = _checked_config(configs[self.name]) if self.name in names else None
+            configs = {name: _checked_config(config) for name, config in json.loads(text).items()}
         except (ValueError, AttributeError, RecursionError) as error:
-            reason = f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}"
-            raise self.not_started([], reason) from None
-        what = "launched" if config is None else f"attached to: it is the process {config['pid']}"
-        self.log().info("%s names %s: %r is %s", _ATTACH, names, self.name, what)
+            raise ValueError(f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}") from None
+        config = configs.get(self.name)
+        what = f"attached to: it is the process {config['pid']}" if config else "launched"
+        self.log().info("%s names %s: %r is %s", _ATTACH, [*configs], self.name, what)
         return config
 
 
@@ -5574,16 +5578,16 @@ class _Voice:
     def __init__(self, process: Any, sinks: Sequence[_Sink | None]) -> None:
         files = (process.stdout, process.stderr)
         self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
-        self.threads: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         for stream in self._streams:
-            self.threads.append(_start_thread("miniplug-output", stream.read))
+            self._threads.append(_start_thread("miniplug-output", stream.read))
 
     def stop(self, seconds: float) -> None:
         """Wait at most that long until all is delivered: what has left the process group may hold it open."""
         deadline = time.monotonic() + seconds
-        for thread in self.threads:
+        for thread in self._threads:
             thread.join(_left(deadline))
         for stream in self._streams:
             stream.over = True
@@ -5598,46 +5602,39 @@ class _Voice:
 
 
 class _Run:
-    """One process of a plugin, from the wish to have it to its end.
+    """One process of a plugin, from the wish to have it to its end. Any thread may call the methods.
 
-    The thread of the number `thread` brings it up, and may alone call on it until on_start has returned. The
-    supervisor's `news` protects `settled`, set when it serves or will not, and `failure`, which says why not.
-    When `gone` is set the last line is delivered, the process reaped; when `ended` is set the calls have
-    failed, too, and the supervisor knows. An end before which nobody has set `asked` is a crash.
-
-    One thread waits for the process and reaps it, another minds it. Any may call the methods. `_claim` is
-    held for good by who ends the run: who waits for the process, or who detaches before.
+    The thread of the number `thread` brings it up, and may alone call on it until on_start has returned; one
+    waits for the process and reaps it; another minds it. The supervisor's `news` protects `settled`, set when
+    it serves or will not, and `failure`, which says why not. When `gone` is set the last line is delivered,
+    the process reaped; when `ended` is set its calls have failed, too. An end that was not `asked` for is a
+    crash. `_claim` is held for good by who ends the run: who waits for the process, or who detaches.
     """
 
-    def __init__(self, supervisor: _Supervisor, not_before: float, drain: float | None, counts: bool) -> None:
+    def __init__(self, supervisor: _Supervisor) -> None:
         self.supervisor, self.recipe = supervisor, supervisor.recipe
-        self.not_before = not_before  # on the monotonic clock
-        self.drain_before = drain  # the seconds that the one has whose place it takes
-        self.counts = counts  # as a restart
         self.thread = 0
         self.settled = False
         self.failure: BaseException | None = None
         self.process: Any = None
         self.output: Any = None
         self.session: Any = None
-        self.config: dict[str, Any] | None = None  # what another host needs to attach to a process that stays
+        self.config: dict[str, Any] | None = None  # of a process that stays: what a host needs to attach
         self.owned = True  # whether the process is this host's
-        self.stays = False  # when this host goes
         self.asked = False
         self.exit_code: int | None = None
         self.gone, self.ended = threading.Event(), threading.Event()
-        self._arrival = threading.Event()  # set when it has connected, was refused, or has ended
-        self._why = ""  # what is said of one that had to be killed
+        self._arrival = threading.Event()  # it has connected, was refused, or has ended
+        self._why = ""  # it had to be killed
         self._claim = threading.Lock()
 
     # -- how it comes up
 
     def open(self) -> None:
         """Raises LaunchError, PluginClosed, or RuntimeError where nothing may be launched."""
-        recipe = self.recipe
-        config, argv = recipe.attaches_to(), []
-        above = recipe.above() if recipe.process is _Process and config is None else []
+        recipe, above, argv = self.recipe, self.recipe.above(), []
         try:
+            config = recipe.attaches_to()
             if config is not None:
                 argv = [config["address"]]
                 self._attach(config)
@@ -5654,6 +5651,17 @@ class _Run:
     def _greet(self, key: bytes, channel: _Channel, address: str) -> _Terms:
         hello = _Hello(channel, address, key, "host")
         return hello.as_host(self.recipe.protocol_versions, self.recipe.max_message)
+
+    def _attach(self, config: dict[str, Any]) -> None:
+        channel = _connect(config["address"], _HELLO_SECONDS)
+        self.config, self.owned = config, False
+        try:
+            terms = self._greet(bytes.fromhex(config["authkey"]), channel, config["address"])
+            self._begin(_NoProcess(channel.shutdown, config["pid"]))
+            self._meet(channel, terms)
+        except BaseException:
+            channel.close()
+            raise
 
     def _launch(self, argv: list[str], above: list[Any]) -> None:
         """Start a process, and wait until it has connected, was refused, or has ended."""
@@ -5674,8 +5682,7 @@ class _Run:
             if came and isinstance(came[1], _Terms):
                 self._meet(*came)
             if not self.takes_calls:
-                others = None if in_time else door.strangers
-                raise self.recipe.failure(self, argv, came[1] if came else None, others)
+                raise self.recipe.failure(self, argv, came[1] if came else None, in_time)
         finally:
             door.close()
             if came and self.session is None:  # too late
@@ -5691,12 +5698,12 @@ class _Run:
         stdin = {"discard": _DEVNULL, "inherit": None}.get(recipe.stdin, recipe.stdin)
         sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
         stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
+        place = None if recipe.folder == _current_folder() else recipe.folder  # may be closed to us by now
         terminal = recipe.stdin == "inherit" and os.isatty(0)
-        self._begin(recipe.process(argv, recipe.limits, terminal, env=env, cwd=recipe.place(), stdin=stdin,
+        self._begin(recipe.process(argv, recipe.limits, terminal, env=env, cwd=place, stdin=stdin,
                                    stdout=stdout, stderr=stderr), sinks)
 
     def _begin(self, process: Any, sinks: Sequence[_Sink | None] = ()) -> None:
-        """There is a process, which will have a session."""
         self.process, self.output = process, _Voice(process, sinks)
         _runs.add(self)
         try:
@@ -5707,36 +5714,21 @@ class _Run:
             self._watch()
             self.output.close()
             raise
-        with self.supervisor.news:
-            if self.supervisor.state != "up":
-                self.supervisor.run = self
+        if self.supervisor.state != "up":
+            self.supervisor.run = self
         if self.settled:  # nobody wants it any more
             _end_runs([self], 0.0)
 
-    def _attach(self, config: dict[str, Any]) -> None:
-        channel = _connect(config["address"], _HELLO_SECONDS)
-        self.config, self.owned, self.stays = config, False, True
-        try:
-            terms = self._greet(bytes.fromhex(config["authkey"]), channel, config["address"])
-            self._begin(_NoProcess(channel, config["pid"]))
-            self._meet(channel, terms)
-        except BaseException:
-            channel.close()
-            raise
-
     def _meet(self, channel: _Channel, terms: _Terms) -> None:
-        """Have a session with it, over an authenticated channel."""
         recipe = self.recipe
-        session = _open_session(channel, terms, recipe.max_message, _Served({}), self._lost)
+        self.session = session = _open_session(channel, terms, recipe.max_message, _Served({}), self._lost)
         session.call_timeout = recipe.call_timeout
-        self.session = session
         if not self.owned:
             session.keep_reading()  # so that the end is seen though nobody calls
-        if self.gone.is_set():  # just before
-            self._end_session()
+        if self.gone.is_set():
+            self._over()  # once more: it was so before there was a session
         elif self.owned and "persist" in terms.features:  # it stays when this host goes: nothing is to end it
             self.config = _checked_config(session.call(0, "reattachConfig", (), {}, _HELLO_SECONDS))
-            self.stays = True
             self.process.keep()
         if recipe.heartbeat or recipe.idle_timeout:
             _start_thread("miniplug-mind", self._mind, session)
@@ -5747,7 +5739,7 @@ class _Run:
         return session is not None and session.ended is None and not (self.asked or self.gone.is_set())
 
     def _mind(self, session: _Session) -> None:
-        """See that it answers, and is used. In rounds: that this host stood still for once tells nothing."""
+        """See that it answers, and is used; in rounds, as this host may have stood still for once."""
         heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
         pause = min(heartbeat / 4, idle / 8)
         silent = unused = 0.0
@@ -5771,26 +5763,20 @@ class _Run:
         elif self.session is not None and self.session.ended is None:
             self.session.ask_to_end(grace or 0.0)
 
-    def wait(self, seconds: float = -1) -> bool:
-        return self.ended.wait(None if seconds < 0 else min(seconds, _FOREVER))
-
     def detach(self) -> None:
-        """Let go of a process that stays without this host."""
-        self.asked = True
+        """Once its supervisor is closed."""
         if not self.owned:
             _end_runs([self], 0.0)
         elif self._claim.acquire(False):
-            self._end_session()  # at which it turns its output away
+            self.session.channel.shutdown()  # at which it turns its output away
             self.output.stop(0.3)
             self._over()
 
     def drain(self, seconds: float) -> None:
         """Another run has taken its place: end it as soon as it is not busy, or after so many seconds."""
-        self.stays = False
-        deadline, pause = time.monotonic() + seconds, 0.001
+        deadline = time.monotonic() + seconds
         while not self.session.seal() and time.monotonic() < deadline:
-            self.ended.wait(pause)
-            pause = min(2 * pause, 0.05)
+            self.ended.wait(0.02)
         if self.session.ended is None:  # else it has crashed, which its calls are told
             _end_runs([self], _GRACE)
 
@@ -5811,24 +5797,21 @@ class _Run:
             self.process.reap()
 
     def _over(self) -> None:
+        """It is gone, or let go of: end the session, tell who waits, give back what was lent, and dispose."""
         self.gone.set()
         _runs.discard(self)
         self.supervisor.notice()
-        if self.session is not None:
-            self.session.end(EOFError())
+        session = self.session
+        if session is not None:
+            session.end(EOFError())
         self._arrival.set()
         self.ended.set()
-        self._end_session()  # last: a handler that waits here may have interrupted who reads
-
-    def _end_session(self) -> None:
-        if self.session is not None:
-            self.session.end(EOFError())
-            self.session.references.close()
-            self.session.references.served.close()
-            self.session.dispose()
+        if session is not None:  # last: a handler that waits here may have interrupted who reads
+            session.references.close()
+            session.references.served.close()
+            session.dispose()
 
     def disown(self) -> None:
-        """In a forked child of the host: nothing here is ours."""
         self.process.disown()
         self.output.close()
 
@@ -5843,7 +5826,7 @@ class _Run:
 
     def error(self, calls: Sequence[str] = (), verdict: str = "") -> BaseException:
         """What calls raise that it has cut off, by name, or else does not take any more."""
-        name, tail = f"the plugin {self.recipe.name!r}", self.output.tail()
+        name, tail = self.recipe.label, self.output.tail()
         if self.asked:
             return PluginClosed(f"{name} was closed")
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else verdict
@@ -5866,13 +5849,13 @@ class _Supervisor:
         down --call, start()--> starting --it serves--> up --crash, idle--> down (or starting, with a `start`)
         starting --it fails--> down      any --close(), kill(), detach(), exit--> closed --start()--> starting
 
-    `news` protects all fields. It is held for moments; who waits for it looks again within a second, should a
-    signal handler have changed something between look and sleep. Any thread may call any method.
+    `news` protects all fields, for any thread. Who waits for it looks again within a second, should a signal
+    handler have changed something between look and sleep.
     """
 
     def __init__(self, recipe: _Recipe, plugin: Plugin) -> None:
         self.recipe, self.plugin = recipe, plugin
-        self._owner = os.getpid()
+        self.owner = os.getpid()
         self.news = threading.Condition()  # with an RLock: a signal handler may close the plugin
         self.state = "down"
         self.start: _Run | None = None  # comes up
@@ -5882,6 +5865,7 @@ class _Supervisor:
         self.crash: _Run | None = None  # has crashed, until another serves
         self.tries: list[float] = []  # when calls have had it started after that, within the window
         self.down_at = 0.0
+        self._not_before = 0.0  # nothing starts, on the monotonic clock
 
     # -- for calls
 
@@ -5889,9 +5873,6 @@ class _Supervisor:
         """The session that this thread is to call on. Waits for a start, until the deadline of what is asked.
         Raises why there is none."""
         while True:
-            session = self.open
-            if session is not None and not session.sealed:
-                return session
             found = self._seek()
             if isinstance(found, _Session):
                 return found
@@ -5904,34 +5885,27 @@ class _Supervisor:
             _aside("miniplug-submit", _attempt, call, begin, seconds)
         return waits
 
-    def _check_owner(self) -> None:
-        """Before any lock: in a forked child a thread that is not there may hold it."""
-        if self._owner != os.getpid():
-            where = "belongs to the process that this one was forked from: launch another here"
-            raise PluginError(f"the plugin {self.recipe.name!r} {where}")
-
     def own_start(self) -> _Run | None:
-        """The start that this thread takes part in: it runs on_start, or what the calls of that call back."""
+        """The start that this thread takes part in: it runs on_start, or what the calls of that call back.
+        Comes before any lock, which in a forked child a thread that is not there may hold."""
+        if self.owner != os.getpid():
+            where = "belongs to the process that this one was forked from: launch another here"
+            raise PluginError(f"{self.recipe.label} {where}")
         start = self.start
         if start is None or start.thread == threading.get_ident():
             return start
-        request = _current.get() if start.session is not None else None
+        request = _current.get()
         while request is not None and request.session is not start.session:
             request = request.outer
         return start if request is not None else None
-
-    def own_run(self) -> Any:
-        """The run that this thread has to do with."""
-        return (self.own_start() or self.run) if self._owner == os.getpid() else None
 
     # -- starting
 
     def _seek(self) -> Any:
         """The session that this thread may call on, or the start to wait for, which may begin now."""
-        self._check_owner()
+        own = self.own_start()
         with self.news:
             self.notice()
-            own = self.own_start()
             run = own or (self.run if self.state == "up" else None)
             if run is not None and run.takes_calls:
                 return run.session
@@ -5943,7 +5917,7 @@ class _Supervisor:
 
     def _start_for_calls(self) -> _Run:
         if self.crash is None:
-            return self._started()
+            return self._begin()
         most, window = self.recipe.max_restarts, self.recipe.restart_window
         self.tries = [each for each in self.tries if self.down_at - each < window]
         if len(self.tries) >= most:
@@ -5951,42 +5925,43 @@ class _Supervisor:
             raise self.crash.error(verdict=why)
         pause = min(_PAUSE * 2 ** min(len(self.tries), 10), _LONGEST_PAUSE)
         self.tries.append(time.monotonic())
-        return self._started(self.down_at + pause, counts=True)
+        return self._begin(pause=pause)
 
-    def _started(self, not_before: float = 0.0, drain: float | None = None, counts: bool = False) -> _Run:
-        start = self.start = _Run(self, not_before, drain, counts)
+    def _begin(self, drain: float | None = None, pause: float | None = None) -> _Run:
+        """Start another run, after a `pause` if that is for a crash. With `drain` it takes the place of one
+        that is up, which then has so many seconds to finish."""
+        start = self.start = _Run(self)
+        self._not_before = self.down_at + (pause or 0.0)
         self.state = self.state if self.state == "up" else "starting"
         self.open = None
         try:
-            _start_thread("miniplug-start", self._bring_up, start)
+            _start_thread("miniplug-start", self._bring_up, start, drain, pause is not None)
         except RuntimeError as error:
             self._settle(start, self.recipe.not_started([], str(error)))
         return start
 
     def start_up(self, drain: float | None = None) -> None:
-        """Start it, unless it is up; with `drain` have another run take its place then, and give it so many
-        seconds. Who is interrupted while it waits for its start closes the plugin."""
-        self._check_owner()
+        """Start it, unless it is up; with `drain` replace what is up. Who is interrupted while it waits for
+        its start closes the plugin."""
+        replace = drain is not None
         if self.own_start() is not None:
-            if drain is not None:
+            if replace:
                 raise RuntimeError("on_start cannot restart the plugin")
             return
         with self.news:
-            while self.start is not None and (self.start.settled or drain is not None):
+            while self.start is not None and (self.start.settled or replace):
                 self.news.wait(1.0)  # until it is undone, or over
             self.notice()
-            if self.state != "up":
-                drain = None
-            elif drain is None:
+            is_up = self.state == "up"
+            if is_up and not replace:
                 return
-            elif not self.run.owned:
-                who = f"the plugin {self.recipe.name!r} belongs to another host"
-                raise PluginError(f"{who}: that can restart it")
-            begins = self.start is None and drain is None
+            if is_up and not self.run.owned:
+                raise PluginError(f"{self.recipe.label} belongs to another host: that can restart it")
+            begins = self.start is None and not is_up
             if begins:
                 self.tries.clear()
-            start = self.start or self._started(drain=drain)
-            start.not_before = 0.0
+            start = self.start or self._begin(drain if is_up else None)
+            self._not_before = 0.0
             self.news.notify_all()
         try:
             self._await(start)
@@ -5995,7 +5970,6 @@ class _Supervisor:
                 _end_runs(self.close(), None)
 
     def _await(self, start: _Run, asked: _Call | None = None) -> None:
-        """Wait until it is up. Raises why it is not."""
         with self.news:
             while not start.settled:
                 left = asked.left() if asked is not None else None
@@ -6005,17 +5979,16 @@ class _Supervisor:
         if start.failure is not None:
             raise start.failure
 
-    def _bring_up(self, start: _Run) -> None:
-        """What the thread of a start does."""
+    def _bring_up(self, start: _Run, drain: float | None, counts: bool) -> None:
         start.thread = threading.get_ident()
         old, on_start = self.run, self.recipe.on_start
         error: BaseException | None = None
         try:
             with self.news:
-                while not start.settled and _left(start.not_before):
-                    self.news.wait(min(_left(start.not_before), 1.0))
+                while not start.settled and _left(self._not_before):
+                    self.news.wait(min(_left(self._not_before), 1.0))
             if old is not None and self.state != "up":
-                old.wait()  # it is on its way out, which has a bound
+                old.ended.wait()  # it is on its way out, which has a bound
             if not start.settled:
                 start.open()
             if not start.settled and on_start is not None:
@@ -6027,20 +6000,19 @@ class _Supervisor:
         with self.news:
             error = start.failure or error or (None if start.takes_calls else start.error())
             if error is None:
+                self.restarts += counts
                 self._settle(start)
         if error is not None:
             if start.process is not None:
                 _end_runs([start], 0.0)
             self._settle(start, error)
-        elif start.drain_before is not None:
-            old.drain(start.drain_before)
+        elif drain is not None:
+            old.drain(drain)
 
     def _settle(self, start: _Run, error: BaseException | None = None) -> None:
-        """It serves, or why it does not."""
         with self.news:
             if error is None:
                 self.run, self.crash, self.state = start, None, "up"
-                self.restarts += start.counts
             elif self.state == "starting":
                 self.state, self.down_at = "down", time.monotonic()
             self.open = self.run.session if self.state == "up" else None
@@ -6050,7 +6022,7 @@ class _Supervisor:
     # -- its end
 
     def notice(self) -> None:
-        """Look whether the run that serves has ended. Calls and the run itself do, whichever is first."""
+        """Look whether the run that serves has ended."""
         if self.state != "up":
             return  # without the lock, which is held for good at interpreter exit
         with self.news:
@@ -6062,7 +6034,7 @@ class _Supervisor:
                 self.news.notify_all()
 
     def retire(self, run: _Run) -> None:
-        """End a run that nobody uses, unless somebody does just now. The next call starts another."""
+        """End a run that nobody uses, unless somebody does just now."""
         with self.news:
             idle = self.open is run.session is not None and run.takes_calls and run.session.seal()
             run.asked = run.asked or idle
@@ -6071,8 +6043,8 @@ class _Supervisor:
             _end_runs([run], _GRACE)
 
     def close(self) -> list[_Run]:
-        """Start nothing more, and let go who waits for that. Returns the runs that are to be ended."""
-        if self._owner != os.getpid():
+        """Start nothing more, and let go who waits for that. Returns the runs to end."""
+        if self.owner != os.getpid():
             return []  # a thread that is not here may hold the lock
         with self.news:
             self.state, self.open, start = "closed", None, self.start
@@ -6085,7 +6057,7 @@ class _Supervisor:
         return runs
 
     def is_closed(self) -> PluginClosed:
-        return PluginClosed(f"the plugin {self.recipe.name!r} is closed: start() it again")
+        return PluginClosed(f"{self.recipe.label} is closed: start() it again")
 
 
 _runs: set[_Run] = set()  # all that have a process which has not ended
@@ -6099,20 +6071,24 @@ def _end_runs(runs: Sequence[_Run], grace: float | None) -> None:
     seconds = 1.0 if grace is None else grace if any(run.session for run in runs) else 0.0
     for kill in (False, True, True):
         deadline, seconds = time.monotonic() + seconds, 1.0
-        runs = [run for run in runs if not run.wait(_left(deadline))]
+        runs = [run for run in runs if not run.ended.wait(_left(deadline))]
         for run in runs:
             run.process.signal(kill)
 
 
 def _close_all() -> None:
-    """At interpreter exit."""
-    runs = [run for run in list(_runs) if run.recipe.managed or run.stays]
-    for run in runs:
-        run.supervisor.news.acquire()  # for good: what waits for a start has no one to tell any more
-        run.supervisor.close()
-        if run.stays:
-            run.detach()
-    _end_runs([run for run in runs if not run.stays], _GRACE)
+    """At interpreter exit: end what is managed, and let go of what stays."""
+    managed = []
+    for run in list(_runs):
+        stays = run.config is not None and run is run.supervisor.run  # else another has taken its place
+        if stays or run.recipe.managed:
+            run.supervisor.news.acquire()  # for good: what waits for a start has no one to tell any more
+            run.supervisor.close()
+            if stays:
+                run.detach()
+            else:
+                managed.append(run)
+    _end_runs(managed, _GRACE)
 
 
 def _disown_all() -> None:
@@ -6128,7 +6104,6 @@ if hasattr(os, "register_at_fork"):
 
 
 def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
-    """Do what a call is made of; what that raises is its answer."""
     try:
         function(*args)
     except BaseException as error:
@@ -6136,8 +6111,8 @@ def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
-    """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin.
-    Cancelled, it calls `undo` before and after that has returned: so nothing is left half done."""
+    """Call what blocks in a thread of its own: those of the loop may all wait for the plugin. Cancelled, it
+    calls `undo` before and after that has returned: so nothing is left half done."""
     asyncio, call = _import("asyncio"), _on_first_use("Call")()
     _aside("miniplug-async", _attempt, call, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
@@ -6160,10 +6135,8 @@ def _ask(kind: type, session: _Session, *what: Any) -> Any:
 
 
 class _Dispensed(_Target):
-    """What a plugin serves under a name: an object of the session of each run in turn, `at` which number. One
-    thread dispenses it anew in a run that it does not know: `_lock` is for that."""
-
-    __slots__ = ("_lock", "_name", "_supervisor", "at")
+    """What a plugin serves under a name: an object of the session of each run in turn, `at` which number.
+    `_lock` is for the one thread that dispenses it anew in another run."""
 
     def __init__(self, supervisor: _Supervisor, name: str | None, first: _Target) -> None:
         self.at: dict[_Session, _Target] = {}
@@ -6214,10 +6187,9 @@ class _Dispensed(_Target):
 class Plugin:
     """A plugin, as its host holds it: something to start, call and end, as often as you like.
 
-    The parameters are those of `launch`, which makes one and starts it. One that was only made starts on
-    first use. As a context manager it starts and closes. Any thread may use it. After `close()` calls raise
-    PluginClosed, after a crash PluginCrashed, until `start()`; then the proxies work again, on fresh
-    instances.
+    The parameters are those of `launch`, which makes one and starts it; one that was only made starts on
+    first use. ``with`` starts and closes it. Any thread may use it. After `close()` calls raise PluginClosed,
+    after a crash PluginCrashed, until `start()`; then the proxies work again, on fresh instances.
     """
 
     def __init__(self, command: _Command, *, name: str | None = None, handshake: Handshake = Handshake(),
@@ -6230,7 +6202,7 @@ class Plugin:
                  heartbeat: float | None = None, idle_timeout: float | None = None,
                  on_start: Callable[[Plugin], Any] | None = None,
                  on_exit: Callable[[Plugin], Any] | None = None, managed: bool = True, persist: bool = False,
-                 max_message: int = _MAX_MESSAGE) -> None:
+                 max_message: int = _MAX_MESSAGE):
         options = dict(locals())
         del options["self"]
         _refuse_monkey_patches()
@@ -6240,58 +6212,54 @@ class Plugin:
     # -- its life
 
     def start(self) -> Plugin:
-        """Start the plugin, unless it runs. Raises LaunchError (and its kinds) when it does not come up."""
+        """Start the plugin, unless it runs. Raises what `launch` does."""
         self._supervisor.start_up()
         return self
 
     def restart(self, drain: float | None = 30.0) -> Plugin:
         """Swap in a fresh process, or start one. Returns when that serves, and new calls go there.
 
-        What is in flight, streams and references too, finishes in the old one behind the caller, in at most
-        `drain` seconds (None: no limit). What is cut off then raises PluginClosed, a reference DeadReference.
-        If the new process does not come up, the old one stays, and this raises what `start` does.
+        Calls in flight, streams and references finish in the old one, in at most `drain` seconds (None: no
+        limit). What is cut off raises PluginClosed, a reference DeadReference. If the new process does not
+        come up, the old one stays, and this raises what `start` does.
         """
-        seconds = _checked_timeout(drain, "drain")
-        self._supervisor.start_up(_FOREVER if seconds is None else seconds)
+        self._supervisor.start_up(_or_forever(_checked_timeout(drain, "drain")))
         return self
 
     def close(self, grace: float | None = _GRACE) -> None:
         """End the plugin and all that it started: ask it, after `grace` seconds (None: never) terminate it,
         then kill it. Returns within `grace` + 2 seconds. Calls in flight raise PluginClosed."""
-        seconds = _checked_timeout(grace, "grace")
-        _end_runs(self._supervisor.close(), _FOREVER if seconds is None else seconds)
+        seconds = _or_forever(_checked_timeout(grace, "grace"))
+        _end_runs(self._supervisor.close(), seconds)
 
     def kill(self) -> None:
-        """End the plugin and all that it started at once. One that was attached to is asked, and let go
-        of."""
+        """End the plugin and all that it started at once. One that was attached to is asked to end."""
         _end_runs(self._supervisor.close(), None)
 
     def detach(self) -> None:
         """Let go of the plugin, and leave it running for a host to `attach` to. Raises PluginError for one
         that cannot stay."""
-        run = self._supervisor.own_run()
+        run = self._run
         if run in _runs:
             self._config_of(run)
             self._supervisor.close()
             run.detach()
 
-    def _config_of(self, run: _Run | None) -> dict[str, Any]:
-        if run is None or run.config is None:
-            how = "does not stay without its host: launch it with persist=True"
-            raise PluginError(f"the plugin {self.name!r} {how}")
+    def _config_of(self, run: _Run) -> dict[str, Any]:
+        if run.config is None:
+            what = self._supervisor.recipe.label
+            raise PluginError(f"{what} does not stay without its host: launch it with persist=True")
         return run.config
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until the process that runs now has ended, at most `timeout` seconds. Returns its exit code,
-        or None if it still runs."""
-        run = self._supervisor.own_run()
-        if run is None:
-            return None
-        run.wait(-1 if timeout is None else max(0.0, timeout))
-        return run.exit_code  # type: ignore[no-any-return]
+        """Wait until the process has ended, at most `timeout` seconds. Returns its exit code, or None if it
+        still runs."""
+        run = self._run
+        if run is not None:
+            run.ended.wait(_or_forever(timeout))
+        return None if run is None else run.exit_code
 
-    def __enter__(self) -> Plugin:
-        return self.start()
+    __enter__ = start
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -6305,8 +6273,7 @@ class Plugin:
         """As `close`, without blocking the event loop."""
         await _in_thread(self.close, grace)
 
-    async def __aenter__(self) -> Plugin:
-        return await self.astart()
+    __aenter__ = astart
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
@@ -6315,21 +6282,27 @@ class Plugin:
         return f"<Plugin {self.name!r}, {f'pid {self.pid}' if self.running else 'not running'}>"
 
     @property
+    def _run(self) -> Any:
+        """The one that this thread has to do with; none in a forked child."""
+        supervisor = self._supervisor
+        return (supervisor.own_start() or supervisor.run) if supervisor.owner == os.getpid() else None
+
+    @property
     def running(self) -> bool:
         """Whether the plugin has started and its process has not ended."""
-        run = self._supervisor.own_run()
+        run = self._run
         return run is not None and run.session is not None and not run.gone.is_set()
 
     @property
     def pid(self) -> int | None:
         """The number of the plugin's process, or None without one."""
-        run = self._supervisor.own_run()
+        run = self._run
         return None if run is None or run.gone.is_set() else run.process.pid
 
     @property
     def exit_code(self) -> int | None:
         """How the last process ended: its exit status, negative for a signal; None if none has ended."""
-        run = self._supervisor.own_run()
+        run = self._run
         return None if run is None else run.exit_code
 
     @property
@@ -6349,16 +6322,8 @@ class Plugin:
 
     # -- its use
 
-    if TYPE_CHECKING:  # an interface makes a _T: mypy takes no abstract class for a type[_T]
-        @overload
-        def dispense(self, name: str | None = None, interface: None = None, *,
-                     timeout: float | None = None) -> Any: ...
-        @overload
-        def dispense(self, name: str | None = None, interface: Callable[..., _T] = ..., *,
-                     timeout: float | None = None) -> _T: ...
-
-    def dispense(self, name: str | None = None, interface: Any = None, *,
-                 timeout: float | None = None) -> Any:
+    def dispense(self, name: str | None = None, interface: Callable[..., _I] | None = None, *,
+                 timeout: float | None = None) -> _I:
         """A proxy for the plugin of that name, or for the only one there is. It has the plugin's public
         methods, not its attributes and properties. The name "system" gives the introspection.
 
@@ -6370,30 +6335,28 @@ class Plugin:
         """
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name={name!r}: it is a str; an interface is given as dispense(interface=...)")
-        interface = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
-        if interface is not None and not isinstance(interface, type):
+        wanted: Any = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
+        if wanted is not None and not isinstance(wanted, type):
             raise TypeError(f"interface={interface!r}: it is an ABC, a Protocol or another class")
 
         seconds = _checked_timeout(timeout)
         found = self._ask_system("dispense", (name,), _Remote)
         target = _Dispensed(self._supervisor, name, found._target)
         target.label, target.timeout = f"the plugin {name or self.name!r}", seconds
-        if type(found) is _Method and interface is None:
-            return _Method(target, "")  # what is served is a function
-        proxy = _Proxy(target, found._names if type(found) is _Proxy else [])
-        if interface is not None:
-            proxy._adopt(interface)
-        return proxy
+        proxy: Any = _Proxy(target, found._names if type(found) is _Proxy else [])
+        if wanted is not None:
+            proxy._adopt(wanted)
+        elif type(found) is _Method:
+            proxy = _Method(target, "")  # what is served is a function
+        return proxy  # type: ignore[no-any-return]
 
     def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
         return self._reach(partial(_ask, kind), method, args, self._supervisor.recipe.call_timeout)
 
     def _reach(self, function: Callable[..., Any], method: str, args: Sequence[Any],
                seconds: float | None) -> Any:
-        def find(asked: _Call) -> tuple[_Session, int]:
-            return self._supervisor.session(asked), 0
-
-        return _reach(find, function, method, args, {}, seconds)
+        session = self._supervisor.session
+        return _reach(lambda asked: (session(asked), 0), function, method, args, {}, seconds)
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
@@ -6408,8 +6371,7 @@ class Plugin:
         """What another host needs to `attach`, as a plain dict that json can store. Who has it can call the
         plugin. Raises PluginError for one that does not persist."""
         session = self._supervisor.session()
-        config = self._config_of(next((run for run in list(_runs) if run.session is session), None))
-        return {**config, "protocol_version": session.protocol_version}
+        return {**self._config_of(self._run), "protocol_version": session.protocol_version}
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
@@ -6426,8 +6388,7 @@ import sys
 if sys.path[:1] == [""]:  # what lies in the current folder, a json.py say, is not what is imported here
     del sys.path[0]
 if sys.version_info < (3, 8):
-    version = sys.version.split()[0]
-    sys.exit("miniplug needs Python 3.8 or newer, and this is " + version + ": " + sys.executable)
+    sys.exit("miniplug needs Python 3.8 or newer: " + sys.executable + " is " + sys.version.split()[0])
 import os
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -6482,51 +6443,46 @@ def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callabl
     return lambda function: vars(function).update(__wrapped__=other) or function
 
 
-del Plugin.__init__.__annotations__["return"]  # or help() would say that launch returns None
-
-
 @_like(Plugin)
 def launch(command: _Command, **options: Any) -> Plugin:
     """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin`` closes it at the end.
 
     `command`: an argument list, run as it is; or a program's path, a ``.py`` file being run under `python`;
     or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``, which this
-    very file serves under `python`, where miniplug need not be installed. The options:
+    very file serves under `python`. The options:
 
     - `name`: what logs and errors call it; by default made from the command.
     - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
-      version that both have is used.
-    - `python`: the interpreter; by default this one, with its flags. Another one gets none of this one's own
-      variables. A spec or ``.py`` file imports what lies beside it, or for a module in `cwd`; for more give a
-      ``PYTHONPATH`` in `env`.
-    - `env`: added to the environment, and wins over it. `inherit_env=False`: it starts from what the system
-      needs. `cwd`: where it runs, and relative paths in `command`, `python` and `sha256` start.
+      version that both can is used.
+    - `python`: the interpreter, where miniplug need not be installed; by default this one, with its flags.
+      Another one gets none of this one's own variables. What it imports lies beside the file, or for a
+      module in `cwd`; for more give a ``PYTHONPATH`` in `env`.
+    - `env`: added to the environment, and wins over it; with `inherit_env=False` to what the system needs
+      alone. `cwd`: where it runs, and where relative paths start.
     - `start_timeout`, `call_timeout`: seconds to connect in, and for a call that has no deadline of its own.
     - `stdin`: ``"discard"``, ``"inherit"`` (a terminal too: then it shares the host's process group) or a
       file. `stdout`, `stderr`: ``"log"``, ``"inherit"``, ``"discard"``, a callable that takes each line, or a
       text file.
     - `logger` (default ``miniplug.NAME``): the parent of those that its records and lines go to: its own
       loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
-    - `max_restarts` in any `restart_window` seconds: after a crash the next call starts it anew, after a
+    - `max_restarts` in any `restart_window` seconds: the next call after a crash starts it anew, after a
       pause of 0.1 seconds, and of twice as long each time. Proxies stay good; calls wait, their deadlines
-      running. Those in flight fail with PluginCrashed and are never run again. Past the limit calls raise the
-      last one, until `start`.
+      running. Those in flight raise PluginCrashed and never run again; past the limit all do, until `start`.
     - `heartbeat`: seconds without an answer to a ping that count as a crash. `idle_timeout`: seconds without
       a call, stream or reference after which it is closed, to start again on the next call.
-    - `on_start(plugin)` runs after every start; until it returns only the calls of its own thread get
-      through, and what those call back. If it raises, the process is ended, and whoever started it gets that.
+    - `on_start(plugin)` runs after every start; until it returns only its own calls get through, and what
+      those call back. If it raises, the process is ended, and whoever started it gets that.
       `on_exit(plugin)` runs in a thread of miniplug's, once for each time that the process ends unasked.
     - `sha256`: the hex digest of the program, script or spec's file (not of the interpreter), or ``{path:
-      digest}``. It is checked before anything runs, and nothing checked is run from a bytecode cache. What it
-      imports is not checked unless it is named.
+      digest}``, for what it imports too. They are checked before anything runs, and what is checked
+      does not come from a bytecode cache.
     - `limits`: what it may use at most. `max_message`: bytes of the longest message that the host takes, at
-      least 4096.
-    - `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host goes, unless
-      this one closes it, and can be attached to.
+      least 4096. `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host
+      goes, unless this one closes it, and can be attached to.
 
     Raises LaunchError, HandshakeError, ChecksumError, PluginClosed, and what `on_start` raises; TypeError or
-    ValueError for an option; RuntimeError in a process that is itself being started as a plugin, and imports
-    a host's module that launches this one, for want of an ``if __name__ == "__main__":``.
+    ValueError for an option; RuntimeError in a plugin that is still being started: a host's module that it
+    imports lacks an ``if __name__ == "__main__":``.
     """
     return Plugin(command, **options).start()
 
@@ -6535,12 +6491,12 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
            protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
            heartbeat: float | None = None, logger: logging.Logger | None = None,
            max_message: int = _MAX_MESSAGE) -> Plugin:
-    """Connect to a plugin that runs already, and return it. `config` is what its `reattach_config` gave.
+    """Connect to a plugin that runs already, and return it. `config` is what its `reattach_config` gave; the
+    options are those of `launch`, which attaches as well where the environment variable ``MINIPLUG_ATTACH``
+    is ``{NAME: config}`` as JSON, and has its `name`.
 
     The process is not this host's: `close`, the end of a ``with`` and interpreter exit disconnect; `kill`
-    asks it to end first. What it prints does not come here. After a `close` `start` connects again. The
-    options are those of `launch` that apply; which attaches as well where the environment variable
-    ``MINIPLUG_ATTACH`` is ``{NAME: config}`` as JSON, and has its `name`.
+    asks it to end first. What it prints does not come here. After a `close` `start` connects again.
 
     Raises LaunchError if there is no such plugin (any more), or its kinds HandshakeError and
     AuthenticationError.
@@ -6549,10 +6505,7 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
     del options["config"]
     plugin = Plugin(["attach"], **options)
     recipe = plugin._supervisor.recipe
-    try:
-        recipe.config = _checked_config(config)
-    except ValueError as error:
-        raise recipe.not_started([], str(error)) from None
+    recipe.process, recipe.config = None, config or {}
     return plugin.start()
 
 
@@ -6563,30 +6516,29 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
           max_message: int = _MAX_MESSAGE) -> Plugin:
     """Serve plugins in this very process, for tests: over the same session and codec, started.
 
-    `plugins`, `info` and `max_workers` are those of `serve`; the options those of `launch` that apply. What a
+    `plugins`, `info` and `max_workers` are those of `serve`, the other options those of `launch`. What a
     plugin prints or logs goes where the process's own does, and what ends a process ends this one. Raises
     what `serve` and `launch` raise.
     """
     options = {key: value for key, value in locals().items() if key not in ("plugins", "info", "max_workers")}
     plugin = Plugin(["local"], **options)
-    server = partial(_Server, _versions(plugins, handshake), info, max_workers, max_message)
-    server()  # raises here what it raises
+    make = partial(_Server, _versions(plugins, handshake), info, max_workers, max_message)
+    make()  # raises here what it raises
 
     def start(*how: Any, **popen: Any) -> _NoProcess:
-        address, key = popen["env"][_ADDRESS], bytes.fromhex(popen["env"][_AUTHKEY])
-        channel = _connect(address, _HELLO_SECONDS)
-        thread = _start_thread("miniplug-local", _serve_here, server(), channel, address, key)
-        return _NoProcess(channel, os.getpid(), thread)
+        server = make()
+        thread = _start_thread("miniplug-local", _serve_here, server, popen["env"])
+        return _NoProcess(partial(server.stop, 0.0), os.getpid(), thread)
 
     plugin._supervisor.recipe.process = start
     return plugin.start()
 
 
-def _serve_here(server: _Server, channel: _Channel, address: str, key: bytes) -> None:
+def _serve_here(server: _Server, env: Mapping[str, str]) -> None:
     try:
-        server.attend(channel, server.greet(channel, address, key, {"matches": True}))
-    except (OSError, EOFError, PluginError):
-        channel.close()  # the host's end tells why
+        server.serve_launcher(env[_ADDRESS], env[_AUTHKEY], {"matches": True})
+    except SystemExit:
+        pass  # the host's end tells why
     server.close()
 
 
@@ -6603,8 +6555,7 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     Raises OSError for a folder that cannot be read, and ValueError for a pattern that is empty or absolute,
     TypeError for one that is no str.
     """
-    if not isinstance(pattern, str):
-        raise TypeError(f"pattern={pattern!r}: it is a glob, a str")
+    _check(discover, locals())
     if _import("pathlib").PurePath(pattern).anchor or os.path.normpath(pattern) == ".":
         raise ValueError(f"pattern={pattern!r}: it is a glob relative to the folder")
     folder = _import("pathlib").Path(directory).absolute()
@@ -6630,8 +6581,7 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
 
     Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
-    if not isinstance(group, str):
-        raise TypeError(f"group={group!r}: it is the name of a group, a str")
+    _check(discover_entry_points, locals())
     if python is not None:
         with launch("miniplug:discover_entry_points", name="entry_points", python=python) as plugin:
             return dict(plugin.dispense()(group))

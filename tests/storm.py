@@ -73,7 +73,8 @@ def is_part(thing):
 
 def still_open(session):
     """{what: how many}, of what must be gone once nobody calls."""
-    return {names[0]: len(inside(session, names)) for names in (CALLS, REQUESTS, SLEEPERS, UNATTENDED)}
+    rooms = CALLS, REQUESTS, SLEEPERS, UNATTENDED
+    return {names[0]: len([each for each in inside(session, names) if each != -1]) for names in rooms}  # -1: always
 
 
 def holdings(session):

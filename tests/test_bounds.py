@@ -488,7 +488,7 @@ def test_without_the_c_accelerator(monkeypatch):
     monkeypatch.setattr(miniplug, "_make_encoder", None)
     monkeypatch.setattr(json.scanner, "c_make_scanner", None)
     monkeypatch.setattr(json.decoder.scanner, "make_scanner", json.scanner.py_make_scanner)
-    monkeypatch.setattr(miniplug, "_encode", miniplug._writer(None))
+    monkeypatch.setattr(miniplug, "_encode", miniplug._writer())
     monkeypatch.setattr(miniplug, "_scan", miniplug._scanner(None))
     assert codec().dumps(value, "value") == expected and pictures(trip(value)) == pictures(value)
     assert codec().dumps_call(1, "m", ("a",), {})[0] == b'[1,"m",["a"],{}]' and trip("a") == "a"

@@ -156,6 +156,22 @@ def double(value):
 # -- what goes by reference
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_what_a_handler_has_left_half_lent_is_lent_all_the_same(both, proxy, error):
+    references = both.here.references
+
+    class Struck(dict):
+        def setdefault(self, *_):
+            references._loans = dict(self)
+            raise error("struck")
+
+    references._loans = Struck(references._loans)
+    with pytest.raises(error):
+        proxy.call(double, 2)
+    assert proxy.call(double, 2) == 4
+    given_back(both)
+
+
 @pytest.mark.parametrize("function", [double, lambda value: value * 2, functools.partial(pow, 2), Thing("x").get, [].append, len,
                                       Callable(), Silent(), asyncio.sleep])
 @pytest.mark.parametrize("nested", [False, True])

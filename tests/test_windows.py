@@ -201,7 +201,7 @@ def pair():
     """Two channels past the handshake, which take messages of 10 MB."""
     both = channels()
     for channel in both:
-        channel.begin(10_000_000)
+        channel.begin(10_000_000, 10_000_000)
     yield both
     for channel in both:
         channel.close()
@@ -217,7 +217,7 @@ def frames():
 
 
 def send(channel, body, *buffers, deadline=None):
-    channel.send((0, 0, 0, 0), body, buffers, [], True, deadline)
+    channel.send(0, 0, 0, (body, buffers, 0, []), 0, True, deadline)
 
 
 def read(channel, count):
