@@ -3535,33 +3535,39 @@ class _Loop:
     """An event loop on a thread of its own. `call` and `close` are for any thread."""
 
     def __init__(self) -> None:
-        self._closing, self._ready = False, _gate()
+        self._loop = _import("asyncio").new_event_loop()
+        self._closing = False
         self._thread = _start_thread("miniplug-loop", self._run)
-        self._ready.acquire()
 
     def call(self, function: Callable[[], Any]) -> bool:
         """Have the loop call a function. False if it is closed."""
         return _call_on(self._loop, function)
 
     def _run(self) -> None:
+        _import("asyncio").set_event_loop(self._loop)
         _loop_threads.add(threading.get_ident())
-        while not self._closing:
-            try:
-                _import("asyncio").run(self._until_closed())
-            except BaseException:  # some task that the plugin has started calls sys.exit(): another loop
-                _import("traceback").print_exc()
-        _loop_threads.discard(threading.get_ident())
+        try:
+            while not self._closing:
+                try:
+                    self._loop.run_forever()
+                except BaseException:  # some task that the plugin has started calls sys.exit()
+                    _import("traceback").print_exc()
+            self._loop.run_until_complete(self._cancel_all())
+        finally:
+            _loop_threads.discard(threading.get_ident())
+            self._loop.close()
 
-    async def _until_closed(self) -> None:
+    async def _cancel_all(self) -> None:
         asyncio = _import("asyncio")
-        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        _open(self._ready)
-        if not self._closing:
-            await self._end.wait()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
 
     def close(self) -> None:
         self._closing = True
-        if self.call(self._end.set):
+        if self.call(self._loop.stop):
             self._thread.join(1.0)  # a task may refuse to end
 
 
