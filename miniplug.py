@@ -84,12 +84,13 @@ The map of this file; each section uses only those above it:
 #         _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock
 #     _Producer._lock, while a message is sent
 #     _References._lock
-#     _Supervisor.news; but at interpreter exit (_close_all) it is kept for good, and what follows is done
-#         under it, that of any line
-#     under which no other is taken: _mending, _Door._lock, _Pool._lead, _Served._lock,
-#         _Server._lock, _Guardian._lock, those of the processes, and the condition of a Call
+#     _Supervisor.news; but at interpreter exit _close_all takes it and never gives it back: then all others
+#         may be taken under it
+#     under which no other is taken: _mending, _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
+#         those of the processes, and the condition of a Call
 #
-# Nobody waits for `_Producer._turn` and `_Run._claim`: who does not get them leaves the work to who has them.
+# `_Pool._lead` is held by the thread that waits for tasks, and while that runs one which does not wait.
+# Nobody waits for `_Producer._turn` and `_Run._claim`: who finds one taken leaves the work to its holder.
 # A seat (`_Seat`) is no lock. A gate (`_gate`) is a lock that is used as a wake-up. Code of the user may run
 # in any thread that waits for a call, and a finalizer anywhere: so those only append to a queue.
 
@@ -114,7 +115,7 @@ import struct
 import threading
 import time
 from collections import Counter, deque, namedtuple
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import lru_cache, partial, reduce
 
 TYPE_CHECKING = False
@@ -165,7 +166,7 @@ __all__ = [
 ]
 
 _WINDOWS = os.name == "nt"
-_posix: Any = os  # for what Windows lacks, which type checkers know
+_posix: Any = os  # untyped: for what Windows lacks, as type checkers know
 try:
     _FILE = os.path.abspath(__file__)
 except OSError:  # the current folder is gone
@@ -338,10 +339,14 @@ def _import(name: str) -> Any:
     return sys.modules[name]
 
 
+def _in_main_thread() -> bool:
+    """Whether signal handlers run in this thread."""
+    return threading.get_ident() == threading.main_thread().ident
+
+
 def _is_ctrl_c(error: BaseException) -> bool:
     """Whether this is for the program, and not just something that was raised."""
-    in_main = threading.current_thread() is threading.main_thread()
-    return in_main and issubclass(type(error), KeyboardInterrupt)
+    return _in_main_thread() and issubclass(type(error), KeyboardInterrupt)
 
 
 def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threading.Thread:
@@ -1266,9 +1271,9 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 # system call takes as many frames as have come. On Windows a frame is a message of a named pipe. A message is
 # a frame of header and body, and one for each of its buffers.
 #
-# What a signal handler raises strikes between any two steps. So what is read or written is known by the very
-# step that does it (`list.extend(map(recv, ...))` is one), what belongs together is one tuple, replaced by
-# one store, and each other step may be repeated.
+# A signal handler may raise between any two steps. So one call of C both does and records what is read or
+# written (`list.extend(map(recv, ...))`), what belongs together is one tuple, replaced by one store, and each
+# other step may be repeated.
 
 _WIRE_VERSION = 1
 _HEADER = struct.Struct("!BBHIQQ")  # version, kind, flags, buffers, the call, on behalf of which call
@@ -1307,8 +1312,8 @@ def _left(deadline: float | None) -> float:
 
 
 def _heed(error: OSError) -> None:
-    """A system call has said that it would wait. Raises _Broken if it has failed; and what a signal handler
-    has raised in the midst of it, maybe an OSError, too: that comes from elsewhere, or has no errno."""
+    """Return if a system call would have waited. Raises _Broken if it has failed. An OSError that a signal
+    handler has raised in the midst of it, which comes from elsewhere or has no errno, is passed on."""
     trace: Any = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
@@ -1422,7 +1427,8 @@ class _Channel:
                     if large is None:
                         steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
                     else:
-                        with large[0].getbuffer() as view, view[sum(steps) :] as missing:
+                        steps[:] = [sum(steps)]
+                        with large[0].getbuffer() as view, view[steps[0] :] as missing:
                             steps.extend(map(self.sock.recv_into, (missing,)))
                 except OSError as error:
                     _heed(error)
@@ -1467,7 +1473,7 @@ class _Channel:
             partial = self._take(come, data[start:end], partial)
             at = end
             if partial is _GREETING:  # what follows the handshake are messages
-                return come, partial, b"", [data[at:]] * (at < size), None
+                return come, partial, b"", [data[at:]] if at < size else [], None
         return come, partial, data[at:], [], None
 
     def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
@@ -1537,8 +1543,9 @@ class _Channel:
         """Write a message, in chunks, or leave it to the thread that writes; an empty one: go on with what is
         left. From the very step on that has it written for sure, `lent` is empty.
 
-        What the other side does not take at once is left to `later`, but with `wait` and no deadline. With
-        `wait`, wait first while much is left: past the deadline raises _Late, and sends nothing.
+        What the other side does not take at once is left to `later`; with `wait` and no deadline this thread
+        goes on. With `wait`, wait first while much is left: past the deadline raises _Late, and sends
+        nothing.
         """
         writer, posted, token = self.writer, self.posted, {_get_ident()}
         mine = _ref_to(token)
@@ -1551,9 +1558,10 @@ class _Channel:
                 if self._transmit(message, counts, False):
                     self.batch = None
             else:
+                # one step; the second part of it empties `lent`, and adds nothing
                 clear: Any = itertools.compress(map(list.clear, [lent] if lent else ()), (0,))
-                posted.extend(itertools.chain([message] if message else (), clear))  # one step
-                if writer.setdefault(0, mine) is not mine:  # who writes may have looked before
+                posted.extend(itertools.chain([message] if message else (), clear))
+                if writer.setdefault(0, mine) is not mine:  # who writes may have looked at `posted` before
                     return
             if posted or self.batch is not None:
                 self._write_all(wait and deadline is None)
@@ -1649,8 +1657,8 @@ class _PipeChannel(_Channel):
     """Messages over a named pipe of Windows, by overlapped reads and writes. One that is under way stays so
     when its caller leaves; the next one goes on with it.
 
-    What is waited for are events, never the handle. To take that and to begin with it is one step, so it may
-    be closed at any time. `state` ends with what has come of a frame, and the read, in a list.
+    What is waited for are events, never the handle. One call of C takes that and begins with it, so it may be
+    closed at any time. `state` ends with what has come of a frame, and the read, in a list.
     """
 
     def _take_over(self, connection: Any) -> None:
@@ -1823,7 +1831,8 @@ class _Listener:
             if is_path:
                 os.chmod(address, 0o600)
         except OSError as error:  # it has named no file; without a number the path is too long
-            raise OSError(error.errno or 36, error.strerror or str(error), address) from None
+            errno = error.errno or _import("errno").ENAMETOOLONG
+            raise OSError(errno, error.strerror or str(error), address) from None
         if not _WINDOWS:  # who accepts looks now and then whether that is still wanted
             self._listener._listener._socket.settimeout(0.5)
         return f"{target[0]}:{self._listener.address[1]}" if isinstance(target, tuple) else address
@@ -2112,7 +2121,7 @@ class _Door:
             time.sleep(0.005)
 
     def close(self) -> None:
-        """Let nobody in any more; returns when no thread, socket or file is left."""
+        """Let nobody in any more, and return when nothing is left to come in by."""
         with self._lock:
             self._open = False
             callers = list(self._callers)
@@ -2140,13 +2149,12 @@ class _Door:
 # that one; any other to the pool. A thread that waits takes the seat if it is free, else it sleeps until
 # there is something for it.
 #
-# Sleeping and waking. Who sleeps first says so, then looks once more; who has something does that first, then
-# looks who sleeps. So no wake-up is lost, but where a handler raises in between: so who sleeps looks again
-# after a second.
+# Sleeping and waking. A sleeper first announces itself, then looks again; a waker first acts, then looks for
+# sleepers. So no wake-up is lost, unless a handler raises in between: a sleeper looks again after a second.
 #
-# What a signal handler raises strikes the main thread between any two steps. What must not be struck a thread
-# of the pool does, told by one step (`_pool.put`, `_move`), which is an `except`'s first, with no call before
-# it: so nothing strikes before, in Python 3.10 and later. Every other step may be repeated.
+# What a signal handler raises strikes the main thread between any two steps. What must not be struck is done
+# by a thread of the pool. It is told by one call of C (`_pool.put`, `_move`), mostly the first thing in an
+# `except`, where nothing strikes before it (in Python 3.10 and later). Every other step may be repeated.
 #
 # Streams. A call may be answered by items, several to a message, until an end or an error. The caller may
 # leave _WINDOW of them unread, and gives credit for as many as it has read. A producer without credit holds
@@ -2197,18 +2205,13 @@ def _open(gate: Any) -> None:
         pass  # it is open
 
 
-def _in_main_thread() -> bool:
-    """Whether signal handlers run in this thread."""
-    return _get_ident() == threading.main_thread().ident
-
-
 class _Pool:
     """Daemon threads for all sessions, as long as there is one.
 
     `put((function, *arguments))` has a thread call the function, in one step: for any thread, finalizers and
-    signal handlers too. With None before, the function does not wait: no thread of its own is started for it.
-    Who holds `_lead`, which protects `_alarms`, waits for tasks; before it goes with one it sees to it that
-    another thread waits.
+    signal handlers too. A leading None promises that the function does not wait: the leader calls it, so
+    that such keep their order. The leader holds `_lead`, which protects `_alarms`, and waits for tasks;
+    before it leaves with one it sees to it that another thread waits.
     """
 
     def __init__(self) -> None:
@@ -2217,7 +2220,7 @@ class _Pool:
         self._alarms: list[Any] = []  # a heap of (when, number, function)
         self._numbers = itertools.count()
         self._lead = threading.Lock()
-        self._waiting: list[None] = []  # as long as how many threads wait, or are about to
+        self._waiting: list[None] = []  # counts, in one step, the threads that wait or are about to
 
     def alarm(self, when: float, function: Callable[[], Any]) -> None:
         """Have a thread call a function at a time.monotonic()."""
@@ -2300,9 +2303,9 @@ class _Pool:
             alarms.clear()
 
 
-def _move(function: Callable[[Any], Any], take: Callable[[], Any], *mark: None) -> None:
-    """Have the pool call a function with what `take`, a queue's popleft, gives: in one step."""
-    _consume(map(_pool.put, zip(*zip(mark), (function,), itertools.starmap(take, _ONCE))))
+def _move(take: Callable[[], Any], *task: Any) -> None:
+    """Have the pool do a task with what `take`, a queue's popleft, gives as its last part: in one step."""
+    _consume(map(_pool.put, zip(*[(part,) for part in task], itertools.starmap(take, _ONCE))))
 
 
 def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -2404,7 +2407,7 @@ def _too_late(call: _Call) -> Exception:
 
 
 class _Sealed(Exception):
-    """The session takes no more calls: this one was not sent, and may go elsewhere."""
+    """The session takes no more calls: this one was not sent, and may be sent over another session."""
 
 
 class _Request:
@@ -2491,9 +2494,8 @@ class _Reader:
     """Who reads what has come, and where it goes. Any thread may call `wait` and `pass_on`; the rest is for
     who holds the seat. Should a handler raise there, the message is still first in the channel's queue.
 
-        nobody --a caller: wait, until it has its answer-----> nobody
-        nobody --pass_on: a sleeper is woken, takes the seat-> nobody
-        nobody --pass_on: else the attendant-----------------> nobody
+    The seat is taken by a caller that waits, until it has its answer; by a sleeper that the last one has
+    woken; or else by the attendant.
     """
 
     def __init__(self, session: _Session) -> None:
@@ -2634,7 +2636,7 @@ class _Reader:
         else:
             try:
                 _pool.check()
-                _move(runner.run_message, come.popleft, None)
+                _move(come.popleft, None, runner.run_message)
             except RuntimeError as error:  # no thread to be had: that fails the call
                 runner.fail(request, error, wait=False)
                 come.popleft()
@@ -2644,7 +2646,7 @@ class _Reader:
     def take(come: deque[_Message], function: Callable[[_Message], Any]) -> None:
         """Call a function with the first of `come`, once and for all: no handler must strike there."""
         if _in_main_thread():
-            _move(function, come.popleft)
+            _move(come.popleft, function)
         else:
             function(come.popleft())
 
@@ -2716,7 +2718,7 @@ class _Attendant:
                     runner.run_with_slot(request)
                     if right[0] is mine:
                         self._inline = -request.number
-        except BaseException as error:  # no memory is left, say: who waits would wait in vain
+        except BaseException as error:  # the connection's end, or there is no memory
             session.end(error)
         finally:
             if seat[0] is mine:
@@ -2808,7 +2810,7 @@ class _Caller:
         asyncio = sys.modules.get("asyncio")
         call.loop = asyncio._get_running_loop() if asyncio is not None else None
         if call.loop is not None:
-            call.context = _import("contextvars").copy_context()
+            call.context = copy_context()
         try:
             _pool.check()  # without a thread to read the answer nothing is sent
             self._reader.unattended.add(call.number)
@@ -2889,8 +2891,9 @@ class _Caller:
     def _raised(self, call: _Call, body: Any) -> Any:
         """The exception that a call has raised: what began here comes home as itself."""
         home = body.get("home") if type(body) is dict else None
-        if type(home) is int and home in dict(call.raised):
-            return dict(call.raised)[home]
+        for number, error in call.raised:
+            if type(home) is int and number == home:
+                return error
         error = _decode_error(body)
         if isinstance(error, RemoteError):
             vars(error)["_origin"] = (_ref_to(self._session), call.number)
@@ -3000,7 +3003,7 @@ class _Runner:
     # -- running
 
     def decode(self, request: _Request) -> None:
-        """Make the call of what has come: `request.body`. Without one it is answered already."""
+        """Make the call of what has come: `request.body`. Without one it has been answered."""
         try:
             call = self._session.decode(request.inbox)
             if type(call) is not list or [*map(type, call[1:4])] != [str, list, dict]:
@@ -3009,13 +3012,15 @@ class _Runner:
                 raise _Undecodable(PluginClosed("the plugin is shutting down"))
             request.body, request.method = call, call[1]
         except _Undecodable as error:
+            request.begun = True
             self.fail(request, error.args[0], own=True)
         except ProtocolError as error:
+            request.begun = True
             self._session.end(error)
 
     def run(self, request: _Request) -> None:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises
-        is an answer too. (Should there be one, the other side ignores this.)"""
+        is an answer too."""
         if request.begun and request.producer is None:
             return
         outer, returned = _current.get(), False
@@ -3093,7 +3098,7 @@ class _Runner:
         if self._requests.get(request.number) is not request:
             return
         session.references.unlend(request.lent)
-        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
+        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type(error).__mro__]):
             call.raised = deque([*call.raised, (request.number, error)], _RAISED)  # it may come home
         if request.kind == _NOTIFY:
             _print_error(error)
@@ -3369,7 +3374,7 @@ class _Session:
         kind, flags, number, _, body, _ = message
         request = self.requests.get(number)  # None: it has ended meanwhile
         if kind == _RELEASE:
-            return self.reader.take(come, lambda message: self.references.release_unless_busy(message[2]))
+            return self.reader.take(come, lambda gone: self.references.release_unless_busy(gone[2]))
         if kind == _CREDIT:
             count = self.codec.loads(body, (), 0) if body else None
             if type(count) is not int or not 0 < count <= _WINDOW:
@@ -3426,7 +3431,8 @@ class _Session:
         return bool(self.calls or self.requests or self.borrowed or self.references.lends)
 
     def unused(self) -> bool:
-        """Whether it is not busy, and no call has begun since this was asked last. One thread asks."""
+        """Whether it is not busy, and no call has begun since this was asked last, as the numbers tell. One
+        thread asks."""
         before, self._last_asked = self._last_asked, next(self.numbers)
         return self._last_asked == before + 1 and not self.busy()
 
@@ -3448,7 +3454,7 @@ class _Session:
     def failed(self, error: BaseException, call: _Call) -> BaseException:
         """End the connection for what the other side should not have sent; returns what the call raises."""
         self.end(error)
-        return self.ended([*{call.method: None, **dict.fromkeys(self.lost_calls)}])  # type: ignore[misc]
+        return self.ended([*dict.fromkeys([call.method, *self.lost_calls])])  # type: ignore[misc]
 
     def end(self, cause: BaseException) -> None:
         """The connection has ended: fail every call, let every thread go. `cause`: a _Broken, or what the
@@ -3470,7 +3476,7 @@ class _Session:
         self.stop(-1.0 if self.closing is None else self.closing)
         _sessions.discard(self)
         if not _sessions:
-            _pool.put((bool,))  # its threads end
+            _pool.put((bool,))  # wakes who waits, who then ends as there is no session
 
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""
@@ -4290,7 +4296,7 @@ class _Awaitable:
                     return self._settle(call, come.popleft())
             finally:
                 self._condition.release()
-        return _move(partial(self._settle, call), come.popleft)
+        return _move(come.popleft, self._settle, call)
 
     def _settle(self, call: _Call, message: _Message) -> None:
         future: Any = self
@@ -6741,9 +6747,9 @@ def _load_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if not error.name or not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
-        where = f"{folder or 'the current folder'}, nor among the packages of {sys.executable}"
-        sys.exit(f"miniplug: there is no module {error.name!r} in {where}; cwd or PYTHONPATH names another "
-                 "folder, and path/to/file.py:Attr a file")
+        where = folder or "the current folder"
+        sys.exit(f"miniplug: there is no module {error.name!r} in {where}, nor among the packages of "
+                 f"{sys.executable}; cwd or PYTHONPATH names another folder, and path/to/file.py:Attr a file")
 
 
 def freeze_support() -> None:

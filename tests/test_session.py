@@ -267,7 +267,7 @@ def test_a_number_that_is_closed_beneath_who_reads(pair, instead):
     """The connection ends all the same; and what has the number then is neither shut down nor closed."""
     class Closer:
         def close_beneath(self):
-            until(lambda: any(storm.waits_in(miniplug._step, thread) for thread in both.there.reader.seat.holder()))
+            until(lambda: any(storm.waits_in(miniplug._Channel.receive, thread) for thread in both.there.reader.seat.holder()))
             if instead == "nothing":
                 os.close(number)
             else:
