@@ -3527,14 +3527,18 @@ def _no_method(name: str, names: Iterable[str] | None, where: str, what: str = "
 
 def _makes_instances(served: Any) -> bool:
     """Whether what is served is a class, or a function that needs no argument, and not the object itself. One
-    that may take any number is there to be called."""
-    made = getattr(served, "func", None) if type(served) is partial else served
-    if isinstance(made, type) or not (_import("inspect").isroutine(served) or type(served) is partial):
-        return isinstance(made, type)
+    that may take any number, or in C any, is there to be called."""
+    inspect, is_partial = _import("inspect"), type(served) is partial
+    if isinstance(served.func if is_partial else served, type):
+        return True
+    if not (is_partial or inspect.isroutine(served)):
+        return False
     try:
-        parameters = _import("inspect").signature(served).parameters.values()
+        parameters = inspect.signature(served).parameters.values()
     except ValueError:
         return False  # a C function that does not tell
+    if inspect.isbuiltin(served):
+        return not parameters
     return all(each.default is not each.empty for each in parameters)
 
 
@@ -4525,7 +4529,7 @@ def _take_environment() -> None:
 def _refuse_monkey_patches() -> None:
     """Raises RuntimeError where there are green threads instead of the system's: waiting would hang."""
     for function in (socket.socket, threading.get_ident, time.sleep, _import("select").select):
-        library = str(function.__module__).partition(".")[0]
+        library = str(getattr(function, "__module__", "")).partition(".")[0]
         if library in ("gevent", "eventlet"):
             raise RuntimeError(f"miniplug does not run under the monkey patches of {library}: let a process "
                                "without them have the plugins")
