@@ -5085,10 +5085,11 @@ class Limits(namedtuple("_Limits", "memory cpu_seconds open_files"), metaclass=_
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
-        for name, value in (("memory", memory), ("cpu_seconds", cpu_seconds), ("open_files", open_files)):
-            kinds, word = ((int, float), "number") if name == "cpu_seconds" else ((int,), "whole number")
-            if value is not None and (type(value) not in kinds or not 0 < value < float("inf")):
-                raise ValueError(f"{name}={value!r}: it is a positive {word}, or None")
+        for name, count in (("memory", memory), ("open_files", open_files)):
+            _checked_count(1 if count is None else count, name, 1)
+        seconds = 1 if cpu_seconds is None else cpu_seconds
+        if type(seconds) not in (int, float) or not 0 < seconds < float("inf"):
+            raise ValueError(f"cpu_seconds={seconds!r}: it is a positive number, or None")
         return super().__new__(cls, memory, cpu_seconds, open_files)
 
     def _as_job(self, stays: bool = False) -> bytes:
