@@ -3524,14 +3524,24 @@ def _no_method(name: str, names: Iterable[str] | None, where: str, what: str = "
     return MethodNotFound(f"{where} {text}", name=name, matches=matches)
 
 
+def _signature(function: Any) -> Any:
+    """inspect.signature(), also where a name in an annotation is missing: Python 3.14 looks for it."""
+    if sys.version_info < (3, 14):
+        return _import("inspect").signature(function)
+    names = _import("annotationlib").Format.FORWARDREF
+    return _import("inspect").signature(function, annotation_format=names)
+
+
 def _makes_instances(served: Any) -> bool:
     """Whether what is served is a class, or a function that needs no argument, and not the object itself. One
     that may take any number is there to be called."""
     made = getattr(served, "func", None) if type(served) is partial else served
-    if isinstance(made, type) or not (_import("inspect").isroutine(served) or type(served) is partial):
-        return isinstance(made, type)
+    if isinstance(made, type):
+        return True
+    if not (_import("inspect").isroutine(served) or type(served) is partial):
+        return False
     try:
-        parameters = _import("inspect").signature(served).parameters.values()
+        parameters = _signature(served).parameters.values()
     except ValueError:
         return False  # a C function that does not tell
     return all(each.default is not each.empty for each in parameters)
@@ -3556,8 +3566,8 @@ class _Loop:
             while not self._closing:
                 try:
                     self._loop.run_forever()
-                except BaseException:  # some task that the plugin has started calls sys.exit()
-                    _import("traceback").print_exc()
+                except BaseException as error:  # some task that the plugin has started calls sys.exit()
+                    _print_error(error)
             self._loop.run_until_complete(self._cancel_all())
         finally:
             _loop_threads.discard(threading.get_ident())
@@ -3602,9 +3612,11 @@ class _Served:
         return name, self.plugins[name]
 
     def shared(self, name: str) -> Any:
-        """The object that all callers share; of a class or factory the instance that describes the others."""
+        """The object that all callers share; of a class or factory the instance that describe() looks at."""
         served = self.find(name)[1]
         with self._entering.setdefault(name, threading.RLock()):
+            if self._closed:
+                raise PluginClosed("the plugin is shutting down")
             if name not in self._shared:
                 self._shared[name] = _enter(_made(served) if _makes_instances(served) else served)
             return self._shared[name][0]
@@ -3648,8 +3660,8 @@ def _exit(manager: Any) -> None:
     try:
         if manager is not None:
             type(manager).__exit__(manager, None, None, None)
-    except Exception:
-        _import("traceback").print_exc()
+    except BaseException as error:  # also sys.exit(): others have to be exited, too
+        _print_error(error)
 
 
 # -- references: objects that stay where they are, and are called from the other side
@@ -3793,6 +3805,7 @@ class _References:
         self._lock = threading.RLock()  # protects the following three
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
+        self._latest: deque[int] = deque(maxlen=1000)  # new numbers: a handler may have left one half lent
         self.lends = False  # whether anything is lent
         self._held: dict[int, Any] = {}  # weak references to those given back, that a message may hold
         self._parting: list[_Loan] = []  # those to be exited
@@ -3837,9 +3850,10 @@ class _References:
         key: Any = object() if manager else (id(obj),) if owner is None else (id(owner), function)
         with self._lock:
             number = 0 if obj is self._loans[0].object else self._lent.get(key)
-            if number not in self._loans:  # or a handler has left it half lent
+            if number not in self._loans:  # it is new, or half lent: known here, but not lent
                 loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
                 number = self._lent.setdefault(key, next(self._numbers))
+                self._latest.append(number)
                 self._loans.setdefault(number, loan)
             loan = self._loans[number]
             self.lends = True
@@ -3897,7 +3911,7 @@ class _References:
     def unlend(self, lent: Any) -> None:
         """Take back what was lent for a message that was not sent, and what a handler has left half lent."""
         with self._lock:
-            half = [number for number, loan in self._loans.items() if number and not loan.sent]
+            half = [number for number in self._latest if number in self._loans and not self._loans[number].sent]
             while lent:
                 half.append(lent.pop())
             for number in half:
@@ -3974,7 +3988,7 @@ def _describe(function: Any) -> list[Any]:
     inspect = _import("inspect")
     doc = inspect.getdoc(function)
     try:
-        signature = inspect.signature(function)
+        signature = _signature(function)
     except (TypeError, ValueError):
         return [None, doc, None]
 
@@ -4242,7 +4256,7 @@ def _refusals(interface: type, name: str, shown: str, doc: str, parameters: Any)
     """In words, what the plugin's method does not take of the calls that the interface's allows."""
     inspect = _import("inspect")
     try:
-        mine = inspect.signature(getattr(interface, name))
+        mine = _signature(getattr(interface, name))
         *others, (_, _, _, _) = parameters
         kinds, make = inspect._ParameterKind, inspect.Parameter
         theirs = inspect.Signature([make(each, kinds(kind), default=mine.empty if default is None else 0)
@@ -4818,14 +4832,15 @@ class _LoggingHook:
             return None
         sys.meta_path.remove(self)
         spec = _import("importlib.util").find_spec(name)
-        load = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            load(module)
-            _set_up_logging(module, self._level)
-
-        spec.loader.exec_module = exec_module
+        self._code, spec.loader = spec.loader.get_code, self  # a loader may be shared: it is left as it is
         return spec
+
+    def create_module(self, spec: Any) -> None:
+        pass  # an ordinary one
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(self._code("logging"), vars(module))
+        _set_up_logging(module, self._level)
 
 
 def _set_up_logging(logging: Any, level: int) -> None:
@@ -5201,11 +5216,13 @@ class _Guardian:
         self._told: set[str] = set()  # what it is to end or to remove
 
     def tell(self, line: str) -> None:
-        """That a process is gone is said while its number is still its own."""
+        """Add what a line names, or after a "!" drop it: a process while its number is still its own."""
+        if "\n" in line:
+            return None  # in the name of a folder: no line can say that
         with self._lock:
             if line.startswith("!"):
                 self._told.discard(line[1:])
-            elif "\n" not in line:
+            else:
                 self._told.add(line)
             if not self._told:
                 return self._part()
@@ -5232,7 +5249,7 @@ class _Guardian:
             self._part()
 
     def _part(self) -> None:
-        """Killed first, as it would take the pipe's end for the host's."""
+        """Killed before the pipe is closed: it would take that for the host's end."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -5283,6 +5300,8 @@ class _PosixProcess:
                 self._code = end.si_status if end.si_code == _posix.CLD_EXITED else -end.si_status
             else:  # macOS before Python 3.13: a group keeps the number while anybody is in it
                 self._code = self._popen.wait()
+                with self._lock:
+                    self._reaped = not self._leads
         except ChildProcessError:
             pass  # somebody else in this host has reaped it: nobody knows how it ended
 
@@ -6222,7 +6241,8 @@ class _Dispensed(_Target):
 
     def release(self) -> None:
         self.released = True
-        for target in self.at.values():
+        known, self.at = self.at, {}
+        for target in known.values():
             target.release()
 
 
@@ -6799,7 +6819,9 @@ def _call_once(given: Any) -> None:
     if method.startswith("_"):  # which a proxy has of its own
         raise _no_method(method, None, "a plugin")
     with _opened(given) as plugin:
-        result = getattr(plugin.dispense(name or None), method)(*map(_argument, given.arguments))
+        found = plugin.dispense(name or None)
+        function = found if type(found) is _Method else getattr(found, method)
+        result = function(*map(_argument, given.arguments))
         for each in result if isinstance(result, Stream) else (result,):
             print(_printable(each), flush=True)
 
