@@ -3911,7 +3911,8 @@ class _References:
     def unlend(self, lent: Any) -> None:
         """Take back what was lent for a message that was not sent, and what a handler has left half lent."""
         with self._lock:
-            half = [number for number in self._latest if number in self._loans and not self._loans[number].sent]
+            new = [number for number in self._latest if number in self._loans]
+            half = [number for number in new if not self._loans[number].sent]
             while lent:
                 half.append(lent.pop())
             for number in half:
