@@ -3548,7 +3548,7 @@ def _makes_instances(served: Any) -> bool:
 
 
 class _Loop:
-    """An event loop on a thread of its own."""
+    """An event loop on a thread of its own. `call` and `close` are for any thread."""
 
     def __init__(self) -> None:
         self._loop = _import("asyncio").new_event_loop()
@@ -3606,9 +3606,8 @@ class _Served:
         if name is None and len(names) == 1:
             (name,) = names
         if name is None or name not in names:
-            problem = "several plugins are" if name is None else f"no plugin {name!r} is"
-            there = f"there {'is' if len(names) == 1 else 'are'} {', '.join(names)}"
-            raise PluginNotFound(f"{problem} served: {there}", names=names)
+            problem = "several plugins are served:" if name is None else f"no plugin {name!r} is served, only"
+            raise PluginNotFound(f"{problem} {', '.join(names)}", names=names)
         return name, self.plugins[name]
 
     def shared(self, name: str) -> Any:
@@ -3642,10 +3641,10 @@ def _made(factory: Any) -> Any:
     try:
         return factory()
     except TypeError as error:
-        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
-            raise  # it has begun
-        how = "serve an instance, or a function that makes one"
-        raise TypeError(f"{error}; it is called without arguments at each dispense: {how}") from None
+        if error.__traceback__ and not error.__traceback__.tb_next:  # it has not begun
+            how = "serve an instance, or a function that makes one"
+            error.args = (f"{error}; it is called without arguments at each dispense: {how}",)
+        raise
 
 
 def _enter(obj: Any) -> tuple[Any, Any]:
@@ -3992,15 +3991,13 @@ def _describe(function: Any) -> list[Any]:
         signature = _signature(function)
     except (TypeError, ValueError):
         return [None, doc, None]
-
-    def text(value: Any, show: Callable[[Any], str]) -> str | None:
-        return None if value is inspect.Parameter.empty else show(value)
-
-    rows = [(each.name, each.kind, each.default, each.annotation) for each in signature.parameters.values()]
-    rows.append(("return", 0, signature.empty, signature.return_annotation))
-    parameters = [[name, int(kind), text(default, repr), text(annotation, inspect.formatannotation)]
-                  for name, kind, default, annotation in rows]
-    return [str(signature), doc, parameters]
+    rows = [[each.name, int(each.kind), each.default, each.annotation]
+            for each in signature.parameters.values()]
+    rows.append(["return", 0, signature.empty, signature.return_annotation])
+    for row in rows:
+        row[2:] = [None if value is signature.empty else show(value)
+                   for value, show in zip(row[2:], (repr, inspect.formatannotation))]
+    return [str(signature), doc, rows]
 
 
 # === 7. proxies =========================================================================================
@@ -4425,8 +4422,7 @@ class Stream:
                     self._advance(False)
                 finally:
                     self._lock.release()
-            if not self._has_news():
-                await self._news()
+            await self._news()
 
     def _advance(self, wait: bool) -> None:
         """Go on to the next message, unless the latest is still being read; without `wait` if it has come."""
@@ -4461,9 +4457,6 @@ class Stream:
             raise self._session.failed(ProtocolError(text), call)
         self._batch = (iter(values), received)
 
-    def _has_news(self) -> bool:
-        return bool(self._over or self._call.inbox or self._batch[0].__length_hint__())
-
     async def _news(self) -> None:
         """Wait until something has come."""
         asyncio, call, reader = _import("asyncio"), self._call, self._session.reader
@@ -4471,7 +4464,7 @@ class Stream:
         self._waiters.append(waiter)
         try:
             reader.unattended.add(call.number)
-            if not self._has_news():
+            if not (self._over or call.inbox or self._batch[0].__length_hint__()):
                 reader.pass_on()
                 await asyncio.wait_for(waiter[1].wait(), call.seconds)
         except asyncio.TimeoutError:
@@ -4601,7 +4594,9 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
     try:
         if persist or address is not None:
             server.listen(address or "", secret)
-            _heed_sigterm()
+            signal, main = _import("signal"), threading.main_thread()
+            if threading.current_thread() is main and signal.getsignal(15) == signal.SIG_DFL:
+                signal.signal(15, signal.default_int_handler)  # SIGTERM ends it as Ctrl-C does
         if host is None:
             print(json.dumps(server.config), flush=True)
         else:
@@ -4613,14 +4608,6 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
             raise
     finally:
         server.close()
-
-
-def _heed_sigterm() -> None:
-    """Have it end the plugin as Ctrl-C does."""
-    signal = _import("signal")
-    main = threading.current_thread() is threading.main_thread()
-    if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _checked_key(key: bytes | str) -> bytes:
@@ -4892,46 +4879,24 @@ class _Lines:
     def __init__(self, file: IO[bytes], deliver: Callable[[str], Any]) -> None:
         self.file = file
         self.tail: deque[str] = deque(maxlen=200)
-        self._log = deliver if isinstance(deliver, _LogSink) else None
-        self._flush = partial(_guard, self._log.flush if self._log else bool)
         self._deliver = deliver
         self._decoder = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
+        self.over = False  # whether nobody wants more of it
         self._line = io.StringIO()  # as much of it as has come
         self._returned = False  # whether the last line has ended with a \r, which a \n may follow
 
-    def read_until(self, ended: Callable[[], bool], wake: int) -> None:
-        """Deliver lines until the stream ends, or the process has: another one may hold the pipe open."""
-        more, last = True, float("inf")
-        while more and time.monotonic() < last:
-            over = ended()
-            last = min(last, time.monotonic() + 0.8) if over else last
-            held = self._log and self._log.trace  # a traceback that may go on
-            if self._await_more(0.0 if over else 0.1 if held else None, wake):
-                try:
-                    data = os.read(self.file.fileno(), 1 << 16)
-                except OSError:
-                    data = b""
-                self._take(data)
-                more = bool(data)
-            else:
-                more = not over
-                self._flush()
-        self._flush()
-
-    def _await_more(self, seconds: float | None, wake: int) -> bool:
-        """Whether there is something to read, within that time and before there is something in `wake`."""
-        if not _WINDOWS:
-            return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
-        if seconds is None:
-            return True  # reading itself is what waits
-        handle = _import("msvcrt").get_osfhandle(self.file.fileno())
-        peek = partial(_import("_winapi").PeekNamedPipe, handle, 0)
-        try:
-            if not peek()[0]:
-                time.sleep(seconds)
-            return bool(peek()[0])
-        except OSError:
-            return True  # its end
+    def read(self) -> None:
+        """Deliver lines until nobody has the other end any more, or what comes is not wanted."""
+        data = b"more"
+        while data:
+            try:
+                data = os.read(self.file.fileno(), 1 << 16)
+            except OSError:
+                data = b""
+            if self.over:
+                data = b""
+            self._take(data)
+        self.file.close()
 
     def _take(self, data: bytes) -> None:
         """Deliver the lines of what has come; at the end, of nothing, what there is."""
@@ -4945,6 +4910,8 @@ class _Lines:
             self._line.write(text)
         if self._line.tell() >= (_LINE_LIMIT if data else 1):
             self._end_line()
+        if not data and isinstance(self._deliver, _LogSink):
+            _guard(self._deliver.flush)
 
     def _end_line(self) -> None:
         text, self._line = self._line.getvalue(), io.StringIO()
@@ -5002,7 +4969,8 @@ def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a p
 
 
 class _LogSink:
-    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is."""
+    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is. One
+    thread calls it; one of the pool logs a traceback that nothing follows. `_lock` protects `trace`."""
 
     _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
     _LINKS = (_HEADS[0], "During handling of the above exception,", "The above exception was the direct")
@@ -5012,17 +4980,33 @@ class _LogSink:
         self._logger = parent.getChild(stream)
         self._prefix = self._logger.name[: -len(stream)]
         self._stderr = stream == "stderr"
+        self._lock = threading.RLock()
         self.trace: list[str] = []  # the lines of a traceback, which may go on
 
     def __call__(self, line: str) -> None:
-        if self.trace and len(self.trace) < 1000 and len(line) <= 1000 and self._goes_on(line):
-            self.trace.append(line)
-            return
-        self.flush()
-        if self._stderr and line.startswith(self._HEADS):
-            self.trace = [line]
-        elif not (self._stderr and self._record(line)):
-            self._logger.log(30 if self._stderr else 20, "%s", line)
+        with self._lock:
+            if self.trace and len(self.trace) < 1000 and len(line) <= 1000 and self._goes_on(line):
+                self.trace.append(line)
+                return
+            self.flush()
+            if self._stderr and line.startswith(self._HEADS):
+                self.trace = [line]
+                self._flush_if_idle(self.trace, 0)
+            elif not (self._stderr and self._record(line)):
+                self._logger.log(30 if self._stderr else 20, "%s", line)
+
+    def _flush_if_idle(self, trace: list[str], length: int) -> None:
+        """Log a traceback that has not grown since it had this length; else look again soon."""
+        if self.trace is trace and self._lock.acquire(False):
+            try:
+                if len(trace) == length:
+                    return self.flush()
+            finally:
+                self._lock.release()
+        if self.trace is trace:
+            again = partial(_guard, self._flush_if_idle, trace, len(trace))
+            _pool.alarm(time.monotonic() + 0.1, again)
+        return None
 
     def _goes_on(self, line: str) -> bool:
         """Whether the traceback does: up to the line that names the exception, or with one of a chain."""
@@ -5031,9 +5015,10 @@ class _LogSink:
         return line.startswith(" ") or not self.trace[0].startswith(" ")
 
     def flush(self) -> None:
-        lines, self.trace = self.trace, []
-        if lines:
-            self._logger.error("%s", "\n".join(lines).rstrip("\n"))
+        with self._lock:
+            lines, self.trace = self.trace, []
+            if lines:
+                self._logger.error("%s", "\n".join(lines).rstrip("\n"))
 
     def _record(self, line: str) -> bool:
         """Log a line of hclog's JSON with its level, logger and fields. False if it is none."""
@@ -5088,16 +5073,7 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
     return _import("subprocess").Popen(argv, bufsize=0, **options)
 
 
-if TYPE_CHECKING:
-    class _Limits(NamedTuple):
-        memory: int | None
-        cpu_seconds: float | None
-        open_files: int | None
-else:
-    _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
-
-
-class Limits(_Limits, metaclass=_Brief):
+class Limits(namedtuple("_Limits", "memory cpu_seconds open_files"), metaclass=_Brief):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
     - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more
@@ -5113,6 +5089,10 @@ class Limits(_Limits, metaclass=_Brief):
     """
 
     __slots__ = ()
+    if TYPE_CHECKING:
+        memory: int | None
+        cpu_seconds: float | None
+        open_files: int | None
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
@@ -5151,10 +5131,9 @@ class Limits(_Limits, metaclass=_Brief):
 
 
 # The guardian is told "+PID" of a process that leads a group, "=PID" of one that leads none, "/FOLDER" of a
-# door's folder; and the same after a "!" when that is gone. When the host is gone it removes the folders,
-# gives the processes some time to end by themselves, and kills what is left of them and their groups. Each is
-# known by when it began as well, so that no later process of its number is meant. (A group's number is nobody
-# else's: so what its leader has left is killed without a look.)
+# door's folder; and the same after a "!" when that is gone. When the host is gone it removes the folders, and
+# kills what has not ended by itself after some time. A process is known by when it began as well, so that no
+# later one of its number is meant. (A group's number is nobody else's: what its leader has left is killed.)
 _GUARDIAN = """
 begun() {
     if [ -d /proc/self ]; then
@@ -5632,28 +5611,22 @@ class _Voice:
         files = (process.stdout, process.stderr)
         self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
         self._threads: list[threading.Thread] = []
-        self._wake: list[int] = []  # a pipe, the end of which wakes them
 
     def start(self) -> None:
-        self._wake.extend(os.pipe() if self._streams else ())
         for stream in self._streams:
-            what = stream.read_until, lambda: len(self._wake) < 2, self._wake[0]
-            self._threads.append(_start_thread("miniplug-output", *what))
+            self._threads.append(_start_thread("miniplug-output", stream.read))
 
-    def stop(self) -> None:
-        """Have the threads end, once nothing more comes."""
-        if self._wake:
-            os.close(self._wake.pop())
-
-    def close(self, seconds: float | None = None) -> None:
-        """Close all once the threads have ended, for each of which this waits at most that long."""
+    def stop(self, seconds: float) -> None:
+        """Wait at most that long until all is delivered: what has left the process group may hold it open."""
+        deadline = time.monotonic() + seconds
         for thread in self._threads:
-            thread.join(seconds)
-        if not any(thread.is_alive() for thread in self._threads):
-            for stream in self._streams:
-                stream.file.close()
-            while self._wake:
-                os.close(self._wake.pop())
+            thread.join(_left(deadline))
+        for stream in self._streams:
+            stream.over = True
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.file.close()
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
@@ -5771,6 +5744,7 @@ class _Run:
         except BaseException:  # no descriptor or thread to be had
             process.signal(kill=True)
             self._watch()
+            self.output.close()
             raise
         if self.supervisor.state != "up":
             self.supervisor.run = self
@@ -5827,9 +5801,7 @@ class _Run:
             _end_runs([self], 0.0)
         elif self._claim.acquire(False):
             self.session.channel.shutdown()  # at which it turns its output away
-            self.output.close(0.3)
-            self.output.stop()
-            self.output.close(0.3)  # on Windows its threads may read on
+            self.output.stop(0.3)
             self._over()
 
     def drain(self, seconds: float) -> None:
@@ -5846,8 +5818,7 @@ class _Run:
             self.process.signal(kill=True)  # what it has left behind
             if self.config is not None and self.owned:
                 _remove_stale(self.config["address"])
-            self.output.stop()
-            self.output.close(1.0)
+            self.output.stop(0.8)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
             self._over()
@@ -5856,7 +5827,6 @@ class _Run:
         else:
             self.ended.wait()
             self.process.reap()
-        self.output.close()  # somebody's callable may hang
 
     def _over(self) -> None:
         """It is gone, or let go of: end the session, tell who waits, give back what was lent, and dispose."""
@@ -6683,10 +6653,19 @@ def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
     a host has imported it."""
     sys.meta_path.insert(0, _Finder(name))
+    sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
     _run_script(*arguments) if verb == "run" else _serve_specs(*arguments, **options)
+
+
+def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
+    """As sys.excepthook, without the frames of miniplug and of importing that come first."""
+    here = _show_error.__code__.co_filename
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((here, "<")):
+        frames = frames.tb_next
+    sys.__excepthook__(kind, error.with_traceback(frames), frames)
 
 
 def _run_script(path: str) -> None:

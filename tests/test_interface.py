@@ -404,7 +404,7 @@ def test_what_is_no_name_and_no_interface_is_refused_with_a_word_on_how_it_goes(
             plugin.dispense(Shop)
         with pytest.raises(TypeError, match="interface='Shop': it is an ABC, a Protocol or another class"):
             plugin.dispense("s", "Shop")
-        with pytest.raises(miniplug.PluginNotFound, match=r"no plugin 'x' is served: there is s$"):
+        with pytest.raises(miniplug.PluginNotFound, match=r"no plugin 'x' is served, only s$"):
             plugin.dispense("x")
 
 

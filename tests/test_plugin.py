@@ -203,7 +203,7 @@ def test_factories_make_an_instance_each_and_objects_are_shared(write):
         with pytest.raises(miniplug.PluginNotFound, match="several plugins are served") as caught:
             plugin.dispense()
         assert caught.value.names == ["made", "own", "shared"]
-        with pytest.raises(miniplug.PluginNotFound, match="no plugin 'no' is served: there are made, own, shared"):
+        with pytest.raises(miniplug.PluginNotFound, match="no plugin 'no' is served, only made, own, shared"):
             plugin.dispense("no")
 
 
