@@ -2026,7 +2026,6 @@ class _Door:
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
                  address: str = "", stays: bool = False, made: Callable[[str], Any] = str) -> None:
         self.listener = _Listener(address, made)
-        self.strangers = 0
         self._greet, self._arrived, self._stays = greet, arrived, stays
         self._lock, self._open = threading.Lock(), True
         self._callers: list[_Channel] = []
@@ -2061,8 +2060,8 @@ class _Door:
             terms = self._greet(channel, self.listener.address)
         except HandshakeError as error:
             terms = error
-        except Exception:  # a stranger, whatever it is that he did
-            self.strangers += 1
+        except Exception:
+            pass  # a stranger, whatever it is that he did
         refused = not isinstance(terms, _Terms)
         with self._lock:
             enters = self._open and terms is not None and channel in self._callers
@@ -5645,7 +5644,7 @@ class _Voice:
             os.close(self._wake.pop())
 
     def close(self, seconds: float | None = None) -> None:
-        """Close all once the threads have ended, for each of which this waits at most that long."""
+        """Close all, unless a thread does not end in that time."""
         for thread in self._threads:
             thread.join(seconds)
         if not any(thread.is_alive() for thread in self._threads):
@@ -5832,7 +5831,7 @@ class _Run:
             self._over()
 
     def drain(self, seconds: float) -> None:
-        """Another run has taken its place: end it as soon as it is not busy, or after so many seconds."""
+        """End it, whose place another has taken, when it is not busy, or after so many seconds."""
         deadline = time.monotonic() + seconds
         while not self.session.seal() and time.monotonic() < deadline:
             self.ended.wait(0.02)
@@ -5858,7 +5857,7 @@ class _Run:
         self.output.close()  # somebody's callable may hang
 
     def _over(self) -> None:
-        """It is gone, or let go of: end the session, tell who waits, give back what was lent, and dispose."""
+        """It is gone, or let go of: end the session, tell who waits, give back, dispose."""
         self.gone.set()
         _runs.discard(self)
         self.supervisor.notice()
@@ -5877,7 +5876,7 @@ class _Run:
         self.output.close()
 
     def _lost(self, cause: BaseException) -> Callable[[Sequence[str]], BaseException]:
-        """The connection has ended: find out why, and give what makes the error to raise."""
+        """The connection has ended: find out why, and give what makes the error."""
         if not self.asked:
             if not self.owned or isinstance(cause, ProtocolError) or not self.gone.wait(0.5):
                 self.process.signal(kill=True)
@@ -5886,7 +5885,7 @@ class _Run:
         return self.error
 
     def error(self, calls: Sequence[str] = (), verdict: str = "") -> BaseException:
-        """What calls raise that it has cut off, by name, or else does not take any more."""
+        """What calls raise that it has cut off, by name, or does not take any more."""
         name, tail = self.recipe.label, self.output.tail()
         if self.asked:
             return PluginClosed(f"{name} was closed")
@@ -5931,8 +5930,7 @@ class _Supervisor:
     # -- for calls
 
     def session(self, asked: _Call | None = None) -> _Session:
-        """The session that this thread is to call on. Waits for a start, until the deadline of what is asked.
-        Raises why there is none."""
+        """The session that this thread is to call on, after a start if need be. Raises why there is none."""
         while True:
             found = self._seek()
             if isinstance(found, _Session):
@@ -5940,7 +5938,7 @@ class _Supervisor:
             self._await(found, asked)
 
     def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """Have a submitted call begin in a thread of its own, if it has to wait for a start."""
+        """If a submitted call has to wait for a start, have it begin in a thread of its own."""
         waits = isinstance(self._seek(), _Run)
         if waits:
             _aside("miniplug-submit", _attempt, call, begin, seconds)
@@ -5989,8 +5987,8 @@ class _Supervisor:
         return self._begin(pause=pause)
 
     def _begin(self, drain: float | None = None, pause: float | None = None) -> _Run:
-        """Start another run, after a `pause` if that is for a crash. With `drain` it takes the place of one
-        that is up, which then has so many seconds to finish."""
+        """Start another run; after a crash, when a `pause` is over. With `drain` it takes the place of one
+        that is up, which then has so many seconds."""
         start = self.start = _Run(self)
         self._not_before = self.down_at + (pause or 0.0)
         self.state = self.state if self.state == "up" else "starting"
@@ -6289,7 +6287,7 @@ class Plugin:
 
     def close(self, grace: float | None = _GRACE) -> None:
         """End the plugin and all that it started: ask it, after `grace` seconds (None: never) terminate it,
-        then kill it. Returns within `grace` + 2 seconds. Calls in flight raise PluginClosed."""
+        within 2 more kill it. Calls in flight raise PluginClosed."""
         seconds = _or_forever(_checked_timeout(grace, "grace"))
         _end_runs(self._supervisor.close(), seconds)
 
@@ -6298,8 +6296,7 @@ class Plugin:
         _end_runs(self._supervisor.close(), None)
 
     def detach(self) -> None:
-        """Let go of the plugin, and leave it running for a host to `attach` to. Raises PluginError for one
-        that cannot stay."""
+        """Leave it running, for a host to `attach` to. Raises PluginError for one that cannot stay."""
         run = self._run
         if run in _runs:
             self._config_of(run)
