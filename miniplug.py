@@ -2026,6 +2026,7 @@ class _Door:
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
                  address: str = "", stays: bool = False, made: Callable[[str], Any] = str) -> None:
         self.listener = _Listener(address, made)
+        self.strangers = 0
         self._greet, self._arrived, self._stays = greet, arrived, stays
         self._lock, self._open = threading.Lock(), True
         self._callers: list[_Channel] = []
@@ -2060,8 +2061,8 @@ class _Door:
             terms = self._greet(channel, self.listener.address)
         except HandshakeError as error:
             terms = error
-        except Exception:
-            pass  # a stranger, whatever it is that he did
+        except Exception:  # a stranger, whatever it is that he did
+            self.strangers += 1
         refused = not isinstance(terms, _Terms)
         with self._lock:
             enters = self._open and terms is not None and channel in self._callers
@@ -5533,15 +5534,16 @@ class _Recipe:
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
 
-    def failure(self, run: _Run, argv: list[str], refusal: Any, in_time: bool) -> LaunchError:
-        """Why a process did not come up."""
+    def failure(self, run: _Run, argv: list[str], refusal: Any, strangers: int | None) -> LaunchError:
+        """Why a process did not come up. `strangers`: so many came in its time instead."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
             run.ended.wait(1.0)  # it says on stderr that it was refused
             kind, reason, told = HandshakeError, str(refusal), vars(refusal)
-        elif not in_time:
+        elif strangers is not None:
             _end_runs([run], None)
-            reason = f"it did not connect within {self.start_timeout:g} s; does it call serve()?"
+            others = f" ({strangers} callers without the key did)" if strangers else ""
+            reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
         elif run.exit_code == 0:
             kind = HandshakeError
             reason = f"it exited without connecting: it is no plugin, or does not call serve(); {_HINT}"
@@ -5739,7 +5741,8 @@ class _Run:
             if came and isinstance(came[1], _Terms):
                 self._meet(*came)
             if not self.takes_calls:
-                raise self.recipe.failure(self, argv, came[1] if came else None, in_time)
+                strangers = None if in_time else door.strangers
+                raise self.recipe.failure(self, argv, came[1] if came else None, strangers)
         finally:
             door.close()
             if came and self.session is None:  # too late
