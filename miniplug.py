@@ -5670,21 +5670,21 @@ class _Run:
     crash. `_claim` is held for good by who ends the run: who waits for the process, or who detaches.
     """
 
+    thread = 0
+    settled = asked = False
+    failure: BaseException | None = None
+    process: Any = None
+    output: Any = None
+    session: Any = None
+    config: dict[str, Any] | None = None  # of a process that stays: what a host needs to attach
+    owned = True  # whether the process is this host's
+    exit_code: int | None = None
+    _why = ""  # it had to be killed
+
     def __init__(self, supervisor: _Supervisor) -> None:
         self.supervisor, self.recipe = supervisor, supervisor.recipe
-        self.thread = 0
-        self.settled = False
-        self.failure: BaseException | None = None
-        self.process: Any = None
-        self.output: Any = None
-        self.session: Any = None
-        self.config: dict[str, Any] | None = None  # of a process that stays: what a host needs to attach
-        self.owned = True  # whether the process is this host's
-        self.asked = False
-        self.exit_code: int | None = None
         self.gone, self.ended = threading.Event(), threading.Event()
         self._arrival = threading.Event()  # it has connected, was refused, or has ended
-        self._why = ""  # it had to be killed
         self._claim = threading.Lock()
 
     # -- how it comes up
@@ -5916,19 +5916,19 @@ class _Supervisor:
     handler have changed something between look and sleep.
     """
 
+    state = "down"
+    start: _Run | None = None  # comes up
+    run: Any = None  # the latest that has, or had, a process
+    open: _Session | None = None  # that of `run`, if any thread may call on it just now
+    crash: _Run | None = None  # has crashed, until another serves
+    restarts = 0
+    down_at = not_before = 0.0  # on the monotonic clock; a start waits for the latter
+
     def __init__(self, recipe: _Recipe, plugin: Plugin) -> None:
         self.recipe, self.plugin = recipe, plugin
         self.owner = os.getpid()
         self.news = threading.Condition()  # with an RLock: a signal handler may close the plugin
-        self.state = "down"
-        self.start: _Run | None = None  # comes up
-        self.run: Any = None  # the latest that has, or had, a process
-        self.open: _Session | None = None  # that of `run`, if any thread may call on it just now
-        self.restarts = 0
-        self.crash: _Run | None = None  # has crashed, until another serves
-        self.tries: list[float] = []  # when calls have had it started after that, within the window
-        self.down_at = 0.0
-        self._not_before = 0.0  # nothing starts, on the monotonic clock
+        self.tries: list[float] = []  # when calls have had it started after a crash, within the window
 
     # -- for calls
 
@@ -5993,7 +5993,7 @@ class _Supervisor:
         """Start another run; after a crash, when a `pause` is over. With `drain` it takes the place of one
         that is up, which then has so many seconds."""
         start = self.start = _Run(self)
-        self._not_before = self.down_at + (pause or 0.0)
+        self.not_before = self.down_at + (pause or 0.0)
         self.state = self.state if self.state == "up" else "starting"
         self.open = None
         try:
@@ -6023,7 +6023,7 @@ class _Supervisor:
             if begins:
                 self.tries.clear()
             start = self.start or self._begin(drain if is_up else None)
-            self._not_before = 0.0
+            self.not_before = 0.0
             self.news.notify_all()
         try:
             self._await(start)
@@ -6047,8 +6047,8 @@ class _Supervisor:
         error: BaseException | None = None
         try:
             with self.news:
-                while not start.settled and _left(self._not_before):
-                    self.news.wait(min(_left(self._not_before), 1.0))
+                while not start.settled and _left(self.not_before):
+                    self.news.wait(min(_left(self.not_before), 1.0))
             if old is not None and self.state != "up":
                 old.ended.wait()  # it is on its way out, which has a bound
             if not start.settled:
@@ -6492,7 +6492,7 @@ def _split_spec(command: str) -> tuple[str, str, str]:
 def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
     """What takes the lines of an output stream; None for one that goes where the host's own goes."""
     if isinstance(output, str):
-        return {"inherit": None, "log": _LogSink(logger, stream), "discard": lambda line: None}[output]
+        return {"inherit": None, "log": _LogSink(logger, stream), "discard": bool}[output]
     if callable(output):
         return output
     write, encoding = output.write, getattr(output, "encoding", None) or "utf-8"
@@ -6516,8 +6516,8 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
       version that both can is used.
     - `python`: the interpreter, where miniplug need not be installed; by default this one, with its flags.
-      Another one gets none of this one's own variables. What it imports lies beside the file, or for a
-      module in `cwd`; for more give a ``PYTHONPATH`` in `env`.
+      Another one gets none of this one's own variables. A spec or ``.py`` file imports what lies beside
+      it, or for a module in `cwd`; for more give a ``PYTHONPATH`` in `env`.
     - `env`: added to the environment, and wins over it; with `inherit_env=False` to what the system needs
       alone. `cwd`: where it runs, and where relative paths start.
     - `start_timeout`, `call_timeout`: seconds to connect in, and for a call that has no deadline of its own.
@@ -6528,7 +6528,7 @@ def launch(command: _Command, **options: Any) -> Plugin:
       loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
     - `max_restarts` in any `restart_window` seconds: the next call after a crash starts it anew, after a
       pause of 0.1 seconds, and of twice as long each time. Proxies stay good; calls wait, their deadlines
-      running. Those in flight raise PluginCrashed and never run again; past the limit all do, until `start`.
+      running. Those in flight raise PluginCrashed and never run again; past the limit all calls do.
     - `heartbeat`: seconds without an answer to a ping that count as a crash. `idle_timeout`: seconds without
       a call, stream or reference after which it is closed, to start again on the next call.
     - `on_start(plugin)` runs after every start; until it returns only its own calls get through, and what
