@@ -5514,15 +5514,16 @@ class _Recipe:
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
 
-    def failure(self, run: _Run, argv: list[str], refusal: Any, in_time: bool) -> LaunchError:
-        """Why a process did not come up."""
+    def failure(self, run: _Run, argv: list[str], refusal: Any, strangers: int | None) -> LaunchError:
+        """Why a process did not come up. `strangers`: so many came in its time instead."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
             run.ended.wait(1.0)  # it says on stderr that it was refused
             kind, reason, told = HandshakeError, str(refusal), vars(refusal)
-        elif not in_time:
+        elif strangers is not None:
             _end_runs([run], None)
-            reason = f"it did not connect within {self.start_timeout:g} s; does it call serve()?"
+            others = f" ({strangers} callers without the key did)" if strangers else ""
+            reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
         elif run.exit_code == 0:
             kind = HandshakeError
             reason = f"it exited without connecting: it is no plugin, or does not call serve(); {_HINT}"
@@ -5643,21 +5644,21 @@ class _Run:
     crash. `_claim` is held for good by who ends the run: who waits for the process, or who detaches.
     """
 
+    thread = 0
+    settled = asked = False
+    failure: BaseException | None = None
+    process: Any = None
+    output: Any = None
+    session: Any = None
+    config: dict[str, Any] | None = None  # of a process that stays: what a host needs to attach
+    owned = True  # whether the process is this host's
+    exit_code: int | None = None
+    _why = ""  # it had to be killed
+
     def __init__(self, supervisor: _Supervisor) -> None:
         self.supervisor, self.recipe = supervisor, supervisor.recipe
-        self.thread = 0
-        self.settled = False
-        self.failure: BaseException | None = None
-        self.process: Any = None
-        self.output: Any = None
-        self.session: Any = None
-        self.config: dict[str, Any] | None = None  # of a process that stays: what a host needs to attach
-        self.owned = True  # whether the process is this host's
-        self.asked = False
-        self.exit_code: int | None = None
         self.gone, self.ended = threading.Event(), threading.Event()
         self._arrival = threading.Event()  # it has connected, was refused, or has ended
-        self._why = ""  # it had to be killed
         self._claim = threading.Lock()
 
     # -- how it comes up
@@ -5714,7 +5715,8 @@ class _Run:
             if came and isinstance(came[1], _Terms):
                 self._meet(*came)
             if not self.takes_calls:
-                raise self.recipe.failure(self, argv, came[1] if came else None, in_time)
+                strangers = None if in_time else door.strangers
+                raise self.recipe.failure(self, argv, came[1] if came else None, strangers)
         finally:
             door.close()
             if came and self.session is None:  # too late
@@ -5805,7 +5807,7 @@ class _Run:
             self._over()
 
     def drain(self, seconds: float) -> None:
-        """Another run has taken its place: end it as soon as it is not busy, or after so many seconds."""
+        """End it, whose place another has taken, when it is not busy, or after so many seconds."""
         deadline = time.monotonic() + seconds
         while not self.session.seal() and time.monotonic() < deadline:
             self.ended.wait(0.02)
@@ -5829,7 +5831,7 @@ class _Run:
             self.process.reap()
 
     def _over(self) -> None:
-        """It is gone, or let go of: end the session, tell who waits, give back what was lent, and dispose."""
+        """It is gone, or let go of: end the session, tell who waits, give back, dispose."""
         self.gone.set()
         _runs.discard(self)
         self.supervisor.notice()
@@ -5848,7 +5850,7 @@ class _Run:
         self.output.close()
 
     def _lost(self, cause: BaseException) -> Callable[[Sequence[str]], BaseException]:
-        """The connection has ended: find out why, and give what makes the error to raise."""
+        """The connection has ended: find out why, and give what makes the error."""
         if not self.asked:
             if not self.owned or isinstance(cause, ProtocolError) or not self.gone.wait(0.5):
                 self.process.signal(kill=True)
@@ -5857,7 +5859,7 @@ class _Run:
         return self.error
 
     def error(self, calls: Sequence[str] = (), verdict: str = "") -> BaseException:
-        """What calls raise that it has cut off, by name, or else does not take any more."""
+        """What calls raise that it has cut off, by name, or does not take any more."""
         name, tail = self.recipe.label, self.output.tail()
         if self.asked:
             return PluginClosed(f"{name} was closed")
@@ -5885,25 +5887,24 @@ class _Supervisor:
     handler have changed something between look and sleep.
     """
 
+    state = "down"
+    start: _Run | None = None  # comes up
+    run: Any = None  # the latest that has, or had, a process
+    open: _Session | None = None  # that of `run`, if any thread may call on it just now
+    crash: _Run | None = None  # has crashed, until another serves
+    restarts = 0
+    down_at = not_before = 0.0  # on the monotonic clock; a start waits for the latter
+
     def __init__(self, recipe: _Recipe, plugin: Plugin) -> None:
         self.recipe, self.plugin = recipe, plugin
         self.owner = os.getpid()
         self.news = threading.Condition()  # with an RLock: a signal handler may close the plugin
-        self.state = "down"
-        self.start: _Run | None = None  # comes up
-        self.run: Any = None  # the latest that has, or had, a process
-        self.open: _Session | None = None  # that of `run`, if any thread may call on it just now
-        self.restarts = 0
-        self.crash: _Run | None = None  # has crashed, until another serves
-        self.tries: list[float] = []  # when calls have had it started after that, within the window
-        self.down_at = 0.0
-        self._not_before = 0.0  # nothing starts, on the monotonic clock
+        self.tries: list[float] = []  # when calls have had it started after a crash, within the window
 
     # -- for calls
 
     def session(self, asked: _Call | None = None) -> _Session:
-        """The session that this thread is to call on. Waits for a start, until the deadline of what is asked.
-        Raises why there is none."""
+        """The session that this thread is to call on, after a start if need be. Raises why there is none."""
         while True:
             found = self._seek()
             if isinstance(found, _Session):
@@ -5911,7 +5912,7 @@ class _Supervisor:
             self._await(found, asked)
 
     def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """Have a submitted call begin in a thread of its own, if it has to wait for a start."""
+        """If a submitted call has to wait for a start, have it begin in a thread of its own."""
         waits = isinstance(self._seek(), _Run)
         if waits:
             _aside("miniplug-submit", _attempt, call, begin, seconds)
@@ -5960,10 +5961,10 @@ class _Supervisor:
         return self._begin(pause=pause)
 
     def _begin(self, drain: float | None = None, pause: float | None = None) -> _Run:
-        """Start another run, after a `pause` if that is for a crash. With `drain` it takes the place of one
-        that is up, which then has so many seconds to finish."""
+        """Start another run; after a crash, when a `pause` is over. With `drain` it takes the place of one
+        that is up, which then has so many seconds."""
         start = self.start = _Run(self)
-        self._not_before = self.down_at + (pause or 0.0)
+        self.not_before = self.down_at + (pause or 0.0)
         self.state = self.state if self.state == "up" else "starting"
         self.open = None
         try:
@@ -5993,7 +5994,7 @@ class _Supervisor:
             if begins:
                 self.tries.clear()
             start = self.start or self._begin(drain if is_up else None)
-            self._not_before = 0.0
+            self.not_before = 0.0
             self.news.notify_all()
         try:
             self._await(start)
@@ -6017,8 +6018,8 @@ class _Supervisor:
         error: BaseException | None = None
         try:
             with self.news:
-                while not start.settled and _left(self._not_before):
-                    self.news.wait(min(_left(self._not_before), 1.0))
+                while not start.settled and _left(self.not_before):
+                    self.news.wait(min(_left(self.not_before), 1.0))
             if old is not None and self.state != "up":
                 old.ended.wait()  # it is on its way out, which has a bound
             if not start.settled:
@@ -6261,7 +6262,7 @@ class Plugin:
 
     def close(self, grace: float | None = _GRACE) -> None:
         """End the plugin and all that it started: ask it, after `grace` seconds (None: never) terminate it,
-        then kill it. Returns within `grace` + 2 seconds. Calls in flight raise PluginClosed."""
+        within 2 more kill it. Calls in flight raise PluginClosed."""
         seconds = _or_forever(_checked_timeout(grace, "grace"))
         _end_runs(self._supervisor.close(), seconds)
 
@@ -6270,8 +6271,7 @@ class Plugin:
         _end_runs(self._supervisor.close(), None)
 
     def detach(self) -> None:
-        """Let go of the plugin, and leave it running for a host to `attach` to. Raises PluginError for one
-        that cannot stay."""
+        """Leave it running, for a host to `attach` to. Raises PluginError for one that cannot stay."""
         run = self._run
         if run in _runs:
             self._config_of(run)
@@ -6464,7 +6464,7 @@ def _split_spec(command: str) -> tuple[str, str, str]:
 def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
     """What takes the lines of an output stream; None for one that goes where the host's own goes."""
     if isinstance(output, str):
-        return {"inherit": None, "log": _LogSink(logger, stream), "discard": lambda line: None}[output]
+        return {"inherit": None, "log": _LogSink(logger, stream), "discard": bool}[output]
     if callable(output):
         return output
     write, encoding = output.write, getattr(output, "encoding", None) or "utf-8"
@@ -6488,8 +6488,8 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
       version that both can is used.
     - `python`: the interpreter, where miniplug need not be installed; by default this one, with its flags.
-      Another one gets none of this one's own variables. What it imports lies beside the file, or for a
-      module in `cwd`; for more give a ``PYTHONPATH`` in `env`.
+      Another one gets none of this one's own variables. A spec or ``.py`` file imports what lies beside
+      it, or for a module in `cwd`; for more give a ``PYTHONPATH`` in `env`.
     - `env`: added to the environment, and wins over it; with `inherit_env=False` to what the system needs
       alone. `cwd`: where it runs, and where relative paths start.
     - `start_timeout`, `call_timeout`: seconds to connect in, and for a call that has no deadline of its own.
@@ -6500,7 +6500,7 @@ def launch(command: _Command, **options: Any) -> Plugin:
       loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
     - `max_restarts` in any `restart_window` seconds: the next call after a crash starts it anew, after a
       pause of 0.1 seconds, and of twice as long each time. Proxies stay good; calls wait, their deadlines
-      running. Those in flight raise PluginCrashed and never run again; past the limit all do, until `start`.
+      running. Those in flight raise PluginCrashed and never run again; past the limit all calls do.
     - `heartbeat`: seconds without an answer to a ping that count as a crash. `idle_timeout`: seconds without
       a call, stream or reference after which it is closed, to start again on the next call.
     - `on_start(plugin)` runs after every start; until it returns only its own calls get through, and what
