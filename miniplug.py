@@ -745,16 +745,14 @@ class _Packer:
     the types that it does not look at: without str and float it is careful. Where it fails, `trail` is the
     way there, from within: what was looked at, and which part of that."""
 
+    tagged = 0
+
     def __init__(self, codec: _Codec, lent: list[int], plain: Any = _PLAIN) -> None:
         self.buffers: list[_Bytes] = []  # that go beside the message
-        self.lent = lent  # the numbers of what was lent
-        self.tagged = 0
         self.trail: list[tuple[Any, Any]] = []
-        self._plain = plain
         self._codec = codec
-
-    def content(self, fitted: Any) -> _Content:
-        return "".join(_encode(fitted, 0)).encode(), self.buffers, self.tagged, self.lent
+        self._lent = lent  # the numbers of what was lent
+        self._plain = plain
 
     def fit(self, value: Any) -> Any:
         """The value, or where the encoder would change it without a word, a copy with tags."""
@@ -811,7 +809,7 @@ class _Packer:
             raise
 
     def _lend(self, value: Any) -> dict[str, Any]:
-        loan = self._codec.lend(value, self.lent)
+        loan = self._codec.lend(value, self._lent)
         if loan is None:
             raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), "
                                   "or send a plain str, int, list or dict of what is in it")
@@ -821,7 +819,7 @@ class _Packer:
     def _put(self, data: _Bytes) -> Any:
         """The data in base64, or the number of a buffer."""
         if len(data) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-            return _base64(data)
+            return binascii.b2a_base64(data, newline=False).decode()
         self.buffers.append(data)
         return len(self.buffers) - 1
 
@@ -965,7 +963,7 @@ class _Codec:
             if type(value) in _PLAIN:
                 return "".join(_encode(value, 0)).encode(), (), 0, lent
             packer = _Packer(self, lent)
-            return packer.content(packer.fit(value))
+            return "".join(_encode(packer.fit(value), 0)).encode(), packer.buffers, packer.tagged, lent
         except BaseException as error:
             return self._dumps_carefully(error, lent, {label: value})
 
@@ -977,7 +975,8 @@ class _Codec:
             if not kwargs and _PLAIN.issuperset(map(type, args)):
                 return "".join(_encode((target, method, args, kwargs), 0)).encode(), (), 0, lent
             packer = _Packer(self, lent)
-            return packer.content((target, method, packer.fit([*args]), kwargs and packer.fit(kwargs)))
+            call = target, method, packer.fit([*args]), kwargs and packer.fit(kwargs)
+            return "".join(_encode(call, 0)).encode(), packer.buffers, packer.tagged, lent
         except BaseException as error:
             return self._dumps_carefully(error, lent, {"args": [*args], "kwargs": kwargs}, target, method)
 
@@ -996,7 +995,8 @@ class _Codec:
                 try:
                     for label in parts:
                         fitted.append(packer.fit(parts[label]))
-                    content = packer.content((*head, *fitted) if head else fitted[0])
+                    text = "".join(_encode((*head, *fitted) if head else fitted[0], 0))
+                    content = text.encode(), packer.buffers, packer.tagged, lent
                     break
                 except Exception as error:
                     if isinstance(error, RecursionError) and not _is_deep():
