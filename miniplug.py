@@ -405,11 +405,6 @@ def _call(path: str, *arguments: Any) -> Any:
     return _found(path)(*arguments)
 
 
-def _spread(path: Any) -> Callable[[Any], Any]:
-    """What calls that with the items of a list."""
-    return lambda state: _found(path)(*state)
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= 1000 else text[:1000] + "..."
 
@@ -450,8 +445,7 @@ def _told_apart(values: Iterable[Any]) -> list[Any]:
 
 
 def _pairs(value: dict[Any, Any]) -> list[Any]:
-    if len(value) > _MAX_ALIKE:
-        _told_apart(value)
+    _told_apart(value)
     return [*_flatten(value.items())]
 
 
@@ -497,8 +491,7 @@ def _moment(value: Any) -> Any:
     return [value.replace(tzinfo=None).isoformat(), value.fold, zone]
 
 
-def _make_moment(name: str, state: list[Any]) -> Any:
-    text, fold, zone = state
+def _make_moment(name: str, text: str, fold: int, zone: Any) -> Any:
     return _call(f"datetime.{name}.fromisoformat", text).replace(fold=fold, tzinfo=zone)
 
 
@@ -538,8 +531,10 @@ def _make_registered(name: str, held: Any) -> Any:
         raise NotSerializable(why) from error
 
 
-# By the tag: the type; what gives its state, to be packed in turn; and by the type of that on the wire, the
-# way back. Names are looked up on first use.
+# By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; and the way
+# back, by the type of that on the wire: _ITEMS is a list, with whose items it is called. Names are looked up
+# on first use.
+_ITEMS = "items"
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
 _Row = namedtuple("_Row", "type state make")
 _TAGS = {tag: _Row(*row) for tag, row in {
@@ -550,36 +545,36 @@ _TAGS = {tag: _Row(*row) for tag, row in {
              {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
     "$tuple": (tuple, list, {list: tuple}),
     "$dict": (dict, _pairs, {list: _make_dict}),
-    "$numbers": (None, None, {list: _spread(_make_numbers)}),
-    "$each": (None, None, {list: _spread(_make_each)}),
+    "$numbers": (None, None, {_ITEMS: _make_numbers}),
+    "$each": (None, None, {_ITEMS: _make_each}),
     "$bytes": (bytes, bytes, {str: binascii.a2b_base64}),
     "$bytearray": (bytearray, memoryview,  # a view, so that nobody resizes what is being sent
                    {str: lambda text: bytearray(binascii.a2b_base64(text))}),
     "$set": (set, _told_apart, {list: lambda held: set(_told_apart(held))}),
     "$frozenset": (frozenset, _told_apart, {list: lambda held: frozenset(_told_apart(held))}),
-    "$complex": (complex, lambda z: [z.real, z.imag], {list: _spread(complex)}),
-    "$ellipsis": (type(...), lambda _: [], {list: lambda _: ...}),
-    "$range": (range, lambda held: [held.start, held.stop, held.step], {list: _spread(range)}),
-    "$slice": (slice, lambda held: [held.start, held.stop, held.step], {list: _spread(slice)}),
+    "$complex": (complex, lambda z: [z.real, z.imag], {_ITEMS: complex}),
+    "$ellipsis": (type(...), lambda _: [], {_ITEMS: lambda: ...}),
+    "$range": (range, lambda held: [held.start, held.stop, held.step], {_ITEMS: range}),
+    "$slice": (slice, lambda held: [held.start, held.stop, held.step], {_ITEMS: slice}),
     "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, a.tobytes()],
-               {list: _spread(_make_array)}),
+               {_ITEMS: _make_array}),
     "$date": ("datetime.date", "datetime.date.isoformat", {str: "datetime.date.fromisoformat"}),
     "$datetime": ("datetime.datetime", _moment,
-                  {str: "datetime.datetime.fromisoformat", list: partial(_make_moment, "datetime")}),
+                  {str: "datetime.datetime.fromisoformat", _ITEMS: partial(_make_moment, "datetime")}),
     "$time": ("datetime.time", _moment,
-              {str: "datetime.time.fromisoformat", list: partial(_make_moment, "time")}),
+              {str: "datetime.time.fromisoformat", _ITEMS: partial(_make_moment, "time")}),
     "$timedelta": ("datetime.timedelta", lambda d: [d.days, d.seconds, d.microseconds],
-                   {list: _spread("datetime.timedelta")}),
+                   {_ITEMS: "datetime.timedelta"}),
     "$timezone": ("datetime.timezone", lambda zone: [*zone.__getinitargs__()],
-                  {list: _spread("datetime.timezone")}),
+                  {_ITEMS: "datetime.timezone"}),
     "$zone": ("zoneinfo.ZoneInfo", lambda zone: zone.__reduce__()[1][0], {str: _make_zone}),
     "$decimal": ("decimal.Decimal", _decimal, {str: _make_decimal}),
     "$fraction": ("fractions.Fraction", lambda f: [f.numerator, f.denominator],
-                  {list: lambda state: _call("fractions.Fraction", *map(int.__index__, state))}),
+                  {_ITEMS: lambda *pair: _call("fractions.Fraction", *map(int.__index__, pair))}),
     "$uuid": ("uuid.UUID", lambda value: f"{value.int:032x}", {str: "uuid.UUID"}),
     **{f"${name.lower()}": (f"pathlib.{name}", str, {str: f"pathlib.{'Pure' * (name == _FOREIGN)}{name}"})
        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
-    "$type": (None, None, {list: _spread(_make_registered)}),  # each registered type has its own state
+    "$type": (None, None, {_ITEMS: _make_registered}),  # each registered type has its own state
 }.items()}
 _OF_TYPE = {row.type: tag for tag, row in _TAGS.items() if row.type}
 _EACH = frozenset((  # what "$each" may hold: nothing that is much longer than its state
@@ -590,7 +585,13 @@ _MAKES: dict[tuple[str, type], Any] = {}  # what has been found of that, by the 
 
 
 def _maker(tag: str, kind: type) -> Any:
-    _MAKES[tag, kind] = make = _found(_TAGS[tag].make[kind])
+    ways = _TAGS[tag].make
+    if kind is list and _ITEMS in ways:
+        spread = _found(ways[_ITEMS])
+        make: Any = lambda items: spread(*items)
+    else:
+        make = _found(ways[kind])
+    _MAKES[tag, kind] = make
     return make
 
 
@@ -750,16 +751,14 @@ class _Packer:
     the types that it does not look at: without str and float it is careful. Where it fails, `trail` is the
     way there, from within: what was looked at, and which part of that."""
 
+    tagged = 0
+
     def __init__(self, codec: _Codec, lent: list[int], plain: Any = _PLAIN) -> None:
         self.buffers: list[_Bytes] = []  # that go beside the message
-        self.lent = lent  # the numbers of what was lent
-        self.tagged = 0
         self.trail: list[tuple[Any, Any]] = []
-        self._plain = plain
         self._codec = codec
-
-    def content(self, fitted: Any) -> _Content:
-        return "".join(_encode(fitted, 0)).encode(), self.buffers, self.tagged, self.lent
+        self._lent = lent  # the numbers of what was lent
+        self._plain = plain
 
     def fit(self, value: Any) -> Any:
         """The value, or where the encoder would change it without a word, a copy with tags."""
@@ -816,7 +815,7 @@ class _Packer:
             raise
 
     def _lend(self, value: Any) -> dict[str, Any]:
-        loan = self._codec.lend(value, self.lent)
+        loan = self._codec.lend(value, self._lent)
         if loan is None:
             raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), "
                                   "or send a plain str, int, list or dict of what is in it")
@@ -826,7 +825,7 @@ class _Packer:
     def _put(self, data: _Bytes) -> Any:
         """The data in base64, or the number of a buffer."""
         if len(data) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-            return _base64(data)
+            return binascii.b2a_base64(data, newline=False).decode()
         self.buffers.append(data)
         return len(self.buffers) - 1
 
@@ -845,19 +844,20 @@ class _Packer:
             return {"$numbers": [code, {"$bytes": self._put(data)}]}
         if kind in _ATOMS:
             return values if _are_plain(values) else None
-        tag, tell = _WAYS[kind]
-        if kind is dict:
-            kinds = set(map(type, _flatten(values)))
-            if kinds == _TEXTS:
-                fits = min(map(len, values)) > 1 and _are_plain([*_flatten(map(dict.values, values))])
-                return values if fits else None
-            if str in kinds or not values[0]:
+        if kind in _NESTS:  # short ones, at once
+            parts = map(dict.values, values) if kind is dict else values
+            plain = (kind is dict or max(map(len, values)) < _MANY) and _are_plain([*_flatten(parts)])
+            if kind is dict:
+                keys = set(map(type, _flatten(values)))
+                if keys == _TEXTS:
+                    return values if plain and min(map(len, values)) > 1 else None
+                if str in keys or not values[0]:
+                    return None
+            elif not plain:
                 return None
-        elif kind is list or kind is tuple:  # short ones, at once
-            if max(map(len, values)) >= _MANY or not _are_plain([*_flatten(values)]):
-                return None
-            if kind is list:
+            elif kind is list:
                 return values
+        tag, tell = _WAYS[kind]
         if tag not in _EACH or not self._codec.arrays:
             return None
         states: Any = values if kind is bytes or kind is tuple else [*map(tell, values)]
@@ -970,7 +970,7 @@ class _Codec:
             if type(value) in _PLAIN:
                 return "".join(_encode(value, 0)).encode(), (), 0, lent
             packer = _Packer(self, lent)
-            return packer.content(packer.fit(value))
+            return "".join(_encode(packer.fit(value), 0)).encode(), packer.buffers, packer.tagged, lent
         except BaseException as error:
             return self._dumps_carefully(error, lent, {label: value})
 
@@ -982,7 +982,8 @@ class _Codec:
             if not kwargs and _PLAIN.issuperset(map(type, args)):
                 return "".join(_encode((target, method, args, kwargs), 0)).encode(), (), 0, lent
             packer = _Packer(self, lent)
-            return packer.content((target, method, packer.fit([*args]), kwargs and packer.fit(kwargs)))
+            call = target, method, packer.fit([*args]), kwargs and packer.fit(kwargs)
+            return "".join(_encode(call, 0)).encode(), packer.buffers, packer.tagged, lent
         except BaseException as error:
             return self._dumps_carefully(error, lent, {"args": [*args], "kwargs": kwargs}, target, method)
 
@@ -1001,7 +1002,8 @@ class _Codec:
                 try:
                     for label in parts:
                         fitted.append(packer.fit(parts[label]))
-                    content = packer.content((*head, *fitted) if head else fitted[0])
+                    text = "".join(_encode((*head, *fitted) if head else fitted[0], 0))
+                    content = text.encode(), packer.buffers, packer.tagged, lent
                     break
                 except Exception as error:
                     if isinstance(error, RecursionError) and not _is_deep():
