@@ -1,5 +1,5 @@
-// The protocol of docs/protocol.md, sections 6 to 10: calls, callbacks, streams, the end, logging. Copy all files
-// but plugin.go, and serve methods of your own.
+// The protocol of docs/protocol.md, sections 6 to 10: calls, callbacks, streams, the end, logging. Copy this,
+// wire.go and pipe_windows.go, and serve methods of your own.
 
 package main
 

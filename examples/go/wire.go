@@ -1,4 +1,4 @@
-// The protocol of docs/protocol.md, sections 3 to 5: frames, the handshake, messages. serve.go is built upon it.
+// The protocol of docs/protocol.md, sections 3 to 5: frames, the handshake, messages. The rest is in serve.go.
 
 package main
 

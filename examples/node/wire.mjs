@@ -38,17 +38,15 @@ function die(why) {
 // -- frames
 
 const onPipe = address?.startsWith("\\\\"); // as on Windows
-let socket, header = 0; // what of a frame comes before its JSON: nothing in the handshake
+let socket, written = Promise.resolve(), header = 0; // of the handshake's frames: they are JSON alone
 
 async function* receive() { // all frames, until the connection ends
   const [start, findEnd] = onPipe ? [0, endOnPipe] : [4, endOnSocket];
-  let data = Buffer.alloc(0);
+  let data = Buffer.alloc(0), end;
   try {
     for await (const chunk of socket) {
       data = Buffer.concat([data, chunk]);
-      for (let end; (end = findEnd(data)) <= data.length; data = data.subarray(end)) {
-        yield data.subarray(start, end);
-      }
+      for (; (end = findEnd(data)) <= data.length; data = data.subarray(end)) yield data.subarray(start, end);
     }
   } catch {} // it was cut off, which is an end as well
 }
@@ -59,9 +57,11 @@ function endOnSocket(data) {
   return 4 + size;
 }
 
-// On a pipe a frame is a message, without its length, but Node.js reads bytes. It ends before the next header (no
-// JSON has the byte 1), or where all that has come is JSON. In the handshake two may have come at once.
+// On a pipe a frame is a message, without its length, but Node.js reads bytes. It ends before the next header (a
+// byte that is in no JSON), or where all that has come is JSON. In the handshake two may have come at once.
 function endOnPipe(data) {
+  const ready = header && data.length > header;
+  if (ready && data.readUInt32BE(4)) die("This plugin cannot take bytes beside a message over a pipe.");
   const next = header ? data.indexOf(1, header) : data.indexOf("}{") + 1;
   if (next > 0) return next;
   try {
@@ -78,7 +78,10 @@ function prefixed(data) { // with its length
   return Buffer.concat([size, data]);
 }
 
-const send = (frame) => socket.write(onPipe ? frame : prefixed(frame));
+function send(frame) { // once the one before it is written, or on a pipe both would be one message
+  const data = onPipe ? frame : prefixed(frame);
+  written = written.then(() => new Promise((done) => socket.write(data, done)));
+}
 
 async function shakeHands(frames) {
   const hear = async () => (await frames.next()).value ?? die("The host is gone.");
@@ -166,8 +169,8 @@ class Call {
   }
 
   grant(items) { // the host takes so many more; none if it has given the call up
-    this.#credit += items;
     if (!items) this.#abort.abort();
+    this.#credit += items;
     this.#wake();
   }
 
@@ -183,11 +186,11 @@ class Call {
   }
 
   async #run(message) {
-    const [target, method, args, named] = this.#decode(message), object = objects[target];
-    Object.assign(this, { args, named });
+    let target, method;
+    [target, method, this.args, this.named] = this.#decode(message);
     if (stopping) throw own("PluginClosed", "the plugin is ending");
-    if (!object) throw own("DeadReference", `${target} is not lent`);
-    if (namesOf(object).includes(method)) return object[method](this);
+    if (!objects[target]) throw own("DeadReference", `${target} is not lent`);
+    if (namesOf(objects[target]).includes(method)) return objects[target][method](this);
     throw own("MethodNotFound", `no method ${method}`);
   }
 
@@ -212,7 +215,7 @@ class Call {
 /** Serve an object's functions until the host says stop, or is gone; then end the process. */
 export async function serve(name, plugin, info = {}) {
   if (!address) die("This program is a plugin: its application starts it, not a person.");
-  const system = { // what a plugin tells about itself
+  const system = {
     info: () => info,
     dispense(call) {
       const wanted = call.take("name?")[0] ?? name, number = ["system", name].indexOf(wanted);
@@ -229,10 +232,8 @@ export async function serve(name, plugin, info = {}) {
   for await (const frame of frames) {
     if (beside-- > 0) continue;
     beside = frame.readUInt32BE(4);
-    if (beside && onPipe) die("This plugin cannot take bytes beside a message over a pipe.");
     if (frame[0] !== 1) die("The host does not speak this version of the wire.");
-    const text = frame.toString("utf8", HEADER) || "null";
-    handle(frame[1], frame.readUInt16BE(2), frame.readBigUInt64BE(8), text);
+    handle(frame[1], frame[3], frame.readBigUInt64BE(8), frame.toString("utf8", HEADER) || "null");
   }
   await end(2); // the host is gone
 }
