@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -57,7 +58,7 @@ type Call struct {
 	number          uint64
 	args            []json.RawMessage
 	named           map[string]json.RawMessage
-	borrowed        []uint64  // the numbers of the host's functions, to be given back after it
+	borrowed        []uint64
 	credit          chan bool // something for each item that the host takes
 }
 
@@ -68,7 +69,8 @@ var (
 	asked     sync.Map                                   // channels for answers of the host's, by number
 	lastAsked uint64
 
-	tag = regexp.MustCompile(`\{\s*"\$\w*`) // no text in JSON has this: its quotes come after a backslash
+	// A tag, and a reference's number. No text in JSON looks like it: its quotes come after a backslash.
+	tag = regexp.MustCompile(`\{\s*"(\$\w*)"\s*:\s*\[?\s*(\d*)`)
 )
 
 // Take puts the arguments into variables, by position or by name. One whose name ends in ? may be left out.
@@ -79,16 +81,13 @@ func (c *Call) Take(names string, into ...any) error {
 		if i < len(c.args) {
 			value, given = c.args[i], true
 		}
-		if !given && strings.HasSuffix(name, "?") {
-			continue
-		} else if json.Unmarshal(value, into[i]) != nil {
+		_, isFunction := into[i].(*Function)
+		if found := tag.FindSubmatch(value); found != nil && c.frame[3]&tagged != 0 && !isFunction {
+			return own("NotSerializable", "this plugin takes plain data, no "+string(found[1]))
+		} else if given && json.Unmarshal(value, into[i]) == nil {
+			used++
+		} else if given || !strings.HasSuffix(name, "?") {
 			return wrong
-		}
-		used++
-		if function, ok := into[i].(*Function); ok {
-			c.borrowed = append(c.borrowed, function.Number[0])
-		} else if found := tag.Find(value); found != nil && c.frame[3]&tagged != 0 {
-			return own("NotSerializable", "this plugin takes plain data, and functions; no "+string(found[2:]))
 		}
 	}
 	if used < len(c.args)+len(c.named) { // there are too many, or two for one name
@@ -106,6 +105,7 @@ func (c *Call) Ask(function Function, argument any) (json.RawMessage, error) {
 		return nil, err
 	}
 	frame := <-answer
+	c.borrow(frame)
 	if frame[1] == kError {
 		failure := Fields{}
 		json.Unmarshal(frame[headerSize:], &failure) // with its home, it is the host's very own exception again
@@ -116,9 +116,19 @@ func (c *Call) Ask(function Function, argument any) (json.RawMessage, error) {
 	return frame[headerSize:], nil
 }
 
+func (c *Call) borrow(frame []byte) { // what the host has lent in it, to be given back after this call
+	for _, found := range tag.FindAllSubmatch(frame[headerSize:], -1) {
+		if frame[3]&tagged != 0 && string(found[1]) == "$ref" {
+			number, _ := strconv.ParseUint(string(found[2]), 10, 64)
+			c.borrowed = append(c.borrowed, number)
+		}
+	}
+}
+
 func (c *Call) run(objects [2]Methods) (any, error) {
 	var target int
 	var method string
+	c.borrow(c.frame)
 	json.Unmarshal(c.frame[headerSize:], &[]any{&target, &method, &c.args, &c.named})
 	if target >= len(objects) {
 		return nil, own("DeadReference", "that is not lent")

@@ -1,4 +1,4 @@
-// The protocol of docs/protocol.md, sections 3 to 5: frames, the handshake, messages. The rest is in serve.go.
+// The protocol of docs/protocol.md, sections 3 to 5: frames, the handshake, messages. serve.go has the rest.
 
 package main
 

@@ -57,8 +57,8 @@ function endOnSocket(data) {
   return 4 + size;
 }
 
-// On a pipe a frame is a message, without its length, but Node.js reads bytes. It ends before the next header (a
-// byte that is in no JSON), or where all that has come is JSON. In the handshake two may have come at once.
+// On a pipe a frame is a message, without its length, but Node.js reads bytes. It ends before the byte 1, as
+// the next header begins with it, or where all that has come is JSON. In the handshake two may come at once.
 function endOnPipe(data) {
   const ready = header && data.length > header;
   if (ready && data.readUInt32BE(4)) die("This plugin cannot take bytes beside a message over a pipe.");
