@@ -227,7 +227,7 @@ func handle(frame []byte, objects [2]Methods) {
 	switch {
 	case frame[0] != 1 || kind > kShutdown && frame[3]&ignorable == 0:
 		die("The host speaks another version of the protocol.")
-	case kind == kCall && life.Err() != nil:
+	case (kind == kCall || kind == kNotify) && life.Err() != nil:
 		go post(kError, 0, number, 0, own("PluginClosed", "the plugin is ending"))
 	case kind == kCall || kind == kNotify:
 		c = &Call{frame: frame, number: number, credit: make(chan bool, 2*window)}
@@ -241,6 +241,7 @@ func handle(frame []byte, objects [2]Methods) {
 	case kind == kShutdown:
 		seconds := 0.0
 		json.Unmarshal(body, &seconds)
+		end() // before the next call is read
 		go leave(seconds)
 	case kind == kResult || kind == kError:
 		if answer, there := asked.LoadAndDelete(number); there {
