@@ -4445,6 +4445,7 @@ class Stream:
                 reader.unattended.discard(call.number)
 
     def _finish(self) -> None:
+        self._batch = (iter(()), self._batch[1])
         self._over = True
         self._session.borrowed.discard(id(self))
 
@@ -4454,7 +4455,6 @@ class Stream:
             _pool.put((self._session.caller.give_up, self._call))
             self._finish()
             _wake(self._waiters)
-        self._batch = (iter(()), self._batch[1])
 
     async def aclose(self) -> None:
         """As `close`."""
