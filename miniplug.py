@@ -992,10 +992,13 @@ class _Codec:
             label = label or "the call"
             raise NotSerializable(f"{label} is nested too deeply, or contains itself", path=label) from None
         except Exception as error:
-            try:
-                content = self._pack(_CarefulPacker(self, lent, label), value)
-            except NotSerializable:  # or what a signal handler has raised just there
-                content = self._pack(_CarefulPacker(self, lent, label), value)
+            for again in (True, True, False):
+                try:
+                    content = self._pack(_CarefulPacker(self, lent, label), value)
+                    break
+                except NotSerializable:  # or what a signal handler has raised just there
+                    if not again:
+                        raise
             if isinstance(error, UnicodeEncodeError) or "JSON compliant" in str(error):
                 return content
             self.unlend(lent)
@@ -1332,7 +1335,7 @@ class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
     It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing
-    strikes before that, from Python 3.10 on. `mine` is a weak reference to a set with the thread's ident,
+    strikes before that, from Python 3.11 on. `mine` is a weak reference to a set with the thread's ident,
     which only the holder's frame holds: so one knows a seat that is lost, and a finalizer or handler in it.
     """
 
@@ -2126,7 +2129,7 @@ class _Door:
 #
 # What a signal handler raises strikes the main thread between any two steps. What must not be struck a thread
 # of the pool does, told by one step (`_pool.put`, `_move`), which is an `except`'s first, with no call before
-# it: so nothing strikes before, in Python 3.10 and later. Every other step may be repeated.
+# it: so nothing strikes before, in Python 3.11 and later. Every other step may be repeated.
 #
 # Streams. A call may be answered by items, several to a message, until an end or an error. The caller may
 # leave _WINDOW of them unread, and gives credit for as many as it has read. A producer without credit holds

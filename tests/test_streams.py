@@ -293,7 +293,6 @@ def test_a_stream_that_a_handler_has_cut_off_ends_at_once(both, proxy):
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     assert list(stream) == []
-    del stream, take, struck
     settled(both)
 
 
