@@ -35,7 +35,7 @@ ENOUGH = 3.0  # in which what was given up must be gone, with --each
 WORKERS = 6
 MOST = 3 if sys.version_info >= (3, 11) else 1  # strikes at one operation: there a second may fall before a finally's first step
 PROGRAM = [sys.executable, os.path.abspath(__file__), "serve"]
-PATIENCE = 2.0  # seconds that a call waits for being given up
+PATIENCE = 5.0  # seconds that a call waits for being given up: a wake-up that is lost heals within one, and machines are busy
 
 # -- what is looked at inside of a session: the only names of internals here. Each by the names that it may have.
 
