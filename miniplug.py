@@ -4367,8 +4367,13 @@ class Stream:
                 return item
             if self._over:
                 raise StopIteration
-            with self._lock:
+            held: list[bool] = []
+            try:  # from Python 3.14 on a handler may raise between the two steps of a `with`
+                held.extend(itertools.starmap(self._lock.acquire, _ONCE))
                 self._advance(True)
+            finally:
+                if held:
+                    self._lock.release()
 
     __aiter__ = __iter__
 
