@@ -2180,6 +2180,18 @@ def _open(gate: Any) -> None:
         pass  # it is open
 
 
+def _holding(lock: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function with a lock held. From Python 3.14 on a handler may raise as a `with` begins, and leave
+    its lock held."""
+    held: list[bool] = []
+    try:
+        held.extend(itertools.starmap(lock.acquire, _ONCE))  # one step
+        return function(*arguments)
+    finally:
+        if held:
+            lock.release()
+
+
 def _in_main_thread() -> bool:
     """Whether signal handlers run in this thread."""
     return _get_ident() == threading.main_thread().ident
@@ -3837,15 +3849,17 @@ class _References:
         owner = getattr(obj, "__self__", None)  # a bound method is made anew each time
         function = getattr(obj, "__func__", None) or getattr(obj, "__name__", None)
         key: Any = object() if manager else (id(obj),) if owner is None else (id(owner), function)
-        with self._lock:
-            number = 0 if obj is self._loans[0].object else self._lent.get(key)
-            if number not in self._loans:  # or a handler has left it half lent
-                loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
-                number = self._lent.setdefault(key, next(self._numbers))
-                self._loans.setdefault(number, loan)
-            loan = self._loans[number]
-            self.lends = True
-            loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
+        return _holding(self._lock, self._lend, obj, key, manager, lent)  # type: ignore[no-any-return]
+
+    def _lend(self, obj: Any, key: Any, manager: Any, lent: list[int]) -> tuple[str, Any]:
+        number = 0 if obj is self._loans[0].object else self._lent.get(key)
+        if number not in self._loans:  # or a handler has left it half lent
+            loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
+            number = self._lent.setdefault(key, next(self._numbers))
+            self._loans.setdefault(number, loan)
+        loan = self._loans[number]
+        self.lends = True
+        loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
         return "$ref", [number, loan.methods, callable(obj)]
 
     def held(self, message: _Message) -> _Message:
@@ -3898,12 +3912,14 @@ class _References:
 
     def unlend(self, lent: Any) -> None:
         """Take back what was lent for a message that was not sent, and what a handler has left half lent."""
-        with self._lock:
-            half = [number for number, loan in self._loans.items() if number and not loan.sent]
-            while lent:
-                half.append(lent.pop())
-            for number in half:
-                self.release(number)
+        _holding(self._lock, self._unlend, lent)
+
+    def _unlend(self, lent: Any) -> None:
+        half = [number for number, loan in self._loans.items() if number and not loan.sent]
+        while lent:
+            half.append(lent.pop())
+        for number in half:
+            self.release(number)
 
     def close(self) -> None:
         """The connection has ended: exit the context managers, the latest first."""
@@ -4367,13 +4383,7 @@ class Stream:
                 return item
             if self._over:
                 raise StopIteration
-            held: list[bool] = []
-            try:  # from Python 3.14 on a handler may raise between the two steps of a `with`
-                held.extend(itertools.starmap(self._lock.acquire, _ONCE))
-                self._advance(True)
-            finally:
-                if held:
-                    self._lock.release()
+            _holding(self._lock, self._advance, True)
 
     __aiter__ = __iter__
 
