@@ -3880,18 +3880,20 @@ class _References:
 
     def release(self, number: int) -> None:
         """Take one count of a loan back. A thread of the pool exits it, which may take long."""
-        with self._lock:
-            loan = self._loans.get(number) if number else None
-            if loan is None:
-                return
-            if loan.sent:
-                loan.sent.pop()
-            if loan.sent:
-                return
-            self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
-            del self._loans[number]
-            self._lent.pop(loan.key, None)
-            self.lends = len(self._loans) > 1
+        _holding(self._lock, self._release, number)
+
+    def _release(self, number: int) -> None:
+        loan = self._loans.get(number) if number else None
+        if loan is None:
+            return
+        if loan.sent:
+            loan.sent.pop()
+        if loan.sent:
+            return
+        self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
+        del self._loans[number]
+        self._lent.pop(loan.key, None)
+        self.lends = len(self._loans) > 1
         if loan.manager is not None:
             self._parting.append(loan)
             _pool.put((self._exit_parting,))
@@ -3919,7 +3921,7 @@ class _References:
         while lent:
             half.append(lent.pop())
         for number in half:
-            self.release(number)
+            self._release(number)
 
     def close(self) -> None:
         """The connection has ended: exit the context managers, the latest first."""
