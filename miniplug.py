@@ -996,7 +996,7 @@ class _Codec:
         try:
             if not isinstance(first, Exception):
                 raise first
-            for last in (False, True):
+            for last in (False, False, True):
                 self.unlend(lent)
                 packer, fitted = _Packer(self, lent, _NEVER), []
                 try:
@@ -1337,7 +1337,7 @@ class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
     It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing
-    strikes before that, from Python 3.10 on. `mine` is a weak reference to a set with the thread's ident,
+    strikes before that, from Python 3.11 on. `mine` is a weak reference to a set with the thread's ident,
     which only the holder's frame holds: so one knows a seat that is lost, and a finalizer or handler in it.
     """
 
@@ -2156,7 +2156,7 @@ class _Door:
 #
 # What a signal handler raises strikes the main thread between any two steps. What must not be struck is done
 # by a thread of the pool. It is told by one call of C (`_pool.put`, `_move`), mostly the first thing in an
-# `except`, where nothing strikes before it (in Python 3.10 and later). Every other step may be repeated.
+# `except`, where nothing strikes before it (in Python 3.11 and later). Every other step may be repeated.
 #
 # Streams. A call may be answered by items, several to a message, until an end or an error. The caller may
 # leave _WINDOW of them unread, and gives credit for as many as it has read. A producer without credit holds
@@ -2205,6 +2205,18 @@ def _open(gate: Any) -> None:
         gate.release()
     except RuntimeError:
         pass  # it is open
+
+
+def _holding(lock: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function with a lock held. From Python 3.14 on a handler may raise as a `with` begins, and leave
+    its lock held."""
+    held: list[bool] = []
+    try:
+        held.extend(itertools.starmap(lock.acquire, _ONCE))  # one step
+        return function(*arguments)
+    finally:
+        if held:
+            lock.release()
 
 
 class _Pool:
@@ -3849,16 +3861,18 @@ class _References:
         owner = getattr(obj, "__self__", None)  # a bound method is made anew each time
         function = getattr(obj, "__func__", None) or getattr(obj, "__name__", None)
         key: Any = object() if manager else (id(obj),) if owner is None else (id(owner), function)
-        with self._lock:
-            number = 0 if obj is self._loans[0].object else self._lent.get(key)
-            if number not in self._loans:  # it is new, or half lent: known here, but not lent
-                loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
-                number = self._lent.setdefault(key, next(self._numbers))
-                self._latest.append(number)
-                self._loans.setdefault(number, loan)
-            loan = self._loans[number]
-            self.lends = True
-            loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
+        return _holding(self._lock, self._lend, obj, key, manager, lent)  # type: ignore[no-any-return]
+
+    def _lend(self, obj: Any, key: Any, manager: Any, lent: list[int]) -> tuple[str, Any]:
+        number = 0 if obj is self._loans[0].object else self._lent.get(key)
+        if number not in self._loans:  # it is new, or half lent: known here, but not lent
+            loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
+            number = self._lent.setdefault(key, next(self._numbers))
+            self._latest.append(number)
+            self._loans.setdefault(number, loan)
+        loan = self._loans[number]
+        self.lends = True
+        loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
         return "$ref", [number, loan.methods, callable(obj)]
 
     def held(self, message: _Message) -> _Message:
@@ -3879,18 +3893,20 @@ class _References:
 
     def release(self, number: int) -> None:
         """Take one count of a loan back. A thread of the pool exits it, which may take long."""
-        with self._lock:
-            loan = self._loans.get(number) if number else None
-            if loan is None:
-                return
-            if loan.sent:
-                loan.sent.pop()
-            if loan.sent:
-                return
-            self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
-            del self._loans[number]
-            self._lent.pop(loan.key, None)
-            self.lends = len(self._loans) > 1
+        _holding(self._lock, self._release, number)
+
+    def _release(self, number: int) -> None:
+        loan = self._loans.get(number) if number else None
+        if loan is None:
+            return
+        if loan.sent:
+            loan.sent.pop()
+        if loan.sent:
+            return
+        self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
+        del self._loans[number]
+        self._lent.pop(loan.key, None)
+        self.lends = len(self._loans) > 1
         if loan.manager is not None:
             self._parting.append(loan)
             _pool.put((self._exit_parting,))
@@ -3911,13 +3927,15 @@ class _References:
 
     def unlend(self, lent: Any) -> None:
         """Take back what was lent for a message that was not sent, and what a handler has left half lent."""
-        with self._lock:
-            new = [number for number in self._latest if number in self._loans]
-            half = [number for number in new if not self._loans[number].sent]
-            while lent:
-                half.append(lent.pop())
-            for number in half:
-                self.release(number)
+        _holding(self._lock, self._unlend, lent)
+
+    def _unlend(self, lent: Any) -> None:
+        new = [number for number in self._latest if number in self._loans]
+        half = [number for number in new if not self._loans[number].sent]
+        while lent:
+            half.append(lent.pop())
+        for number in half:
+            self._release(number)
 
     def close(self) -> None:
         """The connection has ended: exit the context managers, the latest first."""
@@ -4401,8 +4419,7 @@ class Stream:
                 return item
             if self._over:
                 raise StopIteration
-            with self._lock:
-                self._advance(True)
+            _holding(self._lock, self._advance, True)
 
     __aiter__ = __iter__
 
@@ -4478,6 +4495,7 @@ class Stream:
                 reader.unattended.discard(call.number)
 
     def _finish(self) -> None:
+        self._batch = (iter(()), self._batch[1])
         self._over = True
         self._session.borrowed.discard(id(self))
 
@@ -4487,7 +4505,6 @@ class Stream:
             _pool.put((self._session.caller.give_up, self._call))
             self._finish()
             _wake(self._waiters)
-        self._batch = (iter(()), self._batch[1])
 
     async def aclose(self) -> None:
         """As `close`."""
