@@ -584,11 +584,15 @@ _EACH = frozenset((  # what "$each" may hold: nothing that is much longer than i
 _MAKES: dict[tuple[str, type], Any] = {}  # what has been found of that, by the tag and the type of the state
 
 
+def _spread(function: Any, items: list[Any]) -> Any:
+    return function(*items)
+
+
 def _maker(tag: str, kind: type) -> Any:
     ways = _TAGS[tag].make
     if kind is list and _ITEMS in ways:
-        spread = _found(ways[_ITEMS])
-        make: Any = lambda items: spread(*items)
+        made = _found(ways[_ITEMS])
+        make: Any = partial(_spread, made)
     else:
         make = _found(ways[kind])
     _MAKES[tag, kind] = make
@@ -1388,7 +1392,11 @@ class _Channel:
 
     def _take_over(self, sock: socket.socket) -> None:
         self.sock: Any = sock
-        self._end = sock.dup()  # ends the connection when somebody else has closed that number
+        try:
+            self._end = sock.dup()  # ends the connection when somebody else has closed that number
+        except OSError:
+            sock.close()
+            raise
         sock.setblocking(True)
         if sys.platform == "darwin":
             sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
