@@ -406,11 +406,6 @@ def _call(path: str, *arguments: Any) -> Any:
     return _found(path)(*arguments)
 
 
-def _spread(path: Any) -> Callable[[Any], Any]:
-    """What calls that with the items of a list."""
-    return lambda state: _found(path)(*state)
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= 1000 else text[:1000] + "..."
 
@@ -451,8 +446,7 @@ def _told_apart(values: Iterable[Any]) -> list[Any]:
 
 
 def _pairs(value: dict[Any, Any]) -> list[Any]:
-    if len(value) > _MAX_ALIKE:
-        _told_apart(value)
+    _told_apart(value)
     return [*_flatten(value.items())]
 
 
@@ -498,8 +492,7 @@ def _moment(value: Any) -> Any:
     return [value.replace(tzinfo=None).isoformat(), value.fold, zone]
 
 
-def _make_moment(name: str, state: list[Any]) -> Any:
-    text, fold, zone = state
+def _make_moment(name: str, text: str, fold: int, zone: Any) -> Any:
     return _call(f"datetime.{name}.fromisoformat", text).replace(fold=fold, tzinfo=zone)
 
 
@@ -539,8 +532,10 @@ def _make_registered(name: str, held: Any) -> Any:
         raise NotSerializable(why) from error
 
 
-# By the tag: the type; what gives its state, to be packed in turn; and by the type of that on the wire, the
-# way back. Names are looked up on first use.
+# By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; and the way
+# back, by the type of that on the wire: _ITEMS is a list, with whose items it is called. Names are looked up
+# on first use.
+_ITEMS = "items"
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
 _Row = namedtuple("_Row", "type state make")
 _TAGS = {tag: _Row(*row) for tag, row in {
@@ -551,36 +546,36 @@ _TAGS = {tag: _Row(*row) for tag, row in {
              {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
     "$tuple": (tuple, list, {list: tuple}),
     "$dict": (dict, _pairs, {list: _make_dict}),
-    "$numbers": (None, None, {list: _spread(_make_numbers)}),
-    "$each": (None, None, {list: _spread(_make_each)}),
+    "$numbers": (None, None, {_ITEMS: _make_numbers}),
+    "$each": (None, None, {_ITEMS: _make_each}),
     "$bytes": (bytes, bytes, {str: binascii.a2b_base64}),
     "$bytearray": (bytearray, memoryview,  # a view, so that nobody resizes what is being sent
                    {str: lambda text: bytearray(binascii.a2b_base64(text))}),
     "$set": (set, _told_apart, {list: lambda held: set(_told_apart(held))}),
     "$frozenset": (frozenset, _told_apart, {list: lambda held: frozenset(_told_apart(held))}),
-    "$complex": (complex, lambda z: [z.real, z.imag], {list: _spread(complex)}),
-    "$ellipsis": (type(...), lambda _: [], {list: lambda _: ...}),
-    "$range": (range, lambda held: [held.start, held.stop, held.step], {list: _spread(range)}),
-    "$slice": (slice, lambda held: [held.start, held.stop, held.step], {list: _spread(slice)}),
+    "$complex": (complex, lambda z: [z.real, z.imag], {_ITEMS: complex}),
+    "$ellipsis": (type(...), lambda _: [], {_ITEMS: lambda: ...}),
+    "$range": (range, lambda held: [held.start, held.stop, held.step], {_ITEMS: range}),
+    "$slice": (slice, lambda held: [held.start, held.stop, held.step], {_ITEMS: slice}),
     "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, a.tobytes()],
-               {list: _spread(_make_array)}),
+               {_ITEMS: _make_array}),
     "$date": ("datetime.date", "datetime.date.isoformat", {str: "datetime.date.fromisoformat"}),
     "$datetime": ("datetime.datetime", _moment,
-                  {str: "datetime.datetime.fromisoformat", list: partial(_make_moment, "datetime")}),
+                  {str: "datetime.datetime.fromisoformat", _ITEMS: partial(_make_moment, "datetime")}),
     "$time": ("datetime.time", _moment,
-              {str: "datetime.time.fromisoformat", list: partial(_make_moment, "time")}),
+              {str: "datetime.time.fromisoformat", _ITEMS: partial(_make_moment, "time")}),
     "$timedelta": ("datetime.timedelta", lambda d: [d.days, d.seconds, d.microseconds],
-                   {list: _spread("datetime.timedelta")}),
+                   {_ITEMS: "datetime.timedelta"}),
     "$timezone": ("datetime.timezone", lambda zone: [*zone.__getinitargs__()],
-                  {list: _spread("datetime.timezone")}),
+                  {_ITEMS: "datetime.timezone"}),
     "$zone": ("zoneinfo.ZoneInfo", lambda zone: zone.__reduce__()[1][0], {str: _make_zone}),
     "$decimal": ("decimal.Decimal", _decimal, {str: _make_decimal}),
     "$fraction": ("fractions.Fraction", lambda f: [f.numerator, f.denominator],
-                  {list: lambda state: _call("fractions.Fraction", *map(int.__index__, state))}),
+                  {_ITEMS: lambda *pair: _call("fractions.Fraction", *map(int.__index__, pair))}),
     "$uuid": ("uuid.UUID", lambda value: f"{value.int:032x}", {str: "uuid.UUID"}),
     **{f"${name.lower()}": (f"pathlib.{name}", str, {str: f"pathlib.{'Pure' * (name == _FOREIGN)}{name}"})
        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
-    "$type": (None, None, {list: _spread(_make_registered)}),  # each registered type has its own state
+    "$type": (None, None, {_ITEMS: _make_registered}),  # each registered type has its own state
 }.items()}
 _OF_TYPE = {row.type: tag for tag, row in _TAGS.items() if row.type}
 _EACH = frozenset((  # what "$each" may hold: nothing that is much longer than its state
@@ -590,8 +585,18 @@ _EACH = frozenset((  # what "$each" may hold: nothing that is much longer than i
 _MAKES: dict[tuple[str, type], Any] = {}  # what has been found of that, by the tag and the type of the state
 
 
+def _spread(function: Any, items: list[Any]) -> Any:
+    return function(*items)
+
+
 def _maker(tag: str, kind: type) -> Any:
-    _MAKES[tag, kind] = make = _found(_TAGS[tag].make[kind])
+    ways = _TAGS[tag].make
+    if kind is list and _ITEMS in ways:
+        made = _found(ways[_ITEMS])
+        make: Any = partial(_spread, made)
+    else:
+        make = _found(ways[kind])
+    _MAKES[tag, kind] = make
     return make
 
 
@@ -751,16 +756,14 @@ class _Packer:
     the types that it does not look at: without str and float it is careful. Where it fails, `trail` is the
     way there, from within: what was looked at, and which part of that."""
 
+    tagged = 0
+
     def __init__(self, codec: _Codec, lent: list[int], plain: Any = _PLAIN) -> None:
         self.buffers: list[_Bytes] = []  # that go beside the message
-        self.lent = lent  # the numbers of what was lent
-        self.tagged = 0
         self.trail: list[tuple[Any, Any]] = []
-        self._plain = plain
         self._codec = codec
-
-    def content(self, fitted: Any) -> _Content:
-        return "".join(_encode(fitted, 0)).encode(), self.buffers, self.tagged, self.lent
+        self._lent = lent  # the numbers of what was lent
+        self._plain = plain
 
     def fit(self, value: Any) -> Any:
         """The value, or where the encoder would change it without a word, a copy with tags."""
@@ -817,7 +820,7 @@ class _Packer:
             raise
 
     def _lend(self, value: Any) -> dict[str, Any]:
-        loan = self._codec.lend(value, self.lent)
+        loan = self._codec.lend(value, self._lent)
         if loan is None:
             raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), "
                                   "or send a plain str, int, list or dict of what is in it")
@@ -827,7 +830,7 @@ class _Packer:
     def _put(self, data: _Bytes) -> Any:
         """The data in base64, or the number of a buffer."""
         if len(data) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-            return _base64(data)
+            return binascii.b2a_base64(data, newline=False).decode()
         self.buffers.append(data)
         return len(self.buffers) - 1
 
@@ -846,19 +849,20 @@ class _Packer:
             return {"$numbers": [code, {"$bytes": self._put(data)}]}
         if kind in _ATOMS:
             return values if _are_plain(values) else None
-        tag, tell = _WAYS[kind]
-        if kind is dict:
-            kinds = set(map(type, _flatten(values)))
-            if kinds == _TEXTS:
-                fits = min(map(len, values)) > 1 and _are_plain([*_flatten(map(dict.values, values))])
-                return values if fits else None
-            if str in kinds or not values[0]:
+        if kind in _NESTS:  # short ones, at once
+            parts = map(dict.values, values) if kind is dict else values
+            plain = (kind is dict or max(map(len, values)) < _MANY) and _are_plain([*_flatten(parts)])
+            if kind is dict:
+                keys = set(map(type, _flatten(values)))
+                if keys == _TEXTS:
+                    return values if plain and min(map(len, values)) > 1 else None
+                if str in keys or not values[0]:
+                    return None
+            elif not plain:
                 return None
-        elif kind is list or kind is tuple:  # short ones, at once
-            if max(map(len, values)) >= _MANY or not _are_plain([*_flatten(values)]):
-                return None
-            if kind is list:
+            elif kind is list:
                 return values
+        tag, tell = _WAYS[kind]
         if tag not in _EACH or not self._codec.arrays:
             return None
         states: Any = values if kind is bytes or kind is tuple else [*map(tell, values)]
@@ -971,7 +975,7 @@ class _Codec:
             if type(value) in _PLAIN:
                 return "".join(_encode(value, 0)).encode(), (), 0, lent
             packer = _Packer(self, lent)
-            return packer.content(packer.fit(value))
+            return "".join(_encode(packer.fit(value), 0)).encode(), packer.buffers, packer.tagged, lent
         except BaseException as error:
             return self._dumps_carefully(error, lent, {label: value})
 
@@ -983,7 +987,8 @@ class _Codec:
             if not kwargs and _PLAIN.issuperset(map(type, args)):
                 return "".join(_encode((target, method, args, kwargs), 0)).encode(), (), 0, lent
             packer = _Packer(self, lent)
-            return packer.content((target, method, packer.fit([*args]), kwargs and packer.fit(kwargs)))
+            call = target, method, packer.fit([*args]), kwargs and packer.fit(kwargs)
+            return "".join(_encode(call, 0)).encode(), packer.buffers, packer.tagged, lent
         except BaseException as error:
             return self._dumps_carefully(error, lent, {"args": [*args], "kwargs": kwargs}, target, method)
 
@@ -996,13 +1001,14 @@ class _Codec:
         try:
             if not isinstance(first, Exception):
                 raise first
-            for last in (False, True):
+            for last in (False, False, True):
                 self.unlend(lent)
                 packer, fitted = _Packer(self, lent, _NEVER), []
                 try:
                     for label in parts:
                         fitted.append(packer.fit(parts[label]))
-                    content = packer.content((*head, *fitted) if head else fitted[0])
+                    text = "".join(_encode((*head, *fitted) if head else fitted[0], 0))
+                    content = text.encode(), packer.buffers, packer.tagged, lent
                     break
                 except Exception as error:
                     if isinstance(error, RecursionError) and not _is_deep():
@@ -1336,7 +1342,7 @@ class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
     It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing
-    strikes before that, from Python 3.10 on. `mine` is a weak reference to a set with the thread's ident,
+    strikes before that, from Python 3.11 on. `mine` is a weak reference to a set with the thread's ident,
     which only the holder's frame holds: so one knows a seat that is lost, and a finalizer or handler in it.
     """
 
@@ -1387,7 +1393,11 @@ class _Channel:
 
     def _take_over(self, sock: socket.socket) -> None:
         self.sock: Any = sock
-        self._end = sock.dup()  # ends the connection when somebody else has closed that number
+        try:
+            self._end = sock.dup()  # ends the connection when somebody else has closed that number
+        except OSError:
+            sock.close()
+            raise
         sock.setblocking(True)
         if sys.platform == "darwin":
             sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
@@ -2155,7 +2165,7 @@ class _Door:
 #
 # What a signal handler raises strikes the main thread between any two steps. What must not be struck is done
 # by a thread of the pool. It is told by one call of C (`_pool.put`, `_move`), mostly the first thing in an
-# `except`, where nothing strikes before it (in Python 3.10 and later). Every other step may be repeated.
+# `except`, where nothing strikes before it (in Python 3.11 and later). Every other step may be repeated.
 #
 # Streams. A call may be answered by items, several to a message, until an end or an error. The caller may
 # leave _WINDOW of them unread, and gives credit for as many as it has read. A producer without credit holds
@@ -2204,6 +2214,18 @@ def _open(gate: Any) -> None:
         gate.release()
     except RuntimeError:
         pass  # it is open
+
+
+def _holding(lock: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function with a lock held. From Python 3.14 on a handler may raise as a `with` begins, and leave
+    its lock held."""
+    held: list[bool] = []
+    try:
+        held.extend(itertools.starmap(lock.acquire, _ONCE))  # one step
+        return function(*arguments)
+    finally:
+        if held:
+            lock.release()
 
 
 class _Pool:
@@ -3525,6 +3547,14 @@ def _no_method(name: str, names: Iterable[str] | None, where: str, what: str = "
     return MethodNotFound(f"{where} {text}", name=name, matches=matches)
 
 
+def _signature(function: Any) -> Any:
+    """inspect.signature(), also where a name in an annotation is missing: Python 3.14 looks for it."""
+    if sys.version_info < (3, 14):
+        return _import("inspect").signature(function)
+    names = _import("annotationlib").Format.FORWARDREF
+    return _import("inspect").signature(function, annotation_format=names)
+
+
 def _makes_instances(served: Any) -> bool:
     """Whether what is served is a class, or a function that needs no argument, and not the object itself. One
     that may take any number, or in C any, is there to be called."""
@@ -3534,7 +3564,7 @@ def _makes_instances(served: Any) -> bool:
     if not (is_partial or inspect.isroutine(served)):
         return False
     try:
-        parameters = inspect.signature(served).parameters.values()
+        parameters = _signature(served).parameters.values()
     except ValueError:
         return False  # a C function that does not tell
     if inspect.isbuiltin(served):
@@ -3561,8 +3591,8 @@ class _Loop:
             while not self._closing:
                 try:
                     self._loop.run_forever()
-                except BaseException:  # some task that the plugin has started calls sys.exit()
-                    _import("traceback").print_exc()
+                except BaseException as error:  # some task that the plugin has started calls sys.exit()
+                    _print_error(error)
             self._loop.run_until_complete(self._cancel_all())
         finally:
             _loop_threads.discard(threading.get_ident())
@@ -3606,9 +3636,11 @@ class _Served:
         return name, self.plugins[name]
 
     def shared(self, name: str) -> Any:
-        """The object that all callers share; of a class or factory the instance that describes the others."""
+        """The object that all callers share; of a class or factory the instance that describe() looks at."""
         served = self.find(name)[1]
         with self._entering.setdefault(name, threading.RLock()):
+            if self._closed:
+                raise PluginClosed("the plugin is shutting down")
             if name not in self._shared:
                 self._shared[name] = _enter(_made(served) if _makes_instances(served) else served)
             return self._shared[name][0]
@@ -3652,8 +3684,8 @@ def _exit(manager: Any) -> None:
     try:
         if manager is not None:
             type(manager).__exit__(manager, None, None, None)
-    except Exception:
-        _import("traceback").print_exc()
+    except BaseException as error:  # also sys.exit(): others have to be exited, too
+        _print_error(error)
 
 
 # -- references: objects that stay where they are, and are called from the other side
@@ -3797,6 +3829,7 @@ class _References:
         self._lock = threading.RLock()  # protects the following three
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
+        self._latest: deque[int] = deque(maxlen=1000)  # new numbers: a handler may have left one half lent
         self.lends = False  # whether anything is lent
         self._held: dict[int, Any] = {}  # weak references to those given back, that a message may hold
         self._parting: list[_Loan] = []  # those to be exited
@@ -3839,15 +3872,18 @@ class _References:
         owner = getattr(obj, "__self__", None)  # a bound method is made anew each time
         function = getattr(obj, "__func__", None) or getattr(obj, "__name__", None)
         key: Any = object() if manager else (id(obj),) if owner is None else (id(owner), function)
-        with self._lock:
-            number = 0 if obj is self._loans[0].object else self._lent.get(key)
-            if number not in self._loans:  # or a handler has left it half lent
-                loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
-                number = self._lent.setdefault(key, next(self._numbers))
-                self._loans.setdefault(number, loan)
-            loan = self._loans[number]
-            self.lends = True
-            loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
+        return _holding(self._lock, self._lend, obj, key, manager, lent)  # type: ignore[no-any-return]
+
+    def _lend(self, obj: Any, key: Any, manager: Any, lent: list[int]) -> tuple[str, Any]:
+        number = 0 if obj is self._loans[0].object else self._lent.get(key)
+        if number not in self._loans:  # it is new, or half lent: known here, but not lent
+            loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
+            number = self._lent.setdefault(key, next(self._numbers))
+            self._latest.append(number)
+            self._loans.setdefault(number, loan)
+        loan = self._loans[number]
+        self.lends = True
+        loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
         return "$ref", [number, loan.methods, callable(obj)]
 
     def held(self, message: _Message) -> _Message:
@@ -3868,18 +3904,20 @@ class _References:
 
     def release(self, number: int) -> None:
         """Take one count of a loan back. A thread of the pool exits it, which may take long."""
-        with self._lock:
-            loan = self._loans.get(number) if number else None
-            if loan is None:
-                return
-            if loan.sent:
-                loan.sent.pop()
-            if loan.sent:
-                return
-            self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
-            del self._loans[number]
-            self._lent.pop(loan.key, None)
-            self.lends = len(self._loans) > 1
+        _holding(self._lock, self._release, number)
+
+    def _release(self, number: int) -> None:
+        loan = self._loans.get(number) if number else None
+        if loan is None:
+            return
+        if loan.sent:
+            loan.sent.pop()
+        if loan.sent:
+            return
+        self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
+        del self._loans[number]
+        self._lent.pop(loan.key, None)
+        self.lends = len(self._loans) > 1
         if loan.manager is not None:
             self._parting.append(loan)
             _pool.put((self._exit_parting,))
@@ -3900,12 +3938,15 @@ class _References:
 
     def unlend(self, lent: Any) -> None:
         """Take back what was lent for a message that was not sent, and what a handler has left half lent."""
-        with self._lock:
-            half = [number for number, loan in self._loans.items() if number and not loan.sent]
-            while lent:
-                half.append(lent.pop())
-            for number in half:
-                self.release(number)
+        _holding(self._lock, self._unlend, lent)
+
+    def _unlend(self, lent: Any) -> None:
+        new = [number for number in self._latest if number in self._loans]
+        half = [number for number in new if not self._loans[number].sent]
+        while lent:
+            half.append(lent.pop())
+        for number in half:
+            self._release(number)
 
     def close(self) -> None:
         """The connection has ended: exit the context managers, the latest first."""
@@ -3978,7 +4019,7 @@ def _describe(function: Any) -> list[Any]:
     inspect = _import("inspect")
     doc = inspect.getdoc(function)
     try:
-        signature = inspect.signature(function)
+        signature = _signature(function)
     except (TypeError, ValueError):
         return [None, doc, None]
     rows = [[each.name, int(each.kind), each.default, each.annotation]
@@ -4244,7 +4285,7 @@ def _refusals(interface: type, name: str, shown: str, doc: str, parameters: Any)
     """In words, what the plugin's method does not take of the calls that the interface's allows."""
     inspect = _import("inspect")
     try:
-        mine = inspect.signature(getattr(interface, name))
+        mine = _signature(getattr(interface, name))
         *others, (_, _, _, _) = parameters
         kinds, make = inspect._ParameterKind, inspect.Parameter
         theirs = inspect.Signature([make(each, kinds(kind), default=mine.empty if default is None else 0)
@@ -4389,8 +4430,7 @@ class Stream:
                 return item
             if self._over:
                 raise StopIteration
-            with self._lock:
-                self._advance(True)
+            _holding(self._lock, self._advance, True)
 
     __aiter__ = __iter__
 
@@ -4466,6 +4506,7 @@ class Stream:
                 reader.unattended.discard(call.number)
 
     def _finish(self) -> None:
+        self._batch = (iter(()), self._batch[1])
         self._over = True
         self._session.borrowed.discard(id(self))
 
@@ -4475,7 +4516,6 @@ class Stream:
             _pool.put((self._session.caller.give_up, self._call))
             self._finish()
             _wake(self._waiters)
-        self._batch = (iter(()), self._batch[1])
 
     async def aclose(self) -> None:
         """As `close`."""
@@ -4810,14 +4850,15 @@ class _LoggingHook:
             return None
         sys.meta_path.remove(self)
         spec = _import("importlib.util").find_spec(name)
-        load = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            load(module)
-            _set_up_logging(module, self._level)
-
-        spec.loader.exec_module = exec_module
+        self._code, spec.loader = spec.loader.get_code, self  # a loader may be shared: it is left as it is
         return spec
+
+    def create_module(self, spec: Any) -> None:
+        pass  # an ordinary one
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(self._code("logging"), vars(module))
+        _set_up_logging(module, self._level)
 
 
 def _set_up_logging(logging: Any, level: int) -> None:
@@ -5186,11 +5227,13 @@ class _Guardian:
         self._told: set[str] = set()  # what it is to end or to remove
 
     def tell(self, line: str) -> None:
-        """That a process is gone is said while its number is still its own."""
+        """Add what a line names, or after a "!" drop it: a process while its number is still its own."""
+        if "\n" in line:
+            return None  # in the name of a folder: no line can say that
         with self._lock:
             if line.startswith("!"):
                 self._told.discard(line[1:])
-            elif "\n" not in line:
+            else:
                 self._told.add(line)
             if not self._told:
                 return self._part()
@@ -5217,7 +5260,7 @@ class _Guardian:
             self._part()
 
     def _part(self) -> None:
-        """Killed first, as it would take the pipe's end for the host's."""
+        """Killed before the pipe is closed: it would take that for the host's end."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -5268,6 +5311,8 @@ class _PosixProcess:
                 self._code = end.si_status if end.si_code == _posix.CLD_EXITED else -end.si_status
             else:  # macOS before Python 3.13: a group keeps the number while anybody is in it
                 self._code = self._popen.wait()
+                with self._lock:
+                    self._reaped = not self._leads
         except ChildProcessError:
             pass  # somebody else in this host has reaped it: nobody knows how it ended
 
@@ -5500,15 +5545,16 @@ class _Recipe:
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
 
-    def failure(self, run: _Run, argv: list[str], refusal: Any, in_time: bool) -> LaunchError:
-        """Why a process did not come up."""
+    def failure(self, run: _Run, argv: list[str], refusal: Any, strangers: int | None) -> LaunchError:
+        """Why a process did not come up. `strangers`: so many came in its time instead."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
             run.ended.wait(1.0)  # it says on stderr that it was refused
             kind, reason, told = HandshakeError, str(refusal), vars(refusal)
-        elif not in_time:
+        elif strangers is not None:
             _end_runs([run], None)
-            reason = f"it did not connect within {self.start_timeout:g} s; does it call serve()?"
+            others = f" ({strangers} callers without the key did)" if strangers else ""
+            reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
         elif run.exit_code == 0:
             kind = HandshakeError
             reason = f"it exited without connecting: it is no plugin, or does not call serve(); {_HINT}"
@@ -5629,21 +5675,21 @@ class _Run:
     crash. `_claim` is held for good by who ends the run: who waits for the process, or who detaches.
     """
 
+    thread = 0
+    settled = asked = False
+    failure: BaseException | None = None
+    process: Any = None
+    output: Any = None
+    session: Any = None
+    config: dict[str, Any] | None = None  # of a process that stays: what a host needs to attach
+    owned = True  # whether the process is this host's
+    exit_code: int | None = None
+    _why = ""  # it had to be killed
+
     def __init__(self, supervisor: _Supervisor) -> None:
         self.supervisor, self.recipe = supervisor, supervisor.recipe
-        self.thread = 0
-        self.settled = False
-        self.failure: BaseException | None = None
-        self.process: Any = None
-        self.output: Any = None
-        self.session: Any = None
-        self.config: dict[str, Any] | None = None  # of a process that stays: what a host needs to attach
-        self.owned = True  # whether the process is this host's
-        self.asked = False
-        self.exit_code: int | None = None
         self.gone, self.ended = threading.Event(), threading.Event()
         self._arrival = threading.Event()  # it has connected, was refused, or has ended
-        self._why = ""  # it had to be killed
         self._claim = threading.Lock()
 
     # -- how it comes up
@@ -5700,7 +5746,8 @@ class _Run:
             if came and isinstance(came[1], _Terms):
                 self._meet(*came)
             if not self.takes_calls:
-                raise self.recipe.failure(self, argv, came[1] if came else None, in_time)
+                strangers = None if in_time else door.strangers
+                raise self.recipe.failure(self, argv, came[1] if came else None, strangers)
         finally:
             door.close()
             if came and self.session is None:  # too late
@@ -5791,7 +5838,7 @@ class _Run:
             self._over()
 
     def drain(self, seconds: float) -> None:
-        """Another run has taken its place: end it as soon as it is not busy, or after so many seconds."""
+        """End it, whose place another has taken, when it is not busy, or after so many seconds."""
         deadline = time.monotonic() + seconds
         while not self.session.seal() and time.monotonic() < deadline:
             self.ended.wait(0.02)
@@ -5815,7 +5862,7 @@ class _Run:
             self.process.reap()
 
     def _over(self) -> None:
-        """It is gone, or let go of: end the session, tell who waits, give back what was lent, and dispose."""
+        """It is gone, or let go of: end the session, tell who waits, give back, dispose."""
         self.gone.set()
         _runs.discard(self)
         self.supervisor.notice()
@@ -5834,7 +5881,7 @@ class _Run:
         self.output.close()
 
     def _lost(self, cause: BaseException) -> Callable[[Sequence[str]], BaseException]:
-        """The connection has ended: find out why, and give what makes the error to raise."""
+        """The connection has ended: find out why, and give what makes the error."""
         if not self.asked:
             if not self.owned or isinstance(cause, ProtocolError) or not self.gone.wait(0.5):
                 self.process.signal(kill=True)
@@ -5843,7 +5890,7 @@ class _Run:
         return self.error
 
     def error(self, calls: Sequence[str] = (), verdict: str = "") -> BaseException:
-        """What calls raise that it has cut off, by name, or else does not take any more."""
+        """What calls raise that it has cut off, by name, or does not take any more."""
         name, tail = self.recipe.label, self.output.tail()
         if self.asked:
             return PluginClosed(f"{name} was closed")
@@ -5871,25 +5918,24 @@ class _Supervisor:
     handler have changed something between look and sleep.
     """
 
+    state = "down"
+    start: _Run | None = None  # comes up
+    run: Any = None  # the latest that has, or had, a process
+    open: _Session | None = None  # that of `run`, if any thread may call on it just now
+    crash: _Run | None = None  # has crashed, until another serves
+    restarts = 0
+    down_at = not_before = 0.0  # on the monotonic clock; a start waits for the latter
+
     def __init__(self, recipe: _Recipe, plugin: Plugin) -> None:
         self.recipe, self.plugin = recipe, plugin
         self.owner = os.getpid()
         self.news = threading.Condition()  # with an RLock: a signal handler may close the plugin
-        self.state = "down"
-        self.start: _Run | None = None  # comes up
-        self.run: Any = None  # the latest that has, or had, a process
-        self.open: _Session | None = None  # that of `run`, if any thread may call on it just now
-        self.restarts = 0
-        self.crash: _Run | None = None  # has crashed, until another serves
-        self.tries: list[float] = []  # when calls have had it started after that, within the window
-        self.down_at = 0.0
-        self._not_before = 0.0  # nothing starts, on the monotonic clock
+        self.tries: list[float] = []  # when calls have had it started after a crash, within the window
 
     # -- for calls
 
     def session(self, asked: _Call | None = None) -> _Session:
-        """The session that this thread is to call on. Waits for a start, until the deadline of what is asked.
-        Raises why there is none."""
+        """The session that this thread is to call on, after a start if need be. Raises why there is none."""
         while True:
             found = self._seek()
             if isinstance(found, _Session):
@@ -5897,7 +5943,7 @@ class _Supervisor:
             self._await(found, asked)
 
     def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """Have a submitted call begin in a thread of its own, if it has to wait for a start."""
+        """If a submitted call has to wait for a start, have it begin in a thread of its own."""
         waits = isinstance(self._seek(), _Run)
         if waits:
             _aside("miniplug-submit", _attempt, call, begin, seconds)
@@ -5946,10 +5992,10 @@ class _Supervisor:
         return self._begin(pause=pause)
 
     def _begin(self, drain: float | None = None, pause: float | None = None) -> _Run:
-        """Start another run, after a `pause` if that is for a crash. With `drain` it takes the place of one
-        that is up, which then has so many seconds to finish."""
+        """Start another run; after a crash, when a `pause` is over. With `drain` it takes the place of one
+        that is up, which then has so many seconds."""
         start = self.start = _Run(self)
-        self._not_before = self.down_at + (pause or 0.0)
+        self.not_before = self.down_at + (pause or 0.0)
         self.state = self.state if self.state == "up" else "starting"
         self.open = None
         try:
@@ -5979,7 +6025,7 @@ class _Supervisor:
             if begins:
                 self.tries.clear()
             start = self.start or self._begin(drain if is_up else None)
-            self._not_before = 0.0
+            self.not_before = 0.0
             self.news.notify_all()
         try:
             self._await(start)
@@ -6003,8 +6049,8 @@ class _Supervisor:
         error: BaseException | None = None
         try:
             with self.news:
-                while not start.settled and _left(self._not_before):
-                    self.news.wait(min(_left(self._not_before), 1.0))
+                while not start.settled and _left(self.not_before):
+                    self.news.wait(min(_left(self.not_before), 1.0))
             if old is not None and self.state != "up":
                 old.ended.wait()  # it is on its way out, which has a bound
             if not start.settled:
@@ -6198,7 +6244,8 @@ class _Dispensed(_Target):
 
     def release(self) -> None:
         self.released = True
-        for target in self.at.values():
+        known, self.at = self.at, {}
+        for target in known.values():
             target.release()
 
 
@@ -6246,7 +6293,7 @@ class Plugin:
 
     def close(self, grace: float | None = _GRACE) -> None:
         """End the plugin and all that it started: ask it, after `grace` seconds (None: never) terminate it,
-        then kill it. Returns within `grace` + 2 seconds. Calls in flight raise PluginClosed."""
+        within 2 more kill it. Calls in flight raise PluginClosed."""
         seconds = _or_forever(_checked_timeout(grace, "grace"))
         _end_runs(self._supervisor.close(), seconds)
 
@@ -6255,8 +6302,7 @@ class Plugin:
         _end_runs(self._supervisor.close(), None)
 
     def detach(self) -> None:
-        """Let go of the plugin, and leave it running for a host to `attach` to. Raises PluginError for one
-        that cannot stay."""
+        """Leave it running, for a host to `attach` to. Raises PluginError for one that cannot stay."""
         run = self._run
         if run in _runs:
             self._config_of(run)
@@ -6449,7 +6495,7 @@ def _split_spec(command: str) -> tuple[str, str, str]:
 def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
     """What takes the lines of an output stream; None for one that goes where the host's own goes."""
     if isinstance(output, str):
-        return {"inherit": None, "log": _LogSink(logger, stream), "discard": lambda line: None}[output]
+        return {"inherit": None, "log": _LogSink(logger, stream), "discard": bool}[output]
     if callable(output):
         return output
     write, encoding = output.write, getattr(output, "encoding", None) or "utf-8"
@@ -6473,8 +6519,8 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
       version that both can is used.
     - `python`: the interpreter, where miniplug need not be installed; by default this one, with its flags.
-      Another one gets none of this one's own variables. What it imports lies beside the file, or for a
-      module in `cwd`; for more give a ``PYTHONPATH`` in `env`.
+      Another one gets none of this one's own variables. A spec or ``.py`` file imports what lies beside
+      it, or for a module in `cwd`; for more give a ``PYTHONPATH`` in `env`.
     - `env`: added to the environment, and wins over it; with `inherit_env=False` to what the system needs
       alone. `cwd`: where it runs, and where relative paths start.
     - `start_timeout`, `call_timeout`: seconds to connect in, and for a call that has no deadline of its own.
@@ -6485,7 +6531,7 @@ def launch(command: _Command, **options: Any) -> Plugin:
       loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
     - `max_restarts` in any `restart_window` seconds: the next call after a crash starts it anew, after a
       pause of 0.1 seconds, and of twice as long each time. Proxies stay good; calls wait, their deadlines
-      running. Those in flight raise PluginCrashed and never run again; past the limit all do, until `start`.
+      running. Those in flight raise PluginCrashed and never run again; past the limit all calls do.
     - `heartbeat`: seconds without an answer to a ping that count as a crash. `idle_timeout`: seconds without
       a call, stream or reference after which it is closed, to start again on the next call.
     - `on_start(plugin)` runs after every start; until it returns only its own calls get through, and what
@@ -6784,7 +6830,9 @@ def _call_once(given: Any) -> None:
     if method.startswith("_"):  # which a proxy has of its own
         raise _no_method(method, None, "a plugin")
     with _opened(given) as plugin:
-        result = getattr(plugin.dispense(name or None), method)(*map(_argument, given.arguments))
+        found = plugin.dispense(name or None)
+        function = found if type(found) is _Method else getattr(found, method)
+        result = function(*map(_argument, given.arguments))
         for each in result if isinstance(result, Stream) else (result,):
             print(_printable(each), flush=True)
 

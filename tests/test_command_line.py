@@ -385,3 +385,12 @@ def test_serve_tells_the_form_of_a_spec(spec):
 def test_serve_tells_what_is_not_there(spec, words):
     status, out, err = run("serve", spec, "--persist")
     assert (status, out) == (1, "") and err.count("\n") == 1 and words in err
+
+
+def test_call_of_a_function_that_is_served(write):
+    hello = write("hello.py", """
+        def hello(name):
+            return f"Hello, {name}!"
+        """)
+    assert run("call", hello + ":hello", "hello", "bob") == (0, '"Hello, bob!"\n', "")
+    assert run("call", hello + ":hello", "submit", "bob") == (0, '"Hello, bob!"\n', "")

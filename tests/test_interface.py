@@ -431,3 +431,19 @@ def test_help_is_not_drowned_in_what_is_inherited():
     text = "\n".join(lines)
     assert [name for name in miniplug.__all__ if name not in text] == ["__version__"]  # whose value is told
     assert "with_traceback" not in text and "__reduce__" not in text
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="before that such a module does not load")
+def test_a_name_in_an_annotation_that_is_not_there(write):
+    shop = write("shop.py", """
+        class Shop:
+            def buy(self, item: Missing, count: int = 1):
+                return [item, count]
+        """)
+
+    class Interface:
+        def buy(self, item, count=2): ...
+
+    with miniplug.launch(shop + ":Shop") as plugin:
+        assert "item" in plugin.describe()["shop"]["buy"].signature
+        assert plugin.dispense(interface=Interface).buy("a") == ["a", 1]

@@ -680,7 +680,7 @@ def test_what_is_raised_into_a_thread_of_the_pool_does_not_end_it(pair, capfd):
     for _ in range(3):
         for thread in threading.enumerate():
             frame = sys._current_frames().get(thread.ident)
-            if thread.name == "miniplug-worker" and frame.f_code.co_name in ("_waits", "_next"):
+            if thread.name == "miniplug-worker" and frame is not None and frame.f_code.co_name in ("_waits", "_next"):
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(ValueError))
         done = [miniplug._in_pool(lambda number=number: number) for number in range(5)]
         assert done == list(range(5))
