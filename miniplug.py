@@ -5510,8 +5510,11 @@ class _Recipe:
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
             raise self.not_started(argv, f"there is no such file as {self.source}; {_HINT}")
         for path, expected in self.sha256.items():
+            digest = _import("hashlib").sha256()
             with open(path, "rb") as file:
-                actual = _import("hashlib").sha256(file.read()).hexdigest()
+                for block in iter(partial(file.read, 1 << 20), b""):
+                    digest.update(block)
+            actual = digest.hexdigest()
             if actual != expected:
                 reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
                 found = {"path": path, "expected": expected, "actual": actual}
