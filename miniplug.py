@@ -5531,8 +5531,7 @@ class _Recipe:
             how = "pass python='/path/to/python', or call miniplug.freeze_support() first in its main program"
             raise self.not_started([], f"this application ({python}) has no interpreter to run it: {how}")
         flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
-        file = _FILE.rstrip("c")  # .pyc, says PyInstaller
-        return [python, *flags, "-c", _BOOTSTRAP, file, __name__]
+        return [python, *flags, "-c", _BOOTSTRAP, _FILE.rstrip("c"), __name__]  # .pyc, says PyInstaller
 
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
@@ -6415,12 +6414,11 @@ class Plugin:
         return proxy  # type: ignore[no-any-return]
 
     def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
-        return self._reach(partial(_ask, kind), method, args, self._supervisor.recipe.call_timeout)
+        seconds = self._supervisor.recipe.call_timeout
+        return _reach(self._find, partial(_ask, kind), method, args, {}, seconds)
 
-    def _reach(self, function: Callable[..., Any], method: str, args: Sequence[Any],
-               seconds: float | None) -> Any:
-        session = self._supervisor.session
-        return _reach(lambda asked: (session(asked), 0), function, method, args, {}, seconds)
+    def _find(self, asked: _Call) -> tuple[_Session, int]:
+        return self._supervisor.session(asked), 0
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
@@ -6439,7 +6437,10 @@ class Plugin:
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
-        return float(self._reach(lambda session, *what: session.ping(what[-1]), "ping", (), timeout))
+        def ping(session: _Session, *what: Any) -> float:
+            return session.ping(what[-1])
+
+        return float(_reach(self._find, ping, "ping", (), {}, timeout))
 
 
 # Without these a Windows program does not start; on POSIX there are none such.
