@@ -3696,8 +3696,8 @@ class _Target:
             raise DeadReference(f"{self.label} is gone: the connection to its owner has ended")
         return self.session, self.number
 
-    def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """If a submitted call has to wait for a start, have it begin after that."""
+    def waits(self) -> bool:
+        """Whether a call has to wait for a start."""
         return False
 
     def release(self) -> None:
@@ -4054,7 +4054,9 @@ class _Method(_Remote):
             except _Sealed:
                 pass
         begin = partial(_reach, target.find, act, self._name, args, kwargs)
-        return None if call and target.put_off(call, begin, seconds) else begin(seconds)
+        if call and target.waits():
+            return _aside("miniplug-submit", call._attempt, begin, seconds)
+        return begin(seconds)
 
     @property
     def __name__(self) -> str:
@@ -4331,6 +4333,13 @@ class _Awaitable:
     def _fail(self, error: BaseException) -> None:
         future: Any = self
         self._end(future.set_exception, error)
+
+    def _attempt(self, function: Callable[..., Any], *args: Any) -> None:
+        """Do what it is made of; what that raises is the answer."""
+        try:
+            function(*args)
+        except BaseException as error:
+            self._fail(error)
 
     def _end(self, settle: Callable[[Any], Any], outcome: Any) -> None:
         """It may have been cancelled meanwhile, or settled before."""
@@ -5934,6 +5943,9 @@ class _Supervisor:
 
     # -- for calls
 
+    def waits(self) -> bool:
+        return isinstance(self._seek(), _Run)
+
     def session(self, asked: _Call | None = None) -> _Session:
         """The session that this thread is to call on, after a start if need be. Raises why there is none."""
         while True:
@@ -5941,13 +5953,6 @@ class _Supervisor:
             if isinstance(found, _Session):
                 return found
             self._await(found, asked)
-
-    def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """If a submitted call has to wait for a start, have it begin in a thread of its own."""
-        waits = isinstance(self._seek(), _Run)
-        if waits:
-            _aside("miniplug-submit", _attempt, call, begin, seconds)
-        return waits
 
     def own_start(self) -> _Run | None:
         """The start that this thread takes part in: it runs on_start, or what the calls of that call back.
@@ -6167,18 +6172,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_all)
 
 
-def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
-    try:
-        function(*args)
-    except BaseException as error:
-        call._fail(error)
-
-
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
     """Call what blocks in a thread of its own: those of the loop may all wait for the plugin. Cancelled, it
     calls `undo` before and after that has returned: so nothing is left half done."""
     asyncio, call = _import("asyncio"), _on_first_use("Call")()
-    _aside("miniplug-async", _attempt, call, lambda: call.set_result(function(*args)))
+    _aside("miniplug-async", call._attempt, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
     try:
         return await asyncio.shield(future)
@@ -6239,8 +6237,8 @@ class _Dispensed(_Target):
                 self._lock.release()
         return session, self.at[session].number
 
-    def put_off(self, *what: Any) -> bool:
-        return self._supervisor.put_off(*what)
+    def waits(self) -> bool:
+        return self._supervisor.waits()
 
     def release(self) -> None:
         self.released = True
