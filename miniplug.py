@@ -3738,8 +3738,8 @@ class _Target:
             raise DeadReference(f"{self.label} is gone: the connection to its owner has ended")
         return self.session, self.number
 
-    def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """If a submitted call has to wait for a start, have it begin after that."""
+    def waits(self) -> bool:
+        """Whether a call has to wait for a start."""
         return False
 
     def release(self) -> None:
@@ -4096,7 +4096,9 @@ class _Method(_Remote):
             except _Sealed:
                 pass
         begin = partial(_reach, target.find, act, self._name, args, kwargs)
-        return None if call and target.put_off(call, begin, seconds) else begin(seconds)
+        if call and target.waits():
+            return _aside("miniplug-submit", call._attempt, begin, seconds)
+        return begin(seconds)
 
     @property
     def __name__(self) -> str:
@@ -4362,6 +4364,13 @@ class _Awaitable:
     def _fail(self, error: BaseException) -> None:
         future: Any = self
         self._end(future.set_exception, error)
+
+    def _attempt(self, function: Callable[..., Any], *args: Any) -> None:
+        """Do what it is made of; what that raises is the answer."""
+        try:
+            function(*args)
+        except BaseException as error:
+            self._fail(error)
 
     def _end(self, settle: Callable[[Any], Any], outcome: Any) -> None:
         """It may have been cancelled meanwhile, or settled before."""
@@ -5521,8 +5530,11 @@ class _Recipe:
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
             raise self.not_started(argv, f"there is no such file as {self.source}; {_HINT}")
         for path, expected in self.sha256.items():
+            digest = _import("hashlib").sha256()
             with open(path, "rb") as file:
-                actual = _import("hashlib").sha256(file.read()).hexdigest()
+                for block in iter(partial(file.read, 1 << 20), b""):
+                    digest.update(block)
+            actual = digest.hexdigest()
             if actual != expected:
                 reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
                 found = {"path": path, "expected": expected, "actual": actual}
@@ -5539,8 +5551,7 @@ class _Recipe:
             how = "pass python='/path/to/python', or call miniplug.freeze_support() first in its main program"
             raise self.not_started([], f"this application ({python}) has no interpreter to run it: {how}")
         flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
-        file = _FILE.rstrip("c")  # .pyc, says PyInstaller
-        return [python, *flags, "-c", _BOOTSTRAP, file, __name__]
+        return [python, *flags, "-c", _BOOTSTRAP, _FILE.rstrip("c"), __name__]  # .pyc, says PyInstaller
 
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
@@ -5934,6 +5945,9 @@ class _Supervisor:
 
     # -- for calls
 
+    def waits(self) -> bool:
+        return isinstance(self._seek(), _Run)
+
     def session(self, asked: _Call | None = None) -> _Session:
         """The session that this thread is to call on, after a start if need be. Raises why there is none."""
         while True:
@@ -5941,13 +5955,6 @@ class _Supervisor:
             if isinstance(found, _Session):
                 return found
             self._await(found, asked)
-
-    def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """If a submitted call has to wait for a start, have it begin in a thread of its own."""
-        waits = isinstance(self._seek(), _Run)
-        if waits:
-            _aside("miniplug-submit", _attempt, call, begin, seconds)
-        return waits
 
     def own_start(self) -> _Run | None:
         """The start that this thread takes part in: it runs on_start, or what the calls of that call back.
@@ -6167,18 +6174,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_all)
 
 
-def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
-    try:
-        function(*args)
-    except BaseException as error:
-        call._fail(error)
-
-
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
     """Call what blocks in a thread of its own: those of the loop may all wait for the plugin. Cancelled, it
     calls `undo` before and after that has returned: so nothing is left half done."""
     asyncio, call = _import("asyncio"), _on_first_use("Call")()
-    _aside("miniplug-async", _attempt, call, lambda: call.set_result(function(*args)))
+    _aside("miniplug-async", call._attempt, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
     try:
         return await asyncio.shield(future)
@@ -6239,8 +6239,8 @@ class _Dispensed(_Target):
                 self._lock.release()
         return session, self.at[session].number
 
-    def put_off(self, *what: Any) -> bool:
-        return self._supervisor.put_off(*what)
+    def waits(self) -> bool:
+        return self._supervisor.waits()
 
     def release(self) -> None:
         self.released = True
@@ -6415,12 +6415,11 @@ class Plugin:
         return proxy  # type: ignore[no-any-return]
 
     def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
-        return self._reach(partial(_ask, kind), method, args, self._supervisor.recipe.call_timeout)
+        seconds = self._supervisor.recipe.call_timeout
+        return _reach(self._find, partial(_ask, kind), method, args, {}, seconds)
 
-    def _reach(self, function: Callable[..., Any], method: str, args: Sequence[Any],
-               seconds: float | None) -> Any:
-        session = self._supervisor.session
-        return _reach(lambda asked: (session(asked), 0), function, method, args, {}, seconds)
+    def _find(self, asked: _Call) -> tuple[_Session, int]:
+        return self._supervisor.session(asked), 0
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
@@ -6439,7 +6438,10 @@ class Plugin:
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
-        return float(self._reach(lambda session, *what: session.ping(what[-1]), "ping", (), timeout))
+        def ping(session: _Session, *what: Any) -> float:
+            return session.ping(what[-1])
+
+        return float(_reach(self._find, ping, "ping", (), {}, timeout))
 
 
 # Without these a Windows program does not start; on POSIX there are none such.
