@@ -3819,9 +3819,9 @@ class _References:
         with self._lock:
             number = 0 if obj is self._loans[0].object else self._lent.get(key)
             if number is None:
-                loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
-                number = self._lent.setdefault(key, next(self._numbers))
-                self._loans.setdefault(number, loan)
+                number = next(self._numbers)
+                self._loans[number] = _Loan(obj, key, *manager)  # first: what is in `_lent` is there
+                number = self._lent.setdefault(key, number)  # a finalizer may have lent the same meanwhile
             loan = self._loans[number]
             self.lends = True
             loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
@@ -3854,8 +3854,8 @@ class _References:
             if loan.sent:
                 return
             self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
+            self._lent.pop(loan.key, None)  # first, too
             del self._loans[number]
-            self._lent.pop(loan.key, None)
             self.lends = len(self._loans) > 1
         if loan.manager is not None:
             self._parting.append(loan)
