@@ -84,12 +84,13 @@ The map of this file; each section uses only those above it:
 #         _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock
 #     _Producer._lock, while a message is sent
 #     _References._lock
-#     _Supervisor.news; but at interpreter exit (_close_all) it is kept for good, and what follows is done
-#         under it, that of any line
-#     under which no other is taken: _mending, _Door._lock, _Pool._lead, _Slots._lock, _Served._lock,
-#         _Server._lock, _Guardian._lock, those of the processes, and the condition of a Call
+#     _Supervisor.news; but at interpreter exit _close_all takes it and never gives it back: then all others
+#         may be taken under it
+#     under which no other is taken: _mending, _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
+#         those of the processes, and the condition of a Call
 #
-# Nobody waits for `_Producer._turn` and `_Run._claim`: who does not get them leaves the work to who has them.
+# `_Pool._lead` is held by the thread that waits for tasks, and while that runs one which does not wait.
+# Nobody waits for `_Producer._turn` and `_Run._claim`: who finds one taken leaves the work to its holder.
 # A seat (`_Seat`) is no lock. A gate (`_gate`) is a lock that is used as a wake-up. Code of the user may run
 # in any thread that waits for a call, and a finalizer anywhere: so those only append to a queue.
 
@@ -114,7 +115,7 @@ import struct
 import threading
 import time
 from collections import Counter, deque, namedtuple
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import lru_cache, partial, reduce
 
 TYPE_CHECKING = False
@@ -133,14 +134,14 @@ if TYPE_CHECKING:  # typing itself is slow to import
         NoReturn,
         Sequence,
         TextIO,
-        TypeVar,
         Union,
         overload,
     )
 
-    from typing_extensions import ParamSpec  # which type checkers have for every Python
+    from typing_extensions import ParamSpec, TypeVar  # which type checkers have for every Python
 
     _T = TypeVar("_T")
+    _I = TypeVar("_I", default=Any)
     _F = TypeVar("_F", bound=Callable[..., Any])
     _P = ParamSpec("_P")
     _Path = Union[str, "os.PathLike[str]"]
@@ -151,7 +152,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Bytes = Union[bytes, bytearray, memoryview]
     _Message = tuple[Any, ...]  # kind, flags, number, parent, body, buffers
     # a value as bytes, those beside it, whether it is tagged, what it lends
-    _Content = tuple[bytes, Sequence[_Bytes], int, Sequence[int]]
+    _Content = tuple[bytes, Sequence[_Bytes], int, list[int]]
 
 __version__ = "0.1.0"
 
@@ -165,7 +166,7 @@ __all__ = [
 ]
 
 _WINDOWS = os.name == "nt"
-_posix: Any = os  # for what Windows lacks, which type checkers know
+_posix: Any = os  # untyped: for what Windows lacks, as type checkers know
 try:
     _FILE = os.path.abspath(__file__)
 except OSError:  # the current folder is gone
@@ -338,10 +339,14 @@ def _import(name: str) -> Any:
     return sys.modules[name]
 
 
+def _in_main_thread() -> bool:
+    """Whether signal handlers run in this thread."""
+    return threading.get_ident() == threading.main_thread().ident
+
+
 def _is_ctrl_c(error: BaseException) -> bool:
     """Whether this is for the program, and not just something that was raised."""
-    in_main = threading.current_thread() is threading.main_thread()
-    return in_main and issubclass(type(error), KeyboardInterrupt)
+    return _in_main_thread() and issubclass(type(error), KeyboardInterrupt)
 
 
 def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threading.Thread:
@@ -983,7 +988,7 @@ class _Codec:
         try:
             if not isinstance(first, Exception):
                 raise first
-            for last in (False, True):
+            for last in (False, False, True):
                 self.unlend(lent)
                 packer = _Packer(self, lent, label, _NEVER)
                 try:
@@ -1114,6 +1119,11 @@ def _format_traceback(error: BaseException) -> str:
         return "".join(_call("traceback.format_exception", type(error), error, frames))
     except BaseException as failure:  # such as a __repr__ that calls sys.exit()
         return f"(a traceback that could not be made: {type(failure).__name__})"
+
+
+def _print_error(error: BaseException) -> None:
+    """In one piece, so that it is one record of the host's log under any load."""
+    print(_format_traceback(error), end="", file=sys.stderr)
 
 
 def _base_of(cls: type) -> tuple[Any, dict[str, Any]]:
@@ -1248,9 +1258,9 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 # system call takes as many frames as have come. On Windows a frame is a message of a named pipe. A message is
 # a frame of header and body, and one for each of its buffers.
 #
-# What a signal handler raises strikes between any two steps. So what is read or written is known by the very
-# step that does it (`list.extend(map(recv, ...))` is one), what belongs together is one tuple, replaced by
-# one store, and each other step may be repeated.
+# A signal handler may raise between any two steps. So one call of C both does and records what is read or
+# written (`list.extend(map(recv, ...))`), what belongs together is one tuple, replaced by one store, and each
+# other step may be repeated.
 
 _WIRE_VERSION = 1
 _HEADER = struct.Struct("!BBHIQQ")  # version, kind, flags, buffers, the call, on behalf of which call
@@ -1267,6 +1277,7 @@ _LOOK_AGAIN = 1.0  # seconds after which who sleeps looks again, as a handler th
 _TOGETHER = 32  # messages that leave with one system call at most
 _FULL, _FULL_BYTES = 256, 1 << 24  # messages, bytes; while more is left to be written others wait
 _POSTED_LIMIT = 1 << 17  # messages; more that the other side does not take end the connection
+_IN_TIME = "no answer has come in time"
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
 _get_ident = threading.get_ident
@@ -1287,33 +1298,23 @@ def _left(deadline: float | None) -> float:
     return -1 if deadline is None else min(_FOREVER, max(0.0, deadline - time.monotonic()))
 
 
-def _of_system(error: OSError) -> bool:
-    """Whether a system call has failed. A signal handler may raise an OSError, too, in the midst of it: that
-    one comes from elsewhere, or was made without an errno."""
+def _heed(error: OSError) -> None:
+    """Return if a system call would have waited. Raises _Broken if it has failed. An OSError that a signal
+    handler has raised in the midst of it, which comes from elsewhere or has no errno, is passed on."""
     trace: Any = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
-    return error.errno is not None and trace.tb_frame.f_globals.get("__name__") == __name__
-
-
-def _step(results: list[Any], calls: Iterable[Any]) -> bool:
-    """Append what a `map` of a system call gives, in one step. False if it would wait. Raises _Broken."""
-    try:
-        results.extend(calls)
-        return True
-    except OSError as error:
-        if not _of_system(error):
-            raise
-        if isinstance(error, BlockingIOError):
-            return False
+    if error.errno is None or trace.tb_frame.f_globals.get("__name__") != __name__:
+        raise error
+    if not isinstance(error, BlockingIOError):
         raise _Broken(error) from None
 
 
-def _quietly(function: Callable[..., Any], *arguments: Any) -> None:
-    """Do what somebody else may have done already."""
+def _quietly(function: Callable[..., Any], *arguments: Any, kind: Any = OSError) -> None:
+    """Do what somebody else may have done already: that raises a `kind` of error."""
     try:
         function(*arguments)
-    except OSError:
+    except kind:
         pass
 
 
@@ -1321,7 +1322,7 @@ class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
     It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing
-    strikes before that, from Python 3.10 on. `mine` is a weak reference to a set with the thread's ident,
+    strikes before that, from Python 3.11 on. `mine` is a weak reference to a set with the thread's ident,
     which only the holder's frame holds: so one knows a seat that is lost, and a finalizer or handler in it.
     """
 
@@ -1349,7 +1350,7 @@ class _Channel:
 
     Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat
     of who writes, and protects `batch`. `stuck` is called before a writer waits for the other side, so that
-    somebody reads here; `later` when another thread has to go on writing; `gone` when the descriptor was
+    somebody reads here; `later` when another thread has to go on writing; `gone` when the descriptors were
     closed beneath us.
 
     `state`: messages that have come; one whose buffers have not all come (see `_take`); the bytes behind
@@ -1359,7 +1360,8 @@ class _Channel:
     stuck: Any
     later: Any
     gone: Any
-    limit = 0  # bytes of a message with its header
+    limit = 0  # bytes of a message that comes, with its header
+    send_limit = _short = 0  # bytes of one that goes, without; and of one that is a single chunk
 
     def __init__(self, connection: Any) -> None:
         self.state: Any = (deque(), _GREETING, b"", [], None)
@@ -1371,6 +1373,11 @@ class _Channel:
 
     def _take_over(self, sock: socket.socket) -> None:
         self.sock: Any = sock
+        try:
+            self._end = sock.dup()  # ends the connection when somebody else has closed that number
+        except OSError:
+            sock.close()
+            raise
         sock.setblocking(True)
         if sys.platform == "darwin":
             sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
@@ -1380,9 +1387,10 @@ class _Channel:
         self._readable = select.poll()  # select() takes no descriptor over 1023
         self._readable.register(sock, select.POLLIN)
 
-    def begin(self, limit: int) -> None:
-        """From now on messages come, of at most so many bytes."""
-        self.limit = limit + _HEAD
+    def begin(self, limit: int, send_limit: int) -> None:
+        """From now on messages come, of at most so many bytes, and go, of at most `send_limit`."""
+        self.limit, self.send_limit = limit + _HEAD, send_limit
+        self._short = min(send_limit, _READ_SIZE - _HEAD - 1)
         self.state = (self.state[0], None, *self.state[2:])
 
     # -- receiving
@@ -1390,13 +1398,11 @@ class _Channel:
     def receive_frame(self, deadline: float) -> bytes:
         """The next frame of the handshake."""
         frames: Any = self.receive(deadline)
-        if frames is None:
-            raise _Late("no answer has come in time")
         return frames.popleft()  # type: ignore[no-any-return]
 
-    def receive(self, deadline: float | None = None) -> deque[_Message] | None:
-        """The messages that have come, at least one; who takes one removes it. None past the deadline. Raises
-        _Broken and ProtocolError."""
+    def receive(self, deadline: float | None = None) -> deque[_Message]:
+        """The messages that have come, at least one; who takes one removes it. Raises _Late past the
+        deadline, _Broken and ProtocolError."""
         while True:
             come, partial, rest, steps, large = self.state
             if come:
@@ -1407,12 +1413,17 @@ class _Channel:
                 continue
             if large is not None or not steps:
                 if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
-                    return None
-                if large is None:
-                    _step(steps, map(self.sock.recv, (_READ_SIZE,)))
-                else:
-                    with large[0].getbuffer() as view, view[sum(steps) :] as missing:
-                        _step(steps, map(self.sock.recv_into, (missing,)))
+                    raise _Late(_IN_TIME)
+                try:
+                    if large is None:
+                        steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
+                    else:
+                        steps[:] = [sum(steps)]
+                        with large[0].getbuffer() as view, view[steps[0] :] as missing:
+                            steps.extend(map(self.sock.recv_into, (missing,)))
+                except OSError as error:
+                    _heed(error)
+                    continue
                 if not steps[-1]:
                     raise _Broken(EOFError())
             if large is None:
@@ -1422,14 +1433,19 @@ class _Channel:
         """What `state` is with these bytes."""
         come: deque[Any] = deque()
         at, size = 0, len(data)
+        while partial is None and size - at >= 28:  # the usual case: a short message without buffers
+            length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
+            end = at + 4 + length
+            if end > size or count or version != _WIRE_VERSION or not _HEAD <= length <= self.limit:
+                break
+            come.append((kind, flags, number, parent, data[at + 28 : end], ()))
+            at = end
+        return (come, partial, b"", [], None) if at == size else self._parse_any(come, data, at, partial)
+
+    def _parse_any(self, come: deque[Any], data: bytes, at: int, partial: Any) -> Any:
+        """The same of all frames, from an index on."""
+        size = len(data)
         while size - at >= 4:
-            if partial is None and size - at >= 28:  # the usual case: a short message without buffers
-                length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
-                end = at + 4 + length
-                if _HEAD <= length <= self.limit and end <= size and version == _WIRE_VERSION and not count:
-                    come.append((kind, flags, number, parent, data[at + 28 : end], ()))
-                    at = end
-                    continue
             start, (length,) = at + 4, _LENGTH.unpack_from(data, at)
             if length == -1:
                 start = at + 12
@@ -1448,7 +1464,7 @@ class _Channel:
             partial = self._take(come, data[start:end], partial)
             at = end
             if partial is _GREETING:  # what follows the handshake are messages
-                return come, partial, b"", [data[at:]] * (at < size), None
+                return come, partial, b"", [data[at:]] if at < size else [], None
         return come, partial, data[at:], [], None
 
     def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
@@ -1490,31 +1506,37 @@ class _Channel:
         """Send a frame of the handshake. That is so short that it never waits."""
         self.write(self.frame(b"", data), None, False)
 
-    def send(self, head: tuple[int, int, int, int], body: bytes, buffers: Sequence[_Bytes], lent: list[int],
-             wait: bool, deadline: float | None) -> None:
-        """Write a message, with the head (kind, flags, number, parent)."""
-        kind, flags, number, parent = head
-        size, count = len(body) + _HEAD, len(buffers)
-        message: list[_Bytes]
-        if size < _READ_SIZE:  # to copy little is cheaper than to gather
-            message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags, count, number, parent) + body]
-        else:
-            message = self.frame(_HEADER.pack(_WIRE_VERSION, kind, flags, count, number, parent), body)
-        for buffer in buffers:
-            message += self.frame(b"", buffer)
+    def send(self, kind: int, flags: int, number: int, content: _Content, parent: int = 0,
+             wait: bool = True, deadline: float | None = None) -> None:
+        """Write a message with what the codec has made. Raises MessageTooLarge, and _Late past the deadline:
+        then nothing is sent."""
+        body, buffers, tagged, lent = content
+        if len(body) > self._short or buffers:
+            self.check_size(content)
+            head = _HEADER.pack(_WIRE_VERSION, kind, flags | tagged, len(buffers), number, parent)
+            message = self.frame(head, body)
+            for buffer in buffers:
+                message += self.frame(b"", buffer)
+        else:  # to copy little is cheaper than to gather
+            size = len(body) + _HEAD
+            message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags | tagged, 0, number, parent) + body]
         self.write(message, lent, wait, deadline)
 
-    def notice(self, number: int) -> list[list[_Bytes]]:
-        """To be posted: what gives a reference back."""
-        return [[_FRAME.pack(_HEAD, _WIRE_VERSION, 9, 0, 0, number, 0)]]
+    def check_size(self, content: _Content) -> None:
+        """Raises MessageTooLarge for what the other side does not take."""
+        size, limit = len(content[0]) + sum(map(len, content[1])), self.send_limit
+        if size > limit:
+            text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message"
+            raise MessageTooLarge(text, size=size, limit=limit)
 
     def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
               deadline: float | None = None) -> None:
         """Write a message, in chunks, or leave it to the thread that writes; an empty one: go on with what is
         left. From the very step on that has it written for sure, `lent` is empty.
 
-        What the other side does not take at once is left to `later`, but with `wait` and no deadline. With
-        `wait`, wait first while much is left: past the deadline raises _Late, and sends nothing.
+        What the other side does not take at once is left to `later`; with `wait` and no deadline this thread
+        goes on. With `wait`, wait first while much is left: past the deadline raises _Late, and sends
+        nothing.
         """
         writer, posted, token = self.writer, self.posted, {_get_ident()}
         mine = _ref_to(token)
@@ -1522,19 +1544,24 @@ class _Channel:
             self._await_turn(wait, deadline)
         try:
             if writer.setdefault(0, mine) is mine and self.batch is None and message and not (posted or lent):
-                self.batch = (message, [])
+                counts: list[Any] = []
+                self.batch = message, counts
+                if self._transmit(message, counts, False):
+                    self.batch = None
             else:
+                # one step; the second part of it empties `lent`, and adds nothing
                 clear: Any = itertools.compress(map(list.clear, [lent] if lent else ()), (0,))
-                posted.extend(itertools.chain([message] if message else (), clear))  # one step
-                if writer.setdefault(0, mine) is not mine:  # who writes may have looked before
+                posted.extend(itertools.chain([message] if message else (), clear))
+                if writer.setdefault(0, mine) is not mine:  # who writes may have looked at `posted` before
                     return
-            self._write_all(wait and deadline is None)
+            if posted or self.batch is not None:
+                self._write_all(wait and deadline is None)
         except _Broken:
             posted.clear()
             self.batch = None
-            raise
+            self.shutdown()  # what had come before is still read, up to the end of the connection
         finally:
-            if writer[0] is mine:
+            if writer and writer[0] is mine:
                 del writer[0]
             if (posted or self.batch is not None) and not writer.holder():
                 self.later()  # what is left here, or was just now; or by who has lost the seat
@@ -1571,28 +1598,30 @@ class _Channel:
     def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
         """Write the batch. False if the other side takes no more for now."""
         flags = _NO_SIGNAL if blocking else _DONT_WAIT
-        if len(chunks) == 1 and not counts:  # the usual case
-            if not _step(counts, map(self.sock.send, chunks, (flags,))):
-                return False
-            if counts[0] == len(chunks[0]):
-                return True
-        while True:
-            have, rest = sum(counts), []
-            for chunk in chunks:
-                if have < len(chunk):
-                    rest.append(memoryview(chunk)[have:] if have else chunk)
-                have = max(0, have - len(chunk))
-            if not rest:
-                return True
-            if not _step(counts, map(self.sock.sendmsg, (rest[:1000],), ((),), (flags,))):  # IOV_MAX is 1024
-                return False
+        try:
+            if len(chunks) == 1 and not counts:  # the usual case
+                counts.extend(map(self.sock.send, chunks, (flags,)))  # one step
+                if counts[0] == len(chunks[0]):
+                    return True
+            while True:
+                have, rest = sum(counts), []
+                for chunk in chunks:
+                    if have < len(chunk):
+                        rest.append(memoryview(chunk)[have:] if have else chunk)
+                    have = max(0, have - len(chunk))
+                if not rest:
+                    return True
+                counts.extend(map(self.sock.sendmsg, (rest[:1000],), ((),), (flags,)))  # IOV_MAX is 1024
+        except OSError as error:
+            _heed(error)
+            return False
 
     # -- the end
 
     def shutdown(self) -> None:
         """End the connection both ways, and wake whoever reads or writes."""
         try:
-            self.sock.shutdown(socket.SHUT_RDWR)
+            self._end.shutdown(socket.SHUT_RDWR)
         except OSError as error:
             errno = _import("errno")
             if error.errno in (errno.EBADF, errno.ENOTSOCK):
@@ -1602,18 +1631,25 @@ class _Channel:
         """In a forked child, which ends if it would still write."""
         self.write = self.send = lambda *what: _leave_fork(None)  # type: ignore[assignment, method-assign]
         self.sock.close()
+        self._end.close()
 
     def close(self) -> None:
         self.shutdown()
+        try:
+            if not os.path.sameopenfile(self.sock.fileno(), self._end.fileno()):
+                self.sock.detach()  # that number was closed beneath us, and is another file's now
+        except OSError:
+            pass  # one is closed
         _quietly(self.sock.close)
+        _quietly(self._end.close)
 
 
 class _PipeChannel(_Channel):
     """Messages over a named pipe of Windows, by overlapped reads and writes. One that is under way stays so
     when its caller leaves; the next one goes on with it.
 
-    What is waited for are events, never the handle. To take that and to begin with it is one step, so it may
-    be closed at any time. `state` ends with what has come of a frame, and the read, in a list.
+    What is waited for are events, never the handle. One call of C takes that and begins with it, so it may be
+    closed at any time. `state` ends with what has come of a frame, and the read, in a list.
     """
 
     def _take_over(self, connection: Any) -> None:
@@ -1627,14 +1663,14 @@ class _PipeChannel(_Channel):
     def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
         return [_LENGTH.pack(0) + head + body]  # the length is not sent
 
-    def receive(self, deadline: float | None = None) -> deque[_Message] | None:
+    def receive(self, deadline: float | None = None) -> deque[_Message]:
         while not self.state[0]:
             come, partial, have, reading = self.state
             if not reading:
-                _step(reading, map(self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,)))
+                self._step(reading, map(self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,)))
             result = self._result(reading[0], _left(deadline))
             if result is None:
-                return None
+                raise _Late(_IN_TIME)
             have += bytes(reading[0][0].getbuffer())
             self._check_size(len(have), partial)
             if result[1] == self._api.ERROR_MORE_DATA:
@@ -1650,7 +1686,7 @@ class _PipeChannel(_Channel):
             if len(counts) == len(chunks):
                 return True
             frame = memoryview(chunks[len(counts)])[_LENGTH.size :]
-            _step(counts, map(self._api.WriteFile, self._handles, (frame,), (True,)))
+            self._step(counts, map(self._api.WriteFile, self._handles, (frame,), (True,)))
         return False
 
     def _result(self, begun: Any, seconds: float) -> Any:
@@ -1669,8 +1705,15 @@ class _PipeChannel(_Channel):
                 raise _Broken(EOFError())
             break
         results: list[Any] = []
-        _step(results, map(operation.GetOverlappedResult, (True,)))
+        self._step(results, map(operation.GetOverlappedResult, (True,)))
         return results[0]
+
+    @staticmethod
+    def _step(results: list[Any], calls: Iterable[Any]) -> None:
+        try:
+            results.extend(calls)  # one step
+        except OSError as error:
+            _heed(error)
 
     @staticmethod
     def _cancel(operation: Any) -> None:
@@ -1779,7 +1822,8 @@ class _Listener:
             if is_path:
                 os.chmod(address, 0o600)
         except OSError as error:  # it has named no file; without a number the path is too long
-            raise OSError(error.errno or 36, error.strerror or str(error), address) from None
+            errno = error.errno or _import("errno").ENAMETOOLONG
+            raise OSError(errno, error.strerror or str(error), address) from None
         if not _WINDOWS:  # who accepts looks now and then whether that is still wanted
             self._listener._listener._socket.settimeout(0.5)
         return f"{target[0]}:{self._listener.address[1]}" if isinstance(target, tuple) else address
@@ -1813,12 +1857,12 @@ class _Listener:
         self.folder = ""
 
 
-def _remove_stale(path: str, age: float = 0.0) -> bool:
+def _remove_stale(path: str, age: float = 0.0) -> None:
     """Remove the socket of a process that was killed, at which nobody listens, and its folder if that was
-    made for it; with an `age` in seconds only one that old, in such a folder. Returns whether it did."""
+    made for it; with an `age` in seconds only one that old, in such a folder."""
     folder = os.path.dirname(path)
     if _WINDOWS:
-        return False
+        return
     try:
         stat, there = os.lstat(folder), os.lstat(path)
         made = (re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
@@ -1831,25 +1875,24 @@ def _remove_stale(path: str, age: float = 0.0) -> bool:
                 os.unlink(path)
                 if made:
                     os.rmdir(folder)
-                return True
     except OSError:
         pass  # there is nothing, or somebody else was quicker
-    return False
 
 
-def _remove_left_behind() -> list[str]:
-    """Remove such sockets in the temp folders, and return them."""
+def _remove_left_behind() -> None:
+    """Remove such sockets in the temp folders."""
     glob = _import("glob")
-    found = [glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")) for base in _temp_folders()]
-    return [path for path in itertools.chain(*found) if _remove_stale(path, _LEFT_BEHIND)]
+    for base in _temp_folders():
+        for path in glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")):
+            _remove_stale(path, _LEFT_BEHIND)
 
 
 # === 4. handshake =======================================================================================
 #
 # Three passes, mutual, after ISO/IEC 9798-4: the host's greeting; the plugin's, and its proof; what the host
-# chooses, or a refusal, and its proof. That is HMAC-SHA256 over the role's name, the address and all messages
-# before it, nonces among them: so nothing can be changed, replayed, reflected, or relayed to another address.
-# Until the other side's was right, nothing is read but short JSON in UTF-8.
+# chooses, or a refusal, and its proof: HMAC-SHA256 over the role's name, the address and all messages before
+# it, nonces among them. So nothing can be changed, replayed, reflected, or relayed to another address. Until
+# the other side's was right, nothing is read but short JSON in UTF-8.
 
 _HELLO_SECONDS = 5.0
 _CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
@@ -1906,19 +1949,17 @@ class _Hello:
             raise ProtocolError("what came is no handshake")
         return message
 
-    def greet(self, versions: Sequence[int], max_message: int, features: Sequence[str] = (),
-              **others: Any) -> None:
+    def greet(self, versions: Sequence[int], max_message: int, *features: str, **others: Any) -> None:
         self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(),
                  protocol_versions=list(versions), max_message=max_message,
                  features=[*_FEATURES, *features], **others)
 
     def hear_greeting(self, role: str) -> dict[str, Any]:
         theirs = self.hear()
-        versions = theirs.get("protocol_versions")
         if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != role:
             raise ProtocolError(f"the other side is no miniplug {role} of wire version {_WIRE_VERSION}")
-        numbers = [*versions, theirs.get("max_message")] if isinstance(versions, list) else [None]
-        if not all(type(number) is int for number in numbers):
+        versions, limit = theirs.get("protocol_versions"), theirs.get("max_message")
+        if type(versions) is not list or {*map(type, versions), type(limit)} != {int}:
             raise ProtocolError("the other side's greeting is incomplete")
         if not isinstance(theirs.get("features"), list):
             theirs["features"] = []
@@ -1931,7 +1972,7 @@ class _Hello:
         """Hear the other side's proof."""
         expected = self._mac(role)
         proof = str(self.hear().get("proof"))
-        if not _import("hmac").compare_digest(expected.encode(), proof.encode("utf-8", "replace")):
+        if not _import("hmac").compare_digest(ascii(expected), ascii(proof)):
             raise _on_first_use("AuthenticationError")(f"the {role} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
@@ -1943,15 +1984,13 @@ class _Hello:
         self.greet(versions, max_message, codec="json")
         theirs = self.hear_greeting("plugin")
         self.check("plugin")
-        choice: dict[str, Any] = {"protocol_versions": list(versions), "codec": "json"}
         refusal = self._refusal(versions, theirs)
-        if refusal:
-            self.say(refusal=refusal)
-            self.prove()
-            raise HandshakeError(refusal, host=choice, plugin=theirs)
-        version = max({*versions}.intersection(theirs["protocol_versions"]))
-        self.say(protocol_version=version, codec="json")
+        version = max({*versions}.intersection(theirs["protocol_versions"]), default=None)
+        self.say(**{"refusal": refusal} if refusal else {"protocol_version": version, "codec": "json"})
         self.prove()
+        if refusal:
+            raise HandshakeError(refusal, host={"protocol_versions": list(versions), "codec": "json"},
+                                 plugin=theirs)
         return _Terms(version, theirs["max_message"], theirs["features"])
 
     def _refusal(self, versions: Sequence[int], theirs: Mapping[str, Any]) -> str:
@@ -1964,16 +2003,15 @@ class _Hello:
             older = "plugin" if max(offered, default=0) < max(versions) else "host"
             return (f"no common protocol version: the host has {list(versions)}, the plugin has {offered}; "
                     f"the {older} is the older one, bring it up to date")
-        if not isinstance(codecs, list) or "json" not in codecs:
-            return f"the plugin does not know the codec 'json', only {codecs}"
-        return ""
+        known = isinstance(codecs, list) and "json" in codecs
+        return "" if known else f"the plugin does not know the codec 'json', only {codecs}"
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
-                  features: Sequence[str] = ()) -> _Terms:
+                  *features: str) -> _Terms:
         """`versions` None: whatever the host has."""
         theirs = self.hear_greeting("host")
         versions = theirs["protocol_versions"] if versions is None else versions
-        self.greet(versions, max_message, features, codecs=["json"], cookie=dict(cookie))
+        self.greet(versions, max_message, *features, codecs=["json"], cookie=dict(cookie))
         self.prove()
         choice = self.hear()
         self.check("host")
@@ -2053,15 +2091,16 @@ class _Door:
             terms = error
         except Exception:  # a stranger, whatever it is that he did
             self.strangers += 1
-        refused = not isinstance(terms, _Terms)
         with self._lock:
-            enters = self._open and terms is not None and channel in self._callers
-            self._open = self._open and (self._stays or not enters)
-            if enters and not refused:
+            counts = terms is not None and self._open and channel in self._callers
+            enters = counts and isinstance(terms, _Terms)
+            if counts:
+                self._open = self._stays
+            if enters:
                 self._callers.remove(channel)  # first: who hears of it may close the door
-        if refused or not enters:
+        if not enters:
             channel.close()
-        if enters:
+        if counts:
             self._arrived(channel, terms)
         with self._lock:
             self._callers = [each for each in self._callers if each is not channel]
@@ -2073,7 +2112,7 @@ class _Door:
             time.sleep(0.005)
 
     def close(self) -> None:
-        """Let nobody in any more; returns when no thread, socket or file is left."""
+        """Let nobody in any more, and return when nothing is left to come in by."""
         with self._lock:
             self._open = False
             callers = list(self._callers)
@@ -2101,13 +2140,12 @@ class _Door:
 # that one; any other to the pool. A thread that waits takes the seat if it is free, else it sleeps until
 # there is something for it.
 #
-# Sleeping and waking. Who sleeps first says so, then looks once more; who has something does that first, then
-# looks who sleeps. So no wake-up is lost, but where a handler raises in between: so who sleeps looks again
-# after a second.
+# Sleeping and waking. A sleeper first announces itself, then looks again; a waker first acts, then looks for
+# sleepers. So no wake-up is lost, unless a handler raises in between: a sleeper looks again after a second.
 #
-# What a signal handler raises strikes the main thread between any two steps. What must not be struck a thread
-# of the pool does, told by one step (`_pool.put`, `_move`), which is an `except`'s first, with no call before
-# it: so nothing strikes before, in Python 3.10 and later. Every other step may be repeated.
+# What a signal handler raises strikes the main thread between any two steps. What must not be struck is done
+# by a thread of the pool. It is told by one call of C (`_pool.put`, `_move`), mostly the first thing in an
+# `except`, where nothing strikes before it (in Python 3.11 and later). Every other step may be repeated.
 #
 # Streams. A call may be answered by items, several to a message, until an end or an error. The caller may
 # leave _WINDOW of them unread, and gives credit for as many as it has read. A producer without credit holds
@@ -2158,18 +2196,25 @@ def _open(gate: Any) -> None:
         pass  # it is open
 
 
-def _in_main_thread() -> bool:
-    """Whether signal handlers run in this thread."""
-    return _get_ident() == threading.main_thread().ident
+def _holding(lock: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function with a lock held. From Python 3.14 on a handler may raise as a `with` begins, and leave
+    its lock held."""
+    held: list[bool] = []
+    try:
+        held.extend(itertools.starmap(lock.acquire, _ONCE))  # one step
+        return function(*arguments)
+    finally:
+        if held:
+            lock.release()
 
 
 class _Pool:
     """Daemon threads for all sessions, as long as there is one.
 
     `put((function, *arguments))` has a thread call the function, in one step: for any thread, finalizers and
-    signal handlers too. With None before, the function does not wait: no thread of its own is started for it.
-    Who holds `_lead`, which protects `_alarms`, waits for tasks; before it goes with one it sees to it that
-    another thread waits.
+    signal handlers too. A leading None promises that the function does not wait: the leader calls it, so
+    that such keep their order. The leader holds `_lead`, which protects `_alarms`, and waits for tasks;
+    before it leaves with one it sees to it that another thread waits.
     """
 
     def __init__(self) -> None:
@@ -2178,7 +2223,7 @@ class _Pool:
         self._alarms: list[Any] = []  # a heap of (when, number, function)
         self._numbers = itertools.count()
         self._lead = threading.Lock()
-        self._waiting: list[None] = []  # as long as how many threads wait, or are about to
+        self._waiting: list[None] = []  # counts, in one step, the threads that wait or are about to
 
     def alarm(self, when: float, function: Callable[[], Any]) -> None:
         """Have a thread call a function at a time.monotonic()."""
@@ -2261,9 +2306,9 @@ class _Pool:
             alarms.clear()
 
 
-def _move(function: Callable[[Any], Any], take: Callable[[], Any], *mark: None) -> None:
-    """Have the pool call a function with what `take`, a queue's popleft, gives: in one step."""
-    _consume(map(_pool.put, zip(*zip(mark), (function,), itertools.starmap(take, _ONCE))))
+def _move(take: Callable[[], Any], *task: Any) -> None:
+    """Have the pool do a task with what `take`, a queue's popleft, gives as its last part: in one step."""
+    _consume(map(_pool.put, zip(*[(part,) for part in task], itertools.starmap(take, _ONCE))))
 
 
 def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -2365,7 +2410,7 @@ def _too_late(call: _Call) -> Exception:
 
 
 class _Sealed(Exception):
-    """The session takes no more calls: this one was not sent, and may go elsewhere."""
+    """The session takes no more calls: this one was not sent, and may be sent over another session."""
 
 
 class _Request:
@@ -2411,38 +2456,49 @@ def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> boo
 
 
 class _Slots:
-    """How many calls may run at once, of all sessions of a plugin. For the pool; `_lock` protects it all."""
+    """How many calls may run at once, of all sessions of a plugin. For threads in which no handler strikes;
+    no lock: who adds to one of the two queues looks at the other one after that."""
 
     def __init__(self, count: int) -> None:
-        self._lock = threading.Lock()
         self.free = [None] * count  # as long as how many more calls may run
         self._queue: deque[_Request] = deque()  # calls that wait for a slot
 
     def take(self, request: _Request) -> bool:
         """Whether a call may run now; else it runs when there is a slot."""
-        with self._lock:
-            if self.free:
+        if not self._queue:
+            try:
                 self.free.pop()
                 return True
-            self._queue.append(request)
-            return False
+            except IndexError:
+                pass
+        self._queue.append(request)
+        self._go_on()
+        return False
 
     def give_back(self) -> None:
-        with self._lock:
-            if not self._queue:
+        self.free.append(None)
+        if self._queue:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        while self._queue and self.free:
+            try:
+                self.free.pop()
+            except IndexError:
+                return  # who has taken it looks at the queue when it is given back
+            try:
+                request = self._queue.popleft()
+                _pool.put((request.session.runner.run_with_slot, request))
+            except IndexError:
                 self.free.append(None)
-                return
-            request = self._queue.popleft()
-        _pool.put((request.session.runner.run_with_slot, request))
 
 
 class _Reader:
     """Who reads what has come, and where it goes. Any thread may call `wait` and `pass_on`; the rest is for
     who holds the seat. Should a handler raise there, the message is still first in the channel's queue.
 
-        nobody --a caller: wait, until it has its answer-----> nobody
-        nobody --pass_on: a sleeper is woken, takes the seat-> nobody
-        nobody --pass_on: else the attendant-----------------> nobody
+    The seat is taken by a caller that waits, until it has its answer; by a sleeper that the last one has
+    woken; or else by the attendant.
     """
 
     def __init__(self, session: _Session) -> None:
@@ -2452,7 +2508,8 @@ class _Reader:
         self._requests = session.requests
         self.seat = _Seat()
         self.sleepers: dict[int, _Call] = {}  # our calls whose threads sleep
-        self.unattended: set[int] = set()  # numbers of those whose answer must be read though no thread waits
+        self.unattended: set[int] = set()  # numbers of those for which somebody has to read though no thread
+        # waits; with -1 somebody always has to
 
     def wait(self, call: _Call) -> None:
         """Wait until something has come about the call, read while nobody else does, and run what is made on
@@ -2460,28 +2517,23 @@ class _Reader:
         seat, session, token = self.seat, self._session, {_get_ident()}
         mine = _ref_to(token)
         try:
-            while True:
+            while not call.inbox or call.inbox[0][0] <= _NOTIFY:
                 if call.inbox:
-                    if call.inbox[0][0] > _NOTIFY:
-                        return
                     self.pass_on()
                     session.runner.run_nested(call)
-                elif session.ended is not None:
-                    call.inbox.append(_ENDED)  # it may have come when the call was given up already
                 elif seat.setdefault(0, mine) is not mine:
                     self._sleep(call)
                 else:
-                    if not call.inbox:  # who read before may have brought it
-                        self.read(call)
+                    self.read(call)
                     del seat[0]
         except (_Broken, ProtocolError) as error:
-            session.end(error)
-            call.inbox.append(_ENDED)
+            if session.ended is None:
+                session.end(error)
+            call.inbox.append(_ENDED)  # it may have been given up already
         finally:
-            if seat[0] is mine:
+            if seat and seat[0] is mine:
                 del seat[0]
-            if (self.sleepers or self.unattended or self._requests or session.serving or session.sealed
-                    or session.references.lends):
+            if self.sleepers or self.unattended or self._requests or session.references.lends:
                 self.pass_on()
 
     def _sleep(self, call: _Call) -> None:
@@ -2520,32 +2572,25 @@ class _Reader:
         attendant, until there is a call to be run, which is returned, or a caller may read."""
         calls, receive = self._calls, self._channel.receive
         number, deadline = (0, None) if waiting is None else (waiting.number, waiting.deadline)
-        while True:
+        while waiting is None or not waiting.inbox:  # who read before may have brought it
             come = receive(deadline)
-            if come is None:
-                raise _Late
             while come:
                 message = come[0]
-                if message[1] & _TAGGED and b'"$own"' in message[4]:
+                kind, flags = message[:2]
+                if flags & _TAGGED and b'"$own"' in message[4]:
                     message = come[0] = self._session.references.held(message)
-                kind = message[0]
-                if kind in _ANSWERS:
-                    plain = kind == _RESULT and not message[1] & _STREAM
-                    if plain and message[2] == number and number in calls:  # the usual case
-                        inbox: Any = waiting.inbox  # type: ignore[union-attr]
-                        inbox.extend(itertools.starmap(come.popleft, _ONCE))
-                        calls.pop(number, None)
-                    elif self._route_answer(come, message, waiting is None):
-                        return None
-                elif kind > _NOTIFY:
-                    self._session.steer(come, message)
-                else:
+                if message[2] == number and kind == _RESULT and not flags & _STREAM and number in calls:
+                    waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
+                elif 0 < kind <= _NOTIFY:
                     request = self._route_call(come, message, waiting is None)
                     if request is not None:
                         return request
+                elif kind not in _ANSWERS:
+                    self._session.steer(come, message)
+                elif self._route_answer(come, message, waiting is None):
+                    return None
             message = ()  # what has come is not kept alive by who waits for more
-            if waiting is not None and waiting.inbox:
-                return None
+        return None
 
     def _route_answer(self, come: deque[_Message], message: _Message, attends: bool) -> bool:
         """Put a message into its call's inbox. Returns whether the attendant may go, as a caller is woken."""
@@ -2594,7 +2639,7 @@ class _Reader:
         else:
             try:
                 _pool.check()
-                _move(runner.run_message, come.popleft, None)
+                _move(come.popleft, None, runner.run_message)
             except RuntimeError as error:  # no thread to be had: that fails the call
                 runner.fail(request, error, wait=False)
                 come.popleft()
@@ -2604,7 +2649,7 @@ class _Reader:
     def take(come: deque[_Message], function: Callable[[_Message], Any]) -> None:
         """Call a function with the first of `come`, once and for all: no handler must strike there."""
         if _in_main_thread():
-            _move(function, come.popleft)
+            _move(come.popleft, function)
         else:
             function(come.popleft())
 
@@ -2629,7 +2674,7 @@ class _Attendant:
 
     def _is_wanted(self) -> bool:
         session = self._session
-        wanted = session.serving or self._reader.unattended or session.requests or session.references.lends
+        wanted = self._reader.unattended or session.requests or session.references.lends
         return bool(wanted) and session.ended is None
 
     def come(self) -> None:
@@ -2637,7 +2682,7 @@ class _Attendant:
         that who calls again at once finds the seat free."""
         if self._right.holder() or not self._is_wanted():
             return
-        if self._session.serving or self._reader.unattended:
+        if self._reader.unattended:
             self._begin()
         elif time.monotonic() >= self._coming:
             soon = time.monotonic() + _LAZY
@@ -2659,29 +2704,24 @@ class _Attendant:
         token.add(_get_ident())
         slow = None
         try:
-            while slow is None and right[0] is mine and self._is_wanted():
-                if seat.setdefault(0, mine) is not mine:
-                    break
+            while right[0] is mine and self._is_wanted() and seat.setdefault(0, mine) is mine:
                 request = self._reader.read()
+                del seat[0]
                 if request is None:
-                    if not (session.serving or self._reader.unattended):
+                    if not self._reader.unattended:
                         break  # the caller that was woken reads better
                 elif runner.slots.take(request):
                     runner.decode(request)
                     if runner.quick.get(request.method, 0) < 3:
                         slow = request
-                    else:
-                        self._inline = request.number
-                        if not self._watched:
-                            self.watch()
-                        del seat[0]
-                        runner.run_with_slot(request)
-                        if right[0] is mine:
-                            self._inline = -request.number
-                request = None
-                if seat[0] is mine:
-                    del seat[0]
-        except BaseException as error:  # no memory is left, say: who waits would wait in vain
+                        break
+                    self._inline = request.number
+                    if not self._watched:
+                        self.watch()
+                    runner.run_with_slot(request)
+                    if right[0] is mine:
+                        self._inline = -request.number
+        except BaseException as error:  # the connection's end, or there is no memory
             session.end(error)
         finally:
             if seat[0] is mine:
@@ -2746,7 +2786,7 @@ class _Caller:
                 self._calls.pop(call.number, None)
                 return None
             self._reader.wait(call)
-            if call.number in self._calls and not call.streams:  # who read was struck before that
+            if not call.streams:
                 self._calls.pop(call.number, None)
             return self.value(call, _RESULT if kind == _CALL else _PONG)
         except BaseException as error:
@@ -2773,7 +2813,7 @@ class _Caller:
         asyncio = sys.modules.get("asyncio")
         call.loop = asyncio._get_running_loop() if asyncio is not None else None
         if call.loop is not None:
-            call.context = _import("contextvars").copy_context()
+            call.context = copy_context()
         try:
             _pool.check()  # without a thread to read the answer nothing is sent
             self._reader.unattended.add(call.number)
@@ -2855,8 +2895,9 @@ class _Caller:
     def _raised(self, call: _Call, body: Any) -> Any:
         """The exception that a call has raised: what began here comes home as itself."""
         home = body.get("home") if type(body) is dict else None
-        if type(home) is int and home in dict(call.raised):
-            return dict(call.raised)[home]
+        for number, error in call.raised:
+            if type(home) is int and number == home:
+                return error
         error = _decode_error(body)
         if isinstance(error, RemoteError):
             vars(error)["_origin"] = (_ref_to(self._session), call.number)
@@ -2966,7 +3007,7 @@ class _Runner:
     # -- running
 
     def decode(self, request: _Request) -> None:
-        """Make the call of what has come: `request.body`. Without one it is answered already."""
+        """Make the call of what has come: `request.body`. Without one it has been answered."""
         try:
             call = self._session.decode(request.inbox)
             if type(call) is not list or [*map(type, call[1:4])] != [str, list, dict]:
@@ -2975,26 +3016,29 @@ class _Runner:
                 raise _Undecodable(PluginClosed("the plugin is shutting down"))
             request.body, request.method = call, call[1]
         except _Undecodable as error:
+            request.begun = True
             self.fail(request, error.args[0], own=True)
         except ProtocolError as error:
+            request.begun = True
             self._session.end(error)
 
     def run(self, request: _Request) -> None:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises
-        is an answer too. (Should there be one, the other side ignores this.)"""
+        is an answer too."""
         if request.begun and request.producer is None:
-            return None
+            return
         outer, returned = _current.get(), False
         own = True  # whether a PluginError would be about this call itself
         try:
             _current.set(request)
-            if request.producer is not None:
-                return request.producer.go_on()
+            if request.begun:
+                request.producer.go_on()  # type: ignore[union-attr]
+                return
             request.begun, request.outer = True, outer
             if request.body is None:
                 self.decode(request)
                 if request.body is None:
-                    return None
+                    return
             start = time.monotonic()
             target, method, args, kwargs = request.body[:4]
             function = self._session.references.resolve(target, method)
@@ -3019,7 +3063,7 @@ class _Runner:
         finally:
             _current.set(outer)
             request.body = args = kwargs = None  # not kept alive by a frame that lingers
-        return None
+        return
 
     def _took(self, method: str, seconds: float) -> None:
         if len(self.quick) > 1000:
@@ -3058,10 +3102,10 @@ class _Runner:
         if self._requests.get(request.number) is not request:
             return
         session.references.unlend(request.lent)
-        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type.mro(type(error))]):
+        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type(error).__mro__]):
             call.raised = deque([*call.raised, (request.number, error)], _RAISED)  # it may come home
         if request.kind == _NOTIFY:
-            _import("traceback").print_exception(type(error), error, error.__traceback__)
+            _print_error(error)
         elif not request.cancelled:
             for bare in (False, True, None):
                 try:
@@ -3201,13 +3245,13 @@ class _Producer:
         lent: list[int] = []
         try:
             content = session.codec.dumps(item, "an item", lent)
-            session.check_size(content)
+            session.channel.check_size(content)
         except PluginError:
             session.references.unlend(lent)
             raise
         size, alone = len(content[0]) + 1, bool(content[1])  # what has buffers leaves alone
         with self._lock:
-            if alone or self._size + size + 1 > session.send_limit:
+            if alone or self._size + size + 1 > session.channel.send_limit:
                 self._send()
             self._group.append(content)
             self._size += size
@@ -3271,11 +3315,11 @@ class _Session:
                  lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
                  serving: bool = False, slots: _Slots | None = None) -> None:
         self.channel = channel
+        self.send = channel.send
         self.protocol_version: int = terms.protocol_version
         self.references = references
         self.codec = _Codec(partial(references.lend, self), references.unlend, partial(borrow, self))
         self.codec.arrays = "arrays" in terms.features
-        self.send_limit: int = terms.max_message
         self.call_timeout: float | None = None  # the deadline of calls that have no other
         self.serving = serving
         self.numbers = itertools.count(1)
@@ -3300,7 +3344,7 @@ class _Session:
         self.ping, self.probe = self.caller.ping, self.caller.probe
         channel.stuck, channel.later = self.reader.pass_on, lambda: _pool.put((self.flush,))
         channel.gone = lambda error: None if self.cause is not None else self.end(error)
-        channel.begin(max_message)
+        channel.begin(max_message, terms.max_message)
         _sessions.add(self)
         try:
             _pool.check()
@@ -3308,27 +3352,9 @@ class _Session:
             _sessions.discard(self)
             raise
         if serving:
-            self.reader.pass_on()
+            self.keep_reading()
 
     # -- sending
-
-    def send(self, kind: int, flags: int, number: int, content: Any, parent: int = 0, wait: bool = True,
-             deadline: float | None = None) -> None:
-        """Send what the codec made. Raises MessageTooLarge, and _Late past the deadline."""
-        body, buffers, tagged, lent = content
-        if len(body) > self.send_limit or buffers:
-            self.check_size(content)
-        try:
-            self.channel.send((kind, flags | tagged, number, parent), body, buffers, lent, wait, deadline)
-        except _Broken:
-            self.channel.shutdown()  # what had come before is still read, up to the end of the connection
-
-    def check_size(self, content: Any) -> None:
-        """Raises MessageTooLarge for what the other side does not take."""
-        size, limit = len(content[0]) + sum(map(len, content[1])), self.send_limit
-        if size > limit:
-            text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message"
-            raise MessageTooLarge(text, size=size, limit=limit)
 
     def post(self, kind: int, number: int, value: Any = None) -> None:
         content = _NOTHING if value is None else self.codec.dumps(value, "a message")
@@ -3343,10 +3369,7 @@ class _Session:
     def flush(self) -> None:
         """Write what is left. For threads of the pool."""
         self.channel.writer.mend()
-        try:
-            self.channel.write([])
-        except _Broken:
-            self.channel.shutdown()
+        self.channel.write([])
 
     # -- what is neither a call nor an answer
 
@@ -3355,7 +3378,7 @@ class _Session:
         kind, flags, number, _, body, _ = message
         request = self.requests.get(number)  # None: it has ended meanwhile
         if kind == _RELEASE:
-            return self.reader.take(come, lambda message: self.references.release_unless_busy(message[2]))
+            return self.reader.take(come, lambda gone: self.references.release_unless_busy(gone[2]))
         if kind == _CREDIT:
             count = self.codec.loads(body, (), 0) if body else None
             if type(count) is not int or not 0 < count <= _WINDOW:
@@ -3412,7 +3435,8 @@ class _Session:
         return bool(self.calls or self.requests or self.borrowed or self.references.lends)
 
     def unused(self) -> bool:
-        """Whether it is not busy, and no call has begun since this was asked last. One thread asks."""
+        """Whether it is not busy, and no call has begun since this was asked last, as the numbers tell. One
+        thread asks."""
         before, self._last_asked = self._last_asked, next(self.numbers)
         return self._last_asked == before + 1 and not self.busy()
 
@@ -3434,7 +3458,7 @@ class _Session:
     def failed(self, error: BaseException, call: _Call) -> BaseException:
         """End the connection for what the other side should not have sent; returns what the call raises."""
         self.end(error)
-        return self.ended([*{call.method: None, **dict.fromkeys(self.lost_calls)}])  # type: ignore[misc]
+        return self.ended([*dict.fromkeys([call.method, *self.lost_calls])])  # type: ignore[misc]
 
     def end(self, cause: BaseException) -> None:
         """The connection has ended: fail every call, let every thread go. `cause`: a _Broken, or what the
@@ -3446,6 +3470,7 @@ class _Session:
             self.lost_calls = [call.method for call in list(self.calls.values())]
             self.ended = make_error
         self.sealed = True
+        self.reader.unattended.add(-1)  # who reads last closes the channel
         for call in list(self.calls.values()):
             call.inbox.append(_ENDED)
             if call.future is not None and not call.streams:
@@ -3455,7 +3480,7 @@ class _Session:
         self.stop(-1.0 if self.closing is None else self.closing)
         _sessions.discard(self)
         if not _sessions:
-            _pool.put((bool,))  # its threads end
+            _pool.put((bool,))  # wakes who waits, who then ends as there is no session
 
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""
@@ -3503,24 +3528,31 @@ def _no_method(name: str, names: Iterable[str] | None, where: str, what: str = "
     return MethodNotFound(f"{where} {text}", name=name, matches=matches)
 
 
+def _signature(function: Any) -> Any:
+    """inspect.signature(), also where a name in an annotation is missing: Python 3.14 looks for it."""
+    if sys.version_info < (3, 14):
+        return _import("inspect").signature(function)
+    names = _import("annotationlib").Format.FORWARDREF
+    return _import("inspect").signature(function, annotation_format=names)
+
+
 def _makes_instances(served: Any) -> bool:
-    """Whether what is served is a class or a zero-argument factory, and not the object itself. A function
-    that needs arguments is there to be called; so is one with *args or **kwargs, or in C, if it takes any."""
-    kind, in_c = type(served).__name__, "builtin_function_or_method"
-    if isinstance(served, type) or kind not in ("function", "method", "partial", in_c):
-        return isinstance(served, type)
-    of_class = isinstance(getattr(served, "func", None), type)  # a partial, which has what the class needs
+    """Whether what is served is a class, or a function that needs no argument, and not the object itself. One
+    that may take any number is there to be called."""
+    made = getattr(served, "func", None) if type(served) is partial else served
+    if isinstance(made, type):
+        return True
+    if not (_import("inspect").isroutine(served) or type(served) is partial):
+        return False
     try:
-        parameters = _import("inspect").signature(served).parameters.values()
+        parameters = _signature(served).parameters.values()
     except ValueError:
-        return of_class  # a C function that does not tell
-    if kind == in_c:
-        return not parameters
-    return all(each.default is not each.empty or (of_class and each.kind in (2, 4)) for each in parameters)
+        return False  # a C function that does not tell
+    return all(each.default is not each.empty for each in parameters)
 
 
 class _Loop:
-    """An event loop on a thread of its own."""
+    """An event loop on a thread of its own. `call` and `close` are for any thread."""
 
     def __init__(self) -> None:
         self._loop = _import("asyncio").new_event_loop()
@@ -3529,11 +3561,7 @@ class _Loop:
 
     def call(self, function: Callable[[], Any]) -> bool:
         """Have the loop call a function. False if it is closed."""
-        try:
-            self._loop.call_soon_threadsafe(function)
-            return True
-        except RuntimeError:
-            return False
+        return _call_on(self._loop, function)
 
     def _run(self) -> None:
         _import("asyncio").set_event_loop(self._loop)
@@ -3542,8 +3570,8 @@ class _Loop:
             while not self._closing:
                 try:
                     self._loop.run_forever()
-                except BaseException:  # some task that the plugin has started calls sys.exit()
-                    _import("traceback").print_exc()
+                except BaseException as error:  # some task that the plugin has started calls sys.exit()
+                    _print_error(error)
             self._loop.run_until_complete(self._cancel_all())
         finally:
             _loop_threads.discard(threading.get_ident())
@@ -3582,15 +3610,16 @@ class _Served:
         if name is None and len(names) == 1:
             (name,) = names
         if name is None or name not in names:
-            problem = "several plugins are" if name is None else f"no plugin {name!r} is"
-            there = f"there {'is' if len(names) == 1 else 'are'} {', '.join(names)}"
-            raise PluginNotFound(f"{problem} served: {there}", names=names)
+            problem = "several plugins are served:" if name is None else f"no plugin {name!r} is served, only"
+            raise PluginNotFound(f"{problem} {', '.join(names)}", names=names)
         return name, self.plugins[name]
 
     def shared(self, name: str) -> Any:
-        """The object that all callers share; of a class or factory the instance that describes the others."""
+        """The object that all callers share; of a class or factory the instance that describe() looks at."""
         served = self.find(name)[1]
         with self._entering.setdefault(name, threading.RLock()):
+            if self._closed:
+                raise PluginClosed("the plugin is shutting down")
             if name not in self._shared:
                 self._shared[name] = _enter(_made(served) if _makes_instances(served) else served)
             return self._shared[name][0]
@@ -3616,10 +3645,10 @@ def _made(factory: Any) -> Any:
     try:
         return factory()
     except TypeError as error:
-        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
-            raise  # it has begun
-        how = "serve an instance, or a function that makes one"
-        raise TypeError(f"{error}; it is called without arguments at each dispense: {how}") from None
+        if error.__traceback__ and not error.__traceback__.tb_next:  # it has not begun
+            how = "serve an instance, or a function that makes one"
+            error.args = (f"{error}; it is called without arguments at each dispense: {how}",)
+        raise
 
 
 def _enter(obj: Any) -> tuple[Any, Any]:
@@ -3634,8 +3663,8 @@ def _exit(manager: Any) -> None:
     try:
         if manager is not None:
             type(manager).__exit__(manager, None, None, None)
-    except Exception:
-        _import("traceback").print_exc()
+    except BaseException as error:  # also sys.exit(): others have to be exited, too
+        _print_error(error)
 
 
 # -- references: objects that stay where they are, and are called from the other side
@@ -3669,7 +3698,8 @@ class _Target:
         self.session = session
         self.number = number
         self.identity: Any = (session, number)  # also when it is dispensed anew
-        self._notice = session.channel.notice(number) if number else []  # until it is given back
+        notice: list[_Bytes] = [_FRAME.pack(_HEAD, _WIRE_VERSION, _RELEASE, 0, 0, number, 0)]
+        self._notice = [notice] if number else []  # to be posted, until it is given back
         session.borrowed.add(id(self))
 
     def here(self) -> tuple[_Session, int] | None:
@@ -3778,6 +3808,7 @@ class _References:
         self._lock = threading.RLock()  # protects the following three
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
+        self._latest: deque[int] = deque(maxlen=1000)  # new numbers: a handler may have left one half lent
         self.lends = False  # whether anything is lent
         self._held: dict[int, Any] = {}  # weak references to those given back, that a message may hold
         self._parting: list[_Loan] = []  # those to be exited
@@ -3785,7 +3816,9 @@ class _References:
 
     def resolve(self, target: Any, method: str) -> Callable[..., Any]:
         """What a call runs; an empty name is the object itself. Raises MethodNotFound, DeadReference."""
-        loan = self.loan(target)
+        loan = self._loans.get(target) if type(target) is int else None
+        if loan is None:
+            loan = self.loan(target)
         obj = loan.object
         if method in loan.known:  # not by the string that has come: classes cache those they are asked by
             return getattr(obj, loan.known[method])  # type: ignore[no-any-return]
@@ -3793,6 +3826,8 @@ class _References:
             return obj  # type: ignore[no-any-return]
         if loan.methods is not None or method.startswith("_"):
             raise _no_method(method, loan.methods, "the plugin")
+        if issubclass(type(obj), _Remote):
+            return getattr(obj, method)  # type: ignore[no-any-return]
         return lambda *args, **kwargs: obj._dispatch(method, args, kwargs)
 
     def loan(self, number: Any) -> _Loan:
@@ -3816,15 +3851,18 @@ class _References:
         owner = getattr(obj, "__self__", None)  # a bound method is made anew each time
         function = getattr(obj, "__func__", None) or getattr(obj, "__name__", None)
         key: Any = object() if manager else (id(obj),) if owner is None else (id(owner), function)
-        with self._lock:
-            number = 0 if obj is self._loans[0].object else self._lent.get(key)
-            if number is None:
-                number = next(self._numbers)
-                self._loans[number] = _Loan(obj, key, *manager)  # first: what is in `_lent` is there
-                number = self._lent.setdefault(key, number)  # a finalizer may have lent the same meanwhile
-            loan = self._loans[number]
-            self.lends = True
-            loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
+        return _holding(self._lock, self._lend, obj, key, manager, lent)  # type: ignore[no-any-return]
+
+    def _lend(self, obj: Any, key: Any, manager: Any, lent: list[int]) -> tuple[str, Any]:
+        number = 0 if obj is self._loans[0].object else self._lent.get(key)
+        if number not in self._loans:  # it is new, or half lent: known here, but not lent
+            loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
+            number = self._lent.setdefault(key, next(self._numbers))
+            self._latest.append(number)
+            self._loans.setdefault(number, loan)
+        loan = self._loans[number]
+        self.lends = True
+        loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
         return "$ref", [number, loan.methods, callable(obj)]
 
     def held(self, message: _Message) -> _Message:
@@ -3845,18 +3883,20 @@ class _References:
 
     def release(self, number: int) -> None:
         """Take one count of a loan back. A thread of the pool exits it, which may take long."""
-        with self._lock:
-            loan = self._loans.get(number) if number else None
-            if loan is None:
-                return
-            if loan.sent:
-                loan.sent.pop()
-            if loan.sent:
-                return
-            self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
-            self._lent.pop(loan.key, None)  # first, too
-            del self._loans[number]
-            self.lends = len(self._loans) > 1
+        _holding(self._lock, self._release, number)
+
+    def _release(self, number: int) -> None:
+        loan = self._loans.get(number) if number else None
+        if loan is None:
+            return
+        if loan.sent:
+            loan.sent.pop()
+        if loan.sent:
+            return
+        self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
+        del self._loans[number]
+        self._lent.pop(loan.key, None)
+        self.lends = len(self._loans) > 1
         if loan.manager is not None:
             self._parting.append(loan)
             _pool.put((self._exit_parting,))
@@ -3877,12 +3917,15 @@ class _References:
 
     def unlend(self, lent: Any) -> None:
         """Take back what was lent for a message that was not sent, and what a handler has left half lent."""
-        with self._lock:
-            half = [number for number, loan in self._loans.items() if number and not loan.sent]
-            while lent:
-                half.append(lent.pop())
-            for number in half:
-                self.release(number)
+        _holding(self._lock, self._unlend, lent)
+
+    def _unlend(self, lent: Any) -> None:
+        new = [number for number in self._latest if number in self._loans]
+        half = [number for number in new if not self._loans[number].sent]
+        while lent:
+            half.append(lent.pop())
+        for number in half:
+            self._release(number)
 
     def close(self) -> None:
         """The connection has ended: exit the context managers, the latest first."""
@@ -3955,18 +3998,16 @@ def _describe(function: Any) -> list[Any]:
     inspect = _import("inspect")
     doc = inspect.getdoc(function)
     try:
-        signature = inspect.signature(function)
+        signature = _signature(function)
     except (TypeError, ValueError):
         return [None, doc, None]
-
-    def text(value: Any, show: Callable[[Any], str]) -> str | None:
-        return None if value is inspect.Parameter.empty else show(value)
-
-    rows = [(each.name, each.kind, each.default, each.annotation) for each in signature.parameters.values()]
-    rows.append(("return", 0, signature.empty, signature.return_annotation))
-    parameters = [[name, int(kind), text(default, repr), text(annotation, inspect.formatannotation)]
-                  for name, kind, default, annotation in rows]
-    return [str(signature), doc, parameters]
+    rows = [[each.name, int(each.kind), each.default, each.annotation]
+            for each in signature.parameters.values()]
+    rows.append(["return", 0, signature.empty, signature.return_annotation])
+    for row in rows:
+        row[2:] = [None if value is signature.empty else show(value)
+                   for value, show in zip(row[2:], (repr, inspect.formatannotation))]
+    return [str(signature), doc, rows]
 
 
 # === 7. proxies =========================================================================================
@@ -3989,21 +4030,10 @@ def _notify_at(session: _Session, *what: Any) -> None:
     session.notify(*what)
 
 
-def _help(remote: Any) -> str:
-    """What help() shows: methods, with their signatures and docs if they can be asked for."""
-    try:
-        about = _ask_description(remote._target)
-    except (PluginError, RuntimeError):  # gone, or asked on the thread of an event loop
-        about = {}
-    names = remote._names or about if remote._name is None else [remote._name]
-    return "\n\n".join(_outline(name, *(about.get(name) or (None, None))[:2]) for name in names)
-
-
 class _Method(_Remote):
     # A method of the other side's, or with an empty name what can only be called itself, a function: call it.
 
     __slots__ = ("_name", "_target", "_timeout")
-    __doc__ = property(_help)
 
     def __init__(self, target: _Target, name: str, timeout: float | None = None) -> None:
         self._target = target
@@ -4080,10 +4110,55 @@ def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
     return None if seconds is None else float(seconds)
 
 
+def _is_output(value: Any) -> bool:
+    if isinstance(value, str):
+        return value in ("discard", "inherit", "log")
+    return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
+
+
+def _are_digests(value: Any) -> bool:
+    digests = [value] if isinstance(value, str) else value.values() if hasattr(value, "values") else [None]
+    return all(isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each) for each in digests)
+
+
+# What the options of functions take, by their types in the signature: the error, in words, and as a test.
+_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
+    "str": (TypeError, "a str", lambda value: isinstance(value, str)),
+    "bool": (TypeError, "True or False", lambda value: isinstance(value, bool)),
+    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
+    "Handshake": (TypeError, "a miniplug.Handshake", lambda value: hasattr(value, "magic_cookie_value")),
+    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
+                      isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
+    "Mapping[str, str]": (TypeError, "a dict; names and values are str", lambda value: hasattr(value, "items")
+                          and all(isinstance(part, str) for item in value.items() for part in item)),
+    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
+                      lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
+    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
+    "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", _are_digests),
+    "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
+                       lambda value: hasattr(value, "getChild")),
+    "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
+    "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
+
+
+def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Check the options that a function was given by the types in its signature. Raises TypeError and
+    ValueError."""
+    for name, annotation in function.__annotations__.items():
+        wanted, none, _ = annotation.partition(" | None")
+        if wanted == "int":
+            least = {"max_message": _HELLO_LIMIT, "max_workers": 1}
+            _checked_count(given[name], name, least.get(name, 0))
+        elif wanted == "float":
+            _checked_timeout(given[name], name)
+        elif wanted in _TYPES and not (none and given[name] is None):
+            kind, words, is_right = _TYPES[wanted]
+            if not is_right(given[name]):
+                raise kind(f"{name}={given[name]!r}: it is {words}")
+
+
 class _Proxy(_Remote):
     # An object of the other side's: it has the object's public methods.
-
-    __doc__ = property(_help)
 
     def __init__(self, target: _Target, names: Sequence[str] | None) -> None:
         vars(self).update(_target=target, _names=names, _interface=_Proxy)
@@ -4104,9 +4179,6 @@ class _Proxy(_Remote):
 
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *(self._names or ())})
-
-    def _dispatch(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        return getattr(self, method)(*args, **kwargs)  # so that a proxy can be served in turn
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -4167,65 +4239,59 @@ def _checked_description(found: Any) -> dict[str, Any]:
             and len(each) == 3 and texts.issuperset(map(type, each[:2]))}
 
 
-def _outline(name: str, signature: str | None, doc: str | None) -> str:
-    """A method, and what it says about itself below it."""
-    return name + (signature or "(...)") + (_import("textwrap").indent(f"\n{doc}", "    ") if doc else "")
-
-
 def _differences(interface: type, target: _Target, names: Sequence[str] | None) -> list[str]:
     """In which ways an object with methods of these names (None: all) is not the interface, in words."""
     inspect = _import("inspect")
-    abstract = sorted(getattr(interface, "__abstractmethods__", ()))
-    found = [f"{name!r} is private, and a plugin's cannot be called" for name in abstract if name[0] == "_"]
-    found += [f"{name!r} is a property, and a plugin has methods only" for name in dir(interface)
-              if not name.startswith("_") and isinstance(inspect.getattr_static(interface, name), property)
-              and (name in abstract or getattr(interface, "_is_protocol", False))]
-    if names is None:
-        return found
-    described = _ask_description(target)
-    for name in _method_names(interface) or []:
-        if name not in names:
-            found.append(f"it has no method {name!r}")
-        else:
-            signature, _, parameters = described.get(name, (None, None, None))
-            method = inspect.getattr_static(interface, name)
-            found += _refusals(name, method, f"{name}{signature}", parameters)
+    abstract = getattr(interface, "__abstractmethods__", ())
+    described = {} if names is None else _ask_description(target)
+    found = []
+    for name in sorted({*dir(interface), *abstract}):
+        if name.startswith("_"):
+            if name in abstract:
+                found.append(f"{name!r} is private, and a plugin's cannot be called")
+        elif isinstance(inspect.getattr_static(interface, name), property):
+            if name in abstract or getattr(interface, "_is_protocol", False):
+                found.append(f"{name!r} is a property, and a plugin has methods only")
+        elif names is not None and callable(getattr(interface, name)):
+            if name not in names:
+                found.append(f"it has no method {name!r}")
+            elif name in described:
+                found += _refusals(interface, name, *described[name])
     return found
 
 
-def _refusals(name: str, method: Any, shown: str, parameters: Any) -> list[str]:
-    """A call that the interface's method allows and the plugin's does not take, if there is one."""
+def _refusals(interface: type, name: str, shown: str, doc: str, parameters: Any) -> list[str]:
+    """In words, what the plugin's method does not take of the calls that the interface's allows."""
     inspect = _import("inspect")
-    own = not isinstance(method, staticmethod)
     try:
-        mine = inspect.signature(getattr(method, "__func__", method))
+        mine = _signature(getattr(interface, name))
         *others, (_, _, _, _) = parameters
         kinds, make = inspect._ParameterKind, inspect.Parameter
-        theirs = inspect.Signature([make(name, kinds(kind), default=mine.empty if default is None else 0)
-                                    for name, kind, default, _ in others])
+        theirs = inspect.Signature([make(each, kinds(kind), default=mine.empty if default is None else 0)
+                                    for each, kind, default, _ in others])
     except (TypeError, ValueError):
         return []  # one of the two is not known
-    mine = mine.replace(parameters=[*mine.parameters.values()][own:])
-    for count, keywords in _allowed_calls(mine.parameters.values()):
-        try:
+    if inspect.isfunction(inspect.getattr_static(interface, name)):
+        mine = mine.replace(parameters=[*mine.parameters.values()][1:])  # without self
+    try:
+        for count, keywords in _allowed_calls(mine.parameters.values()):
             theirs.bind(*[None] * count, **dict.fromkeys(keywords))
-        except TypeError as error:
-            call = ", ".join(["..."] * count + [f"{keyword}=..." for keyword in keywords])
-            return [f"{shown} does not take all that {name}{mine} allows: {name}({call}): {error}"]
+    except TypeError as error:
+        return [f"{name}{shown} does not take all that {name}{mine} allows: {error}"]
     return []
 
 
 def _allowed_calls(parameters: Iterable[Any]) -> Iterable[tuple[int, list[str]]]:
-    """The shapes of calls that these parameters allow, as (how many by position, names of the others): each
-    count with no optional name, and with all. What takes those takes all between."""
-    only, either, var, keyword, rest = ([each for each in parameters if each.kind == kind]
-                                        for kind in range(5))
-    positional = [*only, *either]
+    """The calls to try, as (how many by position, names of the others): for each count that without optional
+    names, and that with all. What takes those takes all between."""
+    only, either, more, named, others = ([each for each in parameters if each.kind == kind]
+                                         for kind in range(5))
+    positional = only + either
     least = sum(each.default is each.empty for each in only)
-    for count in range(least, len(positional) + 1 + 3 * len(var)):
-        named = [each for each in either if each not in positional[:count]] + keyword
-        yield count, [each.name for each in named if each.default is each.empty]
-        yield count, [each.name for each in named] + ["any_other_name"] * len(rest)
+    for count in range(least, len(positional) + 1 + 3 * len(more)):
+        rest = positional[max(count, len(only)):] + named
+        yield count, [each.name for each in rest if each.default is each.empty]
+        yield count, [each.name for each in rest] + ["any_other_name"] * len(others)
 
 
 # -- calls and streams
@@ -4255,7 +4321,7 @@ class _Awaitable:
                     return self._settle(call, come.popleft())
             finally:
                 self._condition.release()
-        return _move(partial(self._settle, call), come.popleft)
+        return _move(come.popleft, self._settle, call)
 
     def _settle(self, call: _Call, message: _Message) -> None:
         future: Any = self
@@ -4270,11 +4336,15 @@ class _Awaitable:
         except BaseException as error:
             return self._fail(error)
         call.future = None  # which may have a stream, that shall go when nobody wants it
-        return _settled(future.set_result, value)
+        return self._end(future.set_result, value)
 
     def _fail(self, error: BaseException) -> None:
         future: Any = self
-        _settled(future.set_exception, error)
+        self._end(future.set_exception, error)
+
+    def _end(self, settle: Callable[[Any], Any], outcome: Any) -> None:
+        """It may have been cancelled meanwhile, or settled before."""
+        _quietly(settle, outcome, kind=_import("concurrent.futures").InvalidStateError)
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
@@ -4298,13 +4368,6 @@ class _Awaitable:
 
     def __await__(self) -> Any:
         return _import("asyncio").wrap_future(self).__await__()
-
-
-def _settled(settle: Callable[[Any], Any], outcome: Any) -> None:
-    try:
-        settle(outcome)
-    except _import("concurrent.futures").InvalidStateError:
-        pass  # cancelled meanwhile, or settled before
 
 
 def _is_asyncios(callback: Any) -> bool:
@@ -4346,8 +4409,7 @@ class Stream:
                 return item
             if self._over:
                 raise StopIteration
-            with self._lock:
-                self._advance(True)
+            _holding(self._lock, self._advance, True)
 
     __aiter__ = __iter__
 
@@ -4369,8 +4431,7 @@ class Stream:
                     self._advance(False)
                 finally:
                     self._lock.release()
-            if not self._has_news():
-                await self._news()
+            await self._news()
 
     def _advance(self, wait: bool) -> None:
         """Go on to the next message, unless the latest is still being read; without `wait` if it has come."""
@@ -4405,9 +4466,6 @@ class Stream:
             raise self._session.failed(ProtocolError(text), call)
         self._batch = (iter(values), received)
 
-    def _has_news(self) -> bool:
-        return bool(self._over or self._call.inbox or self._batch[0].__length_hint__())
-
     async def _news(self) -> None:
         """Wait until something has come."""
         asyncio, call, reader = _import("asyncio"), self._call, self._session.reader
@@ -4415,7 +4473,7 @@ class Stream:
         self._waiters.append(waiter)
         try:
             reader.unattended.add(call.number)
-            if not self._has_news():
+            if not (self._over or call.inbox or self._batch[0].__length_hint__()):
                 reader.pass_on()
                 await asyncio.wait_for(waiter[1].wait(), call.seconds)
         except asyncio.TimeoutError:
@@ -4427,6 +4485,7 @@ class Stream:
                 reader.unattended.discard(call.number)
 
     def _finish(self) -> None:
+        self._batch = (iter(()), self._batch[1])
         self._over = True
         self._session.borrowed.discard(id(self))
 
@@ -4436,7 +4495,6 @@ class Stream:
             _pool.put((self._session.caller.give_up, self._call))
             self._finish()
             _wake(self._waiters)
-        self._batch = (iter(()), self._batch[1])
 
     async def aclose(self) -> None:
         """As `close`."""
@@ -4456,10 +4514,7 @@ class Stream:
 def _wake(waiters: list[Any]) -> None:
     """Something has come: every task looks. Called by who reads."""
     for loop, event in list(waiters):
-        try:
-            loop.call_soon_threadsafe(event.set)
-        except RuntimeError:
-            pass  # the loop is closed
+        _call_on(loop, event.set)
 
 
 # === 8. serve ===========================================================================================
@@ -4492,13 +4547,11 @@ def _take_environment() -> None:
 
 def _refuse_monkey_patches() -> None:
     """Raises RuntimeError where there are green threads instead of the system's: waiting would hang."""
-    for name in ("socket.socket", "threading.get_ident", "time.sleep", "select.select", "subprocess.Popen"):
-        module, attribute = name.split(".")
-        found = getattr(sys.modules.get(module), attribute, None)
-        library = str(getattr(found, "__module__", "")).partition(".")[0]
+    for function in (socket.socket, threading.get_ident, time.sleep, _import("select").select):
+        library = str(function.__module__).partition(".")[0]
         if library in ("gevent", "eventlet"):
-            raise RuntimeError(f"miniplug does not run under the monkey patches of {library} (here: {name}): "
-                               "let a process without them have the plugins")
+            raise RuntimeError(f"miniplug does not run under the monkey patches of {library}: let a process "
+                               "without them have the plugins")
 
 
 def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
@@ -4525,12 +4578,7 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
     """
-    if not hasattr(handshake, "magic_cookie_value"):
-        raise TypeError(f"handshake={handshake!r}: it is a miniplug.Handshake")
-    if not isinstance(address, (str, type(None))):
-        raise TypeError(f"address={address!r}: it is a str, or None")
-    if not isinstance(persist, bool):
-        raise TypeError(f"persist={persist!r}: it is True or False")
+    _check(serve, locals())
     server = _Server(_versions(plugins, handshake), info, max_workers, max_message)
     secret = os.urandom(32) if authkey is None else _checked_key(authkey)
     _take_environment()
@@ -4555,7 +4603,9 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
     try:
         if persist or address is not None:
             server.listen(address or "", secret)
-            _heed_sigterm()
+            signal, main = _import("signal"), threading.main_thread()
+            if threading.current_thread() is main and signal.getsignal(15) == signal.SIG_DFL:
+                signal.signal(15, signal.default_int_handler)  # SIGTERM ends it as Ctrl-C does
         if host is None:
             print(json.dumps(server.config), flush=True)
         else:
@@ -4567,14 +4617,6 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
             raise
     finally:
         server.close()
-
-
-def _heed_sigterm() -> None:
-    """Have it end the plugin as Ctrl-C does."""
-    signal = _import("signal")
-    main = threading.current_thread() is threading.main_thread()
-    if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _checked_key(key: bytes | str) -> bytes:
@@ -4615,7 +4657,7 @@ class _Server:
         self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
         self._slots = _Slots(_checked_count(max_workers, "max_workers", 1))
         self._door: _Door | None = None
-        self._threads: set[threading.Thread] = set()  # that attend to those who have come through it
+        self._threads: list[threading.Thread] = []  # that attend to those who have come through it
         self._lock = threading.Lock()
         self._sessions: list[_Session] = []  # those that are not disposed of
         self._grace = _GRACE  # in seconds, that the calls have and what is served
@@ -4624,7 +4666,7 @@ class _Server:
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
         versions = None if None in self._served else sorted(self._served)
         hello = _Hello(channel, address, key, "plugin")
-        return hello.as_plugin(versions, self._max_message, cookie, ["persist"] if self.stays else [])
+        return hello.as_plugin(versions, self._max_message, cookie, *["persist"] * self.stays)
 
     def listen(self, address: str, key: bytes) -> None:
         """Let hosts attach. They need no cookie: it is not they who start this program."""
@@ -4641,14 +4683,13 @@ class _Server:
 
     def _arrived(self, channel: _Channel, terms: Any) -> None:
         if isinstance(terms, _Terms):  # or the host has refused this plugin
-            thread = threading.current_thread()
-            self._threads.add(thread)
+            self._threads.append(threading.current_thread())
             self.attend(channel, terms)
-            self._threads.discard(thread)
+            self._threads.remove(threading.current_thread())
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
-        gone = partial(_turn_output, os.open(os.devnull, os.O_RDWR)) if self.stays else bool
+        gone = _turn_output_away if self.stays else bool
         try:
             channel, terms = _come_in(
                 address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
@@ -4675,7 +4716,8 @@ class _Server:
                 return None
             session = _open_session(channel, terms, self._max_message, served, lost, True, self._slots)
             self._sessions.append(session)
-        session.finished.acquire()
+        while not session.finished.acquire(True, _LOOK_AGAIN):
+            pass  # what a signal raises just before this waits too
         grace = session.closing or 0.0
         if grace >= 0:
             self.stop(grace)
@@ -4716,9 +4758,12 @@ class _Server:
         self._part(list(self._sessions), self._served.values())
 
 
-def _turn_output(fd: int) -> None:
-    for stream in (1, 2):
-        os.dup2(fd, stream)
+def _turn_output_away() -> None:
+    """Nobody reads any more what this process writes."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
@@ -4760,7 +4805,7 @@ def _prepare_output() -> None:
         return
     if "logging" in sys.modules:
         _set_up_logging(sys.modules["logging"], level)
-    else:
+    else:  # once somebody imports it: it is slow to import
         sys.meta_path.insert(0, _LoggingHook(level))
     main = threading.current_thread() is threading.main_thread()
     if main and not _WINDOWS and _posix.getpgrp() != os.getpid():
@@ -4774,7 +4819,7 @@ def _no_breakpoint(*args: Any, **kwargs: Any) -> None:
 
 
 class _LoggingHook:
-    """An import hook that sets logging up once somebody imports it: it is slow to import."""
+    """An import hook that sets logging up."""
 
     def __init__(self, level: int) -> None:
         self._level = level
@@ -4784,14 +4829,15 @@ class _LoggingHook:
             return None
         sys.meta_path.remove(self)
         spec = _import("importlib.util").find_spec(name)
-        load = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            load(module)
-            _set_up_logging(module, self._level)
-
-        spec.loader.exec_module = exec_module
+        self._code, spec.loader = spec.loader.get_code, self  # a loader may be shared: it is left as it is
         return spec
+
+    def create_module(self, spec: Any) -> None:
+        pass  # an ordinary one
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(self._code("logging"), vars(module))
+        _set_up_logging(module, self._level)
 
 
 def _set_up_logging(logging: Any, level: int) -> None:
@@ -4815,10 +4861,10 @@ def _set_up_logging(logging: Any, level: int) -> None:
 def _log_line(formatter: Any, record: Any) -> str:
     datetime = _import("datetime")
     when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-    level = next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace")
     trace = formatter.formatException(record.exc_info) if record.exc_info else record.exc_text
-    fields = {"@level": level, "@levelno": record.levelno, "@module": record.name,
-              "@message": record.getMessage(), "@timestamp": when.isoformat(timespec="microseconds"),
+    fields = {"@level": next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace"),
+              "@levelno": record.levelno, "@module": record.name, "@message": record.getMessage(),
+              "@timestamp": when.isoformat(timespec="microseconds"),
               "@traceback": "\n".join(filter(None, (trace, record.stack_info)))}
     blank = _import("logging").makeLogRecord({"message": "", "asctime": ""})  # what formatting adds
     more = {key: value for key, value in vars(record).items() if not hasattr(blank, key)}
@@ -4842,46 +4888,24 @@ class _Lines:
     def __init__(self, file: IO[bytes], deliver: Callable[[str], Any]) -> None:
         self.file = file
         self.tail: deque[str] = deque(maxlen=200)
-        self._log = deliver if isinstance(deliver, _LogSink) else None
-        self._flush = partial(_guard, self._log.flush if self._log else bool)
         self._deliver = deliver
         self._decoder = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
+        self.over = False  # whether nobody wants more of it
         self._line = io.StringIO()  # as much of it as has come
         self._returned = False  # whether the last line has ended with a \r, which a \n may follow
 
-    def read_until(self, ended: Callable[[], bool], wake: int) -> None:
-        """Deliver lines until the stream ends, or the process has: another one may hold the pipe open."""
-        more, last = True, float("inf")
-        while more and time.monotonic() < last:
-            over = ended()
-            last = min(last, time.monotonic() + 0.8) if over else last
-            held = self._log and self._log.trace  # a traceback that may go on
-            more = not over
-            if self._await_more(0.0 if over else 0.1 if held else None, wake):
-                try:
-                    data = os.read(self.file.fileno(), 1 << 16)
-                except OSError:
-                    data = b""
-                self._take(data)
-                more = bool(data)
-            else:
-                self._flush()
-        self._flush()
-
-    def _await_more(self, seconds: float | None, wake: int) -> bool:
-        """Whether there is something to read, within that time and before there is something in `wake`."""
-        if not _WINDOWS:
-            return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
-        if seconds is None:
-            return True  # reading itself is what waits
-        handle = _import("msvcrt").get_osfhandle(self.file.fileno())
-        peek = partial(_import("_winapi").PeekNamedPipe, handle, 0)
-        try:
-            if not peek()[0]:
-                time.sleep(seconds)
-            return bool(peek()[0])
-        except OSError:
-            return True  # its end
+    def read(self) -> None:
+        """Deliver lines until nobody has the other end any more, or what comes is not wanted."""
+        data = b"more"
+        while data:
+            try:
+                data = os.read(self.file.fileno(), 1 << 16)
+            except OSError:
+                data = b""
+            if self.over:
+                data = b""
+            self._take(data)
+        self.file.close()
 
     def _take(self, data: bytes) -> None:
         """Deliver the lines of what has come; at the end, of nothing, what there is."""
@@ -4895,6 +4919,8 @@ class _Lines:
             self._line.write(text)
         if self._line.tell() >= (_LINE_LIMIT if data else 1):
             self._end_line()
+        if not data and isinstance(self._deliver, _LogSink):
+            _guard(self._deliver.flush)
 
     def _end_line(self) -> None:
         text, self._line = self._line.getvalue(), io.StringIO()
@@ -4952,7 +4978,8 @@ def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a p
 
 
 class _LogSink:
-    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is."""
+    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is. One
+    thread calls it; one of the pool logs a traceback that nothing follows. `_lock` protects `trace`."""
 
     _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
     _LINKS = (_HEADS[0], "During handling of the above exception,", "The above exception was the direct")
@@ -4962,17 +4989,33 @@ class _LogSink:
         self._logger = parent.getChild(stream)
         self._prefix = self._logger.name[: -len(stream)]
         self._stderr = stream == "stderr"
+        self._lock = threading.RLock()
         self.trace: list[str] = []  # the lines of a traceback, which may go on
 
     def __call__(self, line: str) -> None:
-        if self.trace and len(self.trace) < 1000 and len(line) <= 1000 and self._goes_on(line):
-            self.trace.append(line)
-            return
-        self.flush()
-        if self._stderr and line.startswith(self._HEADS):
-            self.trace = [line]
-        elif not (self._stderr and self._record(line)):
-            self._logger.log(30 if self._stderr else 20, "%s", line)
+        with self._lock:
+            if self.trace and len(self.trace) < 1000 and len(line) <= 1000 and self._goes_on(line):
+                self.trace.append(line)
+                return
+            self.flush()
+            if self._stderr and line.startswith(self._HEADS):
+                self.trace = [line]
+                self._flush_if_idle(self.trace, 0)
+            elif not (self._stderr and self._record(line)):
+                self._logger.log(30 if self._stderr else 20, "%s", line)
+
+    def _flush_if_idle(self, trace: list[str], length: int) -> None:
+        """Log a traceback that has not grown since it had this length; else look again soon."""
+        if self.trace is trace and self._lock.acquire(False):
+            try:
+                if len(trace) == length:
+                    return self.flush()
+            finally:
+                self._lock.release()
+        if self.trace is trace:
+            again = partial(_guard, self._flush_if_idle, trace, len(trace))
+            _pool.alarm(time.monotonic() + 0.1, again)
+        return None
 
     def _goes_on(self, line: str) -> bool:
         """Whether the traceback does: up to the line that names the exception, or with one of a chain."""
@@ -4981,9 +5024,10 @@ class _LogSink:
         return line.startswith(" ") or not self.trace[0].startswith(" ")
 
     def flush(self) -> None:
-        lines, self.trace = self.trace, []
-        if lines:
-            self._logger.error("%s", "\n".join(lines).rstrip("\n"))
+        with self._lock:
+            lines, self.trace = self.trace, []
+            if lines:
+                self._logger.error("%s", "\n".join(lines).rstrip("\n"))
 
     def _record(self, line: str) -> bool:
         """Log a line of hclog's JSON with its level, logger and fields. False if it is none."""
@@ -5038,16 +5082,7 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
     return _import("subprocess").Popen(argv, bufsize=0, **options)
 
 
-if TYPE_CHECKING:
-    class _Limits(NamedTuple):
-        memory: int | None
-        cpu_seconds: float | None
-        open_files: int | None
-else:
-    _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
-
-
-class Limits(_Limits, metaclass=_Brief):
+class Limits(namedtuple("_Limits", "memory cpu_seconds open_files"), metaclass=_Brief):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
     - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more
@@ -5063,15 +5098,18 @@ class Limits(_Limits, metaclass=_Brief):
     """
 
     __slots__ = ()
+    if TYPE_CHECKING:
+        memory: int | None
+        cpu_seconds: float | None
+        open_files: int | None
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
-        self = super().__new__(cls, memory, cpu_seconds, open_files)
-        for name, value in zip(cls._fields, self):
+        for name, value in (("memory", memory), ("cpu_seconds", cpu_seconds), ("open_files", open_files)):
             kinds, word = ((int, float), "number") if name == "cpu_seconds" else ((int,), "whole number")
             if value is not None and (type(value) not in kinds or not 0 < value < float("inf")):
                 raise ValueError(f"{name}={value!r}: it is a positive {word}, or None")
-        return self
+        return super().__new__(cls, memory, cpu_seconds, open_files)
 
     def _as_job(self, stays: bool = False) -> bytes:
         """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of a job that ends with its last handle or `stays`."""
@@ -5102,10 +5140,9 @@ class Limits(_Limits, metaclass=_Brief):
 
 
 # The guardian is told "+PID" of a process that leads a group, "=PID" of one that leads none, "/FOLDER" of a
-# door's folder; and the same after a "!" when that is gone. When the host is gone it removes the folders,
-# gives the processes some time to end by themselves, and kills what is left of them and their groups. Each is
-# known by when it began as well, so that no later process of its number is meant. (A group's number is nobody
-# else's: so what its leader has left is killed without a look.)
+# door's folder; and the same after a "!" when that is gone. When the host is gone it removes the folders, and
+# kills what has not ended by itself after some time. A process is known by when it began as well, so that no
+# later one of its number is meant. (A group's number is nobody else's: what its leader has left is killed.)
 _GUARDIAN = """
 begun() {
     if [ -d /proc/self ]; then
@@ -5168,11 +5205,13 @@ class _Guardian:
         self._told: set[str] = set()  # what it is to end or to remove
 
     def tell(self, line: str) -> None:
-        """That a process is gone is said while its number is still its own."""
+        """Add what a line names, or after a "!" drop it: a process while its number is still its own."""
+        if "\n" in line:
+            return None  # in the name of a folder: no line can say that
         with self._lock:
             if line.startswith("!"):
                 self._told.discard(line[1:])
-            elif "\n" not in line:
+            else:
                 self._told.add(line)
             if not self._told:
                 return self._part()
@@ -5199,7 +5238,7 @@ class _Guardian:
             self._part()
 
     def _part(self) -> None:
-        """Killed first, as it would take the pipe's end for the host's."""
+        """Killed before the pipe is closed: it would take that for the host's end."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -5250,6 +5289,8 @@ class _PosixProcess:
                 self._code = end.si_status if end.si_code == _posix.CLD_EXITED else -end.si_status
             else:  # macOS before Python 3.13: a group keeps the number while anybody is in it
                 self._code = self._popen.wait()
+                with self._lock:
+                    self._reaped = not self._leads
         except ChildProcessError:
             pass  # somebody else in this host has reaped it: nobody knows how it ended
 
@@ -5322,16 +5363,16 @@ class _WindowsProcess:
 
 
 class _NoProcess:
-    """Stands for another host's process, or for this one, where a `thread` serves: a mere connection."""
+    """Stands for another host's process, or for this one, where a `thread` serves. `end` lets go of it."""
 
     stdout = stderr = None
 
-    def __init__(self, channel: _Channel, pid: int, thread: threading.Thread | None = None) -> None:
-        self.pid, self._channel, self._thread = pid, channel, thread
+    def __init__(self, end: Callable[[], Any], pid: int, thread: threading.Thread | None = None) -> None:
+        self.pid, self._end, self._thread = pid, end, thread
         self._let_go = threading.Event()
 
     def signal(self, kill: bool) -> None:
-        self._channel.shutdown()
+        self._end()
         self._let_go.set()
 
     def await_exit(self) -> None:
@@ -5346,16 +5387,12 @@ class _NoProcess:
     disown = keep
 
 
-_WINDOWS_ERRORS = {0xC0000005: "an access violation", 0xC00000FD: "a stack overflow",
-                   0xC0000135: "a DLL that is missing", 0xC0000409: "abort() or a buffer overrun"}
-
-
 def _end_words(code: int | None) -> tuple[str, str | None]:
     """How a process ended, in words, and the name of the signal if it was one."""
     if code is None:
         return "ended", None
     if 0xC0000000 <= code < 0xF0000000:  # an error of Windows, or a language's own
-        return f"died of {_WINDOWS_ERRORS.get(code, 'an unhandled exception')} (status 0x{code:08X})", None
+        return f"died of an unhandled exception (status 0x{code:08X})", None
     over = ", over its limit of cpu_seconds" if code in (-24, 1816) else ""  # SIGXCPU; no more quota
     if code >= 0:
         return f"exited with status {code}{over}", None
@@ -5373,59 +5410,16 @@ def _last_words(lines: Sequence[str]) -> str:
 # === 10. plugin =======================================================================================
 #
 # Four rooms. The recipe: what was asked for, checked once. A run: one process, from its start to its end. The
-# supervisor: which run calls go to, and when another is started. Plugin: what the user holds.
-#
-# A lock of a lower room is taken while one of a higher is held, never the other way: the supervisor's `news`,
-# then a session's. Nothing is started, ended, sent or called back under `news`.
+# supervisor: which run calls go to, and when another is started. Plugin: what the user holds. Nothing is
+# started, ended, sent or called back under the supervisor's lock, `news`.
 
 _PAUSE = 0.1  # seconds between a crash and the next start; twice that after another one, and so on
 _LONGEST_PAUSE = 10.0
 _Process: Any = _WindowsProcess if _WINDOWS else _PosixProcess
 
 
-def _is_output(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in ("discard", "inherit", "log")
-    return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
-
-
-def _are_digests(value: Any) -> bool:
-    digests = [value] if isinstance(value, str) else [*value.values()] if hasattr(value, "values") else [None]
-    return all(isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each) for each in digests)
-
-
-# What the options take, by their types in Plugin's signature: the error, in words, and as a test.
-_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
-    "str": (TypeError, "a str", lambda value: isinstance(value, str)),
-    "bool": (TypeError, "True or False", lambda value: value in (True, False)),
-    "int": (ValueError, "a whole number, at least 0", lambda value: type(value) is int and value >= 0),
-    "float": (ValueError, "a number of seconds, or None for no limit",
-              lambda value: isinstance(value, (int, float)) and value >= 0),
-    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
-    "Handshake": (TypeError, "a miniplug.Handshake", lambda value: hasattr(value, "magic_cookie_value")),
-    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
-                      isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
-    "Mapping[str, str]": (TypeError, "a dict; names and values are str", lambda value: hasattr(value, "items")
-                          and all(isinstance(part, str) for item in value.items() for part in item)),
-    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
-                      lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
-    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
-    "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", _are_digests),
-    "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
-                       lambda value: hasattr(value, "getChild")),
-    "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
-    "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
-
-
-def _check_options(given: dict[str, Any]) -> None:
-    """Raises TypeError and ValueError."""
-    for name, annotation in Plugin.__init__.__annotations__.items():
-        wanted, none, _ = annotation.partition(" | None")
-        if wanted in _TYPES and not (none and given[name] is None):
-            kind, words, is_right = _TYPES[wanted]
-            if not is_right(given[name]):
-                raise kind(f"{name}={given[name]!r}: it is {words}")
-    _checked_count(given["max_message"], "max_message", _HELLO_LIMIT)
+def _or_forever(seconds: float | None) -> float:
+    return _FOREVER if seconds is None else min(seconds, _FOREVER)
 
 
 _HINT = ("what is in a file or module is named after a colon: 'path/to/file.py:Attr' or 'module:Attr'; "
@@ -5434,20 +5428,20 @@ _HINT = ("what is in a file or module is named after a colon: 'path/to/file.py:A
 
 class _Recipe:
     """What a plugin is made from: the options, checked once, as attributes; what is to be run; where its
-    paths start. It does not change, so any thread may read it. `config`: of a process to attach to. `process`
-    starts one."""
+    paths start. It does not change, so any thread may read it. `process` starts one; `config` is of one to
+    attach to."""
 
     def __init__(self, command: Any, **options: Any) -> None:
         versions = options["protocol_versions"]
         if versions is None:
             versions = [getattr(options["handshake"], "protocol_version", 1)]
         options["protocol_versions"] = [*versions] if hasattr(versions, "__iter__") else versions
-        _check_options(options)
+        _check(Plugin.__init__, options)
+        for name in ("start_timeout", "restart_window"):
+            options[name] = _or_forever(options[name])
         vars(self).update(options)
-        self.config: dict[str, Any] | None = None
+        self.config: Any = None
         self.process = _Process
-        limit = options["start_timeout"]
-        self.start_timeout = _FOREVER if limit is None else min(limit, _FOREVER)
         self.folder = _current_folder()  # what is relative starts there
         if self.cwd is not None:
             self.folder = os.path.join(self.folder, os.fsdecode(self.cwd))
@@ -5461,12 +5455,18 @@ class _Recipe:
             wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
             raise TypeError(f"command={command!r}: it is {wanted}") from None
         scripts = [part for part in self.command if part.endswith((".py", ".pyw"))]
-        spec = "", (scripts or self.command or [""])[0], ""
-        spec_name, source, self.attribute = spec if self.is_list else _split_spec(self.command[0])
-        self.name: str = self.name or spec_name or os.path.splitext(os.path.basename(source))[0] or "plugin"
-        self.is_module = self.attribute != "" and not source.endswith(".py")
+        name, source, attribute = "", (scripts or self.command or [""])[0], ""
+        if not self.is_list:
+            name, source, attribute = _split_spec(source)
+        self.name: str = self.name or name or os.path.splitext(os.path.basename(source))[0] or "plugin"
+        self.label = f"the plugin {self.name!r}"
+        self.is_module = attribute != "" and not source.endswith(".py")
         self.source = source if self.is_module else self._whole(source)
-        self.spec = f"{spec_name}={self.source}:{self.attribute}"
+        self.task: list[str] = []  # what this very file does in the process, if that runs it
+        if attribute:
+            self.task = ["serve", f"{name}={self.source}:{attribute}"]
+        elif scripts and not self.is_list:
+            self.task = ["run", self.source]
         digests: Any = options["sha256"] or {}
         if isinstance(digests, str):
             if self.is_module:
@@ -5477,36 +5477,34 @@ class _Recipe:
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
 
-    def place(self) -> str | None:
-        """The folder to start in; None for that of this process, which it may not be able to enter again."""
-        return None if self.folder == _current_folder() else self.folder
-
     def log(self) -> Any:
         return self.logger or _import("logging").getLogger(f"miniplug.{self.name}")
 
     def not_started(self, argv: list[str], reason: str, kind: type[LaunchError] = LaunchError,
                     **carried: Any) -> LaunchError:
         words = _last_words(carried.get("output", ()))
-        return kind(f"the plugin {self.name!r} did not start: {reason}{words}", command=argv, **carried)
+        return kind(f"{self.label} did not start: {reason}{words}", command=argv, **carried)
 
     # -- what to run
 
     def argv(self) -> list[str]:
-        """What to run, once its files are checked. Raises LaunchError if that can be told to fail."""
+        """What to run. Raises LaunchError if that can be told to fail, OSError for a file not to be read."""
         if self.command in ([], [""]):
             raise self.not_started([], "the command is empty")
-        argv = [*self.command]
-        if self.attribute:
-            argv = [*self._loader(), "serve", self.spec]
-        elif not self.is_list:
-            is_script = self.source.endswith((".py", ".pyw"))
-            argv = [*self._loader(), "run", self.source] if is_script else [self.source]
+        argv = [*self.command] if self.is_list else [self.source]
+        if self.task:
+            argv = [*self._loader(), *self.task]
         elif self.source == self._whole(argv[0]) in self.sha256:
             argv[0] = self.source  # and not one of that name on the PATH
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
             raise self.not_started(argv, f"there is no such file as {self.source}; {_HINT}")
         for path, expected in self.sha256.items():
-            self._check_file(argv, path, expected)
+            with open(path, "rb") as file:
+                actual = _import("hashlib").sha256(file.read()).hexdigest()
+            if actual != expected:
+                reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
+                found = {"path": path, "expected": expected, "actual": actual}
+                raise self.not_started(argv, reason, ChecksumError, **found)
         return argv
 
     def _loader(self) -> list[str]:
@@ -5519,39 +5517,29 @@ class _Recipe:
             how = "pass python='/path/to/python', or call miniplug.freeze_support() first in its main program"
             raise self.not_started([], f"this application ({python}) has no interpreter to run it: {how}")
         flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
-        file = _FILE.rstrip("c") if frozen else _FILE  # .pyc, says PyInstaller
+        file = _FILE.rstrip("c")  # .pyc, says PyInstaller
         return [python, *flags, "-c", _BOOTSTRAP, file, __name__]
 
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
 
-    def _check_file(self, argv: list[str], path: str, expected: str) -> None:
-        """Raises ChecksumError, or OSError for a file that cannot be read."""
-        digest = _import("hashlib").sha256()
-        with open(path, "rb") as file:
-            for block in iter(partial(file.read, 1 << 20), b""):
-                digest.update(block)
-        actual = digest.hexdigest()
-        if actual != expected:
-            reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
-            raise self.not_started(argv, reason, ChecksumError, path=path, expected=expected, actual=actual)
-
     def failure(self, run: _Run, argv: list[str], refusal: Any, strangers: int | None) -> LaunchError:
         """Why a process did not come up. `strangers`: so many came in its time instead."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
-            run.wait(1.0)  # it says on stderr that it was refused
+            run.ended.wait(1.0)  # it says on stderr that it was refused
             kind, reason, told = HandshakeError, str(refusal), vars(refusal)
         elif strangers is not None:
             _end_runs([run], None)
             others = f" ({strangers} callers without the key did)" if strangers else ""
             reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
+        elif run.exit_code == 0:
+            kind = HandshakeError
+            reason = f"it exited without connecting: it is no plugin, or does not call serve(); {_HINT}"
+            if self.python is not None:
+                reason += f"; or python={self.python!r} is no Python"
         else:
             reason = f"it {_end_words(run.exit_code)[0]}"
-        if run.exit_code == 0 and strangers is None:
-            python = f"; or python={self.python!r} is no Python" if self.python is not None else ""
-            kind = HandshakeError
-            reason += f" without connecting: it is no plugin, or does not call serve(); {_HINT}{python}"
         tail = run.output.tail()
         wants_input = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # since Python 3.14
         if self.stdin == "discard" and "".join(tail[-1:]).startswith(wants_input):
@@ -5561,7 +5549,6 @@ class _Recipe:
     # -- and around it
 
     def environ(self) -> dict[str, str]:
-        """What the plugin's environment has beside the address and the key."""
         env = {name: value for name, value in os.environ.items()
                if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
         if not (self.is_list or self.is_own):
@@ -5578,17 +5565,20 @@ class _Recipe:
             env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
         env[_COOKIE_KEY] = self.handshake.magic_cookie_key
         env[_variable(self.handshake.magic_cookie_key)] = self.handshake.magic_cookie_value
-        env.update({_PERSIST: "1"} if self.persist else {})
+        if self.persist:
+            env[_PERSIST] = "1"
         return env
 
     def above(self) -> list[Any]:
-        """What is being started, from the first host down to this process, while this one does not serve yet:
-        [[the program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin must
-        not be launched there: one whose module launches what imports it would go on for ever."""
+        """What is being started, from the first host down to this process, if that does not serve yet: [[the
+        program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin must not
+        be launched there: a module that launches what imports it would go on for ever."""
+        if self.process is not _Process:
+            return []
         above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
         for program, address in above:
             if program in (None, self.identity()):
-                what = f"the plugin {self.name!r} is not launched: this process is still being started as one"
+                what = f"{self.label} is not launched: this process is still being started as one"
                 how = "a host's module that it imports has to have what launches plugins under"
                 raise RuntimeError(f'{what}; {how}  if __name__ == "__main__":')
             try:
@@ -5600,27 +5590,27 @@ class _Recipe:
 
     def identity(self) -> str | None:
         """By which a program knows itself, whatever its arguments. (A spec's process launches nothing.)"""
-        if self.attribute:
+        if self.task[:1] == ["serve"]:
             return None
         if not self.is_list or self.source.endswith((".py", ".pyw")):
             return os.path.realpath(self.source)
         end = self.command.index("-m") + 2 if "-m" in self.command else None
         return " ".join(self.command[:end])
 
-    def attaches_to(self) -> dict[str, Any] | None:
-        """The config of the process to attach to, if it is not to be started."""
+    def attaches_to(self) -> Any:
+        """The config of the process to attach to, instead of starting one. Raises ValueError."""
         text = os.environ.get(_ATTACH)
-        if self.config is not None or not text or self.process is not _Process:
-            return self.config
+        if self.config is not None:
+            return _checked_config(self.config)
+        if not text or self.process is not _Process:
+            return None
         try:
-            configs = json.loads(text)
-            names = [*configs.keys()]
-            config = _checked_config(configs[self.name]) if self.name in names else None
+            configs = {name: _checked_config(config) for name, config in json.loads(text).items()}
         except (ValueError, AttributeError, RecursionError) as error:
-            reason = f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}"
-            raise self.not_started([], reason) from None
-        what = "launched" if config is None else f"attached to: it is the process {config['pid']}"
-        self.log().info("%s names %s: %r is %s", _ATTACH, names, self.name, what)
+            raise ValueError(f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}") from None
+        config = configs.get(self.name)
+        what = f"attached to: it is the process {config['pid']}" if config else "launched"
+        self.log().info("%s names %s: %r is %s", _ATTACH, [*configs], self.name, what)
         return config
 
 
@@ -5630,29 +5620,23 @@ class _Voice:
     def __init__(self, process: Any, sinks: Sequence[_Sink | None]) -> None:
         files = (process.stdout, process.stderr)
         self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
-        self._wake: list[int] = []  # a pipe: its end wakes the threads
-        self._ended = False
-        self.threads: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        self._wake.extend(os.pipe() if self._streams else ())
         for stream in self._streams:
-            what = stream.read_until, lambda: self._ended, self._wake[0]
-            self.threads.append(_start_thread("miniplug-output", *what))
+            self._threads.append(_start_thread("miniplug-output", stream.read))
 
     def stop(self, seconds: float) -> None:
-        """Have the threads end, once nothing more comes, and wait for each at most that long."""
-        self._ended = True
-        if self._wake:
-            os.close(self._wake.pop())
-        for thread in self.threads:
-            thread.join(seconds)
+        """Wait at most that long until all is delivered: what has left the process group may hold it open."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(_left(deadline))
+        for stream in self._streams:
+            stream.over = True
 
     def close(self) -> None:
         for stream in self._streams:
             stream.file.close()
-        while self._wake:
-            os.close(self._wake.pop())
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
@@ -5660,46 +5644,39 @@ class _Voice:
 
 
 class _Run:
-    """One process of a plugin, from the wish to have it to its end.
+    """One process of a plugin, from the wish to have it to its end. Any thread may call the methods.
 
-    The thread of the number `thread` brings it up, and may alone call on it until on_start has returned. The
-    supervisor's `news` protects `settled`, set when it serves or will not, and `failure`, which says why not.
-    When `gone` is set the last line is delivered, the process reaped; when `ended` is set the calls have
-    failed, too, and the supervisor knows. An end before which nobody has set `asked` is a crash.
-
-    One thread waits for the process and reaps it, another minds it. Any may call the methods. `_claim` is
-    held for good by who ends the run: who waits for the process, or who detaches before.
+    The thread of the number `thread` brings it up, and may alone call on it until on_start has returned; one
+    waits for the process and reaps it; another minds it. The supervisor's `news` protects `settled`, set when
+    it serves or will not, and `failure`, which says why not. When `gone` is set the last line is delivered,
+    the process reaped; when `ended` is set its calls have failed, too. An end that was not `asked` for is a
+    crash. `_claim` is held for good by who ends the run: who waits for the process, or who detaches.
     """
 
-    def __init__(self, supervisor: _Supervisor, not_before: float, drain: float | None, counts: bool) -> None:
+    thread = 0
+    settled = asked = False
+    failure: BaseException | None = None
+    process: Any = None
+    output: Any = None
+    session: Any = None
+    config: dict[str, Any] | None = None  # of a process that stays: what a host needs to attach
+    owned = True  # whether the process is this host's
+    exit_code: int | None = None
+    _why = ""  # it had to be killed
+
+    def __init__(self, supervisor: _Supervisor) -> None:
         self.supervisor, self.recipe = supervisor, supervisor.recipe
-        self.not_before = not_before  # on the monotonic clock
-        self.drain_before = drain  # the seconds that the one has whose place it takes
-        self.counts = counts  # as a restart
-        self.thread = 0
-        self.settled = False
-        self.failure: BaseException | None = None
-        self.process: Any = None
-        self.output: Any = None
-        self.session: Any = None
-        self.config: dict[str, Any] | None = None  # what another host needs to attach to a process that stays
-        self.owned = True  # whether the process is this host's
-        self.stays = False  # when this host goes
-        self.asked = False
-        self.exit_code: int | None = None
         self.gone, self.ended = threading.Event(), threading.Event()
-        self._arrival = threading.Event()  # set when it has connected, was refused, or has ended
-        self._why = ""  # what is said of one that had to be killed
+        self._arrival = threading.Event()  # it has connected, was refused, or has ended
         self._claim = threading.Lock()
 
     # -- how it comes up
 
     def open(self) -> None:
         """Raises LaunchError, PluginClosed, or RuntimeError where nothing may be launched."""
-        recipe = self.recipe
-        config, argv = recipe.attaches_to(), []
-        above = recipe.above() if recipe.process is _Process and config is None else []
+        recipe, above, argv = self.recipe, self.recipe.above(), []
         try:
+            config = recipe.attaches_to()
             if config is not None:
                 argv = [config["address"]]
                 self._attach(config)
@@ -5716,6 +5693,17 @@ class _Run:
     def _greet(self, key: bytes, channel: _Channel, address: str) -> _Terms:
         hello = _Hello(channel, address, key, "host")
         return hello.as_host(self.recipe.protocol_versions, self.recipe.max_message)
+
+    def _attach(self, config: dict[str, Any]) -> None:
+        channel = _connect(config["address"], _HELLO_SECONDS)
+        self.config, self.owned = config, False
+        try:
+            terms = self._greet(bytes.fromhex(config["authkey"]), channel, config["address"])
+            self._begin(_NoProcess(channel.shutdown, config["pid"]))
+            self._meet(channel, terms)
+        except BaseException:
+            channel.close()
+            raise
 
     def _launch(self, argv: list[str], above: list[Any]) -> None:
         """Start a process, and wait until it has connected, was refused, or has ended."""
@@ -5736,8 +5724,8 @@ class _Run:
             if came and isinstance(came[1], _Terms):
                 self._meet(*came)
             if not self.takes_calls:
-                others = None if in_time else door.strangers
-                raise self.recipe.failure(self, argv, came[1] if came else None, others)
+                strangers = None if in_time else door.strangers
+                raise self.recipe.failure(self, argv, came[1] if came else None, strangers)
         finally:
             door.close()
             if came and self.session is None:  # too late
@@ -5753,12 +5741,12 @@ class _Run:
         stdin = {"discard": _DEVNULL, "inherit": None}.get(recipe.stdin, recipe.stdin)
         sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
         stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
+        place = None if recipe.folder == _current_folder() else recipe.folder  # may be closed to us by now
         terminal = recipe.stdin == "inherit" and os.isatty(0)
-        self._begin(recipe.process(argv, recipe.limits, terminal, env=env, cwd=recipe.place(), stdin=stdin,
+        self._begin(recipe.process(argv, recipe.limits, terminal, env=env, cwd=place, stdin=stdin,
                                    stdout=stdout, stderr=stderr), sinks)
 
     def _begin(self, process: Any, sinks: Sequence[_Sink | None] = ()) -> None:
-        """There is a process, which will have a session."""
         self.process, self.output = process, _Voice(process, sinks)
         _runs.add(self)
         try:
@@ -5767,37 +5755,23 @@ class _Run:
         except BaseException:  # no descriptor or thread to be had
             process.signal(kill=True)
             self._watch()
+            self.output.close()
             raise
-        with self.supervisor.news:
-            if self.supervisor.state != "up":
-                self.supervisor.run = self
+        if self.supervisor.state != "up":
+            self.supervisor.run = self
         if self.settled:  # nobody wants it any more
             _end_runs([self], 0.0)
 
-    def _attach(self, config: dict[str, Any]) -> None:
-        channel = _connect(config["address"], _HELLO_SECONDS)
-        self.config, self.owned, self.stays = config, False, True
-        try:
-            terms = self._greet(bytes.fromhex(config["authkey"]), channel, config["address"])
-            self._begin(_NoProcess(channel, config["pid"]))
-            self._meet(channel, terms)
-        except BaseException:
-            channel.close()
-            raise
-
     def _meet(self, channel: _Channel, terms: _Terms) -> None:
-        """Have a session with it, over an authenticated channel."""
         recipe = self.recipe
-        session = _open_session(channel, terms, recipe.max_message, _Served({}), self._lost)
+        self.session = session = _open_session(channel, terms, recipe.max_message, _Served({}), self._lost)
         session.call_timeout = recipe.call_timeout
-        self.session = session
         if not self.owned:
             session.keep_reading()  # so that the end is seen though nobody calls
-        if self.gone.is_set():  # just before
-            self._end_session()
+        if self.gone.is_set():
+            self._over()  # once more: it was so before there was a session
         elif self.owned and "persist" in terms.features:  # it stays when this host goes: nothing is to end it
             self.config = _checked_config(session.call(0, "reattachConfig", (), {}, _HELLO_SECONDS))
-            self.stays = True
             self.process.keep()
         if recipe.heartbeat or recipe.idle_timeout:
             _start_thread("miniplug-mind", self._mind, session)
@@ -5808,7 +5782,7 @@ class _Run:
         return session is not None and session.ended is None and not (self.asked or self.gone.is_set())
 
     def _mind(self, session: _Session) -> None:
-        """See that it answers, and is used. In rounds: that this host stood still for once tells nothing."""
+        """See that it answers, and is used; in rounds, as this host may have stood still for once."""
         heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
         pause = min(heartbeat / 4, idle / 8)
         silent = unused = 0.0
@@ -5832,30 +5806,20 @@ class _Run:
         elif self.session is not None and self.session.ended is None:
             self.session.ask_to_end(grace or 0.0)
 
-    def wait(self, seconds: float = -1) -> bool:
-        return self.ended.wait(None if seconds < 0 else min(seconds, _FOREVER))
-
     def detach(self) -> None:
-        """Let go of a process that stays without this host."""
-        self.asked = True
+        """Once its supervisor is closed."""
         if not self.owned:
             _end_runs([self], 0.0)
         elif self._claim.acquire(False):
-            self._end_session()  # at which it turns its output away
-            for thread in self.output.threads:
-                thread.join(0.3)
+            self.session.channel.shutdown()  # at which it turns its output away
             self.output.stop(0.3)
-            if not any(thread.is_alive() for thread in self.output.threads):  # on Windows they may read on
-                self.output.close()
             self._over()
 
     def drain(self, seconds: float) -> None:
-        """Another run has taken its place: end it as soon as it is not busy, or after so many seconds."""
-        self.stays = False
-        deadline, pause = time.monotonic() + seconds, 0.001
+        """End it, whose place another has taken, when it is not busy, or after so many seconds."""
+        deadline = time.monotonic() + seconds
         while not self.session.seal() and time.monotonic() < deadline:
-            self.ended.wait(pause)
-            pause = min(2 * pause, 0.05)
+            self.ended.wait(0.02)
         if self.session.ended is None:  # else it has crashed, which its calls are told
             _end_runs([self], _GRACE)
 
@@ -5865,7 +5829,7 @@ class _Run:
             self.process.signal(kill=True)  # what it has left behind
             if self.config is not None and self.owned:
                 _remove_stale(self.config["address"])
-            self.output.stop(1.0)
+            self.output.stop(0.8)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
             self._over()
@@ -5874,34 +5838,28 @@ class _Run:
         else:
             self.ended.wait()
             self.process.reap()
-        for thread in self.output.threads:
-            thread.join()  # somebody's callable may hang
-        self.output.close()
 
     def _over(self) -> None:
+        """It is gone, or let go of: end the session, tell who waits, give back, dispose."""
         self.gone.set()
         _runs.discard(self)
         self.supervisor.notice()
-        if self.session is not None:
-            self.session.end(EOFError())
+        session = self.session
+        if session is not None:
+            session.end(EOFError())
         self._arrival.set()
         self.ended.set()
-        self._end_session()  # last: a handler that waits here may have interrupted who reads
-
-    def _end_session(self) -> None:
-        if self.session is not None:
-            self.session.end(EOFError())
-            self.session.references.close()
-            self.session.references.served.close()
-            self.session.dispose()
+        if session is not None:  # last: a handler that waits here may have interrupted who reads
+            session.references.close()
+            session.references.served.close()
+            session.dispose()
 
     def disown(self) -> None:
-        """In a forked child of the host: nothing here is ours."""
         self.process.disown()
         self.output.close()
 
     def _lost(self, cause: BaseException) -> Callable[[Sequence[str]], BaseException]:
-        """The connection has ended: find out why, and give what makes the error to raise."""
+        """The connection has ended: find out why, and give what makes the error."""
         if not self.asked:
             if not self.owned or isinstance(cause, ProtocolError) or not self.gone.wait(0.5):
                 self.process.signal(kill=True)
@@ -5910,8 +5868,8 @@ class _Run:
         return self.error
 
     def error(self, calls: Sequence[str] = (), verdict: str = "") -> BaseException:
-        """What calls raise that it has cut off, by name, or else does not take any more."""
-        name, tail = f"the plugin {self.recipe.name!r}", self.output.tail()
+        """What calls raise that it has cut off, by name, or does not take any more."""
+        name, tail = self.recipe.label, self.output.tail()
         if self.asked:
             return PluginClosed(f"{name} was closed")
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else verdict
@@ -5934,72 +5892,62 @@ class _Supervisor:
         down --call, start()--> starting --it serves--> up --crash, idle--> down (or starting, with a `start`)
         starting --it fails--> down      any --close(), kill(), detach(), exit--> closed --start()--> starting
 
-    `news` protects all fields. It is held for moments; who waits for it looks again within a second, should a
-    signal handler have changed something between look and sleep. Any thread may call any method.
+    `news` protects all fields, for any thread. Who waits for it looks again within a second, should a signal
+    handler have changed something between look and sleep.
     """
+
+    state = "down"
+    start: _Run | None = None  # comes up
+    run: Any = None  # the latest that has, or had, a process
+    open: _Session | None = None  # that of `run`, if any thread may call on it just now
+    crash: _Run | None = None  # has crashed, until another serves
+    restarts = 0
+    down_at = not_before = 0.0  # on the monotonic clock; a start waits for the latter
 
     def __init__(self, recipe: _Recipe, plugin: Plugin) -> None:
         self.recipe, self.plugin = recipe, plugin
-        self._owner = os.getpid()
+        self.owner = os.getpid()
         self.news = threading.Condition()  # with an RLock: a signal handler may close the plugin
-        self.state = "down"
-        self.start: _Run | None = None  # comes up
-        self.run: Any = None  # the latest that has, or had, a process
-        self.open: _Session | None = None  # that of `run`, if any thread may call on it just now
-        self.restarts = 0
-        self.crash: _Run | None = None  # has crashed, until another serves
-        self.tries: list[float] = []  # when calls have had it started after that, within the window
-        self.down_at = 0.0
+        self.tries: list[float] = []  # when calls have had it started after a crash, within the window
 
     # -- for calls
 
     def session(self, asked: _Call | None = None) -> _Session:
-        """The session that this thread is to call on. Waits for a start, until the deadline of what is asked.
-        Raises why there is none."""
+        """The session that this thread is to call on, after a start if need be. Raises why there is none."""
         while True:
-            session = self.open
-            if session is not None and not session.sealed:
-                return session
             found = self._seek()
             if isinstance(found, _Session):
                 return found
             self._await(found, asked)
 
     def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """Have a submitted call begin in a thread of its own, if it has to wait for a start."""
+        """If a submitted call has to wait for a start, have it begin in a thread of its own."""
         waits = isinstance(self._seek(), _Run)
         if waits:
             _aside("miniplug-submit", _attempt, call, begin, seconds)
         return waits
 
-    def _check_owner(self) -> None:
-        """Before any lock: in a forked child a thread that is not there may hold it."""
-        if self._owner != os.getpid():
-            where = "belongs to the process that this one was forked from: launch another here"
-            raise PluginError(f"the plugin {self.recipe.name!r} {where}")
-
     def own_start(self) -> _Run | None:
-        """The start that this thread takes part in: it runs on_start, or what the calls of that call back."""
+        """The start that this thread takes part in: it runs on_start, or what the calls of that call back.
+        Comes before any lock, which in a forked child a thread that is not there may hold."""
+        if self.owner != os.getpid():
+            where = "belongs to the process that this one was forked from: launch another here"
+            raise PluginError(f"{self.recipe.label} {where}")
         start = self.start
         if start is None or start.thread == threading.get_ident():
             return start
-        request = _current.get() if start.session is not None else None
+        request = _current.get()
         while request is not None and request.session is not start.session:
             request = request.outer
         return start if request is not None else None
-
-    def own_run(self) -> Any:
-        """The run that this thread has to do with."""
-        return (self.own_start() or self.run) if self._owner == os.getpid() else None
 
     # -- starting
 
     def _seek(self) -> Any:
         """The session that this thread may call on, or the start to wait for, which may begin now."""
-        self._check_owner()
+        own = self.own_start()
         with self.news:
             self.notice()
-            own = self.own_start()
             run = own or (self.run if self.state == "up" else None)
             if run is not None and run.takes_calls:
                 return run.session
@@ -6011,7 +5959,7 @@ class _Supervisor:
 
     def _start_for_calls(self) -> _Run:
         if self.crash is None:
-            return self._started()
+            return self._begin()
         most, window = self.recipe.max_restarts, self.recipe.restart_window
         self.tries = [each for each in self.tries if self.down_at - each < window]
         if len(self.tries) >= most:
@@ -6019,42 +5967,43 @@ class _Supervisor:
             raise self.crash.error(verdict=why)
         pause = min(_PAUSE * 2 ** min(len(self.tries), 10), _LONGEST_PAUSE)
         self.tries.append(time.monotonic())
-        return self._started(self.down_at + pause, counts=True)
+        return self._begin(pause=pause)
 
-    def _started(self, not_before: float = 0.0, drain: float | None = None, counts: bool = False) -> _Run:
-        start = self.start = _Run(self, not_before, drain, counts)
+    def _begin(self, drain: float | None = None, pause: float | None = None) -> _Run:
+        """Start another run; after a crash, when a `pause` is over. With `drain` it takes the place of one
+        that is up, which then has so many seconds."""
+        start = self.start = _Run(self)
+        self.not_before = self.down_at + (pause or 0.0)
         self.state = self.state if self.state == "up" else "starting"
         self.open = None
         try:
-            _start_thread("miniplug-start", self._bring_up, start)
+            _start_thread("miniplug-start", self._bring_up, start, drain, pause is not None)
         except RuntimeError as error:
             self._settle(start, self.recipe.not_started([], str(error)))
         return start
 
     def start_up(self, drain: float | None = None) -> None:
-        """Start it, unless it is up; with `drain` have another run take its place then, and give it so many
-        seconds. Who is interrupted while it waits for its start closes the plugin."""
-        self._check_owner()
+        """Start it, unless it is up; with `drain` replace what is up. Who is interrupted while it waits for
+        its start closes the plugin."""
+        replace = drain is not None
         if self.own_start() is not None:
-            if drain is not None:
+            if replace:
                 raise RuntimeError("on_start cannot restart the plugin")
             return
         with self.news:
-            while self.start is not None and (self.start.settled or drain is not None):
+            while self.start is not None and (self.start.settled or replace):
                 self.news.wait(1.0)  # until it is undone, or over
             self.notice()
-            if self.state != "up":
-                drain = None
-            elif drain is None:
+            is_up = self.state == "up"
+            if is_up and not replace:
                 return
-            elif not self.run.owned:
-                who = f"the plugin {self.recipe.name!r} belongs to another host"
-                raise PluginError(f"{who}: that can restart it")
-            begins = self.start is None and drain is None
+            if is_up and not self.run.owned:
+                raise PluginError(f"{self.recipe.label} belongs to another host: that can restart it")
+            begins = self.start is None and not is_up
             if begins:
                 self.tries.clear()
-            start = self.start or self._started(drain=drain)
-            start.not_before = 0.0
+            start = self.start or self._begin(drain if is_up else None)
+            self.not_before = 0.0
             self.news.notify_all()
         try:
             self._await(start)
@@ -6063,7 +6012,6 @@ class _Supervisor:
                 _end_runs(self.close(), None)
 
     def _await(self, start: _Run, asked: _Call | None = None) -> None:
-        """Wait until it is up. Raises why it is not."""
         with self.news:
             while not start.settled:
                 left = asked.left() if asked is not None else None
@@ -6073,17 +6021,16 @@ class _Supervisor:
         if start.failure is not None:
             raise start.failure
 
-    def _bring_up(self, start: _Run) -> None:
-        """What the thread of a start does."""
+    def _bring_up(self, start: _Run, drain: float | None, counts: bool) -> None:
         start.thread = threading.get_ident()
         old, on_start = self.run, self.recipe.on_start
         error: BaseException | None = None
         try:
             with self.news:
-                while not start.settled and _left(start.not_before):
-                    self.news.wait(min(_left(start.not_before), 1.0))
+                while not start.settled and _left(self.not_before):
+                    self.news.wait(min(_left(self.not_before), 1.0))
             if old is not None and self.state != "up":
-                old.wait()  # it is on its way out, which has a bound
+                old.ended.wait()  # it is on its way out, which has a bound
             if not start.settled:
                 start.open()
             if not start.settled and on_start is not None:
@@ -6095,20 +6042,19 @@ class _Supervisor:
         with self.news:
             error = start.failure or error or (None if start.takes_calls else start.error())
             if error is None:
+                self.restarts += counts
                 self._settle(start)
         if error is not None:
             if start.process is not None:
                 _end_runs([start], 0.0)
             self._settle(start, error)
-        elif start.drain_before is not None:
-            old.drain(start.drain_before)
+        elif drain is not None:
+            old.drain(drain)
 
     def _settle(self, start: _Run, error: BaseException | None = None) -> None:
-        """It serves, or why it does not."""
         with self.news:
             if error is None:
                 self.run, self.crash, self.state = start, None, "up"
-                self.restarts += start.counts
             elif self.state == "starting":
                 self.state, self.down_at = "down", time.monotonic()
             self.open = self.run.session if self.state == "up" else None
@@ -6118,7 +6064,7 @@ class _Supervisor:
     # -- its end
 
     def notice(self) -> None:
-        """Look whether the run that serves has ended. Calls and the run itself do, whichever is first."""
+        """Look whether the run that serves has ended."""
         if self.state != "up":
             return  # without the lock, which is held for good at interpreter exit
         with self.news:
@@ -6130,7 +6076,7 @@ class _Supervisor:
                 self.news.notify_all()
 
     def retire(self, run: _Run) -> None:
-        """End a run that nobody uses, unless somebody does just now. The next call starts another."""
+        """End a run that nobody uses, unless somebody does just now."""
         with self.news:
             idle = self.open is run.session is not None and run.takes_calls and run.session.seal()
             run.asked = run.asked or idle
@@ -6139,8 +6085,8 @@ class _Supervisor:
             _end_runs([run], _GRACE)
 
     def close(self) -> list[_Run]:
-        """Start nothing more, and let go who waits for that. Returns the runs that are to be ended."""
-        if self._owner != os.getpid():
+        """Start nothing more, and let go who waits for that. Returns the runs to end."""
+        if self.owner != os.getpid():
             return []  # a thread that is not here may hold the lock
         with self.news:
             self.state, self.open, start = "closed", None, self.start
@@ -6153,7 +6099,7 @@ class _Supervisor:
         return runs
 
     def is_closed(self) -> PluginClosed:
-        return PluginClosed(f"the plugin {self.recipe.name!r} is closed: start() it again")
+        return PluginClosed(f"{self.recipe.label} is closed: start() it again")
 
 
 _runs: set[_Run] = set()  # all that have a process which has not ended
@@ -6167,20 +6113,24 @@ def _end_runs(runs: Sequence[_Run], grace: float | None) -> None:
     seconds = 1.0 if grace is None else grace if any(run.session for run in runs) else 0.0
     for kill in (False, True, True):
         deadline, seconds = time.monotonic() + seconds, 1.0
-        runs = [run for run in runs if not run.wait(_left(deadline))]
+        runs = [run for run in runs if not run.ended.wait(_left(deadline))]
         for run in runs:
             run.process.signal(kill)
 
 
 def _close_all() -> None:
-    """At interpreter exit."""
-    runs = [run for run in list(_runs) if run.recipe.managed or run.stays]
-    for run in runs:
-        run.supervisor.news.acquire()  # for good: what waits for a start has no one to tell any more
-        run.supervisor.close()
-        if run.stays:
-            run.detach()
-    _end_runs([run for run in runs if not run.stays], _GRACE)
+    """At interpreter exit: end what is managed, and let go of what stays."""
+    managed = []
+    for run in list(_runs):
+        stays = run.config is not None and run is run.supervisor.run  # else another has taken its place
+        if stays or run.recipe.managed:
+            run.supervisor.news.acquire()  # for good: what waits for a start has no one to tell any more
+            run.supervisor.close()
+            if stays:
+                run.detach()
+            else:
+                managed.append(run)
+    _end_runs(managed, _GRACE)
 
 
 def _disown_all() -> None:
@@ -6196,7 +6146,6 @@ if hasattr(os, "register_at_fork"):
 
 
 def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
-    """Do what a call is made of; what that raises is its answer."""
     try:
         function(*args)
     except BaseException as error:
@@ -6204,8 +6153,8 @@ def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
-    """Call what blocks in a thread: one of its own, as those of the loop may all wait for the plugin.
-    Cancelled, it calls `undo` before and after that has returned: so nothing is left half done."""
+    """Call what blocks in a thread of its own: those of the loop may all wait for the plugin. Cancelled, it
+    calls `undo` before and after that has returned: so nothing is left half done."""
     asyncio, call = _import("asyncio"), _on_first_use("Call")()
     _aside("miniplug-async", _attempt, call, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
@@ -6228,10 +6177,8 @@ def _ask(kind: type, session: _Session, *what: Any) -> Any:
 
 
 class _Dispensed(_Target):
-    """What a plugin serves under a name: an object of the session of each run in turn, `at` which number. One
-    thread dispenses it anew in a run that it does not know: `_lock` is for that."""
-
-    __slots__ = ("_lock", "_name", "_supervisor", "at")
+    """What a plugin serves under a name: an object of the session of each run in turn, `at` which number.
+    `_lock` is for the one thread that dispenses it anew in another run."""
 
     def __init__(self, supervisor: _Supervisor, name: str | None, first: _Target) -> None:
         self.at: dict[_Session, _Target] = {}
@@ -6275,17 +6222,17 @@ class _Dispensed(_Target):
 
     def release(self) -> None:
         self.released = True
-        for target in self.at.values():
+        known, self.at = self.at, {}
+        for target in known.values():
             target.release()
 
 
 class Plugin:
     """A plugin, as its host holds it: something to start, call and end, as often as you like.
 
-    The parameters are those of `launch`, which makes one and starts it. One that was only made starts on
-    first use. As a context manager it starts and closes. Any thread may use it. After `close()` calls raise
-    PluginClosed, after a crash PluginCrashed, until `start()`; then the proxies work again, on fresh
-    instances.
+    The parameters are those of `launch`, which makes one and starts it; one that was only made starts on
+    first use. ``with`` starts and closes it. Any thread may use it. After `close()` calls raise PluginClosed,
+    after a crash PluginCrashed, until `start()`; then the proxies work again, on fresh instances.
     """
 
     def __init__(self, command: _Command, *, name: str | None = None, handshake: Handshake = Handshake(),
@@ -6298,7 +6245,7 @@ class Plugin:
                  heartbeat: float | None = None, idle_timeout: float | None = None,
                  on_start: Callable[[Plugin], Any] | None = None,
                  on_exit: Callable[[Plugin], Any] | None = None, managed: bool = True, persist: bool = False,
-                 max_message: int = _MAX_MESSAGE) -> None:
+                 max_message: int = _MAX_MESSAGE):
         options = dict(locals())
         del options["self"]
         _refuse_monkey_patches()
@@ -6308,58 +6255,53 @@ class Plugin:
     # -- its life
 
     def start(self) -> Plugin:
-        """Start the plugin, unless it runs. Raises LaunchError (and its kinds) when it does not come up."""
+        """Start the plugin, unless it runs. Raises what `launch` does."""
         self._supervisor.start_up()
         return self
 
     def restart(self, drain: float | None = 30.0) -> Plugin:
         """Swap in a fresh process, or start one. Returns when that serves, and new calls go there.
 
-        What is in flight, streams and references too, finishes in the old one behind the caller, in at most
-        `drain` seconds (None: no limit). What is cut off then raises PluginClosed, a reference DeadReference.
-        If the new process does not come up, the old one stays, and this raises what `start` does.
+        Calls in flight, streams and references finish in the old one, in at most `drain` seconds (None: no
+        limit). What is cut off raises PluginClosed, a reference DeadReference. If the new process does not
+        come up, the old one stays, and this raises what `start` does.
         """
-        seconds = _checked_timeout(drain, "drain")
-        self._supervisor.start_up(_FOREVER if seconds is None else seconds)
+        self._supervisor.start_up(_or_forever(_checked_timeout(drain, "drain")))
         return self
 
     def close(self, grace: float | None = _GRACE) -> None:
         """End the plugin and all that it started: ask it, after `grace` seconds (None: never) terminate it,
-        then kill it. Returns within `grace` + 2 seconds. Calls in flight raise PluginClosed."""
-        seconds = _checked_timeout(grace, "grace")
-        _end_runs(self._supervisor.close(), _FOREVER if seconds is None else seconds)
+        within 2 more kill it. Calls in flight raise PluginClosed."""
+        seconds = _or_forever(_checked_timeout(grace, "grace"))
+        _end_runs(self._supervisor.close(), seconds)
 
     def kill(self) -> None:
-        """End the plugin and all that it started at once. One that was attached to is asked, and let go
-        of."""
+        """End the plugin and all that it started at once. One that was attached to is asked to end."""
         _end_runs(self._supervisor.close(), None)
 
     def detach(self) -> None:
-        """Let go of the plugin, and leave it running for a host to `attach` to. Raises PluginError for one
-        that cannot stay."""
-        run = self._supervisor.own_run()
+        """Leave it running, for a host to `attach` to. Raises PluginError for one that cannot stay."""
+        run = self._run
         if run in _runs:
             self._config_of(run)
             self._supervisor.close()
             run.detach()
 
-    def _config_of(self, run: _Run | None) -> dict[str, Any]:
-        if run is None or run.config is None:
-            how = "does not stay without its host: launch it with persist=True"
-            raise PluginError(f"the plugin {self.name!r} {how}")
+    def _config_of(self, run: _Run) -> dict[str, Any]:
+        if run.config is None:
+            what = self._supervisor.recipe.label
+            raise PluginError(f"{what} does not stay without its host: launch it with persist=True")
         return run.config
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until the process that runs now has ended, at most `timeout` seconds. Returns its exit code,
-        or None if it still runs."""
-        run = self._supervisor.own_run()
-        if run is None:
-            return None
-        run.wait(-1 if timeout is None else max(0.0, timeout))
-        return run.exit_code  # type: ignore[no-any-return]
+        """Wait until the process has ended, at most `timeout` seconds. Returns its exit code, or None if it
+        still runs."""
+        run = self._run
+        if run is not None:
+            run.ended.wait(_or_forever(timeout))
+        return None if run is None else run.exit_code
 
-    def __enter__(self) -> Plugin:
-        return self.start()
+    __enter__ = start
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -6373,8 +6315,7 @@ class Plugin:
         """As `close`, without blocking the event loop."""
         await _in_thread(self.close, grace)
 
-    async def __aenter__(self) -> Plugin:
-        return await self.astart()
+    __aenter__ = astart
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
@@ -6383,21 +6324,27 @@ class Plugin:
         return f"<Plugin {self.name!r}, {f'pid {self.pid}' if self.running else 'not running'}>"
 
     @property
+    def _run(self) -> Any:
+        """The one that this thread has to do with; none in a forked child."""
+        supervisor = self._supervisor
+        return (supervisor.own_start() or supervisor.run) if supervisor.owner == os.getpid() else None
+
+    @property
     def running(self) -> bool:
         """Whether the plugin has started and its process has not ended."""
-        run = self._supervisor.own_run()
+        run = self._run
         return run is not None and run.session is not None and not run.gone.is_set()
 
     @property
     def pid(self) -> int | None:
         """The number of the plugin's process, or None without one."""
-        run = self._supervisor.own_run()
+        run = self._run
         return None if run is None or run.gone.is_set() else run.process.pid
 
     @property
     def exit_code(self) -> int | None:
         """How the last process ended: its exit status, negative for a signal; None if none has ended."""
-        run = self._supervisor.own_run()
+        run = self._run
         return None if run is None else run.exit_code
 
     @property
@@ -6417,16 +6364,8 @@ class Plugin:
 
     # -- its use
 
-    if TYPE_CHECKING:  # an interface makes a _T: mypy takes no abstract class for a type[_T]
-        @overload
-        def dispense(self, name: str | None = None, interface: None = None, *,
-                     timeout: float | None = None) -> Any: ...
-        @overload
-        def dispense(self, name: str | None = None, interface: Callable[..., _T] = ..., *,
-                     timeout: float | None = None) -> _T: ...
-
-    def dispense(self, name: str | None = None, interface: Any = None, *,
-                 timeout: float | None = None) -> Any:
+    def dispense(self, name: str | None = None, interface: Callable[..., _I] | None = None, *,
+                 timeout: float | None = None) -> _I:
         """A proxy for the plugin of that name, or for the only one there is. It has the plugin's public
         methods, not its attributes and properties. The name "system" gives the introspection.
 
@@ -6438,30 +6377,28 @@ class Plugin:
         """
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name={name!r}: it is a str; an interface is given as dispense(interface=...)")
-        interface = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
-        if interface is not None and not isinstance(interface, type):
+        wanted: Any = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
+        if wanted is not None and not isinstance(wanted, type):
             raise TypeError(f"interface={interface!r}: it is an ABC, a Protocol or another class")
 
         seconds = _checked_timeout(timeout)
         found = self._ask_system("dispense", (name,), _Remote)
         target = _Dispensed(self._supervisor, name, found._target)
         target.label, target.timeout = f"the plugin {name or self.name!r}", seconds
-        if type(found) is _Method and interface is None:
-            return _Method(target, "")  # what is served is a function
-        proxy = _Proxy(target, found._names if type(found) is _Proxy else [])
-        if interface is not None:
-            proxy._adopt(interface)
-        return proxy
+        proxy: Any = _Proxy(target, found._names if type(found) is _Proxy else [])
+        if wanted is not None:
+            proxy._adopt(wanted)
+        elif type(found) is _Method:
+            proxy = _Method(target, "")  # what is served is a function
+        return proxy  # type: ignore[no-any-return]
 
     def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
         return self._reach(partial(_ask, kind), method, args, self._supervisor.recipe.call_timeout)
 
     def _reach(self, function: Callable[..., Any], method: str, args: Sequence[Any],
                seconds: float | None) -> Any:
-        def find(asked: _Call) -> tuple[_Session, int]:
-            return self._supervisor.session(asked), 0
-
-        return _reach(find, function, method, args, {}, seconds)
+        session = self._supervisor.session
+        return _reach(lambda asked: (session(asked), 0), function, method, args, {}, seconds)
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
@@ -6476,8 +6413,7 @@ class Plugin:
         """What another host needs to `attach`, as a plain dict that json can store. Who has it can call the
         plugin. Raises PluginError for one that does not persist."""
         session = self._supervisor.session()
-        config = self._config_of(next((run for run in list(_runs) if run.session is session), None))
-        return {**config, "protocol_version": session.protocol_version}
+        return {**self._config_of(self._run), "protocol_version": session.protocol_version}
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
@@ -6494,8 +6430,7 @@ import sys
 if sys.path[:1] == [""]:  # what lies in the current folder, a json.py say, is not what is imported here
     del sys.path[0]
 if sys.version_info < (3, 8):
-    version = sys.version.split()[0]
-    sys.exit("miniplug needs Python 3.8 or newer, and this is " + version + ": " + sys.executable)
+    sys.exit("miniplug needs Python 3.8 or newer: " + sys.executable + " is " + sys.version.split()[0])
 import os
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -6538,7 +6473,7 @@ def _split_spec(command: str) -> tuple[str, str, str]:
 def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
     """What takes the lines of an output stream; None for one that goes where the host's own goes."""
     if isinstance(output, str):
-        return {"inherit": None, "log": _LogSink(logger, stream), "discard": lambda line: None}[output]
+        return {"inherit": None, "log": _LogSink(logger, stream), "discard": bool}[output]
     if callable(output):
         return output
     write, encoding = output.write, getattr(output, "encoding", None) or "utf-8"
@@ -6550,51 +6485,46 @@ def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callabl
     return lambda function: vars(function).update(__wrapped__=other) or function
 
 
-del Plugin.__init__.__annotations__["return"]  # or help() would say that launch returns None
-
-
 @_like(Plugin)
 def launch(command: _Command, **options: Any) -> Plugin:
     """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin`` closes it at the end.
 
     `command`: an argument list, run as it is; or a program's path, a ``.py`` file being run under `python`;
     or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``, which this
-    very file serves under `python`, where miniplug need not be installed. The options:
+    very file serves under `python`. The options:
 
     - `name`: what logs and errors call it; by default made from the command.
     - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
-      version that both have is used.
-    - `python`: the interpreter; by default this one, with its flags. Another one gets none of this one's own
-      variables. A spec or ``.py`` file imports what lies beside it, or for a module in `cwd`; for more give a
-      ``PYTHONPATH`` in `env`.
-    - `env`: added to the environment, and wins over it. `inherit_env=False`: it starts from what the system
-      needs. `cwd`: where it runs, and relative paths in `command`, `python` and `sha256` start.
+      version that both can is used.
+    - `python`: the interpreter, where miniplug need not be installed; by default this one, with its flags.
+      Another one gets none of this one's own variables. A spec or ``.py`` file imports what lies beside
+      it, or for a module in `cwd`; for more give a ``PYTHONPATH`` in `env`.
+    - `env`: added to the environment, and wins over it; with `inherit_env=False` to what the system needs
+      alone. `cwd`: where it runs, and where relative paths start.
     - `start_timeout`, `call_timeout`: seconds to connect in, and for a call that has no deadline of its own.
     - `stdin`: ``"discard"``, ``"inherit"`` (a terminal too: then it shares the host's process group) or a
       file. `stdout`, `stderr`: ``"log"``, ``"inherit"``, ``"discard"``, a callable that takes each line, or a
       text file.
     - `logger` (default ``miniplug.NAME``): the parent of those that its records and lines go to: its own
       loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
-    - `max_restarts` in any `restart_window` seconds: after a crash the next call starts it anew, after a
+    - `max_restarts` in any `restart_window` seconds: the next call after a crash starts it anew, after a
       pause of 0.1 seconds, and of twice as long each time. Proxies stay good; calls wait, their deadlines
-      running. Those in flight fail with PluginCrashed and are never run again. Past the limit calls raise the
-      last one, until `start`.
+      running. Those in flight raise PluginCrashed and never run again; past the limit all calls do.
     - `heartbeat`: seconds without an answer to a ping that count as a crash. `idle_timeout`: seconds without
       a call, stream or reference after which it is closed, to start again on the next call.
-    - `on_start(plugin)` runs after every start; until it returns only the calls of its own thread get
-      through, and what those call back. If it raises, the process is ended, and whoever started it gets that.
+    - `on_start(plugin)` runs after every start; until it returns only its own calls get through, and what
+      those call back. If it raises, the process is ended, and whoever started it gets that.
       `on_exit(plugin)` runs in a thread of miniplug's, once for each time that the process ends unasked.
     - `sha256`: the hex digest of the program, script or spec's file (not of the interpreter), or ``{path:
-      digest}``. It is checked before anything runs, and nothing checked is run from a bytecode cache. What it
-      imports is not checked unless it is named.
+      digest}``, for what it imports too. They are checked before anything runs, and what is checked
+      does not come from a bytecode cache.
     - `limits`: what it may use at most. `max_message`: bytes of the longest message that the host takes, at
-      least 4096.
-    - `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host goes, unless
-      this one closes it, and can be attached to.
+      least 4096. `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host
+      goes, unless this one closes it, and can be attached to.
 
     Raises LaunchError, HandshakeError, ChecksumError, PluginClosed, and what `on_start` raises; TypeError or
-    ValueError for an option; RuntimeError in a process that is itself being started as a plugin, and imports
-    a host's module that launches this one, for want of an ``if __name__ == "__main__":``.
+    ValueError for an option; RuntimeError in a plugin that is still being started: a host's module that it
+    imports lacks an ``if __name__ == "__main__":``.
     """
     return Plugin(command, **options).start()
 
@@ -6603,12 +6533,12 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
            protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
            heartbeat: float | None = None, logger: logging.Logger | None = None,
            max_message: int = _MAX_MESSAGE) -> Plugin:
-    """Connect to a plugin that runs already, and return it. `config` is what its `reattach_config` gave.
+    """Connect to a plugin that runs already, and return it. `config` is what its `reattach_config` gave; the
+    options are those of `launch`, which attaches as well where the environment variable ``MINIPLUG_ATTACH``
+    is ``{NAME: config}`` as JSON, and has its `name`.
 
     The process is not this host's: `close`, the end of a ``with`` and interpreter exit disconnect; `kill`
-    asks it to end first. What it prints does not come here. After a `close` `start` connects again. The
-    options are those of `launch` that apply; which attaches as well where the environment variable
-    ``MINIPLUG_ATTACH`` is ``{NAME: config}`` as JSON, and has its `name`.
+    asks it to end first. What it prints does not come here. After a `close` `start` connects again.
 
     Raises LaunchError if there is no such plugin (any more), or its kinds HandshakeError and
     AuthenticationError.
@@ -6617,10 +6547,7 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
     del options["config"]
     plugin = Plugin(["attach"], **options)
     recipe = plugin._supervisor.recipe
-    try:
-        recipe.config = _checked_config(config)
-    except ValueError as error:
-        raise recipe.not_started([], str(error)) from None
+    recipe.process, recipe.config = None, config or {}
     return plugin.start()
 
 
@@ -6631,30 +6558,29 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
           max_message: int = _MAX_MESSAGE) -> Plugin:
     """Serve plugins in this very process, for tests: over the same session and codec, started.
 
-    `plugins`, `info` and `max_workers` are those of `serve`; the options those of `launch` that apply. What a
+    `plugins`, `info` and `max_workers` are those of `serve`, the other options those of `launch`. What a
     plugin prints or logs goes where the process's own does, and what ends a process ends this one. Raises
     what `serve` and `launch` raise.
     """
     options = {key: value for key, value in locals().items() if key not in ("plugins", "info", "max_workers")}
     plugin = Plugin(["local"], **options)
-    server = partial(_Server, _versions(plugins, handshake), info, max_workers, max_message)
-    server()  # raises here what it raises
+    make = partial(_Server, _versions(plugins, handshake), info, max_workers, max_message)
+    make()  # raises here what it raises
 
     def start(*how: Any, **popen: Any) -> _NoProcess:
-        address, key = popen["env"][_ADDRESS], bytes.fromhex(popen["env"][_AUTHKEY])
-        channel = _connect(address, _HELLO_SECONDS)
-        thread = _start_thread("miniplug-local", _serve_here, server(), channel, address, key)
-        return _NoProcess(channel, os.getpid(), thread)
+        server = make()
+        thread = _start_thread("miniplug-local", _serve_here, server, popen["env"])
+        return _NoProcess(partial(server.stop, 0.0), os.getpid(), thread)
 
     plugin._supervisor.recipe.process = start
     return plugin.start()
 
 
-def _serve_here(server: _Server, channel: _Channel, address: str, key: bytes) -> None:
+def _serve_here(server: _Server, env: Mapping[str, str]) -> None:
     try:
-        server.attend(channel, server.greet(channel, address, key, {"matches": True}))
-    except (OSError, EOFError, PluginError):
-        channel.close()  # the host's end tells why
+        server.serve_launcher(env[_ADDRESS], env[_AUTHKEY], {"matches": True})
+    except SystemExit:
+        pass  # the host's end tells why
     server.close()
 
 
@@ -6671,8 +6597,7 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     Raises OSError for a folder that cannot be read, and ValueError for a pattern that is empty or absolute,
     TypeError for one that is no str.
     """
-    if not isinstance(pattern, str):
-        raise TypeError(f"pattern={pattern!r}: it is a glob, a str")
+    _check(discover, locals())
     if _import("pathlib").PurePath(pattern).anchor or os.path.normpath(pattern) == ".":
         raise ValueError(f"pattern={pattern!r}: it is a glob relative to the folder")
     folder = _import("pathlib").Path(directory).absolute()
@@ -6698,8 +6623,7 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
 
     Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
-    if not isinstance(group, str):
-        raise TypeError(f"group={group!r}: it is the name of a group, a str")
+    _check(discover_entry_points, locals())
     if python is not None:
         with launch("miniplug:discover_entry_points", name="entry_points", python=python) as plugin:
             return dict(plugin.dispense()(group))
@@ -6746,7 +6670,7 @@ def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
 
 
 def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
-    """As sys.excepthook: the traceback without the frames of miniplug and of importing that come first."""
+    """As sys.excepthook, without the frames of miniplug and of importing that come first."""
     here = _show_error.__code__.co_filename
     while frames is not None and frames.tb_frame.f_code.co_filename.startswith((here, "<")):
         frames = frames.tb_next
@@ -6778,8 +6702,8 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
     try:
         secret = os.urandom(32)
         if authkey_file:
-            with open(authkey_file, "rb") as file:
-                secret = _checked_key(file.read(1 << 16).decode("ascii", "replace").strip())
+            with open(authkey_file, encoding="ascii", errors="replace") as file:
+                secret = _checked_key(file.read(1 << 16).strip())
         server = _Server({None: plugins}, None, 64, _MAX_MESSAGE)
         how = "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS."
         _serve(server, {"matches": True}, address, secret, persist, how)
@@ -6845,18 +6769,16 @@ def _load_file(path: str) -> ModuleType:
 
 
 def _load_module(name: str) -> ModuleType:
-    folder = "the current folder, which is gone"
-    try:
-        folder = os.getcwd()
+    folder = _current_folder()
+    if folder:
         sys.path.insert(0, folder)
-    except OSError:
-        pass
     try:
         return _import(name)  # type: ignore[no-any-return]
     except ModuleNotFoundError as error:
         if not error.name or not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
-        sys.exit(f"miniplug: there is no module {error.name!r} in {folder}, nor among the packages of "
+        where = folder or "the current folder"
+        sys.exit(f"miniplug: there is no module {error.name!r} in {where}, nor among the packages of "
                  f"{sys.executable}; cwd or PYTHONPATH names another folder, and path/to/file.py:Attr a file")
 
 
@@ -6885,16 +6807,19 @@ def _call_once(given: Any) -> None:
     name, _, method = given.method.rpartition(".")
     if method.startswith("_"):  # which a proxy has of its own
         raise _no_method(method, None, "a plugin")
-    arguments = []
-    for argument in given.arguments:
-        try:
-            arguments.append(json.loads(argument))
-        except ValueError:
-            arguments.append(argument)
     with _opened(given) as plugin:
-        result = getattr(plugin.dispense(name or None), method)(*arguments)
+        found = plugin.dispense(name or None)
+        function = found if type(found) is _Method else getattr(found, method)
+        result = function(*map(_argument, given.arguments))
         for each in result if isinstance(result, Stream) else (result,):
             print(_printable(each), flush=True)
+
+
+def _argument(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _printable(value: Any) -> str:
@@ -6917,6 +6842,11 @@ def _inspect(given: Any) -> None:
                 print(_import("textwrap").indent(_outline(*method), "    "))
 
 
+def _outline(name: str, signature: str | None, doc: str | None) -> str:
+    """A method, and what it says about itself below it."""
+    return name + (signature or "(...)") + (_import("textwrap").indent(f"\n{doc}", "    ") if doc else "")
+
+
 def _opened(given: Any) -> Plugin:
     """The plugin that a verb names, started, whatever version it speaks."""
     sink = "log" if given.verbose else "discard"
@@ -6937,58 +6867,54 @@ def _one_line(error: BaseException) -> str:
 
 def _doctor(given: Any) -> int:
     """What this machine allows, each as a line. The last is whether a plugin runs here, and that counts."""
-    python = given.python or sys.executable
     rows = []
     for what, check in _CHECKS.items():
         try:
-            works, detail = check(python)
+            works, detail = True, check(given.python or sys.executable)
         except (OSError, PluginError) as error:
             works, detail = False, _one_line(error)
         rows.append({"check": what, "ok": works, "detail": detail})
+        if not given.json:
+            print(f"{'ok' if works else 'no':<4}{what:<16}{detail}")
     if given.json:
         print(json.dumps({"ok": works, "checks": rows}, indent=2))
-    else:
-        for row in rows:
-            print(f"{'ok' if row['ok'] else 'no':<4}{row['check']:<16}{row['detail']}")
     return 0 if works else 1
 
 
-def _check_transport(python: str) -> tuple[bool, str]:
+def _check_transport(python: str) -> str:
     listener = _Listener()
     kind = "a named pipe" if _WINDOWS else "a Unix socket" if listener.folder else "TCP: the key alone guards"
     listener.close()
-    return True, "; not in ".join([f"{kind}, {listener.address}", *listener.passed_over])
+    return "; not in ".join([f"{kind}, {listener.address}", *listener.passed_over])
 
 
-def _check_loopback(python: str) -> tuple[bool, str]:
-    with socket.create_server(("127.0.0.1", 0)) as server, \
-            socket.create_connection(server.getsockname(), 2.0) as one, server.accept()[0] as other:
-        one.sendall(b"x")
-        other.settimeout(2.0)
-        return other.recv(1) == b"x", "127.0.0.1"
+def _check_loopback(python: str) -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname(), 2.0).close()
+    return "127.0.0.1"
 
 
-def _check_fips(python: str) -> tuple[bool, str]:
+def _check_fips(python: str) -> str:
     try:
         _import("hashlib").md5(b"")
-        return True, "off"
+        return "off"
     except ValueError:
-        return True, "on: no MD5, and miniplug needs none"
+        return "on: no MD5, and miniplug needs none"
 
 
-def _check_plugin(python: str) -> tuple[bool, str]:
+def _check_plugin(python: str) -> str:
     start = time.monotonic()
     with launch("os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
         plugin.dispense(timeout=20.0).basename("a/b")
-        return True, f"runs: {(time.monotonic() - start) * 1e3:.0f} ms to the first answer"
+        return f"runs: {(time.monotonic() - start) * 1e3:.0f} ms to the first answer"
 
 
-_CHECKS: dict[str, Callable[[str], tuple[bool, str]]] = {
-    "miniplug": lambda python: (True, f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}"),
+_CHECKS: dict[str, Callable[[str], str]] = {
+    "miniplug": lambda python: f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}",
     "transport": _check_transport,
     "loopback TCP": _check_loopback,
     "FIPS mode": _check_fips,
-    "process tree": lambda python: (True, f"a {'job object' if _WINDOWS else 'group'} for each plugin"),
+    "process tree": lambda python: f"a {'job object' if _WINDOWS else 'group'} for each plugin",
     "a plugin": _check_plugin,
 }
 

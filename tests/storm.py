@@ -33,9 +33,9 @@ import miniplug
 STUCK = 20.0  # seconds after which a call counts as never to return
 ENOUGH = 3.0  # in which what was given up must be gone, with --each
 WORKERS = 6
-MOST = 3  # strikes at one operation
+MOST = 3 if sys.version_info >= (3, 11) else 1  # strikes at one operation: there a second may fall before a finally's first step
 PROGRAM = [sys.executable, os.path.abspath(__file__), "serve"]
-PATIENCE = 2.0  # seconds that a call waits for being given up
+PATIENCE = 5.0  # seconds that a call waits for being given up: a wake-up that is lost heals within one, and machines are busy
 
 # -- what is looked at inside of a session: the only names of internals here. Each by the names that it may have.
 
@@ -73,7 +73,8 @@ def is_part(thing):
 
 def still_open(session):
     """{what: how many}, of what must be gone once nobody calls."""
-    return {names[0]: len(inside(session, names)) for names in (CALLS, REQUESTS, SLEEPERS, UNATTENDED)}
+    rooms = CALLS, REQUESTS, SLEEPERS, UNATTENDED
+    return {names[0]: len([each for each in inside(session, names) if each != -1]) for names in rooms}  # -1: always
 
 
 def holdings(session):
@@ -255,7 +256,7 @@ class Striker:
         return self.chance.uniform(1e-6, 1e-6 + 1.5 * self.reach)
 
     def strikes(self):
-        return min(self.most, self.chance.choices(range(1, 1 + MOST), [7, 2, 1])[0])
+        return min(self.most, self.chance.choices(range(1, 1 + MOST), [7, 2, 1][:MOST])[0])
 
 
 class Timer(Striker):
@@ -356,6 +357,11 @@ def where(error):
     return f"{type(error).__name__} in {' < '.join(found[:6]) or 'no line of miniplug'}{before}"
 
 
+def of_condition(error):
+    """Whether a strike has come as Python's own threading.Condition lets go of its lock, which tells that instead."""
+    return type(error) is RuntimeError and "release un" in str(error) and type(error.__context__) in EXCEPTIONS.values()
+
+
 class Storm:
     def __init__(self, plugin, striker, chance):
         self.plugin, self.striker, self.chance = plugin, striker, chance
@@ -412,6 +418,9 @@ class Storm:
         except self.striker.kind:
             raise
         except BaseException as error:
+            self.striker.disarm()
+            if of_condition(error):
+                raise error.__context__ from None
             self.failure = error
         self.striker.disarm()
 

@@ -537,7 +537,7 @@ def test_in_a_forked_child_an_attached_plugin_is_not_there(owner):
 # -- MINIPLUG_ATTACH
 
 def test_the_environment_makes_launch_attach(owner, monkeypatch):
-    monkeypatch.setenv("MINIPLUG_ATTACH", json.dumps({"shop": owner.reattach_config(), "local": {}}))
+    monkeypatch.setenv("MINIPLUG_ATTACH", json.dumps({name: owner.reattach_config() for name in ("shop", "local")}))
     with miniplug.launch(["/no/such/program"], name="shop") as plugin:
         assert plugin.pid == owner.pid and plugin.dispense().env().get("MINIPLUG_ATTACH") is None
     assert owner.dispense().greet("you") == "Hello, you!"

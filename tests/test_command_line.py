@@ -356,7 +356,7 @@ def test_doctor_where_fips_mode_is_on(monkeypatch, capsys):
     assert checks["FIPS mode"][1].startswith("on") and checks["a plugin"][0] is True
 
 
-@pytest.mark.parametrize("broken", ["no address", "no connection", "no answer"])
+@pytest.mark.parametrize("broken", ["no address", "no connection"])
 def test_doctor_tries_loopback_tcp(broken, monkeypatch, capsys):
     """With a connection: where a firewall or a network without one lets nobody through, to listen works all the same."""
     import socket
@@ -364,26 +364,12 @@ def test_doctor_tries_loopback_tcp(broken, monkeypatch, capsys):
     def fails(*args, **options):
         raise OSError(101, "Network is unreachable")
 
-    class Silent(socket.socket):
-        def recv(self, size):
-            raise socket.timeout("timed out")
-
-        def accept(self):
-            return Silent(fileno=super()._accept()[0]), None
-
     if broken == "no address":
         monkeypatch.setattr(socket, "create_server", fails)
-    elif broken == "no connection":
-        monkeypatch.setattr(socket, "create_connection", fails)
     else:
-        def silent(address):
-            server = Silent()
-            server.bind(address)
-            server.listen()
-            return server
-        monkeypatch.setattr(socket, "create_server", silent)
+        monkeypatch.setattr(socket, "create_connection", fails)
     works, detail = doctor(capsys)["loopback TCP"]
-    assert works is False and ("timed out" if broken == "no answer" else "unreachable") in detail
+    assert works is False and "unreachable" in detail
 
 
 @pytest.mark.parametrize("spec", ["greeter.Greeter", "greeter.py;Greeter", "greeter.py:", "greeter.py", "Greeter", ":Greeter", ""])
@@ -399,3 +385,12 @@ def test_serve_tells_the_form_of_a_spec(spec):
 def test_serve_tells_what_is_not_there(spec, words):
     status, out, err = run("serve", spec, "--persist")
     assert (status, out) == (1, "") and err.count("\n") == 1 and words in err
+
+
+def test_call_of_a_function_that_is_served(write):
+    hello = write("hello.py", """
+        def hello(name):
+            return f"Hello, {name}!"
+        """)
+    assert run("call", hello + ":hello", "hello", "bob") == (0, '"Hello, bob!"\n', "")
+    assert run("call", hello + ":hello", "submit", "bob") == (0, '"Hello, bob!"\n', "")

@@ -253,10 +253,10 @@ def test_an_interpreter_that_does_not_run_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: miniplug.discover_entry_points(5), "group=5: it is the name of a group"),
+    (lambda: miniplug.discover_entry_points(5), "group=5: it is a str"),
     (lambda: miniplug.discover_entry_points(None), "group=None: "),
-    (lambda: miniplug.discover(".", 5), "pattern=5: it is a glob"),
-    (lambda: miniplug.discover(".", ["*.py"]), r"pattern=\['\*.py'\]: it is a glob"),
+    (lambda: miniplug.discover(".", 5), "pattern=5: it is a str"),
+    (lambda: miniplug.discover(".", ["*.py"]), r"pattern=\['\*.py'\]: it is a str"),
 ])
 def test_what_is_no_text_is_told_by_its_name(call, words):
     with pytest.raises(TypeError, match=words):

@@ -112,6 +112,19 @@ def test_the_hosts_of_the_languages_are_one():
     assert hosts["python"] == hosts["node"] == hosts["go"]
 
 
+def test_the_plugins_in_other_languages_are_short():
+    """As the guide says. On Windows the one in Go has a file more."""
+    def lines(language, *names):
+        return [line for name in names for line in (ROOT / "examples" / language / name).read_text("utf-8").splitlines()]
+
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    node, go = lines("node", "wire.mjs"), lines("go", "wire.go", "serve.go")
+    assert f"({round(len(node), -1)} lines of JavaScript, {round(len(go), -1)} of Go," in guide
+    whole_node, whole_go = node + lines("node", "plugin.mjs"), go + lines("go", "plugin.go", "pipe_windows.go")
+    assert len(whole_node) < 300
+    assert max(len(line.expandtabs(4)) for line in whole_node + whole_go) <= 120
+
+
 # -- toolbox
 
 def test_toolbox_does_what_its_readme_shows(furnished):

@@ -28,7 +28,7 @@ CALL, RESULT, ITEM, PING, PONG, DISPENSED = 1, 3, 5, 10, 11, b'{"$ref":[1,["plai
 watch = oracle.Watch()
 
 
-def _audit(event, args):
+def _audit(event, args, watch=watch):  # which as a global is None when the interpreter ends
     usual = event.startswith(("socket.", "threading.", "_thread.", "sys."))  # what a session does by itself
     if not usual and "<unknown>" not in args[:2]:  # and how a traceback that is printed finds its carets
         watch(event, args)

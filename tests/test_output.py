@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import zipfile
 
 import pytest
 from conftest import WORKSHOP, swallow, until
@@ -589,3 +590,27 @@ def test_a_record_that_json_cannot_write_arrives_all_the_same(write, log):
         record = log.await_message("told")
     assert record.name == "host.plugins.shop.x" and record.own.startswith("{'a': 1, 'own': {'a': 1")
     assert record.bad.startswith("<Bad instance at") and record.deep.startswith("[[[") and record.good == "[1]"
+
+
+def test_logging_that_comes_from_a_zip_file(write, log, tmp_path):
+    """Its loader is that of all that is in there, as it is where Python itself lies in a zip file."""
+    archive = str(tmp_path / "library.zip")
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.write(logging.__file__, "logging/__init__.py")
+        packed.writestr("other.py", "VALUE = 5")
+    program = write("shop.py", """
+        import miniplug
+        class Shop:
+            def log(self, text):
+                import logging
+                import other
+                logging.getLogger("till").warning(text)
+                return [other.VALUE, logging.__file__]
+        miniplug.serve({"shop": Shop()})
+        """)
+    path = os.pathsep.join([archive, os.path.dirname(miniplug.__file__)])
+    logger = logging.getLogger("host.plugins.shop")
+    with miniplug.launch([sys.executable, program], env={"PYTHONPATH": path}, logger=logger) as plugin:
+        value, path = plugin.dispense().log("it works")
+    assert value == 5 and path.startswith(archive)
+    assert log.await_message("it works").name == "host.plugins.shop.till"

@@ -203,7 +203,7 @@ def test_factories_make_an_instance_each_and_objects_are_shared(write):
         with pytest.raises(miniplug.PluginNotFound, match="several plugins are served") as caught:
             plugin.dispense()
         assert caught.value.names == ["made", "own", "shared"]
-        with pytest.raises(miniplug.PluginNotFound, match="no plugin 'no' is served: there are made, own, shared"):
+        with pytest.raises(miniplug.PluginNotFound, match="no plugin 'no' is served, only made, own, shared"):
             plugin.dispense("no")
 
 
@@ -1443,3 +1443,15 @@ def test_a_gone_proxy_gives_its_instance_back(write, tmp_path):
         del method
         plugin.dispense("other")
         until((tmp_path / "gone").exists)
+
+
+def test_a_proxy_that_was_released_is_not_called():
+    with miniplug.launch(WORKSHOP) as plugin:
+        proxy = plugin.dispense()
+        greet = proxy.greet
+        assert greet("world") == "Hello, world!"
+        miniplug.release(proxy)
+        for call in (greet, greet.submit, greet.notify):
+            with pytest.raises(miniplug.DeadReference, match="was released"):
+                call("world")
+        assert plugin.dispense().greet("again") == "Hello, again!"

@@ -228,7 +228,7 @@ def test_a_frozen_host_without_the_file_says_what_to_pack(monkeypatch, tmp_path)
 # -- MINIPLUG_ATTACH
 
 @pytest.mark.parametrize("text, words", [
-    ("{}}", "Extra data"), ("[]", "'list' object has no attribute 'keys'")])
+    ("{}}", "Extra data"), ("[]", "'list' object has no attribute 'items'")])
 def test_a_variable_that_is_no_such_thing(monkeypatch, text, words):
     monkeypatch.setenv("MINIPLUG_ATTACH", text)
     with pytest.raises(miniplug.LaunchError, match=f"MINIPLUG_ATTACH is not {{NAME: config}} as JSON: {words}"):

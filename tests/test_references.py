@@ -156,6 +156,44 @@ def double(value):
 # -- what goes by reference
 
 
+def test_no_lock_is_left_held_by_what_a_handler_raises_as_it_is_taken(both, proxy):
+    """As Python 3.14 lets one raise between the two steps of a `with`."""
+    class Lock:
+        def __init__(self, lock):
+            self.acquire, self.release = lock.acquire, lock.release
+
+        def __enter__(self):
+            self.acquire()
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_):
+            self.release()
+
+    references, lock = both.here.references, both.here.references._lock
+    references._lock = Lock(lock)
+    content = both.here.codec.dumps(double, "value")
+    references.unlend(content[3])
+    references._lock = lock
+    assert proxy.call(double, 2) == 4
+    given_back(both)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_what_a_handler_has_left_half_lent_is_lent_all_the_same(both, proxy, error):
+    references = both.here.references
+
+    class Struck(dict):
+        def setdefault(self, *_):
+            references._loans = dict(self)
+            raise error("struck")
+
+    references._loans = Struck(references._loans)
+    with pytest.raises(error):
+        proxy.call(double, 2)
+    assert proxy.call(double, 2) == 4
+    given_back(both)
+
+
 @pytest.mark.parametrize("function", [double, lambda value: value * 2, functools.partial(pow, 2), Thing("x").get, [].append, len,
                                       Callable(), Silent(), asyncio.sleep])
 @pytest.mark.parametrize("nested", [False, True])

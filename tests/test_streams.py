@@ -280,6 +280,22 @@ def test_submit_of_a_streaming_method_resolves_to_the_stream(both, proxy):
     settled(both)
 
 
+def test_a_stream_that_a_handler_has_cut_off_ends_at_once(both, proxy):
+    """What had come when it struck is not read as if nothing had been."""
+    stream = proxy.count(100)
+    take = stream._take
+
+    def struck(call):
+        take(call)
+        raise KeyboardInterrupt
+
+    stream._take = struck
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert list(stream) == []
+    settled(both)
+
+
 @pytest.mark.parametrize("method", ["count", "a_count"])
 def test_no_item_is_lost_when_the_stream_goes_to_a_callback(both, proxy, method):
     """The first items come before the callback has run."""

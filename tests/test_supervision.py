@@ -174,15 +174,15 @@ def test_an_error_past_the_limit_says_what_to_do(shop):
 def test_who_knows_that_it_has_ended_can_start_it(shop, monkeypatch, how):
     """However long what follows from the end takes: the start does not take the old session for a living one."""
     held = threading.Event()
-    end = miniplug._Run._end_session
+    dispose = miniplug._Session.dispose
 
-    def end_slowly(run):
+    def dispose_slowly(session):
         held.wait(1.0)
-        end(run)
+        dispose(session)
 
     with miniplug.launch(shop, stderr="discard") as plugin:
         proxy, pid, run = plugin.dispense(), plugin.pid, plugin._supervisor.run
-        monkeypatch.setattr(miniplug._Run, "_end_session", end_slowly)
+        monkeypatch.setattr(miniplug._Session, "dispose", dispose_slowly)
         if how == "the crash itself":
             crash(proxy)
         elif how == "close":
@@ -224,15 +224,16 @@ def test_what_follows_from_an_end_holds_when_wait_returns(shop, monkeypatch):
 def test_wait_tells_of_the_process_that_it_waited_for(shop, monkeypatch):
     with miniplug.launch(shop, stderr="discard") as plugin:
         run = plugin._supervisor.run
+        ended = run.ended.wait
 
-        def wait(seconds=-1):
-            assert run.ended.wait(30)
+        def wait(seconds):
+            assert ended(30)
             monkeypatch.undo()
             plugin.start()  # as another thread does just then
             return True
 
         plugin.dispense().die.notify(7)
-        monkeypatch.setattr(run, "wait", wait)
+        monkeypatch.setattr(run.ended, "wait", wait)
         assert plugin.wait() == 7 and plugin.running
         assert plugin.wait(-1) is None and plugin.wait(0) is None  # a deadline that has passed is no endless one
 

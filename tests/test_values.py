@@ -481,8 +481,8 @@ def test_an_encode_that_fails_is_named():
         codec().dumps([1, Slotted(1)], "value")
 
 
-def test_what_strikes_once_is_no_fault_of_the_value():
-    """As a signal handler does that raises in the midst of it."""
+def test_what_strikes_is_no_fault_of_the_value():
+    """As a signal handler does that raises in the midst of it, and again while it is looked for the reason."""
     strikes = []
 
     def strike(value):
@@ -493,9 +493,10 @@ def test_what_strikes_once_is_no_fault_of_the_value():
     miniplug.register(Slotted, encode=lambda slotted: strike([slotted.value]), decode=lambda state: strike(Slotted(*state)))
     for value in (Slotted(1), [1.5, Slotted(float("nan"))]):
         for error in (TimeoutError("struck"), ValueError("struck"), LookupError("struck")):
-            strikes.append(error)
-            with pytest.raises(type(error), match="struck"):
-                codec().dumps(value, "value")
+            for times in (1, 3):
+                strikes.extend([error] * times)
+                with pytest.raises(type(error), match="struck"):
+                    codec().dumps(value, "value")
             content = codec().dumps(value, "value")
             strikes.append(error)
             with pytest.raises(type(error), match="struck"):

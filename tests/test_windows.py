@@ -163,9 +163,9 @@ def test_with_limits_the_process_runs_in_the_job_or_not_at_all(system, refused):
 # -- what processes say of their end
 
 @pytest.mark.parametrize("code, words", [
-    (0xC0000005, "died of an access violation (status 0xC0000005)"),
-    (0xC00000FD, "died of a stack overflow (status 0xC00000FD)"),
-    (0xC0000409, "died of abort() or a buffer overrun (status 0xC0000409)"),
+    (0xC0000005, "died of an unhandled exception (status 0xC0000005)"),
+    (0xC00000FD, "died of an unhandled exception (status 0xC00000FD)"),
+    (0xC0000409, "died of an unhandled exception (status 0xC0000409)"),
     (0xC0001234, "died of an unhandled exception (status 0xC0001234)"),
     (0xFFFFFFFF, "exited with status 4294967295"),  # -1
     (3, "exited with status 3"),
@@ -201,7 +201,7 @@ def pair():
     """Two channels past the handshake, which take messages of 10 MB."""
     both = channels()
     for channel in both:
-        channel.begin(10_000_000)
+        channel.begin(10_000_000, 10_000_000)
     yield both
     for channel in both:
         channel.close()
@@ -217,7 +217,7 @@ def frames():
 
 
 def send(channel, body, *buffers, deadline=None):
-    channel.send((0, 0, 0, 0), body, buffers, [], True, deadline)
+    channel.send(0, 0, 0, (body, buffers, 0, []), 0, True, deadline)
 
 
 def read(channel, count):

@@ -1,91 +1,68 @@
-// A named pipe of Windows, as if it were a socket on which each frame has its length before it.
+// The host's named pipe on Windows. Each frame is a message there, without its length.
 
 package main
 
 import (
 	"io"
+	"runtime"
 	"syscall"
 	"unsafe"
 )
 
-var (
-	kernel32            = syscall.NewLazyDLL("kernel32.dll")
-	createEvent         = kernel32.NewProc("CreateEventW")
-	getOverlappedResult = kernel32.NewProc("GetOverlappedResult")
-	setPipeState        = kernel32.NewProc("SetNamedPipeHandleState")
-)
-
-const (
-	overlappedFlag = 0x40000000 // or a write would wait until a read is done
-	messageMode    = 2          // or nobody would know where a frame ends
-	moreData       = syscall.Errno(234)
-)
-
 type pipe struct {
-	handle syscall.Handle
-	unread []byte // of the last frame
+	io.Reader // what has come, each frame with its length before it
+	handle    syscall.Handle
 }
 
-func dialPipe(address string) (io.ReadWriteCloser, error) {
+var kernel32 = syscall.NewLazyDLL("kernel32.dll")
+
+func init() { dial = dialPipe }
+
+func dialPipe(address string) (io.ReadWriter, error) {
 	name, err := syscall.UTF16PtrFromString(address)
 	if err != nil {
 		return nil, err
 	}
-	access := uint32(syscall.GENERIC_READ | syscall.GENERIC_WRITE)
-	handle, err := syscall.CreateFile(name, access, 0, nil, syscall.OPEN_EXISTING, overlappedFlag, 0)
+	const access, overlapped = syscall.GENERIC_READ | syscall.GENERIC_WRITE, 0x40000000
+	handle, err := syscall.CreateFile(name, access, 0, nil, syscall.OPEN_EXISTING, overlapped, 0)
 	if err != nil {
 		return nil, err
 	}
-	mode := uint32(messageMode)
-	if done, _, err := setPipeState.Call(uintptr(handle), uintptr(unsafe.Pointer(&mode)), 0, 0); done == 0 {
-		return nil, err
-	}
-	return &pipe{handle: handle}, nil
+	mode := uint32(2) // message by message
+	kernel32.NewProc("SetNamedPipeHandleState").Call(uintptr(handle), uintptr(unsafe.Pointer(&mode)), 0, 0)
+	reader, writer := io.Pipe()
+	go readPipe(handle, writer)
+	return pipe{reader, handle}, nil
 }
 
-// Begin a read or a write, and wait until it is done. The error moreData comes with a part of a message.
-func (p *pipe) run(begin func(done *uint32, overlapped *syscall.Overlapped) error) (int, error) {
-	event, _, err := createEvent.Call(0, 1, 0, 0)
-	if event == 0 {
-		return 0, err
-	}
-	defer syscall.CloseHandle(syscall.Handle(event))
-	done, overlapped := new(uint32), &syscall.Overlapped{HEvent: syscall.Handle(event)}
-	if err := begin(done, overlapped); err != nil && err != syscall.ERROR_IO_PENDING && err != moreData {
-		return 0, err
-	}
-	ok, _, err := getOverlappedResult.Call(uintptr(p.handle), uintptr(unsafe.Pointer(overlapped)), uintptr(unsafe.Pointer(done)), 1)
-	if ok == 0 {
-		return int(*done), err
-	}
-	return int(*done), nil
-}
-
-func (p *pipe) Read(into []byte) (int, error) {
-	if len(p.unread) == 0 {
-		var frame []byte
-		for err := error(moreData); err == moreData; {
-			part, count := make([]byte, 1<<16), 0
-			count, err = p.run(func(done *uint32, overlapped *syscall.Overlapped) error {
-				return syscall.ReadFile(p.handle, part, done, overlapped)
-			})
-			if err != nil && err != moreData {
-				return 0, err
-			}
-			frame = append(frame, part[:count]...)
+func readPipe(handle syscall.Handle, into *io.PipeWriter) {
+	var frame []byte
+	for part := make([]byte, 1<<16); ; {
+		count, status := run(func(o *syscall.Overlapped) error { return syscall.ReadFile(handle, part, nil, o) })
+		frame = append(frame, part[:count]...)
+		if status == 0 {
+			into.Write(prefixed(frame))
+			frame = nil
+		} else if status != 0x80000005 { // which would be a part of a message
+			into.Close()
+			return
 		}
-		p.unread = prefixed(frame)
 	}
-	count := copy(into, p.unread)
-	p.unread = p.unread[count:]
-	return count, nil
 }
 
-func (p *pipe) Write(frame []byte) (int, error) {
-	count, err := p.run(func(done *uint32, overlapped *syscall.Overlapped) error {
-		return syscall.WriteFile(p.handle, frame[4:], done, overlapped)
-	})
-	return 4 + count, err
+func (p pipe) Write(frame []byte) (int, error) {
+	run(func(o *syscall.Overlapped) error { return syscall.WriteFile(p.handle, frame[4:], nil, o) })
+	return len(frame), nil // if the host is gone, whoever reads learns it
 }
 
-func (p *pipe) Close() error { return syscall.CloseHandle(p.handle) }
+// run begins to read or to write, and waits until that is done. It gives the number of bytes, and the status.
+func run(begin func(*syscall.Overlapped) error) (uintptr, uintptr) {
+	event, _, _ := kernel32.NewProc("CreateEventW").Call(0, 1, 0, 0)
+	defer syscall.CloseHandle(syscall.Handle(event))
+	o := &syscall.Overlapped{Internal: 1, HEvent: syscall.Handle(event)}
+	if begin(o) == syscall.ERROR_IO_PENDING {
+		syscall.WaitForSingleObject(o.HEvent, syscall.INFINITE)
+	}
+	runtime.KeepAlive(begin) // and with it the bytes
+	return o.InternalHigh, o.Internal
+}

@@ -6,72 +6,39 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
-	"runtime"
-	"sync/atomic"
+	"math/big"
 )
-
-var counters atomic.Int64 // how many of them the host has
 
 // divide(one, other, digits=2): a plain method, and an error that is a ZeroDivisionError in the host.
 func divide(call *Call) (any, error) {
-	in := struct {
-		One, Other float64
-		Digits     int
-	}{Digits: 2}
-	if err := call.Take(&in, "one", "other", "digits?"); err != nil {
+	one, other, digits := 0.0, 0.0, 2
+	if err := call.Take("one other digits?", &one, &other, &digits); err != nil {
 		return nil, err
 	}
-	Log("debug", "numbers", "dividing", Fields{"one": in.One, "other": in.Other})
-	if in.Other == 0 {
+	Log("debug", "numbers", "dividing", Fields{"one": one, "other": other})
+	if other == 0 {
 		return nil, Fail("ZeroDivisionError", "division by zero")
 	}
-	scale := math.Pow10(in.Digits)
-	return math.Round(in.One/in.Other*scale) / scale, nil
+	scale := math.Pow10(digits)
+	return math.Round(one/other*scale) / scale, nil
 }
 
-// primes(below=None): a stream, which waits for its reader. Its deferred functions run also when the host closes it.
+// primes(below=None): a stream, which waits for its reader. Its defer runs also when the host closes it.
 func primes(call *Call) (any, error) {
-	in := struct{ Below int }{math.MaxInt}
-	if err := call.Take(&in, "below?"); err != nil {
+	below, given := int64(math.MaxInt64), 0
+	if err := call.Take("below?", &below); err != nil {
 		return nil, err
 	}
 	return Stream(func(yield func(any) error) error {
-		var found []int
-		defer func() { Log("info", "numbers", "no more primes", Fields{"given": len(found)}) }()
-	next:
-		for number := 2; number < in.Below; number++ {
-			for _, prime := range found {
-				if number%prime == 0 {
-					continue next
-				}
+		defer func() { Log("info", "numbers", "no more primes", Fields{"given": given}) }()
+		for number := int64(2); number < below; number++ {
+			if !big.NewInt(number).ProbablyPrime(0) { // which is sure of numbers of 64 bits
+				continue
 			}
-			found = append(found, number)
 			if err := yield(number); err != nil {
 				return err
 			}
-		}
-		return nil
-	}), nil
-}
-
-// each(items, function): a stream of what a function of the host's makes of each item.
-func each(call *Call) (any, error) {
-	var in struct {
-		Items    []json.RawMessage
-		Function Function
-	}
-	if err := call.Take(&in, "items", "function"); err != nil {
-		return nil, err
-	}
-	return Stream(func(yield func(any) error) error {
-		for _, item := range in.Items {
-			result, err := call.Ask(in.Function, item)
-			if err == nil {
-				err = yield(result)
-			}
-			if err != nil {
-				return err
-			}
+			given++
 		}
 		return nil
 	}), nil
@@ -79,39 +46,23 @@ func each(call *Call) (any, error) {
 
 // find(items, test): the first item that passes the test, a function of the host's.
 func find(call *Call) (any, error) {
-	var in struct {
-		Items []json.RawMessage
-		Test  Function
-	}
-	if err := call.Take(&in, "items", "test"); err != nil {
+	var items []json.RawMessage
+	var test Function
+	if err := call.Take("items test", &items, &test); err != nil {
 		return nil, err
 	}
-	for asked, item := range in.Items {
-		if call.Context.Err() != nil {
+	for asked, item := range items {
+		if call.Err() != nil {
 			Log("warn", "numbers", "given up", Fields{"asked": asked})
-			return nil, call.Context.Err()
+			return nil, call.Err()
 		}
-		if passes, err := call.Ask(in.Test, item); err != nil || string(passes) == "true" {
+		if passes, err := call.Ask(test, item); err != nil || string(passes) == "true" {
 			return item, err
 		}
 	}
-	return nil, Fail("LookupError", fmt.Sprintf("none of %d passes", len(in.Items)))
-}
-
-// counter(start=0): an object that stays here, and is called from the host for as long as the host likes.
-func counter(call *Call) (any, error) {
-	var in struct{ Start int64 }
-	if err := call.Take(&in, "start?"); err != nil {
-		return nil, err
-	}
-	counters.Add(1)
-	object := Object{"next": func(*Call) (any, error) { return atomic.AddInt64(&in.Start, 1) - 1, nil }}
-	return Lend(object, func() { counters.Add(-1) }), nil
+	return nil, Fail("LookupError", fmt.Sprintf("none of %d passes", len(items)))
 }
 
 func main() {
-	Serve(map[string]Object{"numbers": {
-		"divide": divide, "primes": primes, "each": each, "find": find, "counter": counter,
-		"counters": func(*Call) (any, error) { return counters.Load(), nil }, // how many of those the host still has
-	}}, Fields{"language": "Go", "version": runtime.Version()})
+	Serve("numbers", Methods{"divide": divide, "primes": primes, "find": find}, Fields{"language": "Go"})
 }

@@ -1,10 +1,11 @@
-// The protocol of docs/protocol.md, sections 6 to 9, for a plugin in Go: calls, references, streams, the end.
+// The protocol of docs/protocol.md, sections 6 to 10: calls, callbacks, streams, the end, logging. Copy this,
+// wire.go and pipe_windows.go, and serve methods of your own.
 
 package main
 
 import (
-	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -12,290 +13,258 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
-// An Object is what the host can call: a function for each method. It returns plain data, a Loan or a Stream.
-type Object map[string]func(*Call) (any, error)
+// Fields is an object of JSON; as an error, one with the keys that the protocol has for it.
+type Fields map[string]any
 
-// A Loan is an object that stays here, and is called from the host.
-type Loan struct {
-	Object
-	released func() // runs once the host has given it back
-	number   uint64
+func (f Fields) Error() string { return fmt.Sprint(f["message"]) }
+
+// Fail makes an error that is a builtin exception of Python in the host: Fail("KeyError", "pears").
+func Fail(kind, text string) error {
+	return Fields{"type": kind, "message": text, "kind": kind, "args": []string{text}}
 }
 
-// A Stream gives the host many values: it yields each, and returns what yield does if that is an error.
+func own(name, text string, names ...string) error { // an error of miniplug's own, about the call itself
+	return Fields{"type": name, "message": text, "own": true, "state": Fields{"names": names}}
+}
+
+// Log with the host's logger, below the plugin's own. The level is debug, info, warn or error.
+func Log(level, module, text string, fields Fields) {
+	fields["@level"], fields["@module"], fields["@message"] = level, module, text
+	fields["@timestamp"] = time.Now().UTC().Format("2006-01-02T15:04:05.000000Z")
+	line, _ := json.Marshal(fields)
+	os.Stderr.Write(append(line, '\n')) // in one piece
+}
+
+// Methods by name. Each returns plain data, or a Stream.
+type Methods map[string]func(*Call) (any, error)
+
+// A Stream yields values. It returns what yield returns, if that is an error: the host wants no more.
 type Stream func(yield func(value any) error) error
 
-// A Function is one of the host's. It came with a call, and can be called until that has ended: see Ask.
+// A Function is one of the host's, for Ask, until the Call that brought it has ended.
 type Function struct {
-	Reference []json.RawMessage `json:"$ref"`
+	Number [1]uint64 `json:"$ref"`
 }
 
 // A Call is one of the host's.
 type Call struct {
-	Context  context.Context // done once the host has given the call up, or ends the plugin
-	stop     func()
-	number   uint64
-	args     []json.RawMessage
-	named    map[string]json.RawMessage
-	credit   chan bool // something for each item that the host takes
-	borrowed []uint64  // the numbers of what the host has lent with it, to be given back after it
+	context.Context // done once the host has given the call up, or ends the plugin
+	stop            func()
+	frame           []byte
+	number          uint64
+	args            []json.RawMessage
+	named           map[string]json.RawMessage
+	borrowed        []uint64
+	credit          chan bool // something for each item that the host takes
 }
 
 var (
-	running sync.WaitGroup // all calls that have not ended
+	life, end = context.WithCancel(context.Background()) // until the host ends the plugin
+	running   sync.WaitGroup                             // the host's calls
+	calls     sync.Map                                   // those, by number
+	asked     sync.Map                                   // channels for answers of the host's, by number
+	lastAsked uint64
 
-	state               sync.Mutex // for all that follows
-	lent                = map[uint64]Loan{}
-	calls               = map[uint64]*Call{} // those that the host still waits for
-	asked               = map[uint64]chan message{}
-	lastLent, lastAsked uint64
-	stopping            bool
+	// A tag, and a reference's number. No text in JSON looks like it: its quotes come after a backslash.
+	tag = regexp.MustCompile(`\{\s*"(\$\w*)"\s*:\s*\[?\s*(\d*)`)
 )
 
-// Take puts the arguments into the fields of a struct, by their names in that order, however they came. A name that
-// ends in `?` may be left out.
-func (c *Call) Take(into any, names ...string) error {
-	for i, name := range names {
-		short := strings.TrimSuffix(name, "?")
-		_, there := c.named[short]
-		if i < len(c.args) && !there {
-			c.named[short] = c.args[i]
-		} else if i < len(c.args) || !there && short == name {
-			return Fail("TypeError", "no or two values for "+name)
+// Take puts the arguments into variables, by position or by name. One whose name ends in ? may be left out.
+func (c *Call) Take(names string, into ...any) error {
+	wrong, used := Fail("TypeError", "the arguments are "+names), 0
+	for i, name := range strings.Fields(names) {
+		value, given := c.named[strings.TrimSuffix(name, "?")]
+		if i < len(c.args) {
+			value, given = c.args[i], true
+		}
+		_, isFunction := into[i].(*Function)
+		if found := tag.FindSubmatch(value); found != nil && c.frame[3]&tagged != 0 && !isFunction {
+			return own("NotSerializable", "this plugin takes plain data, no "+string(found[1]))
+		} else if given && json.Unmarshal(value, into[i]) == nil {
+			used++
+		} else if given || !strings.HasSuffix(name, "?") {
+			return wrong
 		}
 	}
-	data, _ := json.Marshal(c.named)
-	decoder := json.NewDecoder(bytes.NewReader(data))
-	decoder.DisallowUnknownFields()
-	if err := decoder.Decode(into); err != nil || len(c.args) > len(names) {
-		return Fail("TypeError", fmt.Sprint("it does not take these arguments ", err))
+	if used < len(c.args)+len(c.named) { // there are too many, or two for one name
+		return wrong
 	}
 	return nil
 }
 
-// A tag, and a reference's number. Nothing inside a string of JSON looks like it, since quotes have a backslash there.
-var tag = regexp.MustCompile(`\{\s*"\$(\w*)"\s*:\s*(?:\[\s*(\d+))?`)
-
-// Note what is lent with a body, and refuse all else that is not plain data.
-func (c *Call) note(m message) error {
-	if m.flags&tagged == 0 {
-		return nil
-	}
-	for _, found := range tag.FindAllSubmatch(m.body, -1) {
-		if name := string(found[1]); name != "ref" {
-			return own("NotSerializable", "this plugin takes plain data, and no $"+name, Fields{"path": "", "type_name": name})
-		}
-		number, _ := strconv.ParseUint(string(found[2]), 10, 64)
-		c.borrowed = append(c.borrowed, number)
-	}
-	return nil
-}
-
-// Ask calls a function of the host's on behalf of this call. It is to be used by one goroutine of a call at a time.
-func (c *Call) Ask(function Function, args ...any) (json.RawMessage, error) {
-	if len(function.Reference) == 0 {
-		return nil, Fail("TypeError", "the function is missing")
-	}
-	reply := make(chan message, 1)
-	state.Lock()
-	lastAsked++
-	number := lastAsked
-	asked[number] = reply
-	state.Unlock()
-	body := []any{function.Reference[0], "", append([]any{}, args...), Fields{}}
+// Ask calls a function of the host's on behalf of this call.
+func (c *Call) Ask(function Function, argument any) (json.RawMessage, error) {
+	number, answer := atomic.AddUint64(&lastAsked, 1), make(chan []byte, 1)
+	asked.Store(number, answer)
+	body := []any{function.Number[0], "", []any{argument}, Fields{}}
 	if err := post(kCall, 0, number, c.number, body); err != nil {
 		return nil, err
 	}
-	m := <-reply
-	if m.kind == kResult {
-		return m.body, c.note(m)
+	frame := <-answer
+	c.borrow(frame)
+	if frame[1] == kError {
+		failure := Fields{}
+		json.Unmarshal(frame[headerSize:], &failure) // with its home, it is the host's very own exception again
+		return nil, Fields{"type": failure["type"], "message": failure["message"], "home": number}
+	} else if frame[3] != 0 {
+		return nil, Fail("TypeError", "this plugin takes plain data only")
 	}
-	var failure struct {
-		Type, Message string
-		Own           bool
-	}
-	if json.Unmarshal(m.body, &failure); failure.Own { // which is about this call of ours
-		return nil, fmt.Errorf("%s: %s", failure.Type, failure.Message)
-	}
-	whole := map[string]json.RawMessage{}
-	json.Unmarshal(m.body, &whole)
-	whole["home"], _ = json.Marshal(number) // passed on, it is the host's very own exception again
-	return nil, &Failure{whole, m.flags, failure.Message}
+	return frame[headerSize:], nil
 }
 
-func (c *Call) run(m message) (any, error) {
-	var target uint64
-	var method string
-	if err := c.note(m); err != nil {
-		return nil, err
-	}
-	if err := json.Unmarshal(m.body, &[]any{&target, &method, &c.args, &c.named}); err != nil {
-		die("The host sent a call of another shape:", err)
-	}
-	state.Lock()
-	loan, there := lent[target]
-	ending := stopping
-	state.Unlock()
-	if ending {
-		return nil, own("PluginClosed", "the plugin is ending", Fields{})
-	} else if !there {
-		return nil, own("DeadReference", fmt.Sprintf("reference %d is not lent", target), Fields{})
-	} else if loan.Object[method] == nil {
-		return nil, own("MethodNotFound", "no method "+method, Fields{"name": method, "matches": []string{}})
-	}
-	return loan.Object[method](c)
-}
-
-func (c *Call) answer(m message) {
-	defer running.Done()
-	value, err := c.run(m)
-	kind, flags := byte(kResult), uint16(0)
-	if loan, ok := value.(Loan); ok {
-		flags, value = tagged, Fields{"$ref": []any{loan.number, keys(loan.Object), false}}
-	} else if stream, ok := value.(Stream); ok {
-		if value, kind = nil, kEnd; m.kind == kCall {
-			post(kResult, streaming, c.number, 0, nil)
-			err = stream(c.yield)
+func (c *Call) borrow(frame []byte) { // what the host has lent in it, to be given back after this call
+	for _, found := range tag.FindAllSubmatch(frame[headerSize:], -1) {
+		if frame[3]&tagged != 0 && string(found[1]) == "$ref" {
+			number, _ := strconv.ParseUint(string(found[2]), 10, 64)
+			c.borrowed = append(c.borrowed, number)
 		}
 	}
-	state.Lock()
-	waiting := calls[c.number] == c && m.kind == kCall
-	delete(calls, c.number)
-	state.Unlock()
-	if err == nil && waiting {
-		err = post(kind, flags, c.number, 0, value)
+}
+
+func (c *Call) run(objects [2]Methods) (any, error) {
+	var target int
+	var method string
+	c.borrow(c.frame)
+	json.Unmarshal(c.frame[headerSize:], &[]any{&target, &method, &c.args, &c.named})
+	if target >= len(objects) {
+		return nil, own("DeadReference", "that is not lent")
+	} else if objects[target][method] == nil {
+		return nil, own("MethodNotFound", "no method "+method)
 	}
-	if failure, ok := err.(*Failure); ok && waiting {
-		post(kError, failure.flags, c.number, 0, failure.body)
-	} else if err != nil && waiting {
-		post(kError, 0, c.number, 0, Fields{"type": fmt.Sprintf("%T", err), "message": err.Error()})
-	} else if err != nil && m.kind == kNotify {
-		fmt.Fprintln(os.Stderr, err)
-	}
-	for _, target := range c.borrowed {
-		post(kRelease, 0, target, 0, nil)
-	}
+	return objects[target][method](c)
 }
 
 func (c *Call) yield(value any) error {
 	select {
-	case <-c.Context.Done():
-		return c.Context.Err()
+	case <-c.Done():
+		return c.Err()
 	case <-c.credit:
 		return post(kItem, 0, c.number, 0, []any{value})
 	}
 }
 
-func (c *Call) give(credit int) {
-	for ; credit > 0; credit-- {
-		c.credit <- true
+func (c *Call) answer(objects [2]Methods) {
+	defer running.Done()
+	value, err := c.run(objects)
+	kind, flags, wanted := byte(kResult), uint16(0), c.frame[1] == kCall
+	if _, ok := value.(reference); ok {
+		flags = tagged
 	}
-}
-
-// Lend an object. `released` runs once the host has given it back.
-func Lend(object Object, released func()) Loan {
-	state.Lock()
-	defer state.Unlock()
-	lastLent++
-	lent[lastLent] = Loan{object, released, lastLent}
-	return lent[lastLent]
-}
-
-func keys[V any](table map[string]V) []string {
-	names := []string{}
-	for name := range table {
-		names = append(names, name)
+	if stream, ok := value.(Stream); ok && wanted {
+		post(kResult, streaming, c.number, 0, nil)
+		kind, value, err = kEnd, nil, stream(c.yield)
 	}
-	return names
+	if err == nil && wanted && c.Err() == nil {
+		err = post(kind, flags, c.number, 0, value)
+	}
+	failure, ok := err.(Fields)
+	if err != nil && !ok {
+		failure = Fields{"type": fmt.Sprintf("%T", err), "message": err.Error()}
+	}
+	if err != nil && !wanted {
+		fmt.Fprintln(os.Stderr, err)
+	} else if err != nil && c.Err() == nil {
+		post(kError, 0, c.number, 0, failure)
+	}
+	for _, number := range c.borrowed {
+		post(kRelease, 0, number, 0, nil)
+	}
+	calls.Delete(c.number)
+	c.stop()
 }
 
-// Serve objects by name until the host says stop, or is gone; then end the process. `info` is data about the plugin.
-func Serve(plugins map[string]Object, info Fields) {
+type reference Fields
+
+// Serve methods until the host says stop, or is gone; then end the process. `info` is data about the plugin.
+func Serve(name string, methods Methods, info Fields) {
 	address, key := os.Getenv("MINIPLUG_ADDRESS"), os.Getenv("MINIPLUG_AUTHKEY")
-	for _, variable := range os.Environ() {
-		if strings.HasPrefix(variable, "MINIPLUG_") {
-			os.Unsetenv(strings.SplitN(variable, "=", 2)[0])
+	for _, pair := range os.Environ() {
+		if strings.HasPrefix(pair, "MINIPLUG_") {
+			os.Unsetenv(strings.Split(pair, "=")[0])
 		}
 	}
 	if address == "" {
 		die("This program is a plugin: its application starts it, not a person.")
 	}
-	if err := dial(address); err != nil {
+	var err error
+	if host, err = dial(address); err != nil {
 		die("The host cannot be reached:", err)
 	}
 	shakeHands(address, key)
-	lent[0] = Loan{system(plugins, info), nil, 0}
-	for m := next(); m.kind != 0; m = next() {
-		handle(m)
-	}
-	finish(2) // the host is gone
-}
-
-func system(plugins map[string]Object, info Fields) Object { // what a plugin tells about itself
-	dispense := func(call *Call) (any, error) {
-		var in struct{ Name string }
-		names := keys(plugins)
-		if err := call.Take(&in, "name?"); err != nil {
+	objects := [2]Methods{{"info": func(*Call) (any, error) { return info, nil }}, methods}
+	objects[0]["dispense"] = func(call *Call) (any, error) {
+		wanted := name
+		if err := call.Take("name?", &wanted); err != nil {
 			return nil, err
-		} else if in.Name == "" && len(names) == 1 {
-			in.Name = names[0]
-		} else if in.Name == "system" {
-			return lent[0], nil
 		}
-		if plugin, there := plugins[in.Name]; there {
-			return Lend(plugin, func() {}), nil
+		number, there := map[string]int{"system": 0, name: 1}[wanted]
+		if !there {
+			return nil, own("PluginNotFound", "no plugin "+wanted, name)
 		}
-		return nil, own("PluginNotFound", "no plugin "+in.Name+" is served", Fields{"names": names})
+		names := []string{}
+		for name := range objects[number] {
+			names = append(names, name)
+		}
+		return reference{"$ref": []any{number, names, false}}, nil
 	}
-	return Object{"dispense": dispense, "info": func(*Call) (any, error) { return info, nil }}
+	for frame := receive(limit); frame != nil; frame = receive(limit) {
+		for beside := binary.BigEndian.Uint32(frame[4:]); beside > 0; beside-- {
+			receive(limit) // bytes, which Take refuses
+		}
+		handle(frame, objects)
+	}
+	leave(2) // the host is gone
 }
 
-func handle(m message) {
-	state.Lock()
-	defer state.Unlock()
-	c, reply, loan := calls[m.number], asked[m.number], lent[m.number]
+func handle(frame []byte, objects [2]Methods) {
+	kind, number, body := frame[1], binary.BigEndian.Uint64(frame[8:]), frame[headerSize:]
+	found, _ := calls.Load(number)
+	c, there := found.(*Call)
 	switch {
-	case m.kind == kCall || m.kind == kNotify:
-		c = &Call{number: m.number, credit: make(chan bool, 2*window)}
-		c.Context, c.stop = context.WithCancel(context.Background())
-		c.give(window)
-		calls[m.number] = c
+	case frame[0] != 1 || kind > kShutdown && frame[3]&ignorable == 0:
+		die("The host speaks another version of the protocol.")
+	case (kind == kCall || kind == kNotify) && life.Err() != nil:
+		go post(kError, 0, number, 0, own("PluginClosed", "the plugin is ending"))
+	case kind == kCall || kind == kNotify:
+		c = &Call{frame: frame, number: number, credit: make(chan bool, 2*window)}
+		c.Context, c.stop = context.WithCancel(life)
+		c.grant(window)
+		calls.Store(number, c)
 		running.Add(1)
-		go c.answer(m)
-	case (m.kind == kResult || m.kind == kError) && reply != nil:
-		delete(asked, m.number)
-		reply <- m
-	case m.kind == kCredit && c != nil:
-		count, _ := strconv.Atoi(string(m.body))
-		c.give(count)
-	case m.kind == kCancel && c != nil:
-		delete(calls, m.number)
+		go c.answer(objects)
+	case kind == kPing:
+		go post(kPong, 0, number, 0, nil) // whoever reads must not wait until the host does
+	case kind == kShutdown:
+		seconds := 0.0
+		json.Unmarshal(body, &seconds)
+		end() // before the next call is read
+		go leave(seconds)
+	case kind == kResult || kind == kError:
+		if answer, there := asked.LoadAndDelete(number); there {
+			answer.(chan []byte) <- frame
+		}
+	case kind == kCredit && there:
+		items := 0
+		json.Unmarshal(body, &items)
+		c.grant(items)
+	case kind == kCancel && there:
 		c.stop()
-	case m.kind == kRelease && loan.released != nil:
-		delete(lent, m.number)
-		loan.released()
-	case m.kind == kPing:
-		go post(kPong, 0, m.number, 0, nil) // whoever reads must not wait until the host does
-	case m.kind == kShutdown:
-		seconds, _ := strconv.ParseFloat(string(m.body), 64)
-		go finish(seconds)
-	case m.kind > kShutdown && m.flags&ignorable == 0:
-		die("The host sent the unknown kind", m.kind)
 	}
 }
 
-func finish(grace float64) { // within that many seconds
-	state.Lock()
-	stopping = true
-	for _, c := range calls {
-		c.stop()
+func (c *Call) grant(items int) {
+	for ; items > 0; items-- {
+		c.credit <- true
 	}
-	state.Unlock()
+}
+
+func leave(grace float64) { // within that many seconds
+	end()
 	time.AfterFunc(time.Duration(grace/2*float64(time.Second)), func() { os.Exit(0) })
 	running.Wait()
-	connection.Close()
 	os.Exit(0)
 }

@@ -1,19 +1,17 @@
 // A plugin in Node.js: a few things to do with numbers. ../python/plugin.py and ../go/plugin.go are the same.
 
-import { Failure, lend, log, serve } from "./wire.mjs";
-
-let counters = 0; // how many of them the host has
+import { failure, log, serve } from "./wire.mjs";
 
 const numbers = {
   // divide(one, other, digits=2): a plain method, and an error that is a ZeroDivisionError in the host.
   divide(call) {
     const [one, other, digits = 2] = call.take("one", "other", "digits?");
     log("debug", "numbers", "dividing", { one, other });
-    if (other === 0) throw new Failure("ZeroDivisionError", "division by zero");
+    if (other === 0) throw failure("ZeroDivisionError", "division by zero");
     return Number((one / other).toFixed(digits));
   },
 
-  // primes(below=None): a stream, which waits for its reader. It runs its `finally` also when the host closes it.
+  // primes(below=None): a stream, which waits for its reader. Its `finally` runs also when the host closes.
   *primes(call) {
     const [below] = call.take("below?"), found = [];
     try {
@@ -27,12 +25,6 @@ const numbers = {
     }
   },
 
-  // each(items, function): a stream of what a function of the host's makes of each item.
-  async *each(call) {
-    const [items, convert] = call.take("items", "function");
-    for (const item of items) yield await convert(item);
-  },
-
   // find(items, test): the first item that passes the test, a function of the host's.
   async find(call) {
     const [items, test] = call.take("items", "test");
@@ -43,18 +35,8 @@ const numbers = {
       }
       if (await test(item)) return item;
     }
-    throw new Failure("LookupError", `none of ${items.length} passes`);
+    throw failure("LookupError", `none of ${items.length} passes`);
   },
-
-  // counter(start=0): an object that stays here, and is called from the host for as long as the host likes.
-  counter(call) {
-    let [next = 0] = call.take("start?");
-    counters++;
-    return lend({ next: () => next++ }, () => counters--);
-  },
-
-  // counters(): how many of those the host still has.
-  counters: () => counters,
 };
 
-serve({ numbers }, { language: "JavaScript", version: process.version });
+serve("numbers", numbers, { language: "JavaScript", version: process.version });

@@ -1,48 +1,33 @@
-// The protocol (docs/protocol.md) for a plugin in Node.js. Copy this file, and serve objects of your own.
+// The protocol (docs/protocol.md) for a plugin in Node.js. Copy this file, and serve functions of your own.
 //
-// The host can call each function of a served object, but those that begin with `_`. It gets one argument, the Call. What
-// it returns, or its promise brings, is the result: plain data, or what lend() gave. A generator makes a stream.
+// A function gets a Call. What it returns, or its promise brings, is the result, as JSON.stringify writes it.
+// A generator makes a stream. What it throws is raised in the host.
 
 import { createHmac, randomBytes, timingSafeEqual } from "node:crypto";
 import { writeSync } from "node:fs";
 import { connect } from "node:net";
-import { overPipe } from "./pipe.mjs";
 
-const CALL = 1, NOTIFY = 2, RESULT = 3, ERROR = 4, ITEM = 5, END = 6, CREDIT = 7, CANCEL = 8, RELEASE = 9, PING = 10,
-  PONG = 11, SHUTDOWN = 12;
+const CALL = 1, NOTIFY = 2, RESULT = 3, ERROR = 4, ITEM = 5, END = 6, CREDIT = 7, CANCEL = 8, RELEASE = 9;
+const PING = 10, PONG = 11, SHUTDOWN = 12; // kinds of messages
 const TAGGED = 1, IGNORABLE = 2, STREAM = 4; // flags
-const HEADER = 24; // bytes
 const WINDOW = 64; // items of a stream that the host takes unread
-const LIMIT = 16 << 20; // the longest message that this side takes, in bytes
+const HEADER = 24, LIMIT = 16 << 20; // bytes: of a header, and of the longest message that this side takes
 
-const { MINIPLUG_ADDRESS: address, MINIPLUG_AUTHKEY: key, MINIPLUG_LOG_LEVEL: threshold = "0" } = process.env;
+const { MINIPLUG_ADDRESS: address, MINIPLUG_AUTHKEY: key } = process.env;
 for (const name of Object.keys(process.env)) if (name.startsWith("MINIPLUG_")) delete process.env[name];
 
-/** An error that is raised in the host as a builtin exception of Python: `new Failure("KeyError", "pears")`. */
-export class Failure extends Error {
-  constructor(kind, ...args) {
-    super(String(args[0] ?? ""));
-    this.body = { type: kind, message: this.message, kind, args };
-  }
+/** An error that is a builtin exception of Python in the host: `throw failure("KeyError", "pears")`. */
+export function failure(type, message, more = { kind: type, args: [message] }) {
+  return Object.assign(new Error(message), { body: { type, message, ...more } });
 }
 
-/** Log with the host's logger, below the plugin's own: `log("warn", "store.disk", "is full", { free: 12 })`. */
-export function log(level, module, message, fields = {}) {
-  if ({ debug: 10, info: 20, warn: 30, error: 40 }[level] < Number(threshold)) return; // the host would drop it
-  const record = { "@level": level, "@module": module, "@message": message, "@timestamp": new Date().toISOString() };
-  writeSync(2, JSON.stringify({ ...fields, ...record }) + "\n"); // in one piece, and at once
-}
+const own = (type, message, state = {}) => failure(type, message, { own: true, state }); // miniplug's own
 
-/** To be returned: an object that stays here, and is called from the host. `released` runs once it is given back. */
-export function lend(object, released = () => {}, number = ++lastLent) {
-  lent.set(number, { object, released });
-  const tag = { $ref: [number, methodsOf(object), false] };
-  tags.add(tag);
-  return tag;
-}
-
-function own(type, message, state = {}) { // an error of miniplug's own, about the call itself
-  return Object.assign(new Error(message), { body: { type, message, own: true, state } });
+/** Log with the host's logger, below the plugin's own: `log("warn", "disk", "is full", { free: 12 })`. */
+export function log(level, module, message, fields) {
+  const record = { "@level": level, "@module": module, "@message": message };
+  const line = JSON.stringify({ ...fields, ...record, "@timestamp": new Date().toISOString() });
+  writeSync(2, `${line}\n`); // in one piece, and at once
 }
 
 function die(why) {
@@ -52,128 +37,145 @@ function die(why) {
 
 // -- frames
 
-let socket, wake = () => {};
+const onPipe = address?.startsWith("\\\\"); // as on Windows
+let socket, written = Promise.resolve(), header = 0; // of the handshake's frames: they are JSON alone
 
-async function read(size) { // that many bytes; null when the connection has ended
-  for (;;) {
-    const data = size === 0 ? Buffer.alloc(0) : socket.read(size);
-    if (data?.length === size) return data;
-    if (data || socket.readableEnded || socket.destroyed) return null;
-    await new Promise((resolve) => (wake = resolve));
+async function* receive() { // all frames, until the connection ends
+  const [start, findEnd] = onPipe ? [0, endOnPipe] : [4, endOnSocket];
+  let data = Buffer.alloc(0), end;
+  try {
+    for await (const chunk of socket) {
+      data = Buffer.concat([data, chunk]);
+      for (; (end = findEnd(data)) <= data.length; data = data.subarray(end)) yield data.subarray(start, end);
+    }
+  } catch {} // it was cut off, which is an end as well
+}
+
+function endOnSocket(data) {
+  const size = data.length < 4 ? 0 : data.readInt32BE();
+  if (size < 0 || size > (header ? LIMIT + HEADER : 4096)) die(`The host sent a frame of ${size} bytes.`);
+  return 4 + size;
+}
+
+// On a pipe a frame is a message, without its length, but Node.js reads bytes. It ends before the byte 1, as
+// the next header begins with it, or where all that has come is JSON. In the handshake two may come at once.
+function endOnPipe(data) {
+  const ready = header && data.length > header;
+  if (ready && data.readUInt32BE(4)) die("This plugin cannot take bytes beside a message over a pipe.");
+  const next = header ? data.indexOf(1, header) : data.indexOf("}{") + 1;
+  if (next > 0) return next;
+  try {
+    if (data.length > header) JSON.parse(data.subarray(header));
+    return Math.max(data.length, header, 1); // more than there is, if that is less than a header
+  } catch {
+    return Infinity;
   }
 }
 
-async function receive(limit) { // a frame; null when the connection has ended
-  const head = await read(4), size = head?.readInt32BE(); // -1 if that needs 8 bytes, which is too much in any case
-  if (size < 0 || size > limit) die(`The host sent a frame of ${size} bytes.`);
-  return head && read(size);
+function prefixed(data) { // with its length
+  const size = Buffer.alloc(4);
+  size.writeUInt32BE(data.length);
+  return Buffer.concat([size, data]);
 }
 
-function number32(value) {
-  const bytes = Buffer.alloc(4);
-  bytes.writeUInt32BE(value);
-  return bytes;
+function send(frame) { // once the one before it is written, or on a pipe both would be one message
+  const data = onPipe ? frame : prefixed(frame);
+  written = written.then(() => new Promise((done) => socket.write(data, done)));
 }
 
-const send = (frame) => socket.write(Buffer.concat([number32(frame.length), frame]));
-
-async function shakeHands() {
-  const said = [];
-  const hear = async () => JSON.parse(said[said.push((await receive(4096)) ?? die("The host is gone.")) - 1]);
-  const say = (message) => send(said[said.push(Buffer.from(JSON.stringify(message))) - 1]);
-  const proofOf = (role) => {
+async function shakeHands(frames) {
+  const hear = async () => (await frames.next()).value ?? die("The host is gone.");
+  const proof = (role, ...said) => {
     const mac = createHmac("sha256", Buffer.from(key, "hex"));
-    for (const part of [Buffer.from(role), Buffer.from(address), ...said]) mac.update(number32(part.length)).update(part);
+    for (const part of [Buffer.from(role), Buffer.from(address), ...said]) mac.update(prefixed(part));
     return mac.digest("hex");
   };
-  hostLimit = (await hear()).max_message;
-  say({ miniplug: 1, role: "plugin", nonce: randomBytes(16).toString("hex"), protocol_versions: [1],
-        max_message: LIMIT, features: [], codecs: ["json"] });
-  say({ proof: proofOf("plugin") });
-  const choice = await hear(), expected = Buffer.from(proofOf("host"));
-  const proof = Buffer.from(String((await hear()).proof));
-  if (proof.length !== expected.length || !timingSafeEqual(proof, expected)) die("The host does not hold the key.");
-  if (choice.refusal) die(`The host refused this plugin: ${choice.refusal}`);
+  const theirs = await hear(), nonce = randomBytes(16).toString("hex");
+  const ours = Buffer.from(JSON.stringify({ miniplug: 1, role: "plugin", nonce, protocol_versions: [1],
+    max_message: LIMIT, features: [], codecs: ["json"] }));
+  const ourProof = Buffer.from(JSON.stringify({ proof: proof("plugin", theirs, ours) }));
+  send(ours);
+  send(ourProof);
+  const choice = await hear(), shown = Buffer.from(`${JSON.parse(await hear()).proof}`);
+  const right = Buffer.from(proof("host", theirs, ours, ourProof, choice));
+  if (shown.length !== right.length || !timingSafeEqual(shown, right)) die("The host does not hold the key.");
+  if (JSON.parse(choice).refusal) die(`The host refused this plugin: ${JSON.parse(choice).refusal}`);
+  hostLimit = JSON.parse(theirs).max_message;
+  header = HEADER;
 }
 
 // -- messages
 
-const lent = new Map(), tags = new WeakSet(); // what the host holds: number to { object, released }; and how it is told
-const calls = new Map(); // the host's calls that it still waits for
-const running = new Set(); // the promises of all calls that have not ended
-const asked = new Map(); // our calls of what the host has lent, which it has not answered yet
-let hostLimit, lastLent = 0, lastAsked = 0n, stopping = false;
+const objects = []; // what the host can call, by number: the system, and the plugin
+const calls = new Map(); // the host's calls that have not ended, by number
+const asked = new Map(); // who waits for the answer to a call of this side, by number
+const namesOf = (object) => Object.keys(object).filter((name) => !name.startsWith("_"));
+let hostLimit, lastAsked = 0n, stopping = false;
 
-function post(kind, number, value, flags = 0, parent = 0n) {
-  const body = Buffer.isBuffer(value) ? value : Buffer.from(value === undefined ? "" : JSON.stringify(value, refuse));
-  const size = body.length;
-  if (size > hostLimit) throw own("MessageTooLarge", `${size} bytes are too many`, { size, limit: hostLimit });
-  const header = Buffer.alloc(HEADER);
-  header.writeUInt8(1, 0);
-  header.writeUInt8(kind, 1);
-  header.writeUInt16BE(flags, 2);
-  header.writeBigUInt64BE(BigInt(number), 8);
-  header.writeBigUInt64BE(parent, 16);
-  send(Buffer.concat([header, body]));
+function post(kind, number, value = null, flags = 0, parent = 0n) {
+  const head = Buffer.alloc(HEADER), body = Buffer.from(JSON.stringify(value));
+  if (body.length > hostLimit) throw own("MessageTooLarge", `${body.length} bytes are too many`);
+  head.set([1, kind, 0, flags]);
+  head.writeBigUInt64BE(number, 8);
+  head.writeBigUInt64BE(parent, 16);
+  send(Buffer.concat([head, body]));
 }
 
-function refuse(key, value) { // what JSON.stringify would drop, or change without a word
-  const changed = typeof value === "function" || (typeof value === "number" && !Number.isFinite(value));
-  if (changed || (key !== "" && tags.has(value))) throw new Failure("TypeError", `this cannot travel here: ${value}`);
-  return value;
-}
-
-const methodsOf = (object) => Object.keys(object).filter((name) => !name.startsWith("_"));
-
+/** A call of the host's. */
 class Call {
   #abort = new AbortController();
   signal = this.#abort.signal; // aborted once the host has given the call up, or ends the plugin
+  flags = 0; // of the answer
   #borrowed = []; // the numbers of what the host has lent with it, to be given back after it
   #credit = WINDOW;
   #wake = () => {};
 
-  constructor(number) {
+  constructor(number, message) {
     this.number = number;
+    calls.set(number, this);
+    this.done = this.#answer(message);
   }
 
-  /** The arguments in the order of these names, however they came. A name that ends in `?` may be left out. */
+  /** The arguments in the order of these names, however they came. One with a `?` may be left out. */
   take(...names) {
     const { args, named } = this, known = names.map((name) => name.replace("?", ""));
     const values = known.map((name, place) => (place < args.length ? args[place] : named[name]));
-    const extra = Object.keys(named).find((name) => !known.slice(args.length).includes(name));
-    const missing = names.find((name, place) => !name.endsWith("?") && values[place] === undefined);
-    if (extra || args.length > names.length) throw new Failure("TypeError", `unexpected argument ${extra ?? ""}`);
-    if (missing) throw new Failure("TypeError", `missing argument ${missing}`);
-    return values;
+    const missing = names.some((name, place) => !name.endsWith("?") && values[place] === undefined);
+    const unused = Object.keys(named).some((name) => !known.slice(args.length).includes(name));
+    if (!missing && !unused && args.length <= names.length) return values;
+    throw failure("TypeError", `the arguments are ${names.join(", ")}`);
   }
 
-  steer(credit) { // how many more items the host takes; 0 if it wants no more
-    if (credit) this.#credit += credit;
-    else this.#abort.abort();
-    this.#wake();
-  }
-
-  decode(text, flags) {
+  #decode({ flags, text }) {
     return JSON.parse(text, flags & TAGGED ? (_, value) => this.#untag(value) : undefined);
   }
 
   #untag(value) {
     const [tag, ...others] = Object.keys(value ?? {});
     if (typeof value !== "object" || others.length || !tag?.startsWith("$")) return value;
-    if (tag === "$ref") return this.#borrow(value.$ref[0]);
-    throw own("NotSerializable", `this plugin takes plain data, and no ${tag}`, { path: "", type_name: tag });
+    if (tag !== "$ref") throw own("NotSerializable", `this plugin takes plain data, no ${tag}`);
+    this.#borrowed.push(BigInt(value.$ref[0]));
+    return (...args) => this.#ask([value.$ref[0], "", args, {}]);
   }
 
-  #borrow(target) { // a function that calls one of the host's, on behalf of this call
-    this.#borrowed.push(target);
-    return (...args) => new Promise((resolve, reject) => {
-      post(CALL, ++lastAsked, [target, "", args, {}], 0, this.number);
-      asked.set(lastAsked, { call: this, resolve, reject });
-    });
+  async #ask(body) { // calls a function of the host's on behalf of this call
+    const number = ++lastAsked;
+    post(CALL, number, body, 0, this.number);
+    const answer = await new Promise((resolve) => asked.set(number, resolve));
+    asked.delete(number);
+    if (answer.kind === RESULT) return this.#decode(answer);
+    const { type, message } = JSON.parse(answer.text);
+    throw failure(type, message, { home: Number(number) }); // in the host it is its very own exception again
   }
 
-  async stream(values) {
-    post(RESULT, this.number, undefined, STREAM);
+  grant(items) { // the host takes so many more; none if it has given the call up
+    if (!items) this.#abort.abort();
+    this.#credit += items;
+    this.#wake();
+  }
+
+  async #stream(values) {
+    post(RESULT, this.number, null, STREAM);
     for await (const value of values) {
       while (!this.#credit && !this.signal.aborted) await new Promise((resolve) => (this.#wake = resolve));
       if (this.signal.aborted) return; // which closes `values`
@@ -183,102 +185,73 @@ class Call {
     post(END, this.number);
   }
 
-  async run(target, method) {
-    const { object } = lent.get(target) ?? {};
+  async #run(message) {
+    let target, method;
+    [target, method, this.args, this.named] = this.#decode(message);
     if (stopping) throw own("PluginClosed", "the plugin is ending");
-    if (!object) throw own("DeadReference", `reference ${target} is not lent`);
-    if (methodsOf(object).includes(method)) return (await object[method](this)) ?? null;
-    throw own("MethodNotFound", `no method ${method}`, { name: method, matches: [] });
+    if (!objects[target]) throw own("DeadReference", `${target} is not lent`);
+    if (namesOf(objects[target]).includes(method)) return objects[target][method](this);
+    throw own("MethodNotFound", `no method ${method}`);
   }
 
-  async answer(kind, text, flags) {
+  async #answer(message) {
     try {
-      const [target, method, ...rest] = this.decode(text, flags);
-      [this.args, this.named] = rest;
-      const value = await this.run(target, method);
-      if (kind === NOTIFY) await value?.return?.();
-      else if (typeof value?.next === "function") await this.stream(value);
-      else if (calls.has(this.number)) post(RESULT, this.number, value, tags.has(value) ? TAGGED : 0);
+      const value = await this.#run(message);
+      if (message.kind === NOTIFY) await value?.return?.();
+      else if (typeof value?.next === "function") await this.#stream(value);
+      else if (!this.signal.aborted) post(RESULT, this.number, value, this.flags);
     } catch (error) {
-      if (kind === NOTIFY) writeSync(2, `${error.stack}\n`);
-      else if (!calls.has(this.number)) return; // nobody waits for it
-      else if (error.raw) post(ERROR, this.number, error.raw, error.flags); // of the host's own, as it came
-      else post(ERROR, this.number, { type: error.name, message: error.message, traceback: error.stack, ...error.body });
-    } finally {
-      calls.delete(this.number);
-      for (const target of this.#borrowed) post(RELEASE, target);
+      const body = { type: error.name, message: error.message, traceback: error.stack, ...error.body };
+      if (message.kind === NOTIFY) writeSync(2, `${error.stack}\n`);
+      else if (!this.signal.aborted) post(ERROR, this.number, body);
     }
-  }
-}
-
-function settle(kind, number, text, flags) {
-  const { call, resolve, reject } = asked.get(number) ?? {};
-  asked.delete(number);
-  try {
-    if (kind === RESULT) return resolve?.(call.decode(text, flags));
-    const { own, type, message } = JSON.parse(text);
-    const home = String(text).replace(/^\s*\{(?=\s*")/, `{"home":${number},`); // passed on, it is the host's very own again
-    const raw = Buffer.from(home);
-    reject?.(Object.assign(new Error(message), own ? { name: type } : { raw, flags }));
-  } catch (error) {
-    reject?.(error);
+    calls.delete(this.number);
+    for (const number of this.#borrowed) post(RELEASE, number);
   }
 }
 
 // -- the plugin
 
-/** Serve objects by name until the host says stop, or is gone; then end the process. `info`: plain data about it. */
-export async function serve(plugins, info = {}) {
+/** Serve an object's functions until the host says stop, or is gone; then end the process. */
+export async function serve(name, plugin, info = {}) {
   if (!address) die("This program is a plugin: its application starts it, not a person.");
-  const [, host, port] = /^\[?([^/]*?)\]?:(\d+)$/.exec(address) ?? []; // else it is a path
-  socket = connect(host === undefined ? { path: address } : { host, port: Number(port) });
-  if (address.startsWith("\\\\.\\pipe\\")) socket = overPipe(socket);
-  for (const event of ["readable", "end", "close"]) socket.on(event, () => wake());
-  socket.on("error", () => {}); // "close" follows
-  await shakeHands();
-  const names = Object.keys(plugins);
-  const system = { // what a plugin tells about itself
+  const system = {
     info: () => info,
     dispense(call) {
-      const [name] = call.take("name?"), found = name ?? (names.length === 1 ? names[0] : "");
-      if (name === "system") return lend(system, undefined, 0);
-      if (!names.includes(found)) throw own("PluginNotFound", `no plugin ${name} is served`, { names });
-      return lend(plugins[found]);
+      const wanted = call.take("name?")[0] ?? name, number = ["system", name].indexOf(wanted);
+      if (number < 0) throw own("PluginNotFound", `no plugin ${wanted}`, { names: [name] });
+      call.flags = TAGGED;
+      return { $ref: [number, namesOf(objects[number]), false] };
     },
   };
-  lend(system, undefined, 0);
-  for (let frame; (frame = await receive(LIMIT + HEADER)); ) {
-    if (frame.length < HEADER || frame[0] !== 1) die("The host does not speak this version of the wire.");
-    const kind = frame[1], flags = frame.readUInt16BE(2), number = frame.readBigUInt64BE(8);
-    for (let count = frame.readUInt32BE(4); count > 0; count--) await receive(LIMIT); // bytes: #untag refuses the call
-    handle(kind, flags, number, frame.length > HEADER ? frame.subarray(HEADER) : Buffer.from("null"));
+  objects.push(system, plugin);
+  socket = connect(address).on("error", () => {}); // after which nothing more comes
+  const frames = receive();
+  await shakeHands(frames);
+  let beside = 0; // so many frames that come next are bytes, which #untag refuses
+  for await (const frame of frames) {
+    if (beside-- > 0) continue;
+    beside = frame.readUInt32BE(4);
+    if (frame[0] !== 1) die("The host does not speak this version of the wire.");
+    handle(frame[1], frame[3], frame.readBigUInt64BE(8), frame.toString("utf8", HEADER) || "null");
   }
   await end(2); // the host is gone
 }
 
 function handle(kind, flags, number, text) {
-  if (kind === CALL || kind === NOTIFY) {
-    const call = new Call(number);
-    calls.set(number, call);
-    const done = call.answer(kind, text, flags).then(() => running.delete(done));
-    running.add(done);
-  } else if (kind === RESULT || kind === ERROR) settle(kind, number, text, flags);
-  else if (kind === CREDIT) calls.get(number)?.steer(JSON.parse(text));
-  else if (kind === CANCEL) {
-    calls.get(number)?.steer(0);
-    calls.delete(number);
-  } else if (kind === RELEASE && number !== 0n) {
-    lent.get(Number(number))?.released();
-    lent.delete(Number(number));
-  } else if (kind === PING) post(PONG, number);
+  if (kind === CALL || kind === NOTIFY) new Call(number, { kind, flags, text });
+  else if (kind === RESULT || kind === ERROR) asked.get(number)?.({ kind, flags, text });
+  else if (kind === CREDIT) calls.get(number)?.grant(JSON.parse(text));
+  else if (kind === CANCEL) calls.get(number)?.grant(0);
+  else if (kind === PING) post(PONG, number);
   else if (kind === SHUTDOWN) end(JSON.parse(text));
-  else if (kind !== RELEASE && kind !== PONG && !(flags & IGNORABLE)) die(`The host sent the unknown kind ${kind}.`);
+  else if (kind > SHUTDOWN && !(flags & IGNORABLE)) die(`The host sent the unknown kind ${kind}.`);
 }
 
 async function end(grace) { // within that many seconds
   stopping = true;
-  for (const call of calls.values()) call.steer(0);
-  await Promise.race([Promise.all(running), new Promise((resolve) => setTimeout(resolve, 500 * grace))]);
-  if (socket.destroyed) process.exit(0);
-  socket.end(() => process.exit(0));
+  setTimeout(() => process.exit(0), 500 * grace);
+  for (const call of calls.values()) call.grant(0);
+  await Promise.all([...calls.values()].map((call) => call.done));
+  process.exit(0);
 }

@@ -25,10 +25,7 @@ def main() -> None:
             print("no way:", error)
         with numbers.primes() as primes:  # there is no end of them
             print("primes:", *itertools.islice(primes, 10))
-        print("doubled:", *numbers.each(["a", "b"], lambda item: 2 * item))
         print("found:", numbers.find(list(range(100)), lambda number: number * number > 2000))
-        counter = numbers.counter(41)
-        print("counted:", counter.next(), counter.next())
         print("it is in", plugin.info["language"])
 
 

@@ -34,6 +34,7 @@ ROWS = {  # what the victim does: what comes of it, the exit code or the excepti
     "hard_exit_in_a_thread": (DIES, 7, ALL),
     "terminate": (DIES, 15 if WINDOWS else -15, ("in a call",)),
     "interrupt": (DIES, -2, ("in a call", "closing")),
+    "interrupt_a_thread": (DIES, -2, ("in a call",)),
     "abort": (DIES, None if WINDOWS else -6, ("in a call",)),  # there 3 or 0xC0000409, as the C library likes
     "hard_exit": (DIES, 7, ("in a call", "closing")),
     "write_and_exit": (DIES, 7, ("in a call", "in a stream")),
@@ -88,10 +89,10 @@ ROWS = {  # what the victim does: what comes of it, the exit code or the excepti
     "set_a_default_timeout": (ANSWERS, None, ("starting", "in a call")),
 }
 POSIX_ONLY = {
-    "interrupt", "become_another_program", "close_every_descriptor", "ask_for_too_much_memory", "eat_all_memory",
-    "eat_all_descriptors", "eat_all_threads", "fill_a_disk", "fork", "fork_and_go_on_in_both", "fork_a_child_that_stays",
-    "fork_a_child_that_stays_and_exit", "start_a_stray_and_exit", "kill_the_guardian", "lose_the_door", "lose_the_folder",
-    "block_all_signals",
+    "interrupt", "interrupt_a_thread", "become_another_program", "close_every_descriptor", "ask_for_too_much_memory",
+    "eat_all_memory", "eat_all_descriptors", "eat_all_threads", "fill_a_disk", "fork", "fork_and_go_on_in_both",
+    "fork_a_child_that_stays", "fork_a_child_that_stays_and_exit", "start_a_stray_and_exit", "kill_the_guardian", "lose_the_door",
+    "lose_the_folder", "block_all_signals",
 }
 
 WINDOWS_OWN = {  # where Windows has ways of its own; a start takes long there, so of the other rows there is one cell each

@@ -145,6 +145,14 @@ def interrupt():
     for_ever()
 
 
+def interrupt_a_thread():
+    """That wakes no other; so the main thread, which it is for, finds it when it looks."""
+    import signal
+
+    signal.pthread_kill(threading.get_ident(), 2)
+    for_ever()
+
+
 def segfault():
     import faulthandler
 
