@@ -60,7 +60,7 @@ The map of this file; each section uses only those above it:
 #     host     _Method.__call__ -> _act     asks its _Target (a _Dispensed) where the object is now; the
 #                                           _Supervisor starts the plugin if it has to: a session, a number
 #              _Caller.call                 makes a _Call, with a number of its own and an inbox
-#              _Codec.dumps_call            makes its content: bytes, buffers beside them, what is lent
+#              _Codec.dumps                 makes its content: bytes, buffers beside them, what is lent
 #              _Session.send -> _Channel.send -> write      a message: header, body, buffers
 #              _Reader.wait                 takes the seat and reads, or sleeps while another thread reads
 #     plugin   _Channel.receive             bytes become messages
@@ -585,18 +585,11 @@ _EACH = frozenset((  # what "$each" may hold: nothing that is much longer than i
 _MAKES: dict[tuple[str, type], Any] = {}  # what has been found of that, by the tag and the type of the state
 
 
-def _spread(function: Any, items: list[Any]) -> Any:
-    return function(*items)
-
-
 def _maker(tag: str, kind: type) -> Any:
     ways = _TAGS[tag].make
-    if kind is list and _ITEMS in ways:
-        made = _found(ways[_ITEMS])
-        make: Any = partial(_spread, made)
-    else:
-        make = _found(ways[kind])
-    _MAKES[tag, kind] = make
+    spreads = kind is list and _ITEMS in ways
+    make = _found(ways[_ITEMS if spreads else kind])
+    _MAKES[tag, kind] = make = (lambda items, make=make: make(*items)) if spreads else make
     return make
 
 
@@ -752,18 +745,31 @@ def _are_plain(values: Sequence[Any]) -> bool:
 
 
 class _Packer:
-    """One value on its way out, of one thread. `fit` gives what the encoder is to write for it. `plain` are
-    the types that it does not look at: without str and float it is careful. Where it fails, `trail` is the
-    way there, from within: what was looked at, and which part of that."""
+    """One value on its way out, of one thread. `plain` are the types of which it looks at none: without str
+    and float it is careful. Where it fails, `trail` is the way there, from within: what was looked at, and
+    which part of that."""
 
     tagged = 0
 
-    def __init__(self, codec: _Codec, lent: list[int], plain: Any = _PLAIN) -> None:
+    def __init__(self, codec: _Codec, lent: list[int], label: str | None, plain: Any = _PLAIN) -> None:
         self.buffers: list[_Bytes] = []  # that go beside the message
         self.trail: list[tuple[Any, Any]] = []
+        self.label = label  # of what is looked at; None: of a call
         self._codec = codec
         self._lent = lent  # the numbers of what was lent
         self._plain = plain
+
+    def write(self, value: Any) -> _Content:
+        """The content. Raises whatever the encoder or an `encode` raises."""
+        if self.label is None:
+            target, method, args, kwargs = value
+            self.label = "args"
+            args = self.fit([*args])
+            self.label = "kwargs"
+            fitted: Any = target, method, args, kwargs and self.fit(kwargs)
+        else:
+            fitted = self.fit(value)
+        return "".join(_encode(fitted, 0)).encode(), self.buffers, self.tagged, self._lent
 
     def fit(self, value: Any) -> Any:
         """The value, or where the encoder would change it without a word, a copy with tags."""
@@ -800,11 +806,17 @@ class _Packer:
         return dict(zip(value, copy)) if kind is dict else copy
 
     def tag(self, value: Any) -> Any:
-        """The value with its tag, or itself if it needs none. Raises whatever an `encode` raises."""
+        """The value with its tag, or itself if it needs none."""
         tag, tell = _WAYS[type(value)]
         try:
             if tell is None:
-                return self._lend(value)
+                loan = self._codec.lend(value, self._lent)
+                if loan is None:
+                    raise NotSerializable(
+                        "register it with miniplug.register, lend it with miniplug.ref(...), or send a plain "
+                        "str, int, list or dict of what is in it")
+                self.tagged = 1
+                return dict((loan,))
             state = tell(value)
             if state is None:
                 return value
@@ -818,14 +830,6 @@ class _Packer:
         except Exception:
             self.trail.append((value, None))
             raise
-
-    def _lend(self, value: Any) -> dict[str, Any]:
-        loan = self._codec.lend(value, self._lent)
-        if loan is None:
-            raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), "
-                                  "or send a plain str, int, list or dict of what is in it")
-        self.tagged = 1
-        return dict((loan,))
 
     def _put(self, data: _Bytes) -> Any:
         """The data in base64, or the number of a buffer."""
@@ -875,11 +879,11 @@ class _Packer:
         self.tagged = 1
         return {"$each": [tag, states]}
 
-    def explain(self, label: str, error: Exception) -> None:
+    def explain(self, error: Exception) -> None:
         """Raise what names the place of what cannot travel, and why; unless it is no matter of a part."""
         if not self.trail:
             return
-        place, state_of = label, None
+        place, state_of = self.label, None
         for held, part in reversed(self.trail):
             if part is None:  # what comes next is its state
                 state_of = held
@@ -966,61 +970,43 @@ class _Codec:
         self.arrays = False
         self._scan = _scanner(_hook(borrow))
 
-    def dumps(self, value: Any, label: str, lent: list[int] | None = None) -> _Content:
+    def dumps(self, value: Any, label: str | None, lent: list[int] | None = None) -> _Content:
         """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent: the list
         `lent`, if there is one, which knows each from the start. Raises NotSerializable, naming the place in
-        `label`."""
+        `label`; None is that of a call, (target, method, args, kwargs)."""
         lent = [] if lent is None else lent
         try:
-            if type(value) in _PLAIN:
+            if type(value) in _PLAIN or (
+                    label is None and not value[3] and _PLAIN.issuperset(map(type, value[2]))):
                 return "".join(_encode(value, 0)).encode(), (), 0, lent
-            packer = _Packer(self, lent)
-            return "".join(_encode(packer.fit(value), 0)).encode(), packer.buffers, packer.tagged, lent
+            return _Packer(self, lent, label).write(value)
         except BaseException as error:
-            return self._dumps_carefully(error, lent, {label: value})
+            return self._dumps_carefully(value, label, lent, error)
 
-    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
-                   lent: list[int] | None = None) -> _Content:
-        """The same of a call."""
-        lent = [] if lent is None else lent
-        try:
-            if not kwargs and _PLAIN.issuperset(map(type, args)):
-                return "".join(_encode((target, method, args, kwargs), 0)).encode(), (), 0, lent
-            packer = _Packer(self, lent)
-            call = target, method, packer.fit([*args]), kwargs and packer.fit(kwargs)
-            return "".join(_encode(call, 0)).encode(), packer.buffers, packer.tagged, lent
-        except BaseException as error:
-            return self._dumps_carefully(error, lent, {"args": [*args], "kwargs": kwargs}, target, method)
-
-    def _dumps_carefully(self, first: BaseException, lent: list[int], parts: dict[str, Any],
-                         *head: Any) -> _Content:
-        """The same again after a failure: the encoder trips over NaN and lone surrogates, and of what cannot
-        travel the place is to be named. Else the value is good, and `first` a signal handler's: it is raised.
-        """
-        label = ""
+    def _dumps_carefully(self, value: Any, label: str | None, lent: list[int], first: Any) -> _Content:
+        """The same again: the encoder trips over NaN and lone surrogates, and of what cannot travel the place
+        is to be named. Else the value is good, and what was raised `first` a signal handler's."""
         try:
             if not isinstance(first, Exception):
                 raise first
             for last in (False, False, True):
                 self.unlend(lent)
-                packer, fitted = _Packer(self, lent, _NEVER), []
+                packer = _Packer(self, lent, label, _NEVER)
                 try:
-                    for label in parts:
-                        fitted.append(packer.fit(parts[label]))
-                    text = "".join(_encode((*head, *fitted) if head else fitted[0], 0))
-                    content = text.encode(), packer.buffers, packer.tagged, lent
+                    content = packer.write(value)
                     break
-                except Exception as error:
-                    if isinstance(error, RecursionError) and not _is_deep():
-                        label = "the call" if head else label
-                        why = f"{label} is nested too deeply, or contains itself"
-                        raise NotSerializable(why, path=label) from None
-                    if last:
-                        packer.explain(label, error)
+                except RecursionError:
+                    if _is_deep():
                         raise
-            if not isinstance(first, UnicodeEncodeError) and "JSON compliant" not in str(first):
-                raise first
-            return content
+                    why = f"{label or 'the call'} is nested too deeply, or contains itself"
+                    raise NotSerializable(why, path=label or "the call") from None
+                except Exception as error:
+                    if last:
+                        packer.explain(error)
+                        raise
+            if isinstance(first, UnicodeEncodeError) or "JSON compliant" in str(first):
+                return content
+            raise first
         except BaseException:
             self.unlend(lent)
             raise
@@ -1082,8 +1068,7 @@ _OWN_ERRORS: dict[str, type[PluginError]] = {kind.__name__: kind for kind in (
 
 def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str, Any]:
     """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: no more
-    than its type and as much of its text as goes into any message."""
-    error = error.args[0] if type(error) is _Undecodable else error
+    than its types and as much of its text as goes into any message."""
     kind, cut = type(error), _cut if bare else str
     try:
         message = cut(str(error))
@@ -1095,21 +1080,21 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
     traceback = cut(_format_traceback(error))
     body: dict[str, Any] = {"type": _name_of(kind), "message": message, "traceback": traceback}
     if issubclass(kind, RemoteError) and error._body:  # it goes on, from another process
-        body["type"] = cut(error._body["type"])
-        if kind is RemoteError:
-            body["message"] = cut(error._body["message"])
-    is_group = _GROUP is not None and issubclass(kind, builtins.BaseExceptionGroup)
+        for key in ("type", "message") if kind is RemoteError else ("type",):
+            body[key] = cut(error._body[key])
+    is_group = issubclass(kind, getattr(builtins, "BaseExceptionGroup", ()))
     if not is_group and not _can_be_raised(kind):
         return body
     builtin = [base.__name__ for base in kind.__mro__ if _BUILTIN_ERRORS.get(base.__name__) is base]
     if bare:
         return {**body, "kind": builtin[0], "args": [message], "state": {}} if builtin else body
     registered = [state for tag, state in map(_WAYS.__getitem__, kind.__mro__) if tag == "$type"]
+    state = _error_state(error)
+    args = state.pop("args")
     if registered and not is_group:  # a group's parts are no data
         body["registered"] = registered[0](error)
     if is_group or builtin:
-        state = _error_state(error)
-        body.update(kind="".join(builtin[:1]), args=state.pop("args"), state={
+        body.update(kind="".join(builtin[:1]), args=args, state={
             name: held for name, held in state.items() if name[0] != "_" or name == "__notes__"})
     if is_group:
         parts = [*map(_encode_error, error.exceptions)]
@@ -1119,11 +1104,12 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
 
 def _carried(kind: type, attributes: Mapping[str, Any]) -> dict[str, Any]:
     """What an error of miniplug's carries by its class, of some attributes, if it is of the right type."""
-    def fits(held: Any, default: Any) -> bool:
-        return type(held) in (list, tuple) if default == () else type(held) is type(default)
-
-    return {name: attributes[name] for name, default in vars(kind).items()
-            if name in attributes and name[0] != "_" and fits(attributes[name], default)}
+    carried = {}
+    for name, default in vars(kind).items():
+        kinds = (list, tuple) if default == () else (type(default),)
+        if name in attributes and name[0] != "_" and type(attributes[name]) in kinds:
+            carried[name] = attributes[name]
+    return carried
 
 
 def _format_traceback(error: BaseException) -> str:
@@ -1235,18 +1221,13 @@ def _told_registered(name: str, held: Any) -> Any:
 
 
 def _told_group(body: dict[str, Any], state: dict[str, Any]) -> Any:
-    if _count_parts(body) > _MAX_PARTS:
+    level, count = [body], 0
+    for _ in range(_MAX_LEVELS + 1):
+        level = [part for held in level if type(held) is dict for part in held.get("parts", ())]
+        count += len(level)
+    if level or count > _MAX_PARTS:
         raise ValueError("a group of too many exceptions")
     return _GROUP, {**state, "args": [body["args"][0], [*map(_decode_error, body["parts"])]]}
-
-
-def _count_parts(body: Any, level: int = 0) -> int:
-    """How many exceptions there are in a group's body, in all its levels."""
-    if type(body) is not dict or "parts" not in body:
-        return 0
-    if level == _MAX_LEVELS:
-        raise ValueError("too many groups in each other")
-    return len(body["parts"]) + sum(_count_parts(part, level + 1) for part in body["parts"])
 
 
 _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # without references
@@ -2800,7 +2781,7 @@ class _Caller:
             if kind == _PING:
                 self._start(call, kind, _NOTHING)
             else:
-                self._start(call, kind, self._codec.dumps_call(target, method, args, kwargs, call.lent))
+                self._start(call, kind, self._codec.dumps((target, method, args, kwargs), None, call.lent))
             if kind == _NOTIFY:
                 self._reader.pass_on()  # it may lend something
                 self._calls.pop(call.number, None)
@@ -2837,7 +2818,8 @@ class _Caller:
         try:
             _pool.check()  # without a thread to read the answer nothing is sent
             self._reader.unattended.add(call.number)
-            self._start(call, _CALL, self._codec.dumps_call(target, method, args, kwargs, call.lent), future)
+            content = self._codec.dumps((target, method, args, kwargs), None, call.lent)
+            self._start(call, _CALL, content, future)
             self._reader.pass_on()
             if call.deadline is not None:
                 self._ring(call.deadline)
