@@ -3351,6 +3351,7 @@ class _Session:
             _pool.check()
         except BaseException:
             _sessions.discard(self)
+            channel.close()
             raise
         if serving:
             self.keep_reading()
@@ -4368,10 +4369,12 @@ class _Awaitable:
             base.cancel()
             base.set_running_or_notify_cancel()
         call = self._call
-        if call is not None and call.session is not None:
-            _in_pool(call.session.caller.give_up, call)  # where no handler strikes
-        for callback in callbacks:
-            base.add_done_callback(callback)
+        try:
+            if call is not None and call.session is not None:
+                _in_pool(call.session.caller.give_up, call)  # where no handler strikes
+        finally:
+            for callback in callbacks:
+                base.add_done_callback(callback)
         return True
 
     if TYPE_CHECKING:
@@ -5507,8 +5510,8 @@ class _Recipe:
         argv = [*self.command] if self.is_list else [self.source]
         if self.task:
             argv = [*self._loader(), *self.task]
-        elif self.source == self._whole(argv[0]) in self.sha256:
-            argv[0] = self.source  # and not one of that name on the PATH
+        elif self._whole(argv[0]) in self.sha256:
+            argv[0] = self._whole(argv[0])  # and not one of that name on the PATH
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
             raise self.not_started(argv, f"there is no such file as {self.source}; {_HINT}")
         for path, expected in self.sha256.items():
@@ -6587,7 +6590,8 @@ def _serve_here(server: _Server, env: Mapping[str, str]) -> None:
         server.serve_launcher(env[_ADDRESS], env[_AUTHKEY], {"matches": True})
     except SystemExit:
         pass  # the host's end tells why
-    server.close()
+    finally:
+        server.close()
 
 
 # === 11. discovery ======================================================================================
