@@ -4903,24 +4903,46 @@ class _Lines:
     def __init__(self, file: IO[bytes], deliver: Callable[[str], Any]) -> None:
         self.file = file
         self.tail: deque[str] = deque(maxlen=200)
+        self._log = deliver if isinstance(deliver, _LogSink) else None
+        self._flush = partial(_guard, self._log.flush if self._log else bool)
         self._deliver = deliver
         self._decoder = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
-        self.over = False  # whether nobody wants more of it
         self._line = io.StringIO()  # as much of it as has come
         self._returned = False  # whether the last line has ended with a \r, which a \n may follow
 
-    def read(self) -> None:
-        """Deliver lines until nobody has the other end any more, or what comes is not wanted."""
-        data = b"more"
-        while data:
-            try:
-                data = os.read(self.file.fileno(), 1 << 16)
-            except OSError:
-                data = b""
-            if self.over:
-                data = b""
-            self._take(data)
-        self.file.close()
+    def read_until(self, ended: Callable[[], bool], wake: int) -> None:
+        """Deliver lines until the stream ends, or the process has: another one may hold the pipe open."""
+        more, last = True, float("inf")
+        while more and time.monotonic() < last:
+            over = ended()
+            last = min(last, time.monotonic() + 0.8) if over else last
+            held = self._log and self._log.trace  # a traceback that may go on
+            if self._await_more(0.0 if over else 0.1 if held else None, wake):
+                try:
+                    data = os.read(self.file.fileno(), 1 << 16)
+                except OSError:
+                    data = b""
+                self._take(data)
+                more = bool(data)
+            else:
+                more = not over
+                self._flush()
+        self._flush()
+
+    def _await_more(self, seconds: float | None, wake: int) -> bool:
+        """Whether there is something to read, within that time and before there is something in `wake`."""
+        if not _WINDOWS:
+            return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
+        if seconds is None:
+            return True  # reading itself is what waits
+        handle = _import("msvcrt").get_osfhandle(self.file.fileno())
+        peek = partial(_import("_winapi").PeekNamedPipe, handle, 0)
+        try:
+            if not peek()[0]:
+                time.sleep(seconds)
+            return bool(peek()[0])
+        except OSError:
+            return True  # its end
 
     def _take(self, data: bytes) -> None:
         """Deliver the lines of what has come; at the end, of nothing, what there is."""
@@ -4934,8 +4956,6 @@ class _Lines:
             self._line.write(text)
         if self._line.tell() >= (_LINE_LIMIT if data else 1):
             self._end_line()
-        if not data and isinstance(self._deliver, _LogSink):
-            _guard(self._deliver.flush)
 
     def _end_line(self) -> None:
         text, self._line = self._line.getvalue(), io.StringIO()
@@ -4993,8 +5013,7 @@ def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a p
 
 
 class _LogSink:
-    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is. One
-    thread calls it; one of the pool logs a traceback that nothing follows. `_lock` protects `trace`."""
+    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is."""
 
     _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
     _LINKS = (_HEADS[0], "During handling of the above exception,", "The above exception was the direct")
@@ -5004,33 +5023,17 @@ class _LogSink:
         self._logger = parent.getChild(stream)
         self._prefix = self._logger.name[: -len(stream)]
         self._stderr = stream == "stderr"
-        self._lock = threading.RLock()
         self.trace: list[str] = []  # the lines of a traceback, which may go on
 
     def __call__(self, line: str) -> None:
-        with self._lock:
-            if self.trace and len(self.trace) < 1000 and len(line) <= 1000 and self._goes_on(line):
-                self.trace.append(line)
-                return
-            self.flush()
-            if self._stderr and line.startswith(self._HEADS):
-                self.trace = [line]
-                self._flush_if_idle(self.trace, 0)
-            elif not (self._stderr and self._record(line)):
-                self._logger.log(30 if self._stderr else 20, "%s", line)
-
-    def _flush_if_idle(self, trace: list[str], length: int) -> None:
-        """Log a traceback that has not grown since it had this length; else look again soon."""
-        if self.trace is trace and self._lock.acquire(False):
-            try:
-                if len(trace) == length:
-                    return self.flush()
-            finally:
-                self._lock.release()
-        if self.trace is trace:
-            again = partial(_guard, self._flush_if_idle, trace, len(trace))
-            _pool.alarm(time.monotonic() + 0.1, again)
-        return None
+        if self.trace and len(self.trace) < 1000 and len(line) <= 1000 and self._goes_on(line):
+            self.trace.append(line)
+            return
+        self.flush()
+        if self._stderr and line.startswith(self._HEADS):
+            self.trace = [line]
+        elif not (self._stderr and self._record(line)):
+            self._logger.log(30 if self._stderr else 20, "%s", line)
 
     def _goes_on(self, line: str) -> bool:
         """Whether the traceback does: up to the line that names the exception, or with one of a chain."""
@@ -5039,10 +5042,9 @@ class _LogSink:
         return line.startswith(" ") or not self.trace[0].startswith(" ")
 
     def flush(self) -> None:
-        with self._lock:
-            lines, self.trace = self.trace, []
-            if lines:
-                self._logger.error("%s", "\n".join(lines).rstrip("\n"))
+        lines, self.trace = self.trace, []
+        if lines:
+            self._logger.error("%s", "\n".join(lines).rstrip("\n"))
 
     def _record(self, line: str) -> bool:
         """Log a line of hclog's JSON with its level, logger and fields. False if it is none."""
@@ -5639,22 +5641,28 @@ class _Voice:
         files = (process.stdout, process.stderr)
         self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
         self._threads: list[threading.Thread] = []
+        self._wake: list[int] = []  # a pipe, the end of which wakes them
 
     def start(self) -> None:
+        self._wake.extend(os.pipe() if self._streams else ())
         for stream in self._streams:
-            self._threads.append(_start_thread("miniplug-output", stream.read))
+            what = stream.read_until, lambda: len(self._wake) < 2, self._wake[0]
+            self._threads.append(_start_thread("miniplug-output", *what))
 
-    def stop(self, seconds: float) -> None:
-        """Wait at most that long until all is delivered: what has left the process group may hold it open."""
-        deadline = time.monotonic() + seconds
+    def stop(self) -> None:
+        """Have the threads end, once nothing more comes."""
+        if self._wake:
+            os.close(self._wake.pop())
+
+    def close(self, seconds: float | None = None) -> None:
+        """Close all, unless a thread does not end in that time."""
         for thread in self._threads:
-            thread.join(_left(deadline))
-        for stream in self._streams:
-            stream.over = True
-
-    def close(self) -> None:
-        for stream in self._streams:
-            stream.file.close()
+            thread.join(seconds)
+        if not any(thread.is_alive() for thread in self._threads):
+            for stream in self._streams:
+                stream.file.close()
+            while self._wake:
+                os.close(self._wake.pop())
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
@@ -5773,7 +5781,6 @@ class _Run:
         except BaseException:  # no descriptor or thread to be had
             process.signal(kill=True)
             self._watch()
-            self.output.close()
             raise
         if self.supervisor.state != "up":
             self.supervisor.run = self
@@ -5830,7 +5837,9 @@ class _Run:
             _end_runs([self], 0.0)
         elif self._claim.acquire(False):
             self.session.channel.shutdown()  # at which it turns its output away
-            self.output.stop(0.3)
+            self.output.close(0.3)
+            self.output.stop()
+            self.output.close(0.3)  # on Windows its threads may read on
             self._over()
 
     def drain(self, seconds: float) -> None:
@@ -5847,7 +5856,8 @@ class _Run:
             self.process.signal(kill=True)  # what it has left behind
             if self.config is not None and self.owned:
                 _remove_stale(self.config["address"])
-            self.output.stop(0.8)
+            self.output.stop()
+            self.output.close(1.0)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
             self._over()
@@ -5856,6 +5866,7 @@ class _Run:
         else:
             self.ended.wait()
             self.process.reap()
+        self.output.close()  # somebody's callable may hang
 
     def _over(self) -> None:
         """It is gone, or let go of: end the session, tell who waits, give back, dispose."""
@@ -6672,19 +6683,10 @@ def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
     a host has imported it."""
     sys.meta_path.insert(0, _Finder(name))
-    sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
     _run_script(*arguments) if verb == "run" else _serve_specs(*arguments, **options)
-
-
-def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
-    """As sys.excepthook, without the frames of miniplug and of importing that come first."""
-    here = _show_error.__code__.co_filename
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((here, "<")):
-        frames = frames.tb_next
-    sys.__excepthook__(kind, error.with_traceback(frames), frames)
 
 
 def _run_script(path: str) -> None:
