@@ -81,8 +81,7 @@ The map of this file; each section uses only those above it:
 # Locks, outermost first. One is taken only under those of a line above it:
 #
 #     held while code of the user runs, or a call is waited for, so each is for one thing alone:
-#         _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock,
-#         _LogSink._lock
+#         _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock
 #     _Producer._lock, while a message is sent
 #     _References._lock
 #     _Supervisor.news; but at interpreter exit _close_all takes it and never gives it back: then all others
