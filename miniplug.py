@@ -6682,10 +6682,19 @@ def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
     a host has imported it."""
     sys.meta_path.insert(0, _Finder(name))
+    sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
     _run_script(*arguments) if verb == "run" else _serve_specs(*arguments, **options)
+
+
+def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
+    """As sys.excepthook, without the frames of miniplug and of importing that come first."""
+    here = _show_error.__code__.co_filename
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((here, "<")):
+        frames = frames.tb_next
+    sys.__excepthook__(kind, error.with_traceback(frames), frames)
 
 
 def _run_script(path: str) -> None:

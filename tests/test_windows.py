@@ -296,11 +296,11 @@ def test_what_follows_the_handshake_is_kept(frames):
     here, there = frames
     here.send_frame(b"a")
     here.send_frame(b"b" * 4096)
-    here.begin(1000)
+    here.begin(1000, 1000)
     send(here, b"c", b"d")
     here.close()
     assert [there.receive_frame(time.monotonic() + 20) for _ in range(2)] == [b"a", b"b" * 4096]
-    there.begin(1000)
+    there.begin(1000, 1000)
     assert read(there, 1) == [[b"c", b"d"]]
     with pytest.raises(miniplug._Broken):
         there.receive()
@@ -342,7 +342,7 @@ def test_a_deadline_in_the_handshake(frames):
 ])
 def test_a_message_over_the_limit_is_not_read(pair, sizes, said):
     here, there = pair
-    there.begin(200000)
+    there.begin(200000, 200000)
     writer = in_thread(lambda: [send(here, *map(bytes, each)) for each in ([0, 200000], [200000], sizes)])
     read(there, 2)
     with pytest.raises(miniplug.ProtocolError, match=said.split(",")[1] if WINDOWS else f"a frame of {said}"):
