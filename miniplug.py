@@ -3666,7 +3666,7 @@ def _exit(manager: Any) -> None:
     try:
         if manager is not None:
             type(manager).__exit__(manager, None, None, None)
-    except BaseException as error:  # also sys.exit(): others have to be exited, too
+    except Exception as error:
         _print_error(error)
 
 
