@@ -383,6 +383,7 @@ _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
 _NEVER = frozenset((bool, type(None)))  # it does not even trip over these
 _NESTS = frozenset((list, tuple, dict))
+_CODES = {int: "q", float: "d"}  # of array and struct
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _flatten = itertools.chain.from_iterable
 
@@ -456,14 +457,14 @@ def _make_dict(state: list[Any]) -> dict[Any, Any]:
 
 
 def _make_numbers(code: str, data: bytes) -> list[Any]:
-    if code not in ("q", "d") or type(data) is not bytes:
+    if code not in _CODES.values() or type(data) is not bytes:
         raise ValueError('numbers are "q" or "d", and bytes')
     return [*struct.unpack(f"<{len(data) // 8}{code}", data)]
 
 
 def _make_each(tag: str, states: list[Any]) -> list[Any]:
     if tag not in _EACH or type(states) is not list:
-        raise ValueError("no tag that each may have, and states")
+        raise ValueError("each has a tag that it may have, and states")
     kinds = set(map(type, states))
     if len(kinds) == 1:
         return [*map(_maker(tag, kinds.pop()), states)]
@@ -669,12 +670,14 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
         # a member goes by its name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
                 partial(_make_member, cls))
-    fields: Any = () if issubclass(cls, BaseException) else None
-    if issubclass(cls, tuple):
+    fields: Any = None
+    if issubclass(cls, BaseException):
+        fields = ()
+    elif issubclass(cls, tuple):
         fields = getattr(cls, "_fields", None)
-    elif fields is None and hasattr(cls, "__dataclass_fields__"):
-        if all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
-            fields = [field.name for field in _call("dataclasses.fields", cls)]
+    elif all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
+        fields = getattr(cls, "__dataclass_fields__", None) and [
+            field.name for field in _call("dataclasses.fields", cls)]
     slots = {slot for base in cls.__mro__ for slot in vars(base).get("__slots__", ())}
     if fields is None or not slots <= {*fields, "__dict__", "__weakref__"}:
         raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
@@ -691,9 +694,10 @@ def _make_member(cls: Any, state: Any) -> Any:
     known = cls._value2member_map_
     if state not in known and len(known) >= _MAX_COMBINATIONS:
         raise ValueError(f"there are {_MAX_COMBINATIONS} combinations of its flags already")
-    if cls(state)._value_ != state:  # the enum, or this Python, leaves out what it has no name for
+    member = cls(state)
+    if member._value_ != state:  # the enum, or this Python, leaves out what it has no name for
         raise ValueError(f"it has no flags for {state}")
-    return cls(state)
+    return member
 
 
 def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
@@ -824,34 +828,28 @@ class _Packer:
             if kind is str and state.isascii():
                 return {tag: state}
             if tag == "$bytes" or tag == "$bytearray":
-                return {tag: self._put(state)}
+                if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
+                    return {tag: binascii.b2a_base64(state, newline=False).decode()}
+                self.buffers.append(state)
+                return {tag: len(self.buffers) - 1}
             return {tag: [state[0], self.fit(state[1])] if tag == "$type" else self.fit(state)}
         except Exception:
             self.trail.append((value, None))
             raise
 
-    def _put(self, data: _Bytes) -> Any:
-        """The data in base64, or the number of a buffer."""
-        if len(data) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-            return binascii.b2a_base64(data, newline=False).decode()
-        self.buffers.append(data)
-        return len(self.buffers) - 1
-
     def _fit_many(self, values: Any) -> Any:
         """A long list in its shorter form, or itself if all of it is plain; else None."""
         kind: Any = type(values[0])
-        if [*map(type, values)].count(kind) < len(values):
+        code = _CODES.get(kind) if self._codec.arrays else None
+        if [*map(type, values)].count(kind) < len(values) or (kind in _ATOMS and code is None):
             return values if _are_plain(values) else None
-        if (kind is int or kind is float) and self._codec.arrays:
-            code = "q" if kind is int else "d"
+        if code is not None:
             try:
                 data = struct.pack(f"<{len(values)}{code}", *values)
             except struct.error:  # beyond 64 bits
                 return None
             self.tagged = 1
-            return {"$numbers": [code, {"$bytes": self._put(data)}]}
-        if kind in _ATOMS:
-            return values if _are_plain(values) else None
+            return {"$numbers": [code, self.tag(data)]}
         if kind in _NESTS:  # short ones, at once
             parts = map(dict.values, values) if kind is dict else values
             plain = (kind is dict or max(map(len, values)) < _MANY) and _are_plain([*_flatten(parts)])
@@ -868,13 +866,13 @@ class _Packer:
         tag, tell = _WAYS[kind]
         if tag not in _EACH or not self._codec.arrays:
             return None
-        states: Any = values if kind is bytes or kind is tuple else [*map(tell, values)]
+        states: Any = values
         if kind is bytes:
-            if max(map(len, states)) > _INLINE:
+            if max(map(len, values)) > _INLINE:
                 return None
-            states = [*map(_base64, states)]
+            states = [*map(_base64, values)]
         elif kind is not tuple:
-            states = self.fit(states)
+            states = self.fit([*map(tell, values)])
         self.tagged = 1
         return {"$each": [tag, states]}
 
@@ -975,8 +973,9 @@ class _Codec:
         `label`; None is that of a call, (target, method, args, kwargs)."""
         lent = [] if lent is None else lent
         try:
-            if type(value) in _PLAIN or (
-                    label is None and not value[3] and _PLAIN.issuperset(map(type, value[2]))):
+            kind = type(value)
+            plain = kind in _PLAIN or (kind is int and -_SAFE_INTEGER <= value <= _SAFE_INTEGER)
+            if plain or (label is None and not value[3] and _PLAIN.issuperset(map(type, value[2]))):
                 return "".join(_encode(value, 0)).encode(), (), 0, lent
             return _Packer(self, lent, label).write(value)
         except BaseException as error:
@@ -1085,19 +1084,20 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
     if not is_group and not _can_be_raised(kind):
         return body
     builtin = [base.__name__ for base in kind.__mro__ if _BUILTIN_ERRORS.get(base.__name__) is base]
+    if is_group or builtin:
+        body["kind"] = "ExceptionGroup" if is_group else builtin[0]
     if bare:
-        return {**body, "kind": builtin[0], "args": [message], "state": {}} if builtin else body
+        return body
     registered = [state for tag, state in map(_WAYS.__getitem__, kind.__mro__) if tag == "$type"]
-    state = _error_state(error)
-    args = state.pop("args")
     if registered and not is_group:  # a group's parts are no data
         body["registered"] = registered[0](error)
-    if is_group or builtin:
-        body.update(kind="".join(builtin[:1]), args=args, state={
-            name: held for name, held in state.items() if name[0] != "_" or name == "__notes__"})
+    if "kind" in body:
+        state = _error_state(error)
+        body["args"] = [error.message] if is_group else state["args"]
+        body["state"] = {name: held for name, held in state.items()
+                         if name == "__notes__" or (name != "args" and name[0] != "_")}
     if is_group:
-        parts = [*map(_encode_error, error.exceptions)]
-        body.update(kind="ExceptionGroup", args=[error.message], parts=parts)
+        body["parts"] = [*map(_encode_error, error.exceptions)]
     return body
 
 
