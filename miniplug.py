@@ -446,7 +446,8 @@ def _told_apart(values: Iterable[Any]) -> list[Any]:
 
 
 def _pairs(value: dict[Any, Any]) -> list[Any]:
-    _told_apart(value)
+    if len(value) > _MAX_ALIKE:
+        _told_apart(value)
     return [*_flatten(value.items())]
 
 
@@ -850,18 +851,17 @@ class _Packer:
                 return None
             self.tagged = 1
             return {"$numbers": [code, self.tag(data)]}
-        if kind in _NESTS:  # short ones, at once
-            parts = map(dict.values, values) if kind is dict else values
-            plain = (kind is dict or max(map(len, values)) < _MANY) and _are_plain([*_flatten(parts)])
-            if kind is dict:
-                keys = set(map(type, _flatten(values)))
-                if keys == _TEXTS:
-                    return values if plain and min(map(len, values)) > 1 else None
-                if str in keys or not values[0]:
-                    return None
-            elif not plain:
+        if kind is dict:
+            keys = set(map(type, _flatten(values)))
+            if keys == _TEXTS:
+                plain = min(map(len, values)) > 1 and _are_plain([*_flatten(map(dict.values, values))])
+                return values if plain else None
+            if str in keys or not values[0]:
                 return None
-            elif kind is list:
+        elif kind is list or kind is tuple:  # short ones, at once
+            if max(map(len, values)) >= _MANY or not _are_plain([*_flatten(values)]):
+                return None
+            if kind is list:
                 return values
         tag, tell = _WAYS[kind]
         if tag not in _EACH or not self._codec.arrays:
