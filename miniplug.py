@@ -86,7 +86,7 @@ The map of this file; each section uses only those above it:
 #     _References._lock
 #     _Supervisor.news; but at interpreter exit _close_all takes it and never gives it back: then all others
 #         may be taken under it
-#     under which no other is taken: _mending, _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
+#     under which no other is taken: _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
 #         those of the processes, and the condition of a Call
 #
 # `_Pool._lead` is held by the thread that waits for tasks, and while that runs one which does not wait.
@@ -108,6 +108,7 @@ import io
 import itertools
 import json
 import json.encoder
+import operator
 import os
 import re
 import socket
@@ -1318,7 +1319,17 @@ def _quietly(function: Callable[..., Any], *arguments: Any, kind: Any = OSError)
         pass
 
 
-_references_to = getattr(sys, "getrefcount", lambda held: 1)  # not CPython: no seat is ever lost
+_references_to = getattr(sys, "getrefcount", lambda held: 1)
+
+
+def _count_alone() -> int:
+    """How many references are seen to what only one place has, by a function that looks at it there."""
+    place = {0: [0]}
+    mine = place.get(0)
+    return _references_to(mine) if hasattr(sys, "getrefcount") else 0  # 0, not CPython: no seat is lost
+
+
+_ALONE = _count_alone()
 
 
 class _Seat(dict):  # type: ignore[type-arg]
@@ -1332,24 +1343,17 @@ class _Seat(dict):  # type: ignore[type-arg]
 
     __slots__ = ()
 
-    def count(self) -> int:
-        """How many references there are to what has the seat."""
-        return _references_to(self.get(0))
-
     def holder(self) -> int:
         """The thread's ident; 0 if the seat is free or lost."""
-        is_held = bool(self) and self.count() > _UNHELD
-        return self.get(0, (0,))[0] if is_held else 0
+        mine = self.get(0)
+        return 0 if mine is None or _references_to(mine) <= _ALONE else mine[0]
 
     def mend(self) -> None:
         """Free the seat if it is lost. For threads in which no handler strikes."""
-        with _mending:
-            if self and not self.holder():
-                self.pop(0, None)
-
-
-_UNHELD = _Seat({0: [0]}).count() if hasattr(sys, "getrefcount") else 0
-_mending = threading.Lock()  # held to free a seat that is not one's own
+        mine = self.get(0)
+        if mine is not None and _references_to(mine) <= _ALONE:
+            is_same = map(operator.is_, self.values(), (mine,))
+            _consume(map(self.pop, itertools.compress((0,), is_same)))  # one step: it may be another's by now
 
 
 class _Channel:
