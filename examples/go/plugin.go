@@ -9,51 +9,34 @@ import (
 	"math/big"
 )
 
-// divide(one, other, digits=2): a plain method, and an error that is a ZeroDivisionError in the host.
-func divide(call *Call) (any, error) {
-	one, other, digits := 0.0, 0.0, 2
-	if err := call.Take("one other digits?", &one, &other, &digits); err != nil {
-		return nil, err
-	}
-	Log("debug", "numbers", "dividing", Fields{"one": one, "other": other})
+// divide is a plain method, with an error that is a ZeroDivisionError in the host.
+func divide(call *Call, one, other float64, digits int) (float64, error) {
+	Log("debug", "numbers", "dividing", Data{"one": one, "other": other})
 	if other == 0 {
-		return nil, Fail("ZeroDivisionError", "division by zero")
+		return 0, Fail("ZeroDivisionError", "division by zero")
 	}
 	scale := math.Pow10(digits)
 	return math.Round(one/other*scale) / scale, nil
 }
 
-// primes(below=None): a stream, which waits for its reader. Its defer runs also when the host closes it.
-func primes(call *Call) (any, error) {
-	below, given := int64(math.MaxInt64), 0
-	if err := call.Take("below?", &below); err != nil {
-		return nil, err
-	}
-	return Stream(func(yield func(any) error) error {
-		defer func() { Log("info", "numbers", "no more primes", Fields{"given": given}) }()
-		for number := int64(2); number < below; number++ {
-			if !big.NewInt(number).ProbablyPrime(0) { // which is sure of numbers of 64 bits
-				continue
-			}
-			if err := yield(number); err != nil {
-				return err
-			}
+// primes gives a stream, which waits for its reader. It also ends, by an error of Yield, when the host closes it.
+func primes(call *Call, below int64) (err error) {
+	given := 0
+	for number := int64(2); err == nil && (below == 0 || number < below); number++ {
+		if big.NewInt(number).ProbablyPrime(0) { // which is sure of numbers of 64 bits
+			err = call.Yield(number)
 			given++
 		}
-		return nil
-	}), nil
+	}
+	Log("info", "numbers", "no more primes", Data{"given": given})
+	return err
 }
 
-// find(items, test): the first item that passes the test, a function of the host's.
-func find(call *Call) (any, error) {
-	var items []json.RawMessage
-	var test Function
-	if err := call.Take("items test", &items, &test); err != nil {
-		return nil, err
-	}
+// find gives the first item that passes the test, a function of the host's.
+func find(call *Call, items []json.RawMessage, test Function) (any, error) {
 	for asked, item := range items {
 		if call.Err() != nil {
-			Log("warn", "numbers", "given up", Fields{"asked": asked})
+			Log("warn", "numbers", "given up", Data{"asked": asked})
 			return nil, call.Err()
 		}
 		if passes, err := call.Ask(test, item); err != nil || string(passes) == "true" {
@@ -64,5 +47,9 @@ func find(call *Call) (any, error) {
 }
 
 func main() {
-	Serve("numbers", Methods{"divide": divide, "primes": primes, "find": find}, Fields{"language": "Go"})
+	Serve("numbers", Data{"language": "Go"}, Methods{
+		"divide": {"one other digits=2", divide},
+		"primes": {"below=null", primes},
+		"find":   {"items test", find},
+	})
 }
