@@ -1,5 +1,4 @@
-// A plugin in Go: a few things to do with numbers. ../python/plugin.py and ../node/plugin.mjs are the same.
-// Below them is the protocol of docs/protocol.md. Copy it all, and serve functions of your own.
+// A plugin in Go, the same as ../python and ../node have. Below its functions is the protocol: copy it all.
 package main
 
 import (
@@ -288,7 +287,8 @@ func (c *Call) invoke() (any, error) {
 func dispense(call *Call, name string) (any, error) {
 	number, there := map[string]int{"system": 0, "numbers": 1, "": 1}[name]
 	if !there {
-		return nil, Data{"own": true, "type": "PluginNotFound", "state": Data{"names": []string{"numbers"}}}
+		return nil, Data{"own": true, "type": "PluginNotFound", "message": "no plugin " + name,
+			"state": Data{"names": []string{"numbers"}}}
 	}
 	methods := []string{}
 	for method := range served[number] {
