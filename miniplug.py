@@ -1057,15 +1057,16 @@ class _Codec:
 _MAX_PARTS = 1000  # of an exception group, all together: each takes more here than on the wire
 _MAX_LEVELS = 30  # of groups in groups
 _TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
-_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # not in __dict__
+_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # of builtins
 _GROUPS: Any = getattr(builtins, "BaseExceptionGroup", ())  # new in Python 3.11
-_ENDING = frozenset((  # what would end the program, loop or task that calls
-    "SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration",
-    "asyncio.exceptions.CancelledError", "concurrent.futures._base.CancelledError"))
 
 
 def _is_ending(kind: type) -> bool:
-    return not _ENDING.isdisjoint(map(_name_of, kind.__mro__))
+    """Whether this would end the program, loop or task that calls."""
+    modules = map(sys.modules.get, ("asyncio.exceptions", "concurrent.futures._base"))
+    cancelled = [getattr(module, "CancelledError", SystemExit) for module in modules]
+    return issubclass(kind, (SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration, StopAsyncIteration,
+                             *cancelled))
 
 
 def _can_be_raised(kind: type) -> bool:
@@ -1074,9 +1075,6 @@ def _can_be_raised(kind: type) -> bool:
     return issubclass(kind, Exception) and not is_ours and not _is_ending(kind)
 
 
-_BUILTIN_ERRORS: dict[str, type[Exception]] = {
-    name: value for name, value in vars(builtins).items()
-    if isinstance(value, type) and value is not Exception and _can_be_raised(value)}
 _OWN_ERRORS: dict[str, type[PluginError]] = {kind.__name__: kind for kind in (
     DeadReference, MessageTooLarge, MethodNotFound, NotSerializable, PluginClosed, PluginNotFound)}
 
@@ -1089,15 +1087,14 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
         message = str(error)
     except BaseException:  # a __str__ of its own that fails
         message = "(its text could not be made)"
-    if own and kind in _OWN_ERRORS.values():
-        message, state = (_cut(message), {}) if bare else (message, vars(error))
-        return {"type": kind.__name__, "message": message, "own": True, "state": state}
+    if own and not bare and kind in _OWN_ERRORS.values():
+        return {"type": kind.__name__, "message": message, "own": True, "state": vars(error)}
     body: dict[str, Any] = {"type": _name_of(kind), "message": message, "traceback": _format_traceback(error)}
     if issubclass(kind, RemoteError) and error._body:  # it goes on, from another process
         body.update(type=error._body["type"], message=error._body["message"])
-    is_group, builtin = issubclass(kind, _GROUPS), _builtin_of(kind).__name__
-    if is_group or (builtin in _BUILTIN_ERRORS and _can_be_raised(kind)):
-        body["kind"] = "ExceptionGroup" if is_group else builtin
+    builtin, is_group = _builtin_of(kind), issubclass(kind, _GROUPS)
+    if is_group or (builtin is not Exception and _can_be_raised(kind)):
+        body["kind"] = "ExceptionGroup" if is_group else builtin.__name__
     if bare:
         return {key: _cut(text) for key, text in body.items()}
     if "kind" in body:
@@ -1145,21 +1142,17 @@ def _error_state(error: Any) -> dict[str, Any]:
 def _make_error(cls: Any, state: Any) -> Any:
     """An exception from its state, without a call of any __init__ but the builtin base's. What would make it
     impossible or costly to raise, print or copy is left out."""
-    if type(state) is not dict or type(state.get("args")) is not list:
-        raise ValueError("the state of an exception is its args and attributes")
-    base, args = _builtin_of(cls), state["args"]
+    base, args = _builtin_of(cls), [*state["args"]]
     known = args[:1] if issubclass(base, SyntaxError) else args  # it is printed with a mark at its column
     error = base.__new__(cls, *known)
     base.__init__(error, *known)
     BaseException.__setattr__(error, "args", tuple(args))
     for name, held in state.items():
+        is_hidden = name[:2] == "__" and not (name == "__notes__" and type(held) is list)
         if name in _FIELDS and hasattr(base, name):
-            if isinstance(held, (str, bytes, os.PathLike)) or (type(held) is int and abs(held) >> 64 == 0):
+            if isinstance(held, (str, bytes, os.PathLike)) or (type(held) is int and abs(held) < 1 << 64):
                 getattr(base, name).__set__(error, held)
-        elif name == "__notes__":
-            if type(held) is list:
-                vars(error)[name] = held
-        elif name != "args" and name[:2] != "__" and not callable(getattr(cls, name, 0)):
+        elif name != "args" and not is_hidden and not callable(getattr(cls, name, 0)):
             vars(error)[name] = held  # where it cannot reach what the interpreter relies on
     return error
 
@@ -1196,8 +1189,8 @@ def _decode_error(body: Any) -> Any:
 
 
 def _raised_error(body: dict[str, Any]) -> Any:
-    """What a body names, as a RemoteError too: the registered exception, the builtin one, or that with no more
-    than the text. None if there is none that can be made, raised and printed."""
+    """What a body names, as a RemoteError too: the registered exception, the builtin one, or that with no
+    more than the text. None if there is none that can be made, raised and printed."""
     ways: Any = ((_told_registered, body.get("registered")),
                  (_told_builtin, (body["kind"], body["state"], body.get("args"), body.get("parts"))),
                  (_told_builtin, (body["kind"], {}, [body["message"]])))
@@ -1221,7 +1214,7 @@ def _told_registered(name: str, held: Any) -> Any:
 def _told_builtin(name: str, state: dict[str, Any], args: Any, parts: Any = None) -> Any:
     if name == "ExceptionGroup":
         args = [args[0], _decode_parts(parts)]
-    return _BUILTIN_ERRORS[name], {**state, "args": args}
+    return vars(builtins)[name], {**state, "args": args}
 
 
 def _decode_parts(parts: Any) -> list[Any]:
@@ -3122,7 +3115,7 @@ class _Runner:
 
     def _home(self, error: BaseException) -> dict[str, Any]:
         """The number of the call that raised an exception here, which then came from the other side."""
-        origin = error._origin if isinstance(error, RemoteError) else None
+        origin = error._origin if issubclass(type(error), RemoteError) else None  # type: ignore[attr-defined]
         return {"home": origin[1]} if origin is not None and origin[0]() is self._session else {}
 
     # -- coroutines and streams

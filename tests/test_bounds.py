@@ -467,7 +467,7 @@ class TestGroups:
         assert type(raised(deep.exceptions[0])) is not miniplug.RemoteError
 
     def test_a_host_without_groups_gets_the_same_text(self, monkeypatch):
-        monkeypatch.delitem(miniplug._BUILTIN_ERRORS, "ExceptionGroup")
+        monkeypatch.delattr("builtins.ExceptionGroup")
         body = {
             "type": "ExceptionGroup",
             "message": "outer (2 sub-exceptions)",
