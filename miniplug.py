@@ -280,7 +280,6 @@ class RemoteError(PluginError):
     message: str = ""
     remote_traceback: str = ""
     _body: Any = None  # what it was made from
-    _origin: Any = None  # the session and the number of the call that raised it here
 
     def __reduce__(self) -> Any:
         return _reduce_error(self)
@@ -1057,7 +1056,7 @@ class _Codec:
 _MAX_PARTS = 1000  # of an exception group, all together: each takes more here than on the wire
 _MAX_LEVELS = 30  # of groups in groups
 _TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
-_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # of builtins
+_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # of a builtin
 _GROUPS: Any = getattr(builtins, "BaseExceptionGroup", ())  # new in Python 3.11
 
 
@@ -1157,12 +1156,22 @@ def _make_error(cls: Any, state: Any) -> Any:
     return error
 
 
+class _First:
+    """The first base of a type that is made here: the exception does nothing to it, as it may to others."""
+
+    __slots__ = ()
+    __reduce__ = RemoteError.__reduce__
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
     """The type that is an exception's own and RemoteError at once, whatever the metaclass."""
     brief = type(kind) if issubclass(type(kind), _Brief) else type("_Brief", (_Brief, type(kind)), {})
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return brief(kind.__name__, (kind, RemoteError), {**body, "__reduce__": RemoteError.__reduce__})
+    return brief(kind.__name__, (_First, kind, RemoteError), body)
 
 
 def _decode_error(body: Any) -> Any:
@@ -3115,7 +3124,7 @@ class _Runner:
 
     def _home(self, error: BaseException) -> dict[str, Any]:
         """The number of the call that raised an exception here, which then came from the other side."""
-        origin = error._origin if issubclass(type(error), RemoteError) else None  # type: ignore[attr-defined]
+        origin = vars(error).get("_origin") if issubclass(type(error), RemoteError) else None
         return {"home": origin[1]} if origin is not None and origin[0]() is self._session else {}
 
     # -- coroutines and streams

@@ -680,6 +680,22 @@ def test_a_registered_exception_with_a_metaclass_arrives_as_itself():
     assert type(copy.copy(back)) is type(back) and "type_name" in dir(type(back))
 
 
+def test_a_registered_exception_that_knows_its_subclasses_arrives_as_itself():
+    known = {}
+
+    class Numbered(Exception):
+        def __init_subclass__(cls, number):
+            known[number] = cls
+
+    @miniplug.register(name="missing")
+    class Missing(Numbered, number=404):
+        pass
+
+    back = raised(Missing("m"))
+    assert isinstance(back, Missing) and isinstance(back, miniplug.RemoteError) and known == {404: Missing}
+    assert isinstance(copy.copy(back), Missing) and str(pickle.loads(pickle.dumps(back))) == "m"  # noqa: S301
+
+
 def test_a_class_with_one_slot_that_is_no_text_of_many():
     @dataclasses.dataclass
     class One:
