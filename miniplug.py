@@ -3029,7 +3029,7 @@ class _Runner:
         if request.begun and request.producer is None:
             return
         outer, returned = _current.get(), False
-        own = True  # whether a PluginError would be about this call itself
+        own = True  # whether an error of ours would be about this call itself
         try:
             _current.set(request)
             if request.begun:
@@ -3053,7 +3053,6 @@ class _Runner:
                 self.answer(request, value)
         except BaseException as error:
             self._explain(request, error)
-            own = own and issubclass(type(error), PluginError)
             strikes = _in_main_thread() and not self._session.is_abandoned
             if strikes or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
                 _pool.put((self.fail, request, error, own))
@@ -3108,11 +3107,9 @@ class _Runner:
         if request.kind == _NOTIFY:
             _print_error(error)
         elif not request.cancelled:
-            for bare in (False, True, None):
+            for tell in (partial(_encode_error, error, own), partial(_encode_error, error, bare=True), dict):
                 try:
-                    told = None if bare is None else _encode_error(error, own, bare)
-                    body = told or {"message": "it cannot be told"}
-                    content = self._codec.dumps({**body, **self._home(error)}, "the exception")
+                    content = self._codec.dumps({**tell(), **self._home(error)}, "the exception")
                     session.send(_ERROR, 0, request.number, content, wait=wait)
                     break
                 except BaseException as problem:  # its arguments cannot travel, or it is a trap
