@@ -1157,7 +1157,7 @@ def _make_error(cls: Any, state: Any) -> Any:
 
 
 class _First:
-    """The first base of a type that is made here: the exception does nothing to it, as it may to others."""
+    """The first base of a type that is made here: what an exception does to its subclasses is not done."""
 
     __slots__ = ()
     __reduce__ = RemoteError.__reduce__

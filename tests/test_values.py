@@ -654,6 +654,13 @@ def test_only_what_is_meant_stays_plain():
         assert isinstance(back, kind) and isinstance(back, miniplug.RemoteError) and str(back) == str(error)
 
 
+@pytest.mark.parametrize("kind", ["open", "type", "int", "Exception", "BaseException", "SystemExit", "BaseExceptionGroup",
+                                  "StopIteration", "__import__", "True", "__name__", "", "no such name"])
+def test_a_kind_that_is_no_failure_stays_plain(kind):
+    error = miniplug._decode_error({"kind": kind, "args": ["a"], "type": "T", "message": "m", "parts": [{}]})
+    assert (type(error), str(error)) == (miniplug.RemoteError, "T: m")
+
+
 def test_what_is_ours_does_not_come_from_a_peer():
     """Also in the parts of a group, of which no call tells where they came from."""
     bad = {"_origin": [1, 2], "_body": 5}
