@@ -60,7 +60,7 @@ The map of this file; each section uses only those above it:
 #     host     _Method.__call__ -> _act     asks its _Target (a _Dispensed) where the object is now; the
 #                                           _Supervisor starts the plugin if it has to: a session, a number
 #              _Caller.call                 makes a _Call, with a number of its own and an inbox
-#              _Codec.dumps_call            makes its content: bytes, buffers beside them, what is lent
+#              _Codec.dumps                 makes its content: bytes, buffers beside them, what is lent
 #              _Session.send -> _Channel.send -> write      a message: header, body, buffers
 #              _Reader.wait                 takes the seat and reads, or sleeps while another thread reads
 #     plugin   _Channel.receive             bytes become messages
@@ -383,6 +383,7 @@ _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
 _NEVER = frozenset((bool, type(None)))  # it does not even trip over these
 _NESTS = frozenset((list, tuple, dict))
+_CODES = {int: "q", float: "d"}  # of array and struct
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _flatten = itertools.chain.from_iterable
 
@@ -445,7 +446,8 @@ def _told_apart(values: Iterable[Any]) -> list[Any]:
 
 
 def _pairs(value: dict[Any, Any]) -> list[Any]:
-    _told_apart(value)
+    if len(value) > _MAX_ALIKE:
+        _told_apart(value)
     return [*_flatten(value.items())]
 
 
@@ -456,14 +458,14 @@ def _make_dict(state: list[Any]) -> dict[Any, Any]:
 
 
 def _make_numbers(code: str, data: bytes) -> list[Any]:
-    if code not in ("q", "d") or type(data) is not bytes:
+    if code not in _CODES.values() or type(data) is not bytes:
         raise ValueError('numbers are "q" or "d", and bytes')
     return [*struct.unpack(f"<{len(data) // 8}{code}", data)]
 
 
 def _make_each(tag: str, states: list[Any]) -> list[Any]:
     if tag not in _EACH or type(states) is not list:
-        raise ValueError("no tag that each may have, and states")
+        raise ValueError("each has a tag that it may have, and states")
     kinds = set(map(type, states))
     if len(kinds) == 1:
         return [*map(_maker(tag, kinds.pop()), states)]
@@ -586,12 +588,9 @@ _MAKES: dict[tuple[str, type], Any] = {}  # what has been found of that, by the 
 
 def _maker(tag: str, kind: type) -> Any:
     ways = _TAGS[tag].make
-    if kind is list and _ITEMS in ways:
-        spread = _found(ways[_ITEMS])
-        make: Any = lambda items: spread(*items)
-    else:
-        make = _found(ways[kind])
-    _MAKES[tag, kind] = make
+    spreads = kind is list and _ITEMS in ways
+    make = _found(ways[_ITEMS if spreads else kind])
+    _MAKES[tag, kind] = make = (lambda items, make=make: make(*items)) if spreads else make
     return make
 
 
@@ -672,12 +671,14 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
         # a member goes by its name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
                 partial(_make_member, cls))
-    fields: Any = () if issubclass(cls, BaseException) else None
-    if issubclass(cls, tuple):
+    fields: Any = None
+    if issubclass(cls, BaseException):
+        fields = ()
+    elif issubclass(cls, tuple):
         fields = getattr(cls, "_fields", None)
-    elif fields is None and hasattr(cls, "__dataclass_fields__"):
-        if all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
-            fields = [field.name for field in _call("dataclasses.fields", cls)]
+    elif all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
+        fields = getattr(cls, "__dataclass_fields__", None) and [
+            field.name for field in _call("dataclasses.fields", cls)]
     told = [vars(base).get("__slots__", ()) for base in cls.__mro__]
     slots = {*_flatten([slots] if type(slots) is str else slots for slots in told)}
     if fields is None or not slots <= {*fields, "__dict__", "__weakref__"}:
@@ -695,9 +696,10 @@ def _make_member(cls: Any, state: Any) -> Any:
     known = cls._value2member_map_
     if state not in known and len(known) >= _MAX_COMBINATIONS:
         raise ValueError(f"there are {_MAX_COMBINATIONS} combinations of its flags already")
-    if cls(state)._value_ != state:  # the enum, or this Python, leaves out what it has no name for
+    member = cls(state)
+    if member._value_ != state:  # the enum, or this Python, leaves out what it has no name for
         raise ValueError(f"it has no flags for {state}")
-    return cls(state)
+    return member
 
 
 def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
@@ -748,18 +750,31 @@ def _are_plain(values: Sequence[Any]) -> bool:
 
 
 class _Packer:
-    """One value on its way out, of one thread. `fit` gives what the encoder is to write for it. `plain` are
-    the types that it does not look at: without str and float it is careful. Where it fails, `trail` is the
-    way there, from within: what was looked at, and which part of that."""
+    """One value on its way out, of one thread. `plain` are the types of which it looks at none: without str
+    and float it is careful. Where it fails, `trail` is the way there, from within: what was looked at, and
+    which part of that."""
 
     tagged = 0
 
-    def __init__(self, codec: _Codec, lent: list[int], plain: Any = _PLAIN) -> None:
+    def __init__(self, codec: _Codec, lent: list[int], label: str | None, plain: Any = _PLAIN) -> None:
         self.buffers: list[_Bytes] = []  # that go beside the message
         self.trail: list[tuple[Any, Any]] = []
+        self.label = label  # of what is looked at; None: of a call
         self._codec = codec
         self._lent = lent  # the numbers of what was lent
         self._plain = plain
+
+    def write(self, value: Any) -> _Content:
+        """The content. Raises whatever the encoder or an `encode` raises."""
+        if self.label is None:
+            target, method, args, kwargs = value
+            self.label = "args"
+            args = self.fit([*args])
+            self.label = "kwargs"
+            fitted: Any = target, method, args, kwargs and self.fit(kwargs)
+        else:
+            fitted = self.fit(value)
+        return "".join(_encode(fitted, 0)).encode(), self.buffers, self.tagged, self._lent
 
     def fit(self, value: Any) -> Any:
         """The value, or where the encoder would change it without a word, a copy with tags."""
@@ -796,11 +811,17 @@ class _Packer:
         return dict(zip(value, copy)) if kind is dict else copy
 
     def tag(self, value: Any) -> Any:
-        """The value with its tag, or itself if it needs none. Raises whatever an `encode` raises."""
+        """The value with its tag, or itself if it needs none."""
         tag, tell = _WAYS[type(value)]
         try:
             if tell is None:
-                return self._lend(value)
+                loan = self._codec.lend(value, self._lent)
+                if loan is None:
+                    raise NotSerializable(
+                        "register it with miniplug.register, lend it with miniplug.ref(...), or send a plain "
+                        "str, int, list or dict of what is in it")
+                self.tagged = 1
+                return dict((loan,))
             state = tell(value)
             if state is None:
                 return value
@@ -809,73 +830,58 @@ class _Packer:
             if kind is str and state.isascii():
                 return {tag: state}
             if tag == "$bytes" or tag == "$bytearray":
-                return {tag: self._put(state)}
+                if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
+                    return {tag: binascii.b2a_base64(state, newline=False).decode()}
+                self.buffers.append(state)
+                return {tag: len(self.buffers) - 1}
             return {tag: [state[0], self.fit(state[1])] if tag == "$type" else self.fit(state)}
         except Exception:
             self.trail.append((value, None))
             raise
 
-    def _lend(self, value: Any) -> dict[str, Any]:
-        loan = self._codec.lend(value, self._lent)
-        if loan is None:
-            raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), "
-                                  "or send a plain str, int, list or dict of what is in it")
-        self.tagged = 1
-        return dict((loan,))
-
-    def _put(self, data: _Bytes) -> Any:
-        """The data in base64, or the number of a buffer."""
-        if len(data) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-            return binascii.b2a_base64(data, newline=False).decode()
-        self.buffers.append(data)
-        return len(self.buffers) - 1
-
     def _fit_many(self, values: Any) -> Any:
         """A long list in its shorter form, or itself if all of it is plain; else None."""
         kind: Any = type(values[0])
-        if [*map(type, values)].count(kind) < len(values):
+        code = _CODES.get(kind) if self._codec.arrays else None
+        if [*map(type, values)].count(kind) < len(values) or (kind in _ATOMS and code is None):
             return values if _are_plain(values) else None
-        if (kind is int or kind is float) and self._codec.arrays:
-            code = "q" if kind is int else "d"
+        if code is not None:
             try:
                 data = struct.pack(f"<{len(values)}{code}", *values)
             except struct.error:  # beyond 64 bits
                 return None
             self.tagged = 1
-            return {"$numbers": [code, {"$bytes": self._put(data)}]}
-        if kind in _ATOMS:
-            return values if _are_plain(values) else None
-        if kind in _NESTS:  # short ones, at once
-            parts = map(dict.values, values) if kind is dict else values
-            plain = (kind is dict or max(map(len, values)) < _MANY) and _are_plain([*_flatten(parts)])
-            if kind is dict:
-                keys = set(map(type, _flatten(values)))
-                if keys == _TEXTS:
-                    return values if plain and min(map(len, values)) > 1 else None
-                if str in keys or not values[0]:
-                    return None
-            elif not plain:
+            return {"$numbers": [code, self.tag(data)]}
+        if kind is dict:
+            keys = set(map(type, _flatten(values)))
+            if keys == _TEXTS:
+                plain = min(map(len, values)) > 1 and _are_plain([*_flatten(map(dict.values, values))])
+                return values if plain else None
+            if str in keys or not values[0]:
                 return None
-            elif kind is list:
+        elif kind is list or kind is tuple:  # short ones, at once
+            if max(map(len, values)) >= _MANY or not _are_plain([*_flatten(values)]):
+                return None
+            if kind is list:
                 return values
         tag, tell = _WAYS[kind]
         if tag not in _EACH or not self._codec.arrays:
             return None
-        states: Any = values if kind is bytes or kind is tuple else [*map(tell, values)]
+        states: Any = values
         if kind is bytes:
-            if max(map(len, states)) > _INLINE:
+            if max(map(len, values)) > _INLINE:
                 return None
-            states = [*map(_base64, states)]
+            states = [*map(_base64, values)]
         elif kind is not tuple:
-            states = self.fit(states)
+            states = self.fit([*map(tell, values)])
         self.tagged = 1
         return {"$each": [tag, states]}
 
-    def explain(self, label: str, error: Exception) -> None:
+    def explain(self, error: Exception) -> None:
         """Raise what names the place of what cannot travel, and why; unless it is no matter of a part."""
         if not self.trail:
             return
-        place, state_of = label, None
+        place, state_of = self.label, None
         for held, part in reversed(self.trail):
             if part is None:  # what comes next is its state
                 state_of = held
@@ -962,61 +968,44 @@ class _Codec:
         self.arrays = False
         self._scan = _scanner(_hook(borrow))
 
-    def dumps(self, value: Any, label: str, lent: list[int] | None = None) -> _Content:
+    def dumps(self, value: Any, label: str | None, lent: list[int] | None = None) -> _Content:
         """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent: the list
         `lent`, if there is one, which knows each from the start. Raises NotSerializable, naming the place in
-        `label`."""
+        `label`; None is that of a call, (target, method, args, kwargs)."""
         lent = [] if lent is None else lent
         try:
-            if type(value) in _PLAIN:
+            kind = type(value)
+            plain = kind in _PLAIN or (kind is int and -_SAFE_INTEGER <= value <= _SAFE_INTEGER)
+            if plain or (label is None and not value[3] and _PLAIN.issuperset(map(type, value[2]))):
                 return "".join(_encode(value, 0)).encode(), (), 0, lent
-            packer = _Packer(self, lent)
-            return "".join(_encode(packer.fit(value), 0)).encode(), packer.buffers, packer.tagged, lent
+            return _Packer(self, lent, label).write(value)
         except BaseException as error:
-            return self._dumps_carefully(error, lent, {label: value})
+            return self._dumps_carefully(value, label, lent, error)
 
-    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
-                   lent: list[int] | None = None) -> _Content:
-        """The same of a call."""
-        lent = [] if lent is None else lent
-        try:
-            if not kwargs and _PLAIN.issuperset(map(type, args)):
-                return "".join(_encode((target, method, args, kwargs), 0)).encode(), (), 0, lent
-            packer = _Packer(self, lent)
-            call = target, method, packer.fit([*args]), kwargs and packer.fit(kwargs)
-            return "".join(_encode(call, 0)).encode(), packer.buffers, packer.tagged, lent
-        except BaseException as error:
-            return self._dumps_carefully(error, lent, {"args": [*args], "kwargs": kwargs}, target, method)
-
-    def _dumps_carefully(self, first: BaseException, lent: list[int], parts: dict[str, Any],
-                         *head: Any) -> _Content:
-        """The same again after a failure: the encoder trips over NaN and lone surrogates, and of what cannot
-        travel the place is to be named. Else the value is good, and `first` a signal handler's: it is raised.
-        """
-        label = ""
+    def _dumps_carefully(self, value: Any, label: str | None, lent: list[int], first: Any) -> _Content:
+        """The same again: the encoder trips over NaN and lone surrogates, and of what cannot travel the place
+        is to be named. Else the value is good, and what was raised `first` a signal handler's."""
         try:
             if not isinstance(first, Exception):
                 raise first
             for last in (False, False, True):
                 self.unlend(lent)
-                packer, fitted = _Packer(self, lent, _NEVER), []
+                packer = _Packer(self, lent, label, _NEVER)
                 try:
-                    for label in parts:
-                        fitted.append(packer.fit(parts[label]))
-                    text = "".join(_encode((*head, *fitted) if head else fitted[0], 0))
-                    content = text.encode(), packer.buffers, packer.tagged, lent
+                    content = packer.write(value)
                     break
-                except Exception as error:
-                    if isinstance(error, RecursionError) and not _is_deep():
-                        label = "the call" if head else label
-                        why = f"{label} is nested too deeply, or contains itself"
-                        raise NotSerializable(why, path=label) from None
-                    if last:
-                        packer.explain(label, error)
+                except RecursionError:
+                    if _is_deep():
                         raise
-            if not isinstance(first, UnicodeEncodeError) and "JSON compliant" not in str(first):
-                raise first
-            return content
+                    why = f"{label or 'the call'} is nested too deeply, or contains itself"
+                    raise NotSerializable(why, path=label or "the call") from None
+                except Exception as error:
+                    if last:
+                        packer.explain(error)
+                        raise
+            if isinstance(first, UnicodeEncodeError) or "JSON compliant" in str(first):
+                return content
+            raise first
         except BaseException:
             self.unlend(lent)
             raise
@@ -1381,7 +1370,11 @@ class _Channel:
 
     def _take_over(self, sock: socket.socket) -> None:
         self.sock: Any = sock
-        self._end = sock.dup()  # ends the connection when somebody else has closed that number
+        try:
+            self._end = sock.dup()  # ends the connection when somebody else has closed that number
+        except OSError:
+            sock.close()
+            raise
         sock.setblocking(True)
         if sys.platform == "darwin":
             sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
@@ -2782,7 +2775,7 @@ class _Caller:
             if kind == _PING:
                 self._start(call, kind, _NOTHING)
             else:
-                self._start(call, kind, self._codec.dumps_call(target, method, args, kwargs, call.lent))
+                self._start(call, kind, self._codec.dumps((target, method, args, kwargs), None, call.lent))
             if kind == _NOTIFY:
                 self._reader.pass_on()  # it may lend something
                 self._calls.pop(call.number, None)
@@ -2819,7 +2812,8 @@ class _Caller:
         try:
             _pool.check()  # without a thread to read the answer nothing is sent
             self._reader.unattended.add(call.number)
-            self._start(call, _CALL, self._codec.dumps_call(target, method, args, kwargs, call.lent), future)
+            content = self._codec.dumps((target, method, args, kwargs), None, call.lent)
+            self._start(call, _CALL, content, future)
             self._reader.pass_on()
             if call.deadline is not None:
                 self._ring(call.deadline)
@@ -3348,6 +3342,7 @@ class _Session:
             _pool.check()
         except BaseException:
             _sessions.discard(self)
+            channel.close()
             raise
         if serving:
             self.keep_reading()
@@ -3536,16 +3531,18 @@ def _signature(function: Any) -> Any:
 
 def _makes_instances(served: Any) -> bool:
     """Whether what is served is a class, or a function that needs no argument, and not the object itself. One
-    that may take any number is there to be called."""
-    made = getattr(served, "func", None) if type(served) is partial else served
-    if isinstance(made, type):
+    that may take any number, or in C any, is there to be called."""
+    inspect, is_partial = _import("inspect"), type(served) is partial
+    if isinstance(served.func if is_partial else served, type):
         return True
-    if not (_import("inspect").isroutine(served) or type(served) is partial):
+    if not (is_partial or inspect.isroutine(served)):
         return False
     try:
         parameters = _signature(served).parameters.values()
     except ValueError:
         return False  # a C function that does not tell
+    if inspect.isbuiltin(served):
+        return not parameters
     return all(each.default is not each.empty for each in parameters)
 
 
@@ -3661,7 +3658,7 @@ def _exit(manager: Any) -> None:
     try:
         if manager is not None:
             type(manager).__exit__(manager, None, None, None)
-    except BaseException as error:  # also sys.exit(): others have to be exited, too
+    except Exception as error:
         _print_error(error)
 
 
@@ -3715,8 +3712,8 @@ class _Target:
             raise DeadReference(f"{self.label} is gone: the connection to its owner has ended")
         return self.session, self.number
 
-    def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """If a submitted call has to wait for a start, have it begin after that."""
+    def waits(self) -> bool:
+        """Whether a call has to wait for a start."""
         return False
 
     def release(self) -> None:
@@ -4073,7 +4070,9 @@ class _Method(_Remote):
             except _Sealed:
                 pass
         begin = partial(_reach, target.find, act, self._name, args, kwargs)
-        return None if call and target.put_off(call, begin, seconds) else begin(seconds)
+        if call and target.waits():
+            return _aside("miniplug-submit", call._attempt, begin, seconds)
+        return begin(seconds)
 
     @property
     def __name__(self) -> str:
@@ -4340,6 +4339,13 @@ class _Awaitable:
         future: Any = self
         self._end(future.set_exception, error)
 
+    def _attempt(self, function: Callable[..., Any], *args: Any) -> None:
+        """Do what it is made of; what that raises is the answer."""
+        try:
+            function(*args)
+        except BaseException as error:
+            self._fail(error)
+
     def _end(self, settle: Callable[[Any], Any], outcome: Any) -> None:
         """It may have been cancelled meanwhile, or settled before."""
         _quietly(settle, outcome, kind=_import("concurrent.futures").InvalidStateError)
@@ -4354,10 +4360,12 @@ class _Awaitable:
             base.cancel()
             base.set_running_or_notify_cancel()
         call = self._call
-        if call is not None and call.session is not None:
-            _in_pool(call.session.caller.give_up, call)  # where no handler strikes
-        for callback in callbacks:
-            base.add_done_callback(callback)
+        try:
+            if call is not None and call.session is not None:
+                _in_pool(call.session.caller.give_up, call)  # where no handler strikes
+        finally:
+            for callback in callbacks:
+                base.add_done_callback(callback)
         return True
 
     if TYPE_CHECKING:
@@ -4546,7 +4554,7 @@ def _take_environment() -> None:
 def _refuse_monkey_patches() -> None:
     """Raises RuntimeError where there are green threads instead of the system's: waiting would hang."""
     for function in (socket.socket, threading.get_ident, time.sleep, _import("select").select):
-        library = str(function.__module__).partition(".")[0]
+        library = str(getattr(function, "__module__", "")).partition(".")[0]
         if library in ("gevent", "eventlet"):
             raise RuntimeError(f"miniplug does not run under the monkey patches of {library}: let a process "
                                "without them have the plugins")
@@ -4886,24 +4894,46 @@ class _Lines:
     def __init__(self, file: IO[bytes], deliver: Callable[[str], Any]) -> None:
         self.file = file
         self.tail: deque[str] = deque(maxlen=200)
+        self._log = deliver if isinstance(deliver, _LogSink) else None
+        self._flush = partial(_guard, self._log.flush if self._log else bool)
         self._deliver = deliver
         self._decoder = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
-        self.over = False  # whether nobody wants more of it
         self._line = io.StringIO()  # as much of it as has come
         self._returned = False  # whether the last line has ended with a \r, which a \n may follow
 
-    def read(self) -> None:
-        """Deliver lines until nobody has the other end any more, or what comes is not wanted."""
-        data = b"more"
-        while data:
-            try:
-                data = os.read(self.file.fileno(), 1 << 16)
-            except OSError:
-                data = b""
-            if self.over:
-                data = b""
-            self._take(data)
-        self.file.close()
+    def read_until(self, ended: Callable[[], bool], wake: int) -> None:
+        """Deliver lines until the stream ends, or the process has: another one may hold the pipe open."""
+        more, last = True, float("inf")
+        while more and time.monotonic() < last:
+            over = ended()
+            last = min(last, time.monotonic() + 0.8) if over else last
+            held = self._log and self._log.trace  # a traceback that may go on
+            if self._await_more(0.0 if over else 0.1 if held else None, wake):
+                try:
+                    data = os.read(self.file.fileno(), 1 << 16)
+                except OSError:
+                    data = b""
+                self._take(data)
+                more = bool(data)
+            else:
+                more = not over
+                self._flush()
+        self._flush()
+
+    def _await_more(self, seconds: float | None, wake: int) -> bool:
+        """Whether there is something to read, within that time and before there is something in `wake`."""
+        if not _WINDOWS:
+            return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
+        if seconds is None:
+            return True  # reading itself is what waits
+        handle = _import("msvcrt").get_osfhandle(self.file.fileno())
+        peek = partial(_import("_winapi").PeekNamedPipe, handle, 0)
+        try:
+            if not peek()[0]:
+                time.sleep(seconds)
+            return bool(peek()[0])
+        except OSError:
+            return True  # its end
 
     def _take(self, data: bytes) -> None:
         """Deliver the lines of what has come; at the end, of nothing, what there is."""
@@ -4917,8 +4947,6 @@ class _Lines:
             self._line.write(text)
         if self._line.tell() >= (_LINE_LIMIT if data else 1):
             self._end_line()
-        if not data and isinstance(self._deliver, _LogSink):
-            _guard(self._deliver.flush)
 
     def _end_line(self) -> None:
         text, self._line = self._line.getvalue(), io.StringIO()
@@ -4976,8 +5004,7 @@ def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a p
 
 
 class _LogSink:
-    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is. One
-    thread calls it; one of the pool logs a traceback that nothing follows. `_lock` protects `trace`."""
+    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is."""
 
     _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
     _LINKS = (_HEADS[0], "During handling of the above exception,", "The above exception was the direct")
@@ -4987,33 +5014,17 @@ class _LogSink:
         self._logger = parent.getChild(stream)
         self._prefix = self._logger.name[: -len(stream)]
         self._stderr = stream == "stderr"
-        self._lock = threading.RLock()
         self.trace: list[str] = []  # the lines of a traceback, which may go on
 
     def __call__(self, line: str) -> None:
-        with self._lock:
-            if self.trace and len(self.trace) < 1000 and len(line) <= 1000 and self._goes_on(line):
-                self.trace.append(line)
-                return
-            self.flush()
-            if self._stderr and line.startswith(self._HEADS):
-                self.trace = [line]
-                self._flush_if_idle(self.trace, 0)
-            elif not (self._stderr and self._record(line)):
-                self._logger.log(30 if self._stderr else 20, "%s", line)
-
-    def _flush_if_idle(self, trace: list[str], length: int) -> None:
-        """Log a traceback that has not grown since it had this length; else look again soon."""
-        if self.trace is trace and self._lock.acquire(False):
-            try:
-                if len(trace) == length:
-                    return self.flush()
-            finally:
-                self._lock.release()
-        if self.trace is trace:
-            again = partial(_guard, self._flush_if_idle, trace, len(trace))
-            _pool.alarm(time.monotonic() + 0.1, again)
-        return None
+        if self.trace and len(self.trace) < 1000 and len(line) <= 1000 and self._goes_on(line):
+            self.trace.append(line)
+            return
+        self.flush()
+        if self._stderr and line.startswith(self._HEADS):
+            self.trace = [line]
+        elif not (self._stderr and self._record(line)):
+            self._logger.log(30 if self._stderr else 20, "%s", line)
 
     def _goes_on(self, line: str) -> bool:
         """Whether the traceback does: up to the line that names the exception, or with one of a chain."""
@@ -5022,10 +5033,9 @@ class _LogSink:
         return line.startswith(" ") or not self.trace[0].startswith(" ")
 
     def flush(self) -> None:
-        with self._lock:
-            lines, self.trace = self.trace, []
-            if lines:
-                self._logger.error("%s", "\n".join(lines).rstrip("\n"))
+        lines, self.trace = self.trace, []
+        if lines:
+            self._logger.error("%s", "\n".join(lines).rstrip("\n"))
 
     def _record(self, line: str) -> bool:
         """Log a line of hclog's JSON with its level, logger and fields. False if it is none."""
@@ -5103,10 +5113,11 @@ class Limits(namedtuple("_Limits", "memory cpu_seconds open_files"), metaclass=_
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
-        for name, value in (("memory", memory), ("cpu_seconds", cpu_seconds), ("open_files", open_files)):
-            kinds, word = ((int, float), "number") if name == "cpu_seconds" else ((int,), "whole number")
-            if value is not None and (type(value) not in kinds or not 0 < value < float("inf")):
-                raise ValueError(f"{name}={value!r}: it is a positive {word}, or None")
+        for name, count in (("memory", memory), ("open_files", open_files)):
+            _checked_count(1 if count is None else count, name, 1)
+        seconds = 1 if cpu_seconds is None else cpu_seconds
+        if type(seconds) not in (int, float) or not 0 < seconds < float("inf"):
+            raise ValueError(f"cpu_seconds={seconds!r}: it is a positive number, or None")
         return super().__new__(cls, memory, cpu_seconds, open_files)
 
     def _as_job(self, stays: bool = False) -> bytes:
@@ -5492,13 +5503,16 @@ class _Recipe:
         argv = [*self.command] if self.is_list else [self.source]
         if self.task:
             argv = [*self._loader(), *self.task]
-        elif self.source == self._whole(argv[0]) in self.sha256:
-            argv[0] = self.source  # and not one of that name on the PATH
+        elif self._whole(argv[0]) in self.sha256:
+            argv[0] = self._whole(argv[0])  # and not one of that name on the PATH
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
             raise self.not_started(argv, f"there is no such file as {self.source}; {_HINT}")
         for path, expected in self.sha256.items():
+            digest = _import("hashlib").sha256()
             with open(path, "rb") as file:
-                actual = _import("hashlib").sha256(file.read()).hexdigest()
+                for block in iter(partial(file.read, 1 << 20), b""):
+                    digest.update(block)
+            actual = digest.hexdigest()
             if actual != expected:
                 reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
                 found = {"path": path, "expected": expected, "actual": actual}
@@ -5515,8 +5529,7 @@ class _Recipe:
             how = "pass python='/path/to/python', or call miniplug.freeze_support() first in its main program"
             raise self.not_started([], f"this application ({python}) has no interpreter to run it: {how}")
         flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
-        file = _FILE.rstrip("c")  # .pyc, says PyInstaller
-        return [python, *flags, "-c", _BOOTSTRAP, file, __name__]
+        return [python, *flags, "-c", _BOOTSTRAP, _FILE.rstrip("c"), __name__]  # .pyc, says PyInstaller
 
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
@@ -5619,22 +5632,28 @@ class _Voice:
         files = (process.stdout, process.stderr)
         self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
         self._threads: list[threading.Thread] = []
+        self._wake: list[int] = []  # a pipe, the end of which wakes them
 
     def start(self) -> None:
+        self._wake.extend(os.pipe() if self._streams else ())
         for stream in self._streams:
-            self._threads.append(_start_thread("miniplug-output", stream.read))
+            what = stream.read_until, lambda: len(self._wake) < 2, self._wake[0]
+            self._threads.append(_start_thread("miniplug-output", *what))
 
-    def stop(self, seconds: float) -> None:
-        """Wait at most that long until all is delivered: what has left the process group may hold it open."""
-        deadline = time.monotonic() + seconds
+    def stop(self) -> None:
+        """Have the threads end, once nothing more comes."""
+        if self._wake:
+            os.close(self._wake.pop())
+
+    def close(self, seconds: float | None = None) -> None:
+        """Close all, unless a thread does not end in that time."""
         for thread in self._threads:
-            thread.join(_left(deadline))
-        for stream in self._streams:
-            stream.over = True
-
-    def close(self) -> None:
-        for stream in self._streams:
-            stream.file.close()
+            thread.join(seconds)
+        if not any(thread.is_alive() for thread in self._threads):
+            for stream in self._streams:
+                stream.file.close()
+            while self._wake:
+                os.close(self._wake.pop())
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
@@ -5753,7 +5772,6 @@ class _Run:
         except BaseException:  # no descriptor or thread to be had
             process.signal(kill=True)
             self._watch()
-            self.output.close()
             raise
         if self.supervisor.state != "up":
             self.supervisor.run = self
@@ -5810,7 +5828,9 @@ class _Run:
             _end_runs([self], 0.0)
         elif self._claim.acquire(False):
             self.session.channel.shutdown()  # at which it turns its output away
-            self.output.stop(0.3)
+            self.output.close(0.3)
+            self.output.stop()
+            self.output.close(0.3)  # on Windows its threads may read on
             self._over()
 
     def drain(self, seconds: float) -> None:
@@ -5827,7 +5847,8 @@ class _Run:
             self.process.signal(kill=True)  # what it has left behind
             if self.config is not None and self.owned:
                 _remove_stale(self.config["address"])
-            self.output.stop(0.8)
+            self.output.stop()
+            self.output.close(1.0)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
             self._over()
@@ -5836,6 +5857,7 @@ class _Run:
         else:
             self.ended.wait()
             self.process.reap()
+        self.output.close()  # somebody's callable may hang
 
     def _over(self) -> None:
         """It is gone, or let go of: end the session, tell who waits, give back, dispose."""
@@ -5910,6 +5932,9 @@ class _Supervisor:
 
     # -- for calls
 
+    def waits(self) -> bool:
+        return isinstance(self._seek(), _Run)
+
     def session(self, asked: _Call | None = None) -> _Session:
         """The session that this thread is to call on, after a start if need be. Raises why there is none."""
         while True:
@@ -5917,13 +5942,6 @@ class _Supervisor:
             if isinstance(found, _Session):
                 return found
             self._await(found, asked)
-
-    def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """If a submitted call has to wait for a start, have it begin in a thread of its own."""
-        waits = isinstance(self._seek(), _Run)
-        if waits:
-            _aside("miniplug-submit", _attempt, call, begin, seconds)
-        return waits
 
     def own_start(self) -> _Run | None:
         """The start that this thread takes part in: it runs on_start, or what the calls of that call back.
@@ -6143,18 +6161,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_all)
 
 
-def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
-    try:
-        function(*args)
-    except BaseException as error:
-        call._fail(error)
-
-
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
     """Call what blocks in a thread of its own: those of the loop may all wait for the plugin. Cancelled, it
     calls `undo` before and after that has returned: so nothing is left half done."""
     asyncio, call = _import("asyncio"), _on_first_use("Call")()
-    _aside("miniplug-async", _attempt, call, lambda: call.set_result(function(*args)))
+    _aside("miniplug-async", call._attempt, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
     try:
         return await asyncio.shield(future)
@@ -6215,8 +6226,8 @@ class _Dispensed(_Target):
                 self._lock.release()
         return session, self.at[session].number
 
-    def put_off(self, *what: Any) -> bool:
-        return self._supervisor.put_off(*what)
+    def waits(self) -> bool:
+        return self._supervisor.waits()
 
     def release(self) -> None:
         self.released = True
@@ -6391,12 +6402,11 @@ class Plugin:
         return proxy  # type: ignore[no-any-return]
 
     def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
-        return self._reach(partial(_ask, kind), method, args, self._supervisor.recipe.call_timeout)
+        seconds = self._supervisor.recipe.call_timeout
+        return _reach(self._find, partial(_ask, kind), method, args, {}, seconds)
 
-    def _reach(self, function: Callable[..., Any], method: str, args: Sequence[Any],
-               seconds: float | None) -> Any:
-        session = self._supervisor.session
-        return _reach(lambda asked: (session(asked), 0), function, method, args, {}, seconds)
+    def _find(self, asked: _Call) -> tuple[_Session, int]:
+        return self._supervisor.session(asked), 0
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
@@ -6415,7 +6425,10 @@ class Plugin:
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
-        return float(self._reach(lambda session, *what: session.ping(what[-1]), "ping", (), timeout))
+        def ping(session: _Session, *what: Any) -> float:
+            return session.ping(what[-1])
+
+        return float(_reach(self._find, ping, "ping", (), {}, timeout))
 
 
 # Without these a Windows program does not start; on POSIX there are none such.
@@ -6579,7 +6592,8 @@ def _serve_here(server: _Server, env: Mapping[str, str]) -> None:
         server.serve_launcher(env[_ADDRESS], env[_AUTHKEY], {"matches": True})
     except SystemExit:
         pass  # the host's end tells why
-    server.close()
+    finally:
+        server.close()
 
 
 # === 11. discovery ======================================================================================

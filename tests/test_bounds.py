@@ -492,7 +492,7 @@ def test_without_the_c_accelerator(monkeypatch):
     monkeypatch.setattr(miniplug, "_encode", miniplug._writer())
     monkeypatch.setattr(miniplug, "_scan", miniplug._scanner(None))
     assert codec().dumps(value, "value") == expected and pictures(trip(value)) == pictures(value)
-    assert codec().dumps_call(1, "m", ("a",), {})[0] == b'[1,"m",["a"],{}]' and trip("a") == "a"
+    assert codec().dumps((1, "m", ("a",), {}), None)[0] == b'[1,"m",["a"],{}]' and trip("a") == "a"
     with pytest.raises(miniplug.NotSerializable, match=r"value\[0\]\['a'\] is of type object"):
         codec().dumps([{"a": object()}], "value")
     cycle = []

@@ -170,7 +170,7 @@ def shown(value):
 @given(st.lists(atoms | st.lists(atoms, max_size=2), max_size=6), st.dictionaries(st.text(max_size=3), atoms, max_size=2),
        st.text(max_size=5), st.integers(0, 2**53 - 1))
 def test_a_call_is_an_array_of_four(args, kwargs, method, target):
-    data, buffers, tagged, _ = codec().dumps_call(target, method, args, kwargs)
+    data, buffers, tagged, _ = codec().dumps((target, method, args, kwargs), None)
     assert data == codec().dumps([target, method, args, kwargs], "call")[0]
     assert picture(codec().loads(data, list(map(bytes, buffers)), tagged)) == picture([target, method, args, kwargs])
 
@@ -199,7 +199,7 @@ def test_what_cannot_travel_is_named_wherever_it_sits(beside, around):
         else:
             value, path = AppError(value), f".code{path}"
     with pytest.raises(miniplug.NotSerializable, match="is of type object: ") as caught:
-        codec().dumps_call(1, "method", [value], {})
+        codec().dumps((1, "method", [value], {}), None)
     assert caught.value.path == f"args[0]{path}" and caught.value.type_name == "object"
 
 
