@@ -1315,30 +1315,37 @@ def _quietly(function: Callable[..., Any], *arguments: Any, kind: Any = OSError)
         pass
 
 
+_references_to = getattr(sys, "getrefcount", lambda held: 1)  # not CPython: no seat is ever lost
+
+
 class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
-    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing
-    strikes before that, from Python 3.11 on. `mine` is a weak reference to a set with the thread's ident,
-    which only the holder's frame holds: so one knows a seat that is lost, and a finalizer or handler in it.
+    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`. `mine` is a
+    list with the thread's ident, made for this very taking: so a finalizer or handler knows a seat that its
+    own thread has, further down. Before Python 3.11 a handler can strike before the `finally`, and the seat
+    is lost: then nothing but the seat refers to `mine`.
     """
 
     __slots__ = ()
-    __missing__ = dict.get  # what nobody holds is None
 
-    def holder(self) -> Any:
-        """The thread, in a set; () if the seat is free or lost."""
-        mine = self[0]
-        return () if mine is None else mine() or ()
+    def count(self) -> int:
+        """How many references there are to what has the seat."""
+        return _references_to(self.get(0))
+
+    def holder(self) -> int:
+        """The thread's ident; 0 if the seat is free or lost."""
+        is_held = bool(self) and self.count() > _UNHELD
+        return self.get(0, (0,))[0] if is_held else 0
 
     def mend(self) -> None:
         """Free the seat if it is lost. For threads in which no handler strikes."""
         with _mending:
-            mine = self[0]
-            if mine is not None and mine() is None:
-                del self[0]
+            if self and not self.holder():
+                self.pop(0, None)
 
 
+_UNHELD = _Seat({0: [0]}).count() if hasattr(sys, "getrefcount") else 0
 _mending = threading.Lock()  # held to free a seat that is not one's own
 
 
@@ -1535,8 +1542,7 @@ class _Channel:
         goes on. With `wait`, wait first while much is left: past the deadline raises _Late, and sends
         nothing.
         """
-        writer, posted, token = self.writer, self.posted, {_get_ident()}
-        mine = _ref_to(token)
+        writer, posted, mine = self.writer, self.posted, [_get_ident()]
         if posted:
             self._await_turn(wait, deadline)
         try:
@@ -1558,7 +1564,7 @@ class _Channel:
             self.batch = None
             self.shutdown()  # what had come before is still read, up to the end of the connection
         finally:
-            if writer and writer[0] is mine:
+            if writer.get(0) is mine:
                 del writer[0]
             if (posted or self.batch is not None) and not writer.holder():
                 self.later()  # what is left here, or was just now; or by who has lost the seat
@@ -1569,7 +1575,7 @@ class _Channel:
             self.shutdown()
         while wait and (len(posted) > _FULL or sum(map(len, itertools.chain(*posted.copy()))) > _FULL_BYTES):
             holder = self.writer.holder()
-            if not holder or _get_ident() in holder:  # this very thread writes, further down
+            if holder in (0, _get_ident()):  # this very thread writes, further down
                 return
             if _left(deadline) == 0:
                 raise _Late
@@ -2509,8 +2515,7 @@ class _Reader:
     def wait(self, call: _Call) -> None:
         """Wait until something has come about the call, read while nobody else does, and run what is made on
         its behalf. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
-        seat, session, token = self.seat, self._session, {_get_ident()}
-        mine = _ref_to(token)
+        seat, session, mine = self.seat, self._session, [_get_ident()]
         try:
             while not call.inbox or call.inbox[0][0] <= _NOTIFY:
                 if call.inbox:
@@ -2526,7 +2531,7 @@ class _Reader:
                 session.end(error)
             call.inbox.append(_ENDED)  # it may have been given up already
         finally:
-            if seat and seat[0] is mine:
+            if seat and seat.get(0) is mine:
                 del seat[0]
             if self.sleepers or self.unattended or self._requests or session.references.lends:
                 self.pass_on()
@@ -2541,7 +2546,7 @@ class _Reader:
             self.sleepers[call.number] = call
             if not call.inbox and seat:
                 holder = seat.holder()
-                if _get_ident() in holder:
+                if holder == _get_ident():
                     raise _waits_for_itself(call)
                 if not holder:
                     _pool.put((seat.mend,))
@@ -2688,18 +2693,17 @@ class _Attendant:
         if self._right.holder() or self._reader.seat or not self._is_wanted():
             return
         self._right.mend()
-        token = {0}
-        mine = _ref_to(token)
+        mine = [-1]
         if self._right.setdefault(0, mine) is mine:
-            _pool.put((self._attend, token, mine))
+            _pool.put((self._attend, mine))
 
-    def _attend(self, token: set[int], mine: Any) -> None:
+    def _attend(self, mine: list[int]) -> None:
         """Read while no caller does, and run calls that are quick at once."""
         session, right, seat, runner = self._session, self._right, self._reader.seat, self._session.runner
-        token.add(_get_ident())
+        mine[0] = _get_ident()
         slow = None
         try:
-            while right[0] is mine and self._is_wanted() and seat.setdefault(0, mine) is mine:
+            while right.get(0) is mine and self._is_wanted() and seat.setdefault(0, mine) is mine:
                 request = self._reader.read()
                 del seat[0]
                 if request is None:
@@ -2714,14 +2718,14 @@ class _Attendant:
                     if not self._watched:
                         self.watch()
                     runner.run_with_slot(request)
-                    if right[0] is mine:
+                    if right.get(0) is mine:
                         self._inline = -request.number
         except BaseException as error:  # the connection's end, or there is no memory
             session.end(error)
         finally:
-            if seat[0] is mine:
+            if seat.get(0) is mine:
                 del seat[0]
-            if right[0] is mine:
+            if right.get(0) is mine:
                 del right[0]
             self._reader.pass_on()
         if slow is not None:
@@ -2858,7 +2862,7 @@ class _Caller:
         parent = 0 if _current.get() is None else self._parent()
         session.send(kind, 0, call.number, content, parent, True, call.deadline)
         channel = session.channel
-        if channel.posted and _get_ident() in channel.writer.holder() and kind != _NOTIFY and future is None:
+        if channel.posted and channel.writer.holder() == _get_ident() and kind != _NOTIFY and future is None:
             raise _waits_for_itself(call)
 
     def value(self, call: _Call, expected: int = _RESULT) -> Any:
@@ -3332,8 +3336,7 @@ class _Session:
         self.attendant = _Attendant(self)
         self.runner = _Runner(self, slots or _Slots(64))
         self.caller = _Caller(self)
-        self.call, self.submit, self.notify = self.caller.call, self.caller.submit, self.caller.notify
-        self.ping, self.probe = self.caller.ping, self.caller.probe
+        self.call, self.ping, self.probe = self.caller.call, self.caller.ping, self.caller.probe
         channel.stuck, channel.later = self.reader.pass_on, lambda: _pool.put((self.flush,))
         channel.gone = lambda error: None if self.cause is not None else self.end(error)
         channel.begin(max_message, terms.max_message)
@@ -4017,12 +4020,8 @@ class MethodInfo(namedtuple("_MethodInfo", "name signature doc"), metaclass=_Bri
         doc: str | None
 
 
-def _call_at(session: _Session, number: int, method: str, args: Any, kwargs: Any, seconds: Any) -> Any:
-    return session.call(number, method, args, kwargs, seconds)
-
-
-def _notify_at(session: _Session, *what: Any) -> None:
-    session.notify(*what)
+def _act_at(act: Callable[..., Any], session: _Session, *what: Any) -> Any:
+    return act(session.caller, *what)
 
 
 class _Method(_Remote):
@@ -4036,7 +4035,7 @@ class _Method(_Remote):
         self._timeout = timeout
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._act(_call_at, args, kwargs)
+        return self._act(_Caller.call, args, kwargs)
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:
         """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
@@ -4050,14 +4049,14 @@ class _Method(_Remote):
 
     def notify(self, *args: Any, **kwargs: Any) -> None:
         """Call, and want no answer. What the method raises goes to the plugin's stderr."""
-        self._act(_notify_at, args, kwargs)
+        self._act(_Caller.notify, args, kwargs)
 
     def timeout(self, seconds: float | None) -> _Method:
         """The same method with a deadline: past `seconds` it raises CallTimeout. None: the default one."""
         return type(self)(self._target, self._name, _checked_timeout(seconds))
 
     def _act(self, act: Callable[..., Any], args: Any, kwargs: Any, call: Any = None) -> Any:
-        """Call `act` with the session and the number where the object is now, and all that a call needs. One
+        """Call `act` with who calls over the session where the object is now, and all that a call needs. One
         that was submitted, `call`, may begin later, if it has to wait for a start."""
         target, seconds = self._target, self._timeout
         if seconds is None:
@@ -4066,10 +4065,10 @@ class _Method(_Remote):
         if found is not None:
             session, number = found
             try:
-                return act(session, number, self._name, args, kwargs, seconds)
+                return act(session.caller, number, self._name, args, kwargs, seconds)
             except _Sealed:
                 pass
-        begin = partial(_reach, target.find, act, self._name, args, kwargs)
+        begin = partial(_reach, target.find, partial(_act_at, act), self._name, args, kwargs)
         if call and target.waits():
             return _aside("miniplug-submit", call._attempt, begin, seconds)
         return begin(seconds)
@@ -4302,12 +4301,12 @@ class _Awaitable:
         _done_callbacks: list[Any]
     _call: _Call | None = None
 
-    def _begin(self, session: _Session, *what: Any) -> None:
-        if self._state != "PENDING":  # cancelled before it could be sent, or lost with a session
+    def _begin(self, caller: _Caller, *what: Any) -> None:
+        if self._state != "PENDING":  # cancelled before it could be sent, or failed with a session
             return
-        call = session.submit(self, *what)
+        call = caller.submit(self, *what)
         if self._state[:9] == "CANCELLED":  # meanwhile, by a signal handler
-            _pool.put((session.caller.give_up, call))
+            _pool.put((caller.give_up, call))
 
     def _arrive(self, call: _Call, come: deque[_Message], attends: bool) -> None:
         """Called by who reads, once the answer has come. Callbacks may take long: a thread of the pool runs

@@ -267,7 +267,7 @@ def test_a_number_that_is_closed_beneath_who_reads(pair, instead):
     """The connection ends all the same; and what has the number then is neither shut down nor closed."""
     class Closer:
         def close_beneath(self):
-            until(lambda: any(storm.waits_in(miniplug._Channel.receive, thread) for thread in both.there.reader.seat.holder()))
+            until(lambda: storm.waits_in(miniplug._Channel.receive, both.there.reader.seat.holder()))
             if instead == "nothing":
                 os.close(number)
             else:
@@ -665,9 +665,9 @@ def test_an_end_while_a_call_is_submitted(pair, monkeypatch, when):
     monkeypatch.setattr(miniplug._pool, "put", tasks.append)
     if when == "before it looks":
         with pytest.raises(miniplug._Sealed):
-            here.submit(call, 0, "listMethods", (), {}, None)
+            here.caller.submit(call, 0, "listMethods", (), {}, None)
     else:
-        here.submit(call, 0, "listMethods", (), {}, None)
+        here.caller.submit(call, 0, "listMethods", (), {}, None)
     assert (call._settle in [task[0] for task in tasks]) == (when != "before it looks")
     monkeypatch.undo()
 
