@@ -421,7 +421,7 @@ def _shown(value: Any) -> str:
 # -- what gives the state of a value, and what makes one of it
 
 def _name_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _base64(data: _Bytes) -> str:
@@ -680,7 +680,8 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
     elif all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
         fields = getattr(cls, "__dataclass_fields__", None) and [
             field.name for field in _call("dataclasses.fields", cls)]
-    slots = {slot for base in cls.__mro__ for slot in vars(base).get("__slots__", ())}
+    told = [vars(base).get("__slots__", ()) for base in cls.__mro__]
+    slots = {*_flatten([slots] if type(slots) is str else slots for slots in told)}
     if fields is None or not slots <= {*fields, "__dict__", "__weakref__"}:
         raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
     if issubclass(cls, BaseException):
@@ -1042,74 +1043,60 @@ class _Codec:
 
 # -- exceptions
 
-_MAX_PARTS = 1000  # of an exception group, all together
+_MAX_PARTS = 1000  # of an exception group, all together: each takes more here than on the wire
 _MAX_LEVELS = 30  # of groups in groups
-_MAX_COLUMN = 10000  # at which a SyntaxError may be: it is printed with a mark below
 _TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
-_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "path")  # those not in __dict__
+_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # of a builtin
+_GROUPS: Any = getattr(builtins, "BaseExceptionGroup", ())  # new in Python 3.11
+
+
+def _is_ending(kind: type) -> bool:
+    """Whether this would end the program, loop or task that calls."""
+    modules = map(sys.modules.get, ("asyncio.exceptions", "concurrent.futures._base"))
+    cancelled = [getattr(module, "CancelledError", SystemExit) for module in modules]
+    return issubclass(kind, (SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration, StopAsyncIteration,
+                             *cancelled))
 
 
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this in the host: not what ends a loop or a task, nor what says that the
-    plugin itself is in trouble."""
-    names = {base.__name__ for base in kind.__mro__}
-    ends = names & {"StopIteration", "StopAsyncIteration", "CancelledError"}
-    return issubclass(kind, Exception) and not ends and ("PluginError" not in names or "RemoteError" in names)
+    """Whether a call may raise this as itself: an error of ours would say that the plugin is in trouble."""
+    is_ours = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
+    return issubclass(kind, Exception) and not is_ours and not _is_ending(kind)
 
 
-_GROUP: Any = getattr(builtins, "ExceptionGroup", None)  # new in Python 3.11
-_BUILTIN_ERRORS: dict[str, type[Exception]] = {
-    name: value for name, value in vars(builtins).items()
-    if isinstance(value, type) and value not in (Exception, _GROUP) and _can_be_raised(value)}
 _OWN_ERRORS: dict[str, type[PluginError]] = {kind.__name__: kind for kind in (
     DeadReference, MessageTooLarge, MethodNotFound, NotSerializable, PluginClosed, PluginNotFound)}
 
 
 def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str, Any]:
-    """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: no more
-    than its types and as much of its text as goes into any message."""
-    kind, cut = type(error), _cut if bare else str
+    """An exception as the body of an error message. `own`: if it is miniplug's, it is about the call itself.
+    `bare`: no more than its texts, cut so that they go into any message."""
+    kind = type(error)
     try:
-        message = cut(str(error))
+        message = str(error)
     except BaseException:  # a __str__ of its own that fails
         message = "(its text could not be made)"
-    if own:
-        state = {} if bare else _carried(kind, vars(error))
-        return {"type": kind.__name__, "message": message, "own": True, "state": state}
-    traceback = cut(_format_traceback(error))
-    body: dict[str, Any] = {"type": _name_of(kind), "message": message, "traceback": traceback}
+    if own and not bare and kind in _OWN_ERRORS.values():
+        return {"type": kind.__name__, "message": message, "own": True, "state": vars(error)}
+    body: dict[str, Any] = {"type": _name_of(kind), "message": message, "traceback": _format_traceback(error)}
     if issubclass(kind, RemoteError) and error._body:  # it goes on, from another process
-        for key in ("type", "message") if kind is RemoteError else ("type",):
-            body[key] = cut(error._body[key])
-    is_group = issubclass(kind, getattr(builtins, "BaseExceptionGroup", ()))
-    if not is_group and not _can_be_raised(kind):
-        return body
-    builtin = [base.__name__ for base in kind.__mro__ if _BUILTIN_ERRORS.get(base.__name__) is base]
-    if is_group or builtin:
-        body["kind"] = "ExceptionGroup" if is_group else builtin[0]
+        body.update(type=error._body["type"], message=error._body["message"])
+    builtin, is_group = _builtin_of(kind), issubclass(kind, _GROUPS)
+    if is_group or (builtin is not Exception and _can_be_raised(kind)):
+        body["kind"] = "ExceptionGroup" if is_group else builtin.__name__
     if bare:
-        return body
-    registered = [state for tag, state in map(_WAYS.__getitem__, kind.__mro__) if tag == "$type"]
-    if registered and not is_group:  # a group's parts are no data
-        body["registered"] = registered[0](error)
+        return {key: _cut(text) for key, text in body.items()}
     if "kind" in body:
         state = _error_state(error)
-        body["args"] = [error.message] if is_group else state["args"]
-        body["state"] = {name: held for name, held in state.items()
-                         if name == "__notes__" or (name != "args" and name[0] != "_")}
+        body.update(args=state.pop("args"), state={
+            name: held for name, held in state.items() if name[0] != "_" or name == "__notes__"})
     if is_group:
-        body["parts"] = [*map(_encode_error, error.exceptions)]
+        body.update(args=[error.message], parts=[*map(_encode_error, error.exceptions)])
+    elif _can_be_raised(kind):
+        registered = [tell for tag, tell in map(_WAYS.__getitem__, kind.__mro__) if tag == "$type"]
+        if registered:
+            body["registered"] = registered[0](error)
     return body
-
-
-def _carried(kind: type, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What an error of miniplug's carries by its class, of some attributes, if it is of the right type."""
-    carried = {}
-    for name, default in vars(kind).items():
-        kinds = (list, tuple) if default == () else (type(default),)
-        if name in attributes and name[0] != "_" and type(attributes[name]) in kinds:
-            carried[name] = attributes[name]
-    return carried
 
 
 def _format_traceback(error: BaseException) -> str:
@@ -1127,90 +1114,93 @@ def _print_error(error: BaseException) -> None:
     print(_format_traceback(error), end="", file=sys.stderr)
 
 
-def _base_of(cls: type) -> tuple[Any, dict[str, Any]]:
-    """The builtin exception that a class comes from, and those of its attributes that are not in __dict__."""
-    base: Any = next(base for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
-    return base, {name: getattr(base, name) for name in _FIELDS if hasattr(base, name)}
+def _builtin_of(kind: type) -> Any:
+    return next(base for base in kind.__mro__ if vars(builtins).get(base.__name__) is base)
 
 
 def _error_state(error: Any) -> dict[str, Any]:
     """An exception's arguments and attributes, without those that it has for being a RemoteError."""
-    state = {name: field.__get__(error) for name, field in _base_of(type(error))[1].items()}
-    state = {name: held for name, held in state.items() if held is not None}
-    state.update(vars(error), args=[*error.args])
+    base, state = _builtin_of(type(error)), {**vars(error), "args": [*error.args]}
     if isinstance(error, RemoteError):
         for name in ("type_name", "remote_traceback", "_body", "_origin"):
             state.pop(name, None)
-    return state
+    fields = {name: getattr(base, name).__get__(error) for name in _FIELDS if hasattr(base, name)}
+    return {**{name: held for name, held in fields.items() if held is not None}, **state}
 
 
 def _make_error(cls: Any, state: Any) -> Any:
-    """An exception from its state, without a call of any __init__ but the builtin base's. Left out is what
-    would make it dear or impossible to raise, print or copy."""
-    if type(state) is not dict or type(state.get("args")) is not list:
-        raise ValueError("the state of an exception is its args and attributes")
-    base, fields = _base_of(cls)
-    args = known = state["args"]
-    if issubclass(base, SyntaxError):  # with no more of its place than can be printed
-        place: Any = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
-        fits = [*map(type, place)] == [str, int, int, str] and 0 <= place[2] <= _MAX_COLUMN
-        known = [args[0], tuple(place)] if fits else args[:1]
+    """An exception from its state, without a call of any __init__ but the builtin base's. What would make it
+    impossible or costly to raise, print or copy is left out."""
+    base, args = _builtin_of(cls), [*state["args"]]
+    known = args[:1] if issubclass(base, SyntaxError) else args  # it is printed with a mark at its column
     error = base.__new__(cls, *known)
     base.__init__(error, *known)
     BaseException.__setattr__(error, "args", tuple(args))
     for name, held in state.items():
-        kind = type(held)
-        if name in fields:
-            if kind in (str, bytes, int) or _WAYS[kind][0][-4:] == "path":
-                fields[name].__set__(error, held)
-        elif name == "__notes__":
-            if kind is list and _TEXTS.issuperset(map(type, held)):
-                vars(error)[name] = held
-        elif name != "args" and name[:2] != "__" and not callable(getattr(cls, name, 0)):
+        is_hidden = name[:2] == "__" and not (name == "__notes__" and type(held) is list)
+        if name in _FIELDS and hasattr(base, name):
+            if isinstance(held, (str, bytes, os.PathLike)) or (type(held) is int and abs(held) < 1 << 64):
+                getattr(base, name).__set__(error, held)
+        elif name != "args" and not is_hidden and not callable(getattr(cls, name, 0)):
             vars(error)[name] = held  # where it cannot reach what the interpreter relies on
     return error
 
 
+class _First:
+    """The first base of a type that is made here: what an exception does to its subclasses is not done."""
+
+    __slots__ = ()
+    __reduce__ = RemoteError.__reduce__
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
-    """The type that is an exception's own and RemoteError at once."""
+    """The type that is an exception's own and RemoteError at once, whatever the metaclass."""
+    brief = type(kind) if issubclass(type(kind), _Brief) else type("_Brief", (_Brief, type(kind)), {})
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (kind, RemoteError), {**body, "__reduce__": RemoteError.__reduce__})
+    return brief(kind.__name__, (_First, kind, RemoteError), body)
 
 
 def _decode_error(body: Any) -> Any:
     """The exception to raise for the body of an error message, whatever is wrong with that."""
-    body = body if type(body) is dict else {}
-    body = {**body, **{key: body[key] if type(body.get(key)) is str else "" for key in _TEXT_KEYS}}
+    body = {**body} if type(body) is dict else {}
+    for key in _TEXT_KEYS:
+        body[key] = body[key] if type(body.get(key)) is str else ""
+    state = body["state"] = body["state"] if type(body.get("state")) is dict else {}
     name, message, traceback = body["type"], body["message"], body["traceback"]
-    state = body["state"] if type(body.get("state")) is dict else {}
     if body.get("own") and name in _OWN_ERRORS:
-        return _OWN_ERRORS[name](message, **_carried(_OWN_ERRORS[name], state))
-    error = _raised_error(body, state)
+        own = _OWN_ERRORS[name]
+        kinds = {key: type(getattr(own, key)) for key in dir(own)}  # of what it carries
+        return own(message, **{key: state[key] for key, kind in kinds.items()
+                               if type(state.get(key)) is (list if kind is tuple else kind)})
+    error = _raised_error(body)
     if error is None:
         told = ": ".join(filter(None, (name.rpartition(".")[2], message)))
         error = RemoteError(told or "the plugin failed and did not say how")
     known = {"type_name": name or "unknown", "message": message, "remote_traceback": traceback, **vars(error)}
-    vars(error).update(known, _body=body)  # its own attributes win
+    vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
     cause = _RemoteTraceback(traceback) if traceback else None
     BaseException.__setattr__(error, "__cause__", cause)  # it may be frozen
     return error
 
 
-def _raised_error(body: dict[str, Any], state: dict[str, Any]) -> Any:
-    """An instance of the registered or builtin exception that a body names, a RemoteError too; or None. One
-    that cannot be printed has no more than its text."""
-    builtin: Any = _BUILTIN_ERRORS.get(body["kind"])
-    for tell in (lambda: _told_group(body, state), lambda: _told_registered(*body["registered"]),
-                 lambda: (builtin, {**state, "args": body["args"]}),
-                 lambda: (builtin, {"args": [body["message"]]})):
+def _raised_error(body: dict[str, Any]) -> Any:
+    """What a body names, as a RemoteError too: the registered exception, the builtin one, or that with no
+    more than the text. None if there is none that can be made, raised and printed."""
+    ways: Any = ((_told_registered, body.get("registered")),
+                 (_told_builtin, (body["kind"], body["state"], body.get("args"), body.get("parts"))),
+                 (_told_builtin, (body["kind"], {}, [body["message"]])))
+    for tell, told in ways:
         try:
-            kind, held = tell()
+            kind, state = tell(*told)
             if _can_be_raised(kind):
-                error = _make_error(_remote_type(kind), held)
+                error = _make_error(_remote_type(kind), state)
                 str(error), repr(error)
                 return error
-        except Exception:  # none, or not registered here, or not what it takes, or it holds what has no text
+        except Exception:
             continue
     return None
 
@@ -1220,14 +1210,21 @@ def _told_registered(name: str, held: Any) -> Any:
     return type(error), _error_state(error)
 
 
-def _told_group(body: dict[str, Any], state: dict[str, Any]) -> Any:
-    level, count = [body], 0
-    for _ in range(_MAX_LEVELS + 1):
-        level = [part for held in level if type(held) is dict for part in held.get("parts", ())]
+def _told_builtin(name: str, state: dict[str, Any], args: Any, parts: Any = None) -> Any:
+    if name == "ExceptionGroup":
+        args = [args[0], _decode_parts(parts)]
+    return vars(builtins)[name], {**state, "args": args}
+
+
+def _decode_parts(parts: Any) -> list[Any]:
+    """The exceptions of a group."""
+    count, level = 0, parts
+    for _ in range(_MAX_LEVELS):
         count += len(level)
+        level = [part for held in level if type(held) is dict for part in held.get("parts", ())]
     if level or count > _MAX_PARTS:
         raise ValueError("a group of too many exceptions")
-    return _GROUP, {**state, "args": [body["args"][0], [*map(_decode_error, body["parts"])]]}
+    return [*map(_decode_error, parts)]
 
 
 _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # without references
@@ -2175,8 +2172,6 @@ _LOOK = 0.5  # seconds between two looks whether such a run takes long after all
 _LAZY = 0.01  # seconds after a call until the attendant reads, where only what is lent asks for it
 _IDLE_SECONDS = 10.0  # after which a thread of the pool that has nothing to do ends
 _NESTED = 256  # calls on behalf of ours for which no thread waits that run at once
-_ENDING = {"SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration",
-           "CancelledError"}  # what does not come home
 _RAISED = 16  # exceptions of ours that a call remembers, should they come home
 
 _current: ContextVar[_Request | None] = ContextVar("miniplug", default=None)  # the call that runs here
@@ -3036,7 +3031,7 @@ class _Runner:
         if request.begun and request.producer is None:
             return
         outer, returned = _current.get(), False
-        own = True  # whether a PluginError would be about this call itself
+        own = True  # whether an error of ours would be about this call itself
         try:
             _current.set(request)
             if request.begun:
@@ -3060,7 +3055,6 @@ class _Runner:
                 self.answer(request, value)
         except BaseException as error:
             self._explain(request, error)
-            own = own and issubclass(type(error), PluginError)
             strikes = _in_main_thread() and not self._session.is_abandoned
             if strikes or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
                 _pool.put((self.fail, request, error, own))
@@ -3110,16 +3104,14 @@ class _Runner:
         if self._requests.get(request.number) is not request:
             return
         session.references.unlend(request.lent)
-        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type(error).__mro__]):
+        if call is not None and not _is_ending(type(error)):
             call.raised = deque([*call.raised, (request.number, error)], _RAISED)  # it may come home
         if request.kind == _NOTIFY:
             _print_error(error)
         elif not request.cancelled:
-            for bare in (False, True, None):
+            for tell in (partial(_encode_error, error, own), partial(_encode_error, error, bare=True), dict):
                 try:
-                    told = None if bare is None else _encode_error(error, own, bare)
-                    body = told or {"message": "it cannot be told"}
-                    content = self._codec.dumps({**body, **self._home(error)}, "the exception")
+                    content = self._codec.dumps({**tell(), **self._home(error)}, "the exception")
                     session.send(_ERROR, 0, request.number, content, wait=wait)
                     break
                 except BaseException as problem:  # its arguments cannot travel, or it is a trap

@@ -1,5 +1,6 @@
 """Registered types, and what is refused: what arrives is exactly what was sent, or somebody says why not."""
 
+import abc
 import array
 import collections
 import copy
@@ -612,7 +613,7 @@ def test_where_an_error_came_from_does_not_travel_with_it():
     back = raised(AppError(7))
     vars(back)["_origin"] = threading.Lock(), 5  # the session's
     again = raised(back)
-    assert isinstance(again, AppError) and again.code == 7 and "_origin" not in vars(again)
+    assert isinstance(again, AppError) and again.code == 7 and again._origin is None
 
 
 def test_what_would_confuse_the_host_stays_plain():
@@ -633,6 +634,87 @@ def test_what_would_confuse_the_host_stays_plain():
     for name in ("stop", "closed"):
         body = {"message": "m", "registered": [name, {"args": []}]}
         assert type(miniplug._decode_error(body)) is miniplug.RemoteError
+
+
+def test_only_what_is_meant_stays_plain():
+    """It goes by the classes: another class of such a name is like any other."""
+    class PluginError(Exception):
+        pass
+
+    class StopIteration(ValueError):
+        pass
+
+    @miniplug.register(name="cancelled")
+    class CancelledError(PluginError):
+        pass
+
+    for error, kind in ((CancelledError("c"), CancelledError), (StopIteration("s"), ValueError),
+                        (type("RemoteError", (LookupError,), {})("l"), LookupError)):
+        back = raised(error)
+        assert isinstance(back, kind) and isinstance(back, miniplug.RemoteError) and str(back) == str(error)
+
+
+@pytest.mark.parametrize("kind", ["open", "type", "int", "Exception", "BaseException", "SystemExit", "BaseExceptionGroup",
+                                  "StopIteration", "__import__", "True", "__name__", "", "no such name"])
+def test_a_kind_that_is_no_failure_stays_plain(kind):
+    error = miniplug._decode_error({"kind": kind, "args": ["a"], "type": "T", "message": "m", "parts": [{}]})
+    assert (type(error), str(error)) == (miniplug.RemoteError, "T: m")
+
+
+def test_what_is_ours_does_not_come_from_a_peer():
+    """Also in the parts of a group, of which no call tells where they came from."""
+    bad = {"_origin": [1, 2], "_body": 5}
+    parts = [{"kind": "ValueError", "args": ["v"], "state": bad}, {"registered": ["test_values.AppError", {"args": [1], **bad}]}]
+    body = {"kind": "ExceptionGroup", "args": ["g"], "parts": parts, "state": bad}
+    error = miniplug._decode_error(body)
+    for each in (error, *getattr(error, "exceptions", ()), *map(miniplug._decode_error, parts)):
+        assert (each._origin, type(each._body)) == (None, dict)
+        assert miniplug._Runner._home(None, each) == {}
+
+
+def test_a_registered_exception_with_a_metaclass_arrives_as_itself():
+    class Meta(abc.ABCMeta):
+        pass
+
+    @miniplug.register(name="abstract")
+    class Abstract(Exception, metaclass=Meta):
+        @abc.abstractmethod
+        def why(self):
+            pass
+
+    back = raised(Abstract("a"))
+    assert isinstance(back, Abstract) and isinstance(back, miniplug.RemoteError) and str(back) == "a"
+    assert type(copy.copy(back)) is type(back) and "type_name" in dir(type(back))
+
+
+def test_a_registered_exception_that_knows_its_subclasses_arrives_as_itself():
+    known = {}
+
+    class Numbered(Exception):
+        def __init_subclass__(cls, number):
+            known[number] = cls
+
+    @miniplug.register(name="missing")
+    class Missing(Numbered, number=404):
+        pass
+
+    back = raised(Missing("m"))
+    assert isinstance(back, Missing) and isinstance(back, miniplug.RemoteError) and known == {404: Missing}
+    assert isinstance(copy.copy(back), Missing) and str(pickle.loads(pickle.dumps(back))) == "m"  # noqa: S301
+
+
+def test_a_class_with_one_slot_that_is_no_text_of_many():
+    @dataclasses.dataclass
+    class One:
+        __slots__ = "name"
+        name: str
+
+    assert trip(miniplug.register(name="one slot")(One)("n")).name == "n"
+
+
+def test_the_name_of_a_type_is_all_of_it():
+    kind = type("X", (Exception,), {"__module__": "my.builtins"})
+    assert raised(kind("x")).type_name == "my.builtins.X" and raised(ValueError("v")).type_name == "ValueError"
 
 
 @pytest.mark.parametrize("state", [{"object": 5}, {"start": -5, "end": -4}, {"__class__": 1, "args": 5, "__traceback__": 7}])
