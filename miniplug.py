@@ -1283,7 +1283,6 @@ _FRAME = struct.Struct("!iBBHIQQ")  # the same behind a length
 _HEAD = _HEADER.size
 _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
 _HELLO_LIMIT = 4096  # bytes of a frame of the handshake
-_GREETING: Any = (None, 1, 0, _HELLO_LIMIT)  # for `_take`: such frames come, and no messages yet
 _READ_SIZE = 1 << 16
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE at its default would end the host
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
@@ -1368,18 +1367,19 @@ class _Channel:
     somebody reads here; `later` when another thread has to go on writing; `gone` when the descriptors were
     closed beneath us.
 
-    `state`: messages that have come; one whose buffers have not all come (see `_take`); the bytes behind
-    them; what was read behind those; a long frame that is read into place, as (file, size).
+    `state`: messages that have come; one whose buffers have not all come (see `_take`); bytes of a frame that
+    is not whole; what was read behind those, in a list; a long frame that is read into place: (file, size, a
+    list of how many bytes have come). Before `begin` the frames of the handshake come instead of messages.
     """
 
     stuck: Any
     later: Any
     gone: Any
-    limit = 0  # bytes of a message that comes, with its header
+    limit = 0  # bytes of a message that comes, with its header; 0 in the handshake
     send_limit = _short = 0  # bytes of one that goes, without; and of one that is a single chunk
 
     def __init__(self, connection: Any) -> None:
-        self.state: Any = (deque(), _GREETING, b"", [], None)
+        self.state: Any = (deque(), None, b"", [], None)
         self.stuck = self.later = self.gone = lambda *error: None
         self.posted: deque[list[_Bytes]] = deque()  # messages to be written, in chunks
         self.batch: Any = None  # chunks that are being written, and what each step has done
@@ -1402,42 +1402,37 @@ class _Channel:
         """From now on messages come, of at most so many bytes, and go, of at most `send_limit`."""
         self.limit, self.send_limit = limit + _HEAD, send_limit
         self._short = min(send_limit, _READ_SIZE - _HEAD - 1)
-        self.state = (self.state[0], None, *self.state[2:])
 
     # -- receiving
-
-    def receive_frame(self, deadline: float) -> bytes:
-        """The next frame of the handshake."""
-        frames: Any = self.receive(deadline)
-        return frames.popleft()  # type: ignore[no-any-return]
 
     def receive(self, deadline: float | None = None) -> deque[_Message]:
         """The messages that have come, at least one; who takes one removes it. Raises _Late past the
         deadline, _Broken and ProtocolError."""
         while True:
-            come, partial, rest, steps, large = self.state
+            come, partial, rest, steps, long = self.state
             if come:
                 return come  # type: ignore[no-any-return]
-            if large is not None and sum(steps) == large[1]:
+            if long is not None and sum(long[2]) == long[1]:
                 come = deque()
-                self.state = come, self._take(come, large[0].getvalue(), partial), b"", [], None
+                self.state = come, self._take(come, long[0].getvalue(), partial), b"", [], None
                 continue
-            if large is not None or not steps:
+            if not steps:
                 if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
                     raise _Late(_IN_TIME)
                 try:
-                    if large is None:
+                    if long is None:
                         steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
                     else:
-                        steps[:] = [sum(steps)]
-                        with large[0].getbuffer() as view, view[steps[0] :] as missing:
-                            steps.extend(map(self.sock.recv_into, (missing,)))
+                        file, _, counts = long
+                        counts[:] = [sum(counts)]
+                        with file.getbuffer() as view, view[counts[0] :] as missing:
+                            counts.extend(map(self.sock.recv_into, (missing,)))
                 except OSError as error:
                     _heed(error)
                     continue
-                if not steps[-1]:
+                if not (steps if long is None else counts)[-1]:
                     raise _Broken(EOFError())
-            if large is None:
+            if long is None:
                 self.state = self._parse(rest + steps[0] if rest else steps[0], partial)
 
     def _parse(self, data: bytes, partial: Any) -> Any:
@@ -1469,21 +1464,19 @@ class _Channel:
                 if length <= _READ_SIZE:
                     break
                 file = io.BytesIO(bytes(length))  # it gives its bytes away without a copy
-                with file.getbuffer() as view:
-                    view[: size - start] = data[start:]
-                return come, partial, b"", [size - start], (file, length)
+                return come, partial, b"", [], (file, length, [file.write(data[start:])])
             partial = self._take(come, data[start:end], partial)
             at = end
-            if partial is _GREETING:  # what follows the handshake are messages
-                return come, partial, b"", [data[at:]] if at < size else [], None
+            if not self.limit:  # what follows may be a message
+                return come, None, b"", [data[at:]], None
         return come, partial, data[at:], [], None
 
     def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
         """A message that is complete with this frame goes to `come`. Of any other returns what there is:
         (message, how many buffers it has, how many have come, bytes that the rest may have)."""
-        if partial is _GREETING:
+        if not self.limit:
             come.append(frame)
-            return partial
+            return None
         if partial is None:
             version, kind, flags, count, number, parent = _HEADER.unpack(frame[:_HEAD].ljust(_HEAD, b"\0"))
             if version != _WIRE_VERSION or count > _MAX_BUFFERS or len(frame) < _HEAD:
@@ -1500,22 +1493,18 @@ class _Channel:
         return None
 
     def _check_size(self, size: int, partial: Any) -> None:
-        limit = self.limit if partial is None else partial[3]
+        limit = (self.limit or _HELLO_LIMIT) if partial is None else partial[3]
         if not 0 <= size <= limit:
             raise ProtocolError(f"a frame of {size} bytes, where at most {limit} are allowed")
 
     # -- sending
 
     @staticmethod
-    def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
+    def frame(body: _Bytes, head: bytes = b"") -> list[_Bytes]:
         """A frame, in chunks."""
         size = len(head) + len(body)
         length = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size)
         return [length + head + body] if size < _READ_SIZE else [length + head, body]
-
-    def send_frame(self, data: bytes) -> None:
-        """Send a frame of the handshake. That is so short that it never waits."""
-        self.write(self.frame(b"", data), None, False)
 
     def send(self, kind: int, flags: int, number: int, content: _Content, parent: int = 0,
              wait: bool = True, deadline: float | None = None) -> None:
@@ -1525,9 +1514,9 @@ class _Channel:
         if len(body) > self._short or buffers:
             self.check_size(content)
             head = _HEADER.pack(_WIRE_VERSION, kind, flags | tagged, len(buffers), number, parent)
-            message = self.frame(head, body)
+            message = self.frame(body, head)
             for buffer in buffers:
-                message += self.frame(b"", buffer)
+                message += self.frame(buffer)
         else:  # to copy little is cheaper than to gather
             size = len(body) + _HEAD
             message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags | tagged, 0, number, parent) + body]
@@ -1646,11 +1635,8 @@ class _Channel:
 
     def close(self) -> None:
         self.shutdown()
-        try:
-            if not os.path.sameopenfile(self.sock.fileno(), self._end.fileno()):
-                self.sock.detach()  # that number was closed beneath us, and is another file's now
-        except OSError:
-            pass  # one is closed
+        # a number that was closed beneath us may be another file's now
+        _quietly(lambda: os.path.sameopenfile(self.sock.fileno(), self._end.fileno()) or self.sock.detach())
         _quietly(self.sock.close)
         _quietly(self._end.close)
 
@@ -1660,23 +1646,22 @@ class _PipeChannel(_Channel):
     when its caller leaves; the next one goes on with it.
 
     What is waited for are events, never the handle. One call of C takes that and begins with it, so it may be
-    closed at any time. `state` ends with what has come of a frame, and the read, in a list.
+    closed at any time. The list in `state` has the read that is under way, as (operation, status).
     """
 
     def _take_over(self, connection: Any) -> None:
-        self.state = (deque(), _GREETING, b"", [])
         self._api = _import("_winapi")
         self._connections = [connection]  # taken out by who closes it
         self._handles = [connection.fileno()]  # or 0, with which nothing begins
         self._down = _import("_overlapped").Overlapped()  # its event is set when the end has come here
 
     @staticmethod
-    def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
+    def frame(body: _Bytes, head: bytes = b"") -> list[_Bytes]:
         return [_LENGTH.pack(0) + head + body]  # the length is not sent
 
     def receive(self, deadline: float | None = None) -> deque[_Message]:
         while not self.state[0]:
-            come, partial, have, reading = self.state
+            come, partial, have, reading, _ = self.state
             if not reading:
                 self._step(reading, map(self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,)))
             result = self._result(reading[0], _left(deadline))
@@ -1685,10 +1670,10 @@ class _PipeChannel(_Channel):
             have += bytes(reading[0][0].getbuffer())
             self._check_size(len(have), partial)
             if result[1] == self._api.ERROR_MORE_DATA:
-                self.state = come, partial, have, []
+                self.state = come, partial, have, [], None
             else:
                 come = deque()
-                self.state = come, self._take(come, have, partial), b"", []
+                self.state = come, self._take(come, have, partial), b"", [], None
         return self.state[0]  # type: ignore[no-any-return]
 
     def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
@@ -1750,7 +1735,6 @@ class _PipeChannel(_Channel):
 # exchange, which blocks accept() for everybody, can be relayed, and needs MD5 before Python 3.12
 
 _BACKLOG = 4096  # callers that wait to be accepted, if the system allows so many
-_LEFT_BEHIND = 60.0  # seconds: a process that has just bound a socket does not listen there yet
 
 
 def _transport(address: str) -> str:
@@ -1809,14 +1793,12 @@ _listeners: set[_Listener] = set()  # those that are open: a forked child closes
 class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
-    The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it, and
-    with a "!" before it once it is gone. Raises OSError and ValueError for an `address` that will not do. One
-    thread may accept, another close.
+    The folder has mode 0700, so that only this user gets as far as the handshake. Raises OSError and
+    ValueError for an `address` that will not do. One thread may accept, another close.
     """
 
-    def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
+    def __init__(self, address: str = "") -> None:
         self.folder = ""  # the one that it has made
-        self._made = made
         self.passed_over: list[str] = []  # the temp folders that would not do, and why
         if _WINDOWS and not address:
             address = rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
@@ -1845,7 +1827,6 @@ class _Listener:
             try:
                 os.mkdir(folder, 0o700)
                 self.folder = folder  # from here on it is ours to remove
-                self._made(folder)
                 return self._bind(os.path.join(folder, "s"))
             except OSError as error:
                 self._remove_folder()
@@ -1864,38 +1845,21 @@ class _Listener:
     def _remove_folder(self) -> None:
         if self.folder:
             _quietly(os.rmdir, self.folder)
-            self._made(f"!{self.folder}")
         self.folder = ""
 
 
-def _remove_stale(path: str, age: float = 0.0) -> None:
-    """Remove the socket of a process that was killed, at which nobody listens, and its folder if that was
-    made for it; with an `age` in seconds only one that old, in such a folder."""
-    folder = os.path.dirname(path)
-    if _WINDOWS:
-        return
+def _remove_stale(path: str) -> None:
+    """Remove the socket of a process that was killed, at which nobody listens, and the folder made for it."""
     try:
-        stat, there = os.lstat(folder), os.lstat(path)
-        made = (re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
-                and stat.st_uid == _posix.geteuid() and stat.st_mode & 0o170777 == 0o040700)
-        old = not age or (made and time.time() - there.st_mtime > age)
-        if old and _import("stat").S_ISSOCK(there.st_mode):
-            try:
-                _connect(path, 1.0).close()
-            except ConnectionRefusedError:
-                os.unlink(path)
-                if made:
-                    os.rmdir(folder)
+        if not _WINDOWS and _import("stat").S_ISSOCK(os.lstat(path).st_mode):
+            _connect(path, 1.0).close()
+    except ConnectionRefusedError:
+        folder = os.path.dirname(path)
+        _quietly(os.unlink, path)
+        if re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)):
+            _quietly(os.rmdir, folder)
     except OSError:
-        pass  # there is nothing, or somebody else was quicker
-
-
-def _remove_left_behind() -> None:
-    """Remove such sockets in the temp folders."""
-    glob = _import("glob")
-    for base in _temp_folders():
-        for path in glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")):
-            _remove_stale(path, _LEFT_BEHIND)
+        pass  # there is none
 
 
 # === 4. handshake =======================================================================================
@@ -1906,8 +1870,6 @@ def _remove_left_behind() -> None:
 # the other side's was right, nothing is read but short JSON in UTF-8.
 
 _HELLO_SECONDS = 5.0
-_CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
-_KNOCK_SECONDS = 0.5  # for one try there; the system itself would try again after 1, 3 and 7 seconds
 
 
 if TYPE_CHECKING:
@@ -1933,7 +1895,7 @@ class Handshake(_Handshake, metaclass=_Brief):
 
 
 # What a handshake settles; the other side's limit in bytes, and its features.
-_Terms = namedtuple("_Terms", "protocol_version max_message features", defaults=((),))
+_Terms = namedtuple("_Terms", "protocol_version max_message features")
 _FEATURES = ("arrays",)  # what each side tells that it knows, beside those of a plugin alone
 
 
@@ -1943,15 +1905,16 @@ class _Hello:
 
     def __init__(self, channel: _Channel, address: str, key: bytes, role: str) -> None:
         self._channel, self._address, self._key, self._role = channel, address, key, role
-        self._said: list[bytes] = []  # all messages of either side
+        self._other = "plugin" if role == "host" else "host"
+        self._said: list[Any] = []  # all messages of either side
         self._deadline = time.monotonic() + _HELLO_SECONDS
 
     def say(self, **message: Any) -> None:
         self._said.append("".join(_encode(message, 0)).encode())
-        self._channel.send_frame(self._said[-1])
+        self._channel.write(self._channel.frame(self._said[-1]), None, False)  # so short that it never waits
 
     def hear(self) -> dict[str, Any]:
-        self._said.append(self._channel.receive_frame(self._deadline))
+        self._said.append(self._channel.receive(self._deadline).popleft())
         try:
             message = json.loads(str(self._said[-1], "utf-8"))  # of bytes it would take UTF-16, too
         except (ValueError, RecursionError):
@@ -1965,10 +1928,10 @@ class _Hello:
                  protocol_versions=list(versions), max_message=max_message,
                  features=[*_FEATURES, *features], **others)
 
-    def hear_greeting(self, role: str) -> dict[str, Any]:
+    def hear_greeting(self) -> dict[str, Any]:
         theirs = self.hear()
-        if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != role:
-            raise ProtocolError(f"the other side is no miniplug {role} of wire version {_WIRE_VERSION}")
+        if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != self._other:
+            raise ProtocolError(f"the other side is no {self._other} of miniplug's wire version {_WIRE_VERSION}")
         versions, limit = theirs.get("protocol_versions"), theirs.get("max_message")
         if type(versions) is not list or {*map(type, versions), type(limit)} != {int}:
             raise ProtocolError("the other side's greeting is incomplete")
@@ -1979,12 +1942,13 @@ class _Hello:
     def prove(self) -> None:
         self.say(proof=self._mac(self._role))
 
-    def check(self, role: str) -> None:
+    def check(self) -> None:
         """Hear the other side's proof."""
-        expected = self._mac(role)
+        expected = self._mac(self._other)
         proof = str(self.hear().get("proof"))
         if not _import("hmac").compare_digest(ascii(expected), ascii(proof)):
-            raise _on_first_use("AuthenticationError")(f"the {role} at {self._address} does not hold the key")
+            error = _on_first_use("AuthenticationError")
+            raise error(f"the {self._other} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
         parts = role.encode(), os.fsencode(self._address), *self._said
@@ -1993,39 +1957,38 @@ class _Hello:
 
     def as_host(self, versions: Sequence[int], max_message: int) -> _Terms:
         self.greet(versions, max_message, codec="json")
-        theirs = self.hear_greeting("plugin")
-        self.check("plugin")
-        refusal = self._refusal(versions, theirs)
+        theirs = self.hear_greeting()
+        self.check()
         version = max({*versions}.intersection(theirs["protocol_versions"]), default=None)
+        refusal = self._refusal(versions, theirs, version)
         self.say(**{"refusal": refusal} if refusal else {"protocol_version": version, "codec": "json"})
         self.prove()
         if refusal:
-            raise HandshakeError(refusal, host={"protocol_versions": list(versions), "codec": "json"},
-                                 plugin=theirs)
+            raise HandshakeError(refusal, host={"protocol_versions": list(versions)}, plugin=theirs)
         return _Terms(version, theirs["max_message"], theirs["features"])
 
-    def _refusal(self, versions: Sequence[int], theirs: Mapping[str, Any]) -> str:
+    @staticmethod
+    def _refusal(versions: Sequence[int], theirs: Mapping[str, Any], version: int | None) -> str:
         """Why this host does not take a plugin that holds the key, if it does not."""
-        cookie, offered, codecs = theirs.get("cookie"), theirs["protocol_versions"], theirs.get("codecs")
+        cookie = theirs.get("cookie")
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
-            return ("it is a plugin for another host: it expects another magic cookie in "
-                    f"{cookie.get('key')!r}; is the handshake given to launch() the one that it serves with?")
-        if not {*versions}.intersection(offered):
-            older = "plugin" if max(offered, default=0) < max(versions) else "host"
+            return (f"it expects another magic cookie in {cookie.get('key')!r}; is the handshake given to "
+                    "launch() the one that it serves with?")
+        if version is None:
+            offered = theirs["protocol_versions"]
             return (f"no common protocol version: the host has {list(versions)}, the plugin has {offered}; "
-                    f"the {older} is the older one, bring it up to date")
-        known = isinstance(codecs, list) and "json" in codecs
-        return "" if known else f"the plugin does not know the codec 'json', only {codecs}"
+                    "bring the older one up to date")
+        return ""
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
                   *features: str) -> _Terms:
         """`versions` None: whatever the host has."""
-        theirs = self.hear_greeting("host")
+        theirs = self.hear_greeting()
         versions = theirs["protocol_versions"] if versions is None else versions
         self.greet(versions, max_message, *features, codecs=["json"], cookie=dict(cookie))
         self.prove()
         choice = self.hear()
-        self.check("host")
+        self.check()
         if "refusal" in choice:
             raise HandshakeError(str(choice["refusal"]), host=theirs)
         if choice.get("protocol_version") not in versions or choice.get("codec") != "json":
@@ -2034,21 +1997,13 @@ class _Hello:
 
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who
-    is pushed out there comes again. Raises what `greet` does."""
-    deadline, tcp = time.monotonic() + _CROWD_SECONDS, _transport(address) == "tcp"
-    while True:
-        try:
-            channel = _connect(address, _KNOCK_SECONDS if tcp else _HELLO_SECONDS)
-            try:
-                return channel, greet(channel)
-            except BaseException:
-                channel.close()
-                raise
-        except (ConnectionError, TimeoutError) as error:
-            pushed_out = tcp and not isinstance(error, (PluginError, ConnectionRefusedError))
-            if not pushed_out or time.monotonic() >= deadline:
-                raise
+    """Connect to a door and run the handshake. Raises what `_connect` and `greet` do."""
+    channel = _connect(address, _HELLO_SECONDS)
+    try:
+        return channel, greet(channel)
+    except BaseException:
+        channel.close()
+        raise
 
 
 class _Door:
@@ -2063,8 +2018,8 @@ class _Door:
     _CROWD = 128  # callers in the handshake at once
 
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
-                 address: str = "", stays: bool = False, made: Callable[[str], Any] = str) -> None:
-        self.listener = _Listener(address, made)
+                 address: str = "", stays: bool = False) -> None:
+        self.listener = _Listener(address)
         self.strangers = 0
         self._greet, self._arrived, self._stays = greet, arrived, stays
         self._lock, self._open = threading.Lock(), True
@@ -2079,26 +2034,26 @@ class _Door:
         while self._open:
             try:
                 self._admit(self.listener.accept())
-            except OSError:  # nobody for a while; or out of descriptors, or a caller that left at once
+            except (OSError, AttributeError):  # nobody for a while, no descriptor, or closed just now
                 time.sleep(0.01)
-        self.listener.close()
 
     def _admit(self, channel: _Channel) -> None:
         """Have a thread meet a caller. From a crowd chance picks who has to go: the oldest would be the one
         who is about to prove the key."""
         with self._lock:
             if not self._open:
-                return channel.close()
+                channel.close()
+                return
             if len(self._callers) >= self._CROWD:
                 self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
             self._callers.append(channel)
-        return _aside("miniplug-hello", self._meet, channel)
+        _aside("miniplug-hello", self._meet, channel)
 
     def _meet(self, channel: _Channel) -> None:
         terms: Any = None
         try:
             terms = self._greet(channel, self.listener.address)
-        except HandshakeError as error:
+        except HandshakeError as error:  # one that holds the key, and is refused
             terms = error
         except Exception:  # a stranger, whatever it is that he did
             self.strangers += 1
@@ -2129,8 +2084,10 @@ class _Door:
             callers = list(self._callers)
         for channel in callers:
             channel.shutdown()
-        _quietly(lambda: _connect(self.listener.address, 1.0).close())  # who waits in `accept` returns
-        self._thread.join(2.0)
+        if _WINDOWS:  # where nothing else ends `accept`
+            _quietly(lambda: _connect(self.listener.address, 1.0).close())
+            self._thread.join(2.0)
+        self.listener.close()
 
 
 # === 5. session =========================================================================================
@@ -4680,8 +4637,6 @@ class _Server:
 
     def listen(self, address: str, key: bytes) -> None:
         """Let hosts attach. They need no cookie: it is not they who start this program."""
-        if not address:
-            _remove_left_behind()
         self._door = _Door(lambda channel, address: self.greet(channel, address, key, {"matches": True}),
                            self._arrived, address, stays=True)
         address = self._door.listener.address
@@ -5724,9 +5679,11 @@ class _Run:
             came.extend(what)
             self._arrival.set()
 
-        told = _guardian.tell if self.recipe.process is _PosixProcess else str
-        door = _Door(partial(self._greet, key), arrived, made=told)
+        door = _Door(partial(self._greet, key), arrived)
+        folder = door.listener.folder if self.recipe.process is _PosixProcess else ""
         try:
+            if folder:
+                _guardian.tell(folder)
             self._spawn(argv, above, door.listener, key)
             in_time = self._arrival.wait(self.recipe.start_timeout)
             if self.gone.is_set():
@@ -5738,6 +5695,8 @@ class _Run:
                 raise self.recipe.failure(self, argv, came[1] if came else None, strangers)
         finally:
             door.close()
+            if folder:
+                _guardian.tell(f"!{folder}")
             if came and self.session is None:  # too late
                 came[0].close()
 
