@@ -1269,9 +1269,8 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 # === 3. channel =========================================================================================
 #
 # Whole messages over a connection that multiprocessing.connection has made, in its framing: a 4-byte
-# big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is read directly: one
-# system call takes as many frames as have come. On Windows a frame is a message of a named pipe. A message is
-# a frame of header and body, and one for each of its buffers.
+# big-endian length, or -1 and 8 bytes, and then that much. On Windows a frame is a message of a named pipe.
+# A message is a frame of header and body, and one for each of its buffers.
 #
 # A signal handler may raise between any two steps. So one call of C both does and records what is read or
 # written (`list.extend(map(recv, ...))`), what belongs together is one tuple, replaced by one store, and each
@@ -1360,46 +1359,44 @@ _mending = threading.Lock()  # held to free a seat that is not one's own
 
 
 class _Channel:
-    """Messages over a connected stream socket; `_PipeChannel` has what is different on Windows.
+    """Messages over a connection, which it takes over; `_PipeChannel` has what is different on Windows.
 
     Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat
-    of who writes, and protects `batch`. `stuck` is called before a writer waits for the other side, so that
-    somebody reads here; `later` when another thread has to go on writing; `gone` when the descriptors were
-    closed beneath us.
+    of who writes, and protects `batch`.
 
     `state`: messages that have come; one whose buffers have not all come (see `_take`); bytes of a frame that
     is not whole; what was read behind those, in a list; a long frame that is read into place: (file, size, a
     list of how many bytes have come). Before `begin` the frames of the handshake come instead of messages.
     """
 
-    stuck: Any
-    later: Any
-    gone: Any
+    stuck: Any = staticmethod(lambda *error: None)  # is called before a writer waits: somebody has to read
+    later: Any = stuck  # when another thread has to go on writing
+    gone: Any = stuck  # with the error, when the descriptors were closed beneath us
     limit = 0  # bytes of a message that comes, with its header; 0 in the handshake
     send_limit = _short = 0  # bytes of one that goes, without; and of one that is a single chunk
 
     def __init__(self, connection: Any) -> None:
         self.state: Any = (deque(), None, b"", [], None)
-        self.stuck = self.later = self.gone = lambda *error: None
         self.posted: deque[list[_Bytes]] = deque()  # messages to be written, in chunks
         self.batch: Any = None  # chunks that are being written, and what each step has done
         self.writer = _Seat()
         self._take_over(connection)
 
-    def _take_over(self, sock: socket.socket) -> None:
-        self.sock: Any = sock
-        self._end = sock.dup()  # ends the connection when somebody else has closed that number
-        sock.setblocking(True)
+    def _take_over(self, connection: Any) -> None:
+        with connection:
+            self.sock: Any = socket.socket(fileno=os.dup(connection.fileno()))
+        self._end = self.sock.dup()  # ends the connection when somebody else has closed that number
+        self.sock.setblocking(True)
         if sys.platform == "darwin":
-            sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
+        if self.sock.family == socket.AF_INET:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         select = _import("select")
         self._readable = select.poll()  # select() takes no descriptor over 1023
-        self._readable.register(sock, select.POLLIN)
+        self._readable.register(self.sock, select.POLLIN)
 
     def begin(self, limit: int, send_limit: int) -> None:
-        """From now on messages come, of at most so many bytes, and go, of at most `send_limit`."""
+        """From now on messages come, of at most so many bytes, and go."""
         self.limit, self.send_limit = limit + _HEAD, send_limit
         self._short = min(send_limit, _READ_SIZE - _HEAD - 1)
 
@@ -1534,9 +1531,8 @@ class _Channel:
         """Write a message, in chunks, or leave it to the thread that writes; an empty one: go on with what is
         left. From the very step on that has it written for sure, `lent` is empty.
 
-        What the other side does not take at once is left to `later`; with `wait` and no deadline this thread
-        goes on. With `wait`, wait first while much is left: past the deadline raises _Late, and sends
-        nothing.
+        What the other side does not take at once is left to `later`, or with `wait` and no deadline written
+        here. With `wait`, wait first while much is left: past the deadline raises _Late, and sends nothing.
         """
         writer, posted, token = self.writer, self.posted, {_get_ident()}
         mine = _ref_to(token)
@@ -1741,6 +1737,9 @@ def _transport(address: str) -> str:
     return "pipe" if address.startswith("\\\\") else "unix" if "/" in address else "tcp"
 
 
+_channel_over = _PipeChannel if _WINDOWS else _Channel
+
+
 def _endpoint(address: str) -> Any:
     """What Listener and Client call an address. Raises ValueError for none of this machine."""
     if _transport(address) == ("pipe" if _WINDOWS else "unix"):
@@ -1752,33 +1751,13 @@ def _endpoint(address: str) -> Any:
     raise ValueError(f"{address!r} is no address: here that is {kinds}")
 
 
-def _channel_over(connection: Any) -> _Channel:
-    """What takes over a Connection."""
-    if _WINDOWS:
-        return _PipeChannel(connection)
-    with connection:
-        return _Channel(socket.socket(fileno=os.dup(connection.fileno())))
-
-
 def _connect(address: str, timeout: float) -> _Channel:
     """A channel to an address. Raises ValueError, OSError, past the timeout TimeoutError."""
-    connection, target = _import("multiprocessing.connection"), _endpoint(address)
-    came: list[Any] = []
-    news = threading.Event()
-
-    def connect() -> None:
-        try:
-            came.append(connection.Client(target))
-        except Exception as error:
-            came.append(error)
-        news.set()
-
-    _aside("miniplug-connect", connect)  # one that comes too late closes itself
-    if not news.wait(timeout):
-        raise TimeoutError(f"{address} took no connection within {timeout:g} s")
-    if isinstance(came[0], Exception):
-        raise came.pop()
-    return _channel_over(came[0])
+    client, target = _import("multiprocessing.connection").Client, _endpoint(address)
+    try:
+        return _channel_over(_in_pool(client, target, timeout=timeout))  # one that comes late closes itself
+    except _Late:
+        raise TimeoutError(f"{address} took no connection within {timeout:g} s") from None
 
 
 def _temp_folders() -> list[str]:
@@ -1829,7 +1808,8 @@ class _Listener:
                 self.folder = folder  # from here on it is ours to remove
                 return self._bind(os.path.join(folder, "s"))
             except OSError as error:
-                self._remove_folder()
+                _quietly(os.rmdir, self.folder)
+                self.folder = ""
                 self.passed_over.append(f"{base} ({error.strerror or error})")
         return self._bind("127.0.0.1:0")  # no folder to be had: the key alone keeps others out
 
@@ -1840,12 +1820,7 @@ class _Listener:
     def close(self) -> None:
         _listeners.discard(self)
         _quietly(self._listener.close)  # which removes its socket
-        self._remove_folder()
-
-    def _remove_folder(self) -> None:
-        if self.folder:
-            _quietly(os.rmdir, self.folder)
-        self.folder = ""
+        _quietly(os.rmdir, self.folder)
 
 
 def _remove_stale(path: str) -> None:
@@ -1858,8 +1833,8 @@ def _remove_stale(path: str) -> None:
         _quietly(os.unlink, path)
         if re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)):
             _quietly(os.rmdir, folder)
-    except OSError:
-        pass  # there is none
+    except (OSError, RuntimeError):
+        pass  # there is none; or no thread is to be had
 
 
 # === 4. handshake =======================================================================================
@@ -1896,7 +1871,6 @@ class Handshake(_Handshake, metaclass=_Brief):
 
 # What a handshake settles; the other side's limit in bytes, and its features.
 _Terms = namedtuple("_Terms", "protocol_version max_message features")
-_FEATURES = ("arrays",)  # what each side tells that it knows, beside those of a plugin alone
 
 
 class _Hello:
@@ -1911,7 +1885,7 @@ class _Hello:
 
     def say(self, **message: Any) -> None:
         self._said.append("".join(_encode(message, 0)).encode())
-        self._channel.write(self._channel.frame(self._said[-1]), None, False)  # so short that it never waits
+        self._channel.write(self._channel.frame(self._said[-1]))
 
     def hear(self) -> dict[str, Any]:
         self._said.append(self._channel.receive(self._deadline).popleft())
@@ -1926,17 +1900,16 @@ class _Hello:
     def greet(self, versions: Sequence[int], max_message: int, *features: str, **others: Any) -> None:
         self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(),
                  protocol_versions=list(versions), max_message=max_message,
-                 features=[*_FEATURES, *features], **others)
+                 features=["arrays", *features], **others)
 
     def hear_greeting(self) -> dict[str, Any]:
         theirs = self.hear()
         if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != self._other:
-            raise ProtocolError(f"the other side is no {self._other} of miniplug's wire version {_WIRE_VERSION}")
+            raise ProtocolError(f"it is no {self._other} of miniplug's, of wire version {_WIRE_VERSION}")
         versions, limit = theirs.get("protocol_versions"), theirs.get("max_message")
-        if type(versions) is not list or {*map(type, versions), type(limit)} != {int}:
+        features: Any = theirs.setdefault("features", [])
+        if not (type(versions) is type(features) is list and {*map(type, versions), type(limit)} == {int}):
             raise ProtocolError("the other side's greeting is incomplete")
-        if not isinstance(theirs.get("features"), list):
-            theirs["features"] = []
         return theirs
 
     def prove(self) -> None:
@@ -1959,26 +1932,19 @@ class _Hello:
         self.greet(versions, max_message, codec="json")
         theirs = self.hear_greeting()
         self.check()
-        version = max({*versions}.intersection(theirs["protocol_versions"]), default=None)
-        refusal = self._refusal(versions, theirs, version)
+        cookie, offered, refusal = theirs.get("cookie"), theirs["protocol_versions"], ""
+        version = max({*versions}.intersection(offered), default=None)
+        if isinstance(cookie, dict) and cookie.get("matches") is not True:
+            refusal = (f"it expects another magic cookie in {cookie.get('key')!r}; is the handshake given to "
+                       "launch() the one that it serves with?")
+        elif version is None:
+            refusal = (f"no common protocol version: the host has {list(versions)}, the plugin has "
+                       f"{offered}; bring the older one up to date")
         self.say(**{"refusal": refusal} if refusal else {"protocol_version": version, "codec": "json"})
         self.prove()
         if refusal:
             raise HandshakeError(refusal, host={"protocol_versions": list(versions)}, plugin=theirs)
         return _Terms(version, theirs["max_message"], theirs["features"])
-
-    @staticmethod
-    def _refusal(versions: Sequence[int], theirs: Mapping[str, Any], version: int | None) -> str:
-        """Why this host does not take a plugin that holds the key, if it does not."""
-        cookie = theirs.get("cookie")
-        if isinstance(cookie, dict) and cookie.get("matches") is not True:
-            return (f"it expects another magic cookie in {cookie.get('key')!r}; is the handshake given to "
-                    "launch() the one that it serves with?")
-        if version is None:
-            offered = theirs["protocol_versions"]
-            return (f"no common protocol version: the host has {list(versions)}, the plugin has {offered}; "
-                    "bring the older one up to date")
-        return ""
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
                   *features: str) -> _Terms:
@@ -1994,16 +1960,6 @@ class _Hello:
         if choice.get("protocol_version") not in versions or choice.get("codec") != "json":
             raise ProtocolError("the host chose what the plugin has not offered")
         return _Terms(choice["protocol_version"], theirs["max_message"], theirs["features"])
-
-
-def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake. Raises what `_connect` and `greet` do."""
-    channel = _connect(address, _HELLO_SECONDS)
-    try:
-        return channel, greet(channel)
-    except BaseException:
-        channel.close()
-        raise
 
 
 class _Door:
@@ -2033,21 +1989,17 @@ class _Door:
     def _accept(self) -> None:
         while self._open:
             try:
-                self._admit(self.listener.accept())
+                channel = self.listener.accept()
             except (OSError, AttributeError):  # nobody for a while, no descriptor, or closed just now
                 time.sleep(0.01)
-
-    def _admit(self, channel: _Channel) -> None:
-        """Have a thread meet a caller. From a crowd chance picks who has to go: the oldest would be the one
-        who is about to prove the key."""
-        with self._lock:
+                continue
+            with self._lock:
+                self._callers.append(channel)
+                if len(self._callers) > self._CROWD:  # by chance: the oldest would be just proving the key
+                    self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
             if not self._open:
-                channel.close()
-                return
-            if len(self._callers) >= self._CROWD:
-                self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
-            self._callers.append(channel)
-        _aside("miniplug-hello", self._meet, channel)
+                channel.shutdown()
+            _aside("miniplug-hello", self._meet, channel)
 
     def _meet(self, channel: _Channel) -> None:
         terms: Any = None
@@ -2071,9 +2023,9 @@ class _Door:
         with self._lock:
             self._callers = [each for each in self._callers if each is not channel]
 
-    def settle(self, seconds: float) -> None:
-        """Wait until nobody is being greeted, at most that long."""
-        deadline = time.monotonic() + seconds
+    def settle(self) -> None:
+        """Wait a moment until nobody is being greeted."""
+        deadline = time.monotonic() + 0.2
         while self._callers and time.monotonic() < deadline:
             time.sleep(0.005)
 
@@ -2085,7 +2037,7 @@ class _Door:
         for channel in callers:
             channel.shutdown()
         if _WINDOWS:  # where nothing else ends `accept`
-            _quietly(lambda: _connect(self.listener.address, 1.0).close())
+            _quietly(lambda: _connect(self.listener.address, 1.0).close(), kind=(OSError, RuntimeError))
             self._thread.join(2.0)
         self.listener.close()
 
@@ -2279,8 +2231,8 @@ def _move(take: Callable[[], Any], *task: Any) -> None:
     _consume(map(_pool.put, zip(*[(part,) for part in task], itertools.starmap(take, _ONCE))))
 
 
-def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Have the pool call a function, and wait for what it gives or raises."""
+def _in_pool(function: Callable[..., Any], *arguments: Any, timeout: float = -1) -> Any:
+    """Have the pool call a function, and wait for what it gives or raises. Past a timeout raises _Late."""
     results: list[Any] = []
     gate = _gate()
 
@@ -2293,7 +2245,8 @@ def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
 
     _pool.put((run,))
     _pool.check()  # there may be no session
-    gate.acquire()
+    if not gate.acquire(True, timeout):
+        raise _Late
     value, error = results.pop()
     if error is not None:
         raise error
@@ -4656,8 +4609,8 @@ class _Server:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
         gone = _turn_output_away if self.stays else bool
         try:
-            channel, terms = _come_in(
-                address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
+            channel = _connect(address, _HELLO_SECONDS)
+            terms = self.greet(channel, address, _checked_key(key), cookie)
         except (OSError, EOFError, ValueError, PluginError) as error:
             refused = isinstance(error, HandshakeError)
             what = "the host refused this plugin" if refused else f"no host at {address}"
@@ -5687,7 +5640,7 @@ class _Run:
             self._spawn(argv, above, door.listener, key)
             in_time = self._arrival.wait(self.recipe.start_timeout)
             if self.gone.is_set():
-                door.settle(0.2)  # it may have been refused just before
+                door.settle()  # it may have been refused just before
             if came and isinstance(came[1], _Terms):
                 self._meet(*came)
             if not self.takes_calls:

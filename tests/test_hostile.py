@@ -12,7 +12,19 @@ import time
 
 import by_hand
 import pytest
-from conftest import HERE, WINDOWS, WINE, WORKSHOP, accepted, alive, by_hand_environment, channel_and_end, stream, until
+from conftest import (
+    HERE,
+    WINDOWS,
+    WINE,
+    WORKSHOP,
+    accepted,
+    alive,
+    by_hand_environment,
+    channel_and_end,
+    connection_of,
+    stream,
+    until,
+)
 from test_fuzz_messages import Peer
 
 import miniplug
@@ -457,7 +469,7 @@ def babble(sock, pieces, stop):
 
 
 def channel_of(sock):
-    return miniplug._PipeChannel(sock.connection) if WINDOWS else miniplug._Channel(sock.dup())
+    return miniplug._PipeChannel(sock.connection) if WINDOWS else miniplug._Channel(connection_of(sock.dup()))
 
 
 def shake(channel, address, key):

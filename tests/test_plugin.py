@@ -403,7 +403,7 @@ def test_versions(write):
         with miniplug.launch(path, protocol_versions=mine) as plugin:
             assert plugin.protocol_version == agreed == plugin.dispense().version()
     error = fails(path, miniplug.HandshakeError, protocol_versions=[3, 5])
-    assert "the host has [3, 5], the plugin has [1, 2, 4]; the plugin is the older one" in str(error)
+    assert "the host has [3, 5], the plugin has [1, 2, 4]; bring the older one" in str(error)
     assert error.host["protocol_versions"] == [3, 5] and error.plugin["protocol_versions"] == [1, 2, 4]
     assert "the host is the older one" in str(fails(path, miniplug.HandshakeError, protocol_versions=[0]))
 
