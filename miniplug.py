@@ -1364,9 +1364,9 @@ class _Channel:
     Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat
     of who writes, and protects `batch`.
 
-    `state`: messages that have come; one whose buffers have not all come (see `_take`); bytes of a frame that
-    is not whole; what was read behind those, in a list; a long frame that is read into place: (file, size, a
-    list of how many bytes have come). Before `begin` the frames of the handshake come instead of messages.
+    `state`: messages that have come; one whose buffers have not all come (see `_take`); the beginning of a
+    frame's length; what was read behind that, in a list; a frame that is not whole, as (file, size, a list of
+    how many bytes have come). Before `begin` the frames of the handshake come instead of messages.
     """
 
     stuck: Any = staticmethod(lambda *error: None)  # is called before a writer waits: somebody has to read
@@ -1406,30 +1406,30 @@ class _Channel:
         """The messages that have come, at least one; who takes one removes it. Raises _Late past the
         deadline, _Broken and ProtocolError."""
         while True:
-            come, partial, rest, steps, long = self.state
+            come, partial, rest, steps, cut = self.state
             if come:
                 return come  # type: ignore[no-any-return]
-            if long is not None and sum(long[2]) == long[1]:
+            if cut is not None and sum(cut[2]) == cut[1]:
                 come = deque()
-                self.state = come, self._take(come, long[0].getvalue(), partial), b"", [], None
+                self.state = come, self._take(come, cut[0].getvalue(), partial), b"", [], None
                 continue
             if not steps:
                 if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
                     raise _Late(_IN_TIME)
                 try:
-                    if long is None:
+                    if cut is None:
                         steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
                     else:
-                        file, _, counts = long
+                        file, _, counts = cut
                         counts[:] = [sum(counts)]
                         with file.getbuffer() as view, view[counts[0] :] as missing:
                             counts.extend(map(self.sock.recv_into, (missing,)))
                 except OSError as error:
                     _heed(error)
                     continue
-                if not (steps if long is None else counts)[-1]:
+                if not (steps if cut is None else counts)[-1]:
                     raise _Broken(EOFError())
-            if long is None:
+            if cut is None:
                 self.state = self._parse(rest + steps[0] if rest else steps[0], partial)
 
     def _parse(self, data: bytes, partial: Any) -> Any:
@@ -1458,8 +1458,6 @@ class _Channel:
             self._check_size(length, partial)
             end = start + length
             if end > size:
-                if length <= _READ_SIZE:
-                    break
                 file = io.BytesIO(bytes(length))  # it gives its bytes away without a copy
                 return come, partial, b"", [], (file, length, [file.write(data[start:])])
             partial = self._take(come, data[start:end], partial)
@@ -1754,10 +1752,7 @@ def _endpoint(address: str) -> Any:
 def _connect(address: str, timeout: float) -> _Channel:
     """A channel to an address. Raises ValueError, OSError, past the timeout TimeoutError."""
     client, target = _import("multiprocessing.connection").Client, _endpoint(address)
-    try:
-        return _channel_over(_in_pool(client, target, timeout=timeout))  # one that comes late closes itself
-    except _Late:
-        raise TimeoutError(f"{address} took no connection within {timeout:g} s") from None
+    return _channel_over(_in_pool(client, target, timeout=timeout))  # one that comes late closes itself
 
 
 def _temp_folders() -> list[str]:
@@ -1966,9 +1961,9 @@ class _Door:
     """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let
     in if it holds the key. A wrong, slow or silent caller holds up nobody.
 
-    `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or a
-    HandshakeError. The door closes before, unless it `stays` open. Any thread may close it. `_lock` protects
-    `_open` and `_callers`.
+    `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or, for one
+    that is refused, the HandshakeError. Unless it `stays` open, the door closes before the first comes in.
+    Any thread may close it. `_lock` protects `_open` and `_callers`.
     """
 
     _CROWD = 128  # callers in the handshake at once
@@ -2005,23 +2000,18 @@ class _Door:
         terms: Any = None
         try:
             terms = self._greet(channel, self.listener.address)
-        except HandshakeError as error:  # one that holds the key, and is refused
-            terms = error
+        except HandshakeError as error:
+            self._arrived(channel, error)
         except Exception:  # a stranger, whatever it is that he did
             self.strangers += 1
         with self._lock:
-            counts = terms is not None and self._open and channel in self._callers
-            enters = counts and isinstance(terms, _Terms)
-            if counts:
-                self._open = self._stays
-            if enters:
-                self._callers.remove(channel)  # first: who hears of it may close the door
-        if not enters:
-            channel.close()
-        if counts:
-            self._arrived(channel, terms)
-        with self._lock:
+            enters = terms is not None and self._open and channel in self._callers
+            self._open = self._open and (self._stays or not enters)
             self._callers = [each for each in self._callers if each is not channel]
+        if enters:  # who hears of it may close the door
+            self._arrived(channel, terms)
+        else:
+            channel.close()
 
     def settle(self) -> None:
         """Wait a moment until nobody is being greeted."""
@@ -2033,9 +2023,8 @@ class _Door:
         """Let nobody in any more, and return when nothing is left to come in by."""
         with self._lock:
             self._open = False
-            callers = list(self._callers)
-        for channel in callers:
-            channel.shutdown()
+            for channel in self._callers:
+                channel.shutdown()
         if _WINDOWS:  # where nothing else ends `accept`
             _quietly(lambda: _connect(self.listener.address, 1.0).close(), kind=(OSError, RuntimeError))
             self._thread.join(2.0)
@@ -2246,7 +2235,7 @@ def _in_pool(function: Callable[..., Any], *arguments: Any, timeout: float = -1)
     _pool.put((run,))
     _pool.check()  # there may be no session
     if not gate.acquire(True, timeout):
-        raise _Late
+        raise _Late(_IN_TIME)
     value, error = results.pop()
     if error is not None:
         raise error
@@ -4586,7 +4575,11 @@ class _Server:
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
         versions = None if None in self._served else sorted(self._served)
         hello = _Hello(channel, address, key, "plugin")
-        return hello.as_plugin(versions, self._max_message, cookie, *["persist"] * self.stays)
+        try:
+            return hello.as_plugin(versions, self._max_message, cookie, *["persist"] * self.stays)
+        except BaseException:
+            channel.close()
+            raise
 
     def listen(self, address: str, key: bytes) -> None:
         """Let hosts attach. They need no cookie: it is not they who start this program."""
@@ -5642,7 +5635,7 @@ class _Run:
             if self.gone.is_set():
                 door.settle()  # it may have been refused just before
             if came and isinstance(came[1], _Terms):
-                self._meet(*came)
+                self._meet(*came[:2])
             if not self.takes_calls:
                 strangers = None if in_time else door.strangers
                 raise self.recipe.failure(self, argv, came[1] if came else None, strangers)
@@ -5650,8 +5643,8 @@ class _Run:
             door.close()
             if folder:
                 _guardian.tell(f"!{folder}")
-            if came and self.session is None:  # too late
-                came[0].close()
+            for channel in came[::2] if self.session is None else ():  # too late
+                channel.close()
 
     def _spawn(self, argv: list[str], above: list[Any], listener: _Listener, key: bytes) -> None:
         recipe, logger = self.recipe, self.recipe.log()
