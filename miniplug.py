@@ -1312,8 +1312,8 @@ def _left(deadline: float | None) -> float:
 
 
 def _heed(error: OSError) -> None:
-    """Return if a system call would have waited. Raises _Broken if it has failed. An OSError that a signal
-    handler has raised in the midst of it, which comes from elsewhere or has no errno, is passed on."""
+    """Return if a system call would have waited; raises _Broken if it has failed. What a signal handler has
+    raised in the midst of it, which comes from elsewhere or has no errno, is passed on."""
     trace: Any = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
@@ -1376,7 +1376,7 @@ class _Channel:
     send_limit = _short = 0  # bytes of one that goes, without; and of one that is a single chunk
 
     def __init__(self, connection: Any) -> None:
-        self.state: Any = (deque(), None, b"", [], None)
+        self.state: tuple[deque[_Message], Any, bytes, list[Any], Any] = (deque(), None, b"", [], None)
         self.posted: deque[list[_Bytes]] = deque()  # messages to be written, in chunks
         self.batch: Any = None  # chunks that are being written, and what each step has done
         self.writer = _Seat()
@@ -1384,16 +1384,17 @@ class _Channel:
 
     def _take_over(self, connection: Any) -> None:
         with connection:
-            self.sock: Any = socket.socket(fileno=os.dup(connection.fileno()))
-        self._end = self.sock.dup()  # ends the connection when somebody else has closed that number
-        self.sock.setblocking(True)
+            sock = socket.socket(fileno=os.dup(connection.fileno()))
+        sock.setblocking(True)
         if sys.platform == "darwin":
-            self.sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
-        if self.sock.family == socket.AF_INET:
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
+        if sock.family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock: Any = sock
+        self._end = sock.dup()  # ends the connection when somebody else has closed that number
         select = _import("select")
         self._readable = select.poll()  # select() takes no descriptor over 1023
-        self._readable.register(self.sock, select.POLLIN)
+        self._readable.register(sock, select.POLLIN)
 
     def begin(self, limit: int, send_limit: int) -> None:
         """From now on messages come, of at most so many bytes, and go."""
@@ -1403,12 +1404,12 @@ class _Channel:
     # -- receiving
 
     def receive(self, deadline: float | None = None) -> deque[_Message]:
-        """The messages that have come, at least one; who takes one removes it. Raises _Late past the
-        deadline, _Broken and ProtocolError."""
+        """The messages that have come, at least one; who takes one removes it. Raises _Late, _Broken and
+        ProtocolError."""
         while True:
             come, partial, rest, steps, cut = self.state
             if come:
-                return come  # type: ignore[no-any-return]
+                return come
             if cut is not None and sum(cut[2]) == cut[1]:
                 come = deque()
                 self.state = come, self._take(come, cut[0].getvalue(), partial), b"", [], None
@@ -1503,8 +1504,7 @@ class _Channel:
 
     def send(self, kind: int, flags: int, number: int, content: _Content, parent: int = 0,
              wait: bool = True, deadline: float | None = None) -> None:
-        """Write a message with what the codec has made. Raises MessageTooLarge, and _Late past the deadline:
-        then nothing is sent."""
+        """Write a message with what the codec has made. Raises MessageTooLarge, and what `write` does."""
         body, buffers, tagged, lent = content
         if len(body) > self._short or buffers:
             self.check_size(content)
@@ -1647,7 +1647,6 @@ class _PipeChannel(_Channel):
         self._api = _import("_winapi")
         self._connections = [connection]  # taken out by who closes it
         self._handles = [connection.fileno()]  # or 0, with which nothing begins
-        self._down = _import("_overlapped").Overlapped()  # its event is set when the end has come here
 
     @staticmethod
     def frame(body: _Bytes, head: bytes = b"") -> list[_Bytes]:
@@ -1668,7 +1667,7 @@ class _PipeChannel(_Channel):
             else:
                 come = deque()
                 self.state = come, self._take(come, have, partial), b"", [], None
-        return self.state[0]  # type: ignore[no-any-return]
+        return self.state[0]
 
     def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
         """`counts` are the writes that have begun, one for each chunk, which is a frame."""
@@ -1685,17 +1684,15 @@ class _PipeChannel(_Channel):
         wait = self._api.INFINITE if seconds < 0 else int(seconds * 1000 + 0.999)
         while status == self._api.ERROR_IO_PENDING:
             try:
-                which = self._api.WaitForMultipleObjects([self._down.event, operation.event], False, wait)
+                if self._api.WaitForMultipleObjects([operation.event], False, wait) == self._api.WAIT_TIMEOUT:
+                    return None
+                break
             except InterruptedError:  # by a signal
-                continue
-            if which == self._api.WAIT_TIMEOUT:
-                return None
-            if which == self._api.WAIT_OBJECT_0:
-                self._cancel(operation)
-                raise _Broken(EOFError())
-            break
+                pass
         results: list[Any] = []
         self._step(results, map(operation.GetOverlappedResult, (True,)))
+        if results[0][1] == self._api.ERROR_OPERATION_ABORTED:  # by `shutdown`
+            raise _Broken(EOFError())
         return results[0]
 
     @staticmethod
@@ -1705,21 +1702,16 @@ class _PipeChannel(_Channel):
         except OSError as error:
             _heed(error)
 
-    @staticmethod
-    def _cancel(operation: Any) -> None:
-        _quietly(operation.cancel)
-        _quietly(operation.GetOverlappedResult, True)
-
     def shutdown(self) -> None:
         self._handles[0] = 0
-        _import("_overlapped").SetEvent(self._down.event)
         try:
             connection = self._connections.pop()
         except IndexError:
             return  # somebody else does, or has
         batch = self.batch or ((), ())
         for operation, _ in (*self.state[3], *batch[1][-1:]):  # what is under way has to end before
-            self._cancel(operation)
+            _quietly(operation.cancel)
+            _quietly(operation.GetOverlappedResult, True)
         connection.close()
 
     close = shutdown
@@ -1727,8 +1719,6 @@ class _PipeChannel(_Channel):
 
 # -- where a connection begins: with Listener and Client of multiprocessing.connection, but not their key
 # exchange, which blocks accept() for everybody, can be relayed, and needs MD5 before Python 3.12
-
-_BACKLOG = 4096  # callers that wait to be accepted, if the system allows so many
 
 
 def _transport(address: str) -> str:
@@ -1785,7 +1775,7 @@ class _Listener:
             address = target = os.path.abspath(address)
             _remove_stale(address)
         try:
-            self._listener = _import("multiprocessing.connection").Listener(target, None, _BACKLOG)
+            self._listener = _import("multiprocessing.connection").Listener(target, backlog=4096)
             if is_path:
                 os.chmod(address, 0o600)
         except OSError as error:  # it has named no file; without a number the path is too long
@@ -1869,8 +1859,8 @@ _Terms = namedtuple("_Terms", "protocol_version max_message features")
 
 
 class _Hello:
-    """One run of the handshake over one channel, for either role, on one thread. Its methods raise
-    AuthenticationError, HandshakeError, ProtocolError and OSError."""
+    """One handshake over one channel, for either role, on one thread. Raises AuthenticationError,
+    HandshakeError, ProtocolError and OSError."""
 
     def __init__(self, channel: _Channel, address: str, key: bytes, role: str) -> None:
         self._channel, self._address, self._key, self._role = channel, address, key, role
@@ -1899,12 +1889,11 @@ class _Hello:
 
     def hear_greeting(self) -> dict[str, Any]:
         theirs = self.hear()
-        if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != self._other:
-            raise ProtocolError(f"it is no {self._other} of miniplug's, of wire version {_WIRE_VERSION}")
-        versions, limit = theirs.get("protocol_versions"), theirs.get("max_message")
-        features: Any = theirs.setdefault("features", [])
-        if not (type(versions) is type(features) is list and {*map(type, versions), type(limit)} == {int}):
-            raise ProtocolError("the other side's greeting is incomplete")
+        versions: Any = theirs.get("protocol_versions")
+        kinds = type(versions), type(theirs.setdefault("features", [])), type(theirs.get("max_message"))
+        said = theirs.get("miniplug"), theirs.get("role"), *kinds
+        if said != (_WIRE_VERSION, self._other, list, list, int) or {*map(type, versions)} - {int}:
+            raise ProtocolError(f"it does not greet as a {self._other} of wire version {_WIRE_VERSION}")
         return theirs
 
     def prove(self) -> None:
@@ -1958,8 +1947,8 @@ class _Hello:
 
 
 class _Door:
-    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let
-    in if it holds the key. A wrong, slow or silent caller holds up nobody.
+    """Where the other side comes in. Each caller is greeted on a thread of its own, and let in if it holds
+    the key. A wrong, slow or silent one holds up nobody.
 
     `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or, for one
     that is refused, the HandshakeError. Unless it `stays` open, the door closes before the first comes in.
@@ -2002,7 +1991,7 @@ class _Door:
             terms = self._greet(channel, self.listener.address)
         except HandshakeError as error:
             self._arrived(channel, error)
-        except Exception:  # a stranger, whatever it is that he did
+        except Exception:  # a stranger
             self.strangers += 1
         with self._lock:
             enters = terms is not None and self._open and channel in self._callers
@@ -2020,7 +2009,7 @@ class _Door:
             time.sleep(0.005)
 
     def close(self) -> None:
-        """Let nobody in any more, and return when nothing is left to come in by."""
+        """Let nobody in any more."""
         with self._lock:
             self._open = False
             for channel in self._callers:
