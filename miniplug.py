@@ -1252,9 +1252,8 @@ def _restore_error(texts: dict[str, str], *content: Any) -> Any:
 # === 3. channel =========================================================================================
 #
 # Whole messages over a connection that multiprocessing.connection has made, in its framing: a 4-byte
-# big-endian length, or -1 and 8 bytes, and then that much. On POSIX the descriptor is read directly: one
-# system call takes as many frames as have come. On Windows a frame is a message of a named pipe. A message is
-# a frame of header and body, and one for each of its buffers.
+# big-endian length, or -1 and 8 bytes, and then that much. On Windows a frame is a message of a named pipe.
+# A message is a frame of header and body, and one for each of its buffers.
 #
 # A signal handler may raise between any two steps. So one call of C both does and records what is read or
 # written (`list.extend(map(recv, ...))`), what belongs together is one tuple, replaced by one store, and each
@@ -1266,7 +1265,6 @@ _FRAME = struct.Struct("!iBBHIQQ")  # the same behind a length
 _HEAD = _HEADER.size
 _LENGTH, _LONG = struct.Struct("!i"), struct.Struct("!iQ")
 _HELLO_LIMIT = 4096  # bytes of a frame of the handshake
-_GREETING: Any = (None, 1, 0, _HELLO_LIMIT)  # for `_take`: such frames come, and no messages yet
 _READ_SIZE = 1 << 16
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE at its default would end the host
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
@@ -1297,8 +1295,8 @@ def _left(deadline: float | None) -> float:
 
 
 def _heed(error: OSError) -> None:
-    """Return if a system call would have waited. Raises _Broken if it has failed. An OSError that a signal
-    handler has raised in the midst of it, which comes from elsewhere or has no errno, is passed on."""
+    """Return if a system call would have waited; raises _Broken if it has failed. What a signal handler has
+    raised in the midst of it, which comes from elsewhere or has no errno, is passed on."""
     trace: Any = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
@@ -1354,87 +1352,82 @@ class _Seat(dict):  # type: ignore[type-arg]
 
 
 class _Channel:
-    """Messages over a connected stream socket; `_PipeChannel` has what is different on Windows.
+    """Messages over a connection, which it takes over; `_PipeChannel` has what is different on Windows.
 
     Any thread may write or shut down; one at a time receives or closes, and has `state`. `writer` is the seat
-    of who writes, and protects `batch`. `stuck` is called before a writer waits for the other side, so that
-    somebody reads here; `later` when another thread has to go on writing; `gone` when the descriptors were
-    closed beneath us.
+    of who writes, and protects `batch`.
 
-    `state`: messages that have come; one whose buffers have not all come (see `_take`); the bytes behind
-    them; what was read behind those; a long frame that is read into place, as (file, size).
+    `state`: messages that have come; one whose buffers have not all come (see `_take`); the beginning of a
+    frame's length; what was read behind that, in a list; a frame that is not whole, as (file, size, a list of
+    how many bytes have come). Before `begin` the frames of the handshake come instead of messages.
     """
 
-    stuck: Any
-    later: Any
-    gone: Any
-    limit = 0  # bytes of a message that comes, with its header
+    stuck: Any = staticmethod(lambda *error: None)  # is called before a writer waits: somebody has to read
+    later: Any = stuck  # when another thread has to go on writing
+    gone: Any = stuck  # with the error, when the descriptors were closed beneath us
+    limit = 0  # bytes of a message that comes, with its header; 0 in the handshake
     send_limit = _short = 0  # bytes of one that goes, without; and of one that is a single chunk
 
     def __init__(self, connection: Any) -> None:
-        self.state: Any = (deque(), _GREETING, b"", [], None)
-        self.stuck = self.later = self.gone = lambda *error: None
+        self.state: tuple[deque[_Message], Any, bytes, list[Any], Any] = (deque(), None, b"", [], None)
         self.posted: deque[list[_Bytes]] = deque()  # messages to be written, in chunks
         self.batch: Any = None  # chunks that are being written, and what each step has done
         self.writer = _Seat()
         self._take_over(connection)
 
-    def _take_over(self, sock: socket.socket) -> None:
+    def _take_over(self, connection: Any) -> None:
+        with connection:
+            sock = socket.socket(fileno=os.dup(connection.fileno()))
+        sock.setblocking(True)
+        if sys.platform == "darwin":
+            sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
+        if sock.family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock: Any = sock
         try:
             self._end = sock.dup()  # ends the connection when somebody else has closed that number
         except OSError:
             sock.close()
             raise
-        sock.setblocking(True)
-        if sys.platform == "darwin":
-            sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         select = _import("select")
         self._readable = select.poll()  # select() takes no descriptor over 1023
         self._readable.register(sock, select.POLLIN)
 
     def begin(self, limit: int, send_limit: int) -> None:
-        """From now on messages come, of at most so many bytes, and go, of at most `send_limit`."""
+        """From now on messages come, of at most so many bytes, and go."""
         self.limit, self.send_limit = limit + _HEAD, send_limit
         self._short = min(send_limit, _READ_SIZE - _HEAD - 1)
-        self.state = (self.state[0], None, *self.state[2:])
 
     # -- receiving
 
-    def receive_frame(self, deadline: float) -> bytes:
-        """The next frame of the handshake."""
-        frames: Any = self.receive(deadline)
-        return frames.popleft()  # type: ignore[no-any-return]
-
     def receive(self, deadline: float | None = None) -> deque[_Message]:
-        """The messages that have come, at least one; who takes one removes it. Raises _Late past the
-        deadline, _Broken and ProtocolError."""
+        """The messages that have come, at least one; who takes one removes it. Raises _Late, _Broken and
+        ProtocolError."""
         while True:
-            come, partial, rest, steps, large = self.state
+            come, partial, rest, steps, cut = self.state
             if come:
-                return come  # type: ignore[no-any-return]
-            if large is not None and sum(steps) == large[1]:
+                return come
+            if cut is not None and sum(cut[2]) == cut[1]:
                 come = deque()
-                self.state = come, self._take(come, large[0].getvalue(), partial), b"", [], None
+                self.state = come, self._take(come, cut[0].getvalue(), partial), b"", [], None
                 continue
-            if large is not None or not steps:
+            if not steps:
                 if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
                     raise _Late(_IN_TIME)
                 try:
-                    if large is None:
+                    if cut is None:
                         steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
                     else:
-                        steps[:] = [sum(steps)]
-                        with large[0].getbuffer() as view, view[steps[0] :] as missing:
-                            steps.extend(map(self.sock.recv_into, (missing,)))
+                        file, _, counts = cut
+                        counts[:] = [sum(counts)]
+                        with file.getbuffer() as view, view[counts[0] :] as missing:
+                            counts.extend(map(self.sock.recv_into, (missing,)))
                 except OSError as error:
                     _heed(error)
                     continue
-                if not steps[-1]:
+                if not (steps if cut is None else counts)[-1]:
                     raise _Broken(EOFError())
-            if large is None:
+            if cut is None:
                 self.state = self._parse(rest + steps[0] if rest else steps[0], partial)
 
     def _parse(self, data: bytes, partial: Any) -> Any:
@@ -1463,24 +1456,20 @@ class _Channel:
             self._check_size(length, partial)
             end = start + length
             if end > size:
-                if length <= _READ_SIZE:
-                    break
                 file = io.BytesIO(bytes(length))  # it gives its bytes away without a copy
-                with file.getbuffer() as view:
-                    view[: size - start] = data[start:]
-                return come, partial, b"", [size - start], (file, length)
+                return come, partial, b"", [], (file, length, [file.write(data[start:])])
             partial = self._take(come, data[start:end], partial)
             at = end
-            if partial is _GREETING:  # what follows the handshake are messages
-                return come, partial, b"", [data[at:]] if at < size else [], None
+            if not self.limit:  # what follows may be a message
+                return come, None, b"", [data[at:]], None
         return come, partial, data[at:], [], None
 
     def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
         """A message that is complete with this frame goes to `come`. Of any other returns what there is:
         (message, how many buffers it has, how many have come, bytes that the rest may have)."""
-        if partial is _GREETING:
+        if not self.limit:
             come.append(frame)
-            return partial
+            return None
         if partial is None:
             version, kind, flags, count, number, parent = _HEADER.unpack(frame[:_HEAD].ljust(_HEAD, b"\0"))
             if version != _WIRE_VERSION or count > _MAX_BUFFERS or len(frame) < _HEAD:
@@ -1497,34 +1486,29 @@ class _Channel:
         return None
 
     def _check_size(self, size: int, partial: Any) -> None:
-        limit = self.limit if partial is None else partial[3]
+        limit = (self.limit or _HELLO_LIMIT) if partial is None else partial[3]
         if not 0 <= size <= limit:
             raise ProtocolError(f"a frame of {size} bytes, where at most {limit} are allowed")
 
     # -- sending
 
     @staticmethod
-    def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
+    def frame(body: _Bytes, head: bytes = b"") -> list[_Bytes]:
         """A frame, in chunks."""
         size = len(head) + len(body)
         length = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size)
         return [length + head + body] if size < _READ_SIZE else [length + head, body]
 
-    def send_frame(self, data: bytes) -> None:
-        """Send a frame of the handshake. That is so short that it never waits."""
-        self.write(self.frame(b"", data), None, False)
-
     def send(self, kind: int, flags: int, number: int, content: _Content, parent: int = 0,
              wait: bool = True, deadline: float | None = None) -> None:
-        """Write a message with what the codec has made. Raises MessageTooLarge, and _Late past the deadline:
-        then nothing is sent."""
+        """Write a message with what the codec has made. Raises MessageTooLarge, and what `write` does."""
         body, buffers, tagged, lent = content
         if len(body) > self._short or buffers:
             self.check_size(content)
             head = _HEADER.pack(_WIRE_VERSION, kind, flags | tagged, len(buffers), number, parent)
-            message = self.frame(head, body)
+            message = self.frame(body, head)
             for buffer in buffers:
-                message += self.frame(b"", buffer)
+                message += self.frame(buffer)
         else:  # to copy little is cheaper than to gather
             size = len(body) + _HEAD
             message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags | tagged, 0, number, parent) + body]
@@ -1542,9 +1526,8 @@ class _Channel:
         """Write a message, in chunks, or leave it to the thread that writes; an empty one: go on with what is
         left. From the very step on that has it written for sure, `lent` is empty.
 
-        What the other side does not take at once is left to `later`; with `wait` and no deadline this thread
-        goes on. With `wait`, wait first while much is left: past the deadline raises _Late, and sends
-        nothing.
+        What the other side does not take at once is left to `later`, or with `wait` and no deadline written
+        here. With `wait`, wait first while much is left: past the deadline raises _Late, and sends nothing.
         """
         writer, posted, mine = self.writer, self.posted, [_get_ident()]
         if posted:
@@ -1642,11 +1625,8 @@ class _Channel:
 
     def close(self) -> None:
         self.shutdown()
-        try:
-            if not os.path.sameopenfile(self.sock.fileno(), self._end.fileno()):
-                self.sock.detach()  # that number was closed beneath us, and is another file's now
-        except OSError:
-            pass  # one is closed
+        # a number that was closed beneath us may be another file's now
+        _quietly(lambda: os.path.sameopenfile(self.sock.fileno(), self._end.fileno()) or self.sock.detach())
         _quietly(self.sock.close)
         _quietly(self._end.close)
 
@@ -1656,23 +1636,21 @@ class _PipeChannel(_Channel):
     when its caller leaves; the next one goes on with it.
 
     What is waited for are events, never the handle. One call of C takes that and begins with it, so it may be
-    closed at any time. `state` ends with what has come of a frame, and the read, in a list.
+    closed at any time. The list in `state` has the read that is under way, as (operation, status).
     """
 
     def _take_over(self, connection: Any) -> None:
-        self.state = (deque(), _GREETING, b"", [])
         self._api = _import("_winapi")
         self._connections = [connection]  # taken out by who closes it
         self._handles = [connection.fileno()]  # or 0, with which nothing begins
-        self._down = _import("_overlapped").Overlapped()  # its event is set when the end has come here
 
     @staticmethod
-    def frame(head: bytes, body: _Bytes) -> list[_Bytes]:
+    def frame(body: _Bytes, head: bytes = b"") -> list[_Bytes]:
         return [_LENGTH.pack(0) + head + body]  # the length is not sent
 
     def receive(self, deadline: float | None = None) -> deque[_Message]:
         while not self.state[0]:
-            come, partial, have, reading = self.state
+            come, partial, have, reading, _ = self.state
             if not reading:
                 self._step(reading, map(self._api.ReadFile, self._handles, (max(8192, len(have)),), (True,)))
             result = self._result(reading[0], _left(deadline))
@@ -1681,11 +1659,11 @@ class _PipeChannel(_Channel):
             have += bytes(reading[0][0].getbuffer())
             self._check_size(len(have), partial)
             if result[1] == self._api.ERROR_MORE_DATA:
-                self.state = come, partial, have, []
+                self.state = come, partial, have, [], None
             else:
                 come = deque()
-                self.state = come, self._take(come, have, partial), b"", []
-        return self.state[0]  # type: ignore[no-any-return]
+                self.state = come, self._take(come, have, partial), b"", [], None
+        return self.state[0]
 
     def _transmit(self, chunks: list[_Bytes], counts: list[Any], blocking: bool) -> bool:
         """`counts` are the writes that have begun, one for each chunk, which is a frame."""
@@ -1702,17 +1680,15 @@ class _PipeChannel(_Channel):
         wait = self._api.INFINITE if seconds < 0 else int(seconds * 1000 + 0.999)
         while status == self._api.ERROR_IO_PENDING:
             try:
-                which = self._api.WaitForMultipleObjects([self._down.event, operation.event], False, wait)
+                if self._api.WaitForMultipleObjects([operation.event], False, wait) == self._api.WAIT_TIMEOUT:
+                    return None
+                break
             except InterruptedError:  # by a signal
-                continue
-            if which == self._api.WAIT_TIMEOUT:
-                return None
-            if which == self._api.WAIT_OBJECT_0:
-                self._cancel(operation)
-                raise _Broken(EOFError())
-            break
+                pass
         results: list[Any] = []
         self._step(results, map(operation.GetOverlappedResult, (True,)))
+        if results[0][1] == self._api.ERROR_OPERATION_ABORTED:  # by `shutdown`
+            raise _Broken(EOFError())
         return results[0]
 
     @staticmethod
@@ -1722,21 +1698,16 @@ class _PipeChannel(_Channel):
         except OSError as error:
             _heed(error)
 
-    @staticmethod
-    def _cancel(operation: Any) -> None:
-        _quietly(operation.cancel)
-        _quietly(operation.GetOverlappedResult, True)
-
     def shutdown(self) -> None:
         self._handles[0] = 0
-        _import("_overlapped").SetEvent(self._down.event)
         try:
             connection = self._connections.pop()
         except IndexError:
             return  # somebody else does, or has
         batch = self.batch or ((), ())
         for operation, _ in (*self.state[3], *batch[1][-1:]):  # what is under way has to end before
-            self._cancel(operation)
+            _quietly(operation.cancel)
+            _quietly(operation.GetOverlappedResult, True)
         connection.close()
 
     close = shutdown
@@ -1745,12 +1716,12 @@ class _PipeChannel(_Channel):
 # -- where a connection begins: with Listener and Client of multiprocessing.connection, but not their key
 # exchange, which blocks accept() for everybody, can be relayed, and needs MD5 before Python 3.12
 
-_BACKLOG = 4096  # callers that wait to be accepted, if the system allows so many
-_LEFT_BEHIND = 60.0  # seconds: a process that has just bound a socket does not listen there yet
-
 
 def _transport(address: str) -> str:
     return "pipe" if address.startswith("\\\\") else "unix" if "/" in address else "tcp"
+
+
+_channel_over = _PipeChannel if _WINDOWS else _Channel
 
 
 def _endpoint(address: str) -> Any:
@@ -1764,33 +1735,10 @@ def _endpoint(address: str) -> Any:
     raise ValueError(f"{address!r} is no address: here that is {kinds}")
 
 
-def _channel_over(connection: Any) -> _Channel:
-    """What takes over a Connection."""
-    if _WINDOWS:
-        return _PipeChannel(connection)
-    with connection:
-        return _Channel(socket.socket(fileno=os.dup(connection.fileno())))
-
-
 def _connect(address: str, timeout: float) -> _Channel:
     """A channel to an address. Raises ValueError, OSError, past the timeout TimeoutError."""
-    connection, target = _import("multiprocessing.connection"), _endpoint(address)
-    came: list[Any] = []
-    news = threading.Event()
-
-    def connect() -> None:
-        try:
-            came.append(connection.Client(target))
-        except Exception as error:
-            came.append(error)
-        news.set()
-
-    _aside("miniplug-connect", connect)  # one that comes too late closes itself
-    if not news.wait(timeout):
-        raise TimeoutError(f"{address} took no connection within {timeout:g} s")
-    if isinstance(came[0], Exception):
-        raise came.pop()
-    return _channel_over(came[0])
+    client, target = _import("multiprocessing.connection").Client, _endpoint(address)
+    return _channel_over(_in_pool(client, target, timeout=timeout))  # one that comes late closes itself
 
 
 def _temp_folders() -> list[str]:
@@ -1805,14 +1753,12 @@ _listeners: set[_Listener] = set()  # those that are open: a forked child closes
 class _Listener:
     """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
 
-    The folder has mode 0700, so that only this user gets as far as the handshake; `made` is told of it, and
-    with a "!" before it once it is gone. Raises OSError and ValueError for an `address` that will not do. One
-    thread may accept, another close.
+    The folder has mode 0700, so that only this user gets as far as the handshake. Raises OSError and
+    ValueError for an `address` that will not do. One thread may accept, another close.
     """
 
-    def __init__(self, address: str = "", made: Callable[[str], Any] = str) -> None:
+    def __init__(self, address: str = "") -> None:
         self.folder = ""  # the one that it has made
-        self._made = made
         self.passed_over: list[str] = []  # the temp folders that would not do, and why
         if _WINDOWS and not address:
             address = rf"\\.\pipe\miniplug-{os.urandom(16).hex()}"
@@ -1825,7 +1771,7 @@ class _Listener:
             address = target = os.path.abspath(address)
             _remove_stale(address)
         try:
-            self._listener = _import("multiprocessing.connection").Listener(target, None, _BACKLOG)
+            self._listener = _import("multiprocessing.connection").Listener(target, backlog=4096)
             if is_path:
                 os.chmod(address, 0o600)
         except OSError as error:  # it has named no file; without a number the path is too long
@@ -1841,10 +1787,10 @@ class _Listener:
             try:
                 os.mkdir(folder, 0o700)
                 self.folder = folder  # from here on it is ours to remove
-                self._made(folder)
                 return self._bind(os.path.join(folder, "s"))
             except OSError as error:
-                self._remove_folder()
+                _quietly(os.rmdir, self.folder)
+                self.folder = ""
                 self.passed_over.append(f"{base} ({error.strerror or error})")
         return self._bind("127.0.0.1:0")  # no folder to be had: the key alone keeps others out
 
@@ -1855,43 +1801,21 @@ class _Listener:
     def close(self) -> None:
         _listeners.discard(self)
         _quietly(self._listener.close)  # which removes its socket
-        self._remove_folder()
-
-    def _remove_folder(self) -> None:
-        if self.folder:
-            _quietly(os.rmdir, self.folder)
-            self._made(f"!{self.folder}")
-        self.folder = ""
+        _quietly(os.rmdir, self.folder)
 
 
-def _remove_stale(path: str, age: float = 0.0) -> None:
-    """Remove the socket of a process that was killed, at which nobody listens, and its folder if that was
-    made for it; with an `age` in seconds only one that old, in such a folder."""
-    folder = os.path.dirname(path)
-    if _WINDOWS:
-        return
+def _remove_stale(path: str) -> None:
+    """Remove the socket of a process that was killed, at which nobody listens, and the folder made for it."""
     try:
-        stat, there = os.lstat(folder), os.lstat(path)
-        made = (re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)) is not None
-                and stat.st_uid == _posix.geteuid() and stat.st_mode & 0o170777 == 0o040700)
-        old = not age or (made and time.time() - there.st_mtime > age)
-        if old and _import("stat").S_ISSOCK(there.st_mode):
-            try:
-                _connect(path, 1.0).close()
-            except ConnectionRefusedError:
-                os.unlink(path)
-                if made:
-                    os.rmdir(folder)
-    except OSError:
-        pass  # there is nothing, or somebody else was quicker
-
-
-def _remove_left_behind() -> None:
-    """Remove such sockets in the temp folders."""
-    glob = _import("glob")
-    for base in _temp_folders():
-        for path in glob.glob(os.path.join(glob.escape(base), "miniplug-*", "s")):
-            _remove_stale(path, _LEFT_BEHIND)
+        if not _WINDOWS and _import("stat").S_ISSOCK(os.lstat(path).st_mode):
+            _connect(path, 1.0).close()
+    except ConnectionRefusedError:
+        folder = os.path.dirname(path)
+        _quietly(os.unlink, path)
+        if re.fullmatch("miniplug-[0-9a-f]{16}", os.path.basename(folder)):
+            _quietly(os.rmdir, folder)
+    except (OSError, RuntimeError):
+        pass  # there is none; or no thread is to be had
 
 
 # === 4. handshake =======================================================================================
@@ -1902,8 +1826,6 @@ def _remove_left_behind() -> None:
 # the other side's was right, nothing is read but short JSON in UTF-8.
 
 _HELLO_SECONDS = 5.0
-_CROWD_SECONDS = 30.0  # so long one tries again where strangers crowd the door
-_KNOCK_SECONDS = 0.5  # for one try there; the system itself would try again after 1, 3 and 7 seconds
 
 
 if TYPE_CHECKING:
@@ -1929,25 +1851,25 @@ class Handshake(_Handshake, metaclass=_Brief):
 
 
 # What a handshake settles; the other side's limit in bytes, and its features.
-_Terms = namedtuple("_Terms", "protocol_version max_message features", defaults=((),))
-_FEATURES = ("arrays",)  # what each side tells that it knows, beside those of a plugin alone
+_Terms = namedtuple("_Terms", "protocol_version max_message features")
 
 
 class _Hello:
-    """One run of the handshake over one channel, for either role, on one thread. Its methods raise
-    AuthenticationError, HandshakeError, ProtocolError and OSError."""
+    """One handshake over one channel, for either role, on one thread. Raises AuthenticationError,
+    HandshakeError, ProtocolError and OSError."""
 
     def __init__(self, channel: _Channel, address: str, key: bytes, role: str) -> None:
         self._channel, self._address, self._key, self._role = channel, address, key, role
-        self._said: list[bytes] = []  # all messages of either side
+        self._other = "plugin" if role == "host" else "host"
+        self._said: list[Any] = []  # all messages of either side
         self._deadline = time.monotonic() + _HELLO_SECONDS
 
     def say(self, **message: Any) -> None:
         self._said.append("".join(_encode(message, 0)).encode())
-        self._channel.send_frame(self._said[-1])
+        self._channel.write(self._channel.frame(self._said[-1]))
 
     def hear(self) -> dict[str, Any]:
-        self._said.append(self._channel.receive_frame(self._deadline))
+        self._said.append(self._channel.receive(self._deadline).popleft())
         try:
             message = json.loads(str(self._said[-1], "utf-8"))  # of bytes it would take UTF-16, too
         except (ValueError, RecursionError):
@@ -1959,28 +1881,27 @@ class _Hello:
     def greet(self, versions: Sequence[int], max_message: int, *features: str, **others: Any) -> None:
         self.say(miniplug=_WIRE_VERSION, role=self._role, nonce=os.urandom(16).hex(),
                  protocol_versions=list(versions), max_message=max_message,
-                 features=[*_FEATURES, *features], **others)
+                 features=["arrays", *features], **others)
 
-    def hear_greeting(self, role: str) -> dict[str, Any]:
+    def hear_greeting(self) -> dict[str, Any]:
         theirs = self.hear()
-        if theirs.get("miniplug") != _WIRE_VERSION or theirs.get("role") != role:
-            raise ProtocolError(f"the other side is no miniplug {role} of wire version {_WIRE_VERSION}")
-        versions, limit = theirs.get("protocol_versions"), theirs.get("max_message")
-        if type(versions) is not list or {*map(type, versions), type(limit)} != {int}:
-            raise ProtocolError("the other side's greeting is incomplete")
-        if not isinstance(theirs.get("features"), list):
-            theirs["features"] = []
+        versions: Any = theirs.get("protocol_versions")
+        kinds = type(versions), type(theirs.setdefault("features", [])), type(theirs.get("max_message"))
+        said = theirs.get("miniplug"), theirs.get("role"), *kinds
+        if said != (_WIRE_VERSION, self._other, list, list, int) or {*map(type, versions)} - {int}:
+            raise ProtocolError(f"it does not greet as a {self._other} of wire version {_WIRE_VERSION}")
         return theirs
 
     def prove(self) -> None:
         self.say(proof=self._mac(self._role))
 
-    def check(self, role: str) -> None:
+    def check(self) -> None:
         """Hear the other side's proof."""
-        expected = self._mac(role)
+        expected = self._mac(self._other)
         proof = str(self.hear().get("proof"))
         if not _import("hmac").compare_digest(ascii(expected), ascii(proof)):
-            raise _on_first_use("AuthenticationError")(f"the {role} at {self._address} does not hold the key")
+            error = _on_first_use("AuthenticationError")
+            raise error(f"the {self._other} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
         parts = role.encode(), os.fsencode(self._address), *self._said
@@ -1989,39 +1910,31 @@ class _Hello:
 
     def as_host(self, versions: Sequence[int], max_message: int) -> _Terms:
         self.greet(versions, max_message, codec="json")
-        theirs = self.hear_greeting("plugin")
-        self.check("plugin")
-        refusal = self._refusal(versions, theirs)
-        version = max({*versions}.intersection(theirs["protocol_versions"]), default=None)
+        theirs = self.hear_greeting()
+        self.check()
+        cookie, offered, refusal = theirs.get("cookie"), theirs["protocol_versions"], ""
+        version = max({*versions}.intersection(offered), default=None)
+        if isinstance(cookie, dict) and cookie.get("matches") is not True:
+            refusal = (f"it expects another magic cookie in {cookie.get('key')!r}; is the handshake given to "
+                       "launch() the one that it serves with?")
+        elif version is None:
+            refusal = (f"no common protocol version: the host has {list(versions)}, the plugin has "
+                       f"{offered}; bring the older one up to date")
         self.say(**{"refusal": refusal} if refusal else {"protocol_version": version, "codec": "json"})
         self.prove()
         if refusal:
-            raise HandshakeError(refusal, host={"protocol_versions": list(versions), "codec": "json"},
-                                 plugin=theirs)
+            raise HandshakeError(refusal, host={"protocol_versions": list(versions)}, plugin=theirs)
         return _Terms(version, theirs["max_message"], theirs["features"])
-
-    def _refusal(self, versions: Sequence[int], theirs: Mapping[str, Any]) -> str:
-        """Why this host does not take a plugin that holds the key, if it does not."""
-        cookie, offered, codecs = theirs.get("cookie"), theirs["protocol_versions"], theirs.get("codecs")
-        if isinstance(cookie, dict) and cookie.get("matches") is not True:
-            return ("it is a plugin for another host: it expects another magic cookie in "
-                    f"{cookie.get('key')!r}; is the handshake given to launch() the one that it serves with?")
-        if not {*versions}.intersection(offered):
-            older = "plugin" if max(offered, default=0) < max(versions) else "host"
-            return (f"no common protocol version: the host has {list(versions)}, the plugin has {offered}; "
-                    f"the {older} is the older one, bring it up to date")
-        known = isinstance(codecs, list) and "json" in codecs
-        return "" if known else f"the plugin does not know the codec 'json', only {codecs}"
 
     def as_plugin(self, versions: Sequence[int] | None, max_message: int, cookie: Mapping[str, Any],
                   *features: str) -> _Terms:
         """`versions` None: whatever the host has."""
-        theirs = self.hear_greeting("host")
+        theirs = self.hear_greeting()
         versions = theirs["protocol_versions"] if versions is None else versions
         self.greet(versions, max_message, *features, codecs=["json"], cookie=dict(cookie))
         self.prove()
         choice = self.hear()
-        self.check("host")
+        self.check()
         if "refusal" in choice:
             raise HandshakeError(str(choice["refusal"]), host=theirs)
         if choice.get("protocol_version") not in versions or choice.get("codec") != "json":
@@ -2029,38 +1942,20 @@ class _Hello:
         return _Terms(choice["protocol_version"], theirs["max_message"], theirs["features"])
 
 
-def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who
-    is pushed out there comes again. Raises what `greet` does."""
-    deadline, tcp = time.monotonic() + _CROWD_SECONDS, _transport(address) == "tcp"
-    while True:
-        try:
-            channel = _connect(address, _KNOCK_SECONDS if tcp else _HELLO_SECONDS)
-            try:
-                return channel, greet(channel)
-            except BaseException:
-                channel.close()
-                raise
-        except (ConnectionError, TimeoutError) as error:
-            pushed_out = tcp and not isinstance(error, (PluginError, ConnectionRefusedError))
-            if not pushed_out or time.monotonic() >= deadline:
-                raise
-
-
 class _Door:
-    """Where the other side comes in. Each caller is greeted on a thread of its own, with a deadline, and let
-    in if it holds the key. A wrong, slow or silent caller holds up nobody.
+    """Where the other side comes in. Each caller is greeted on a thread of its own, and let in if it holds
+    the key. A wrong, slow or silent one holds up nobody.
 
-    `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or a
-    HandshakeError. The door closes before, unless it `stays` open. Any thread may close it. `_lock` protects
-    `_open` and `_callers`.
+    `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or, for one
+    that is refused, the HandshakeError. Unless it `stays` open, the door closes before the first comes in.
+    Any thread may close it. `_lock` protects `_open` and `_callers`.
     """
 
     _CROWD = 128  # callers in the handshake at once
 
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
-                 address: str = "", stays: bool = False, made: Callable[[str], Any] = str) -> None:
-        self.listener = _Listener(address, made)
+                 address: str = "", stays: bool = False) -> None:
+        self.listener = _Listener(address)
         self.strangers = 0
         self._greet, self._arrived, self._stays = greet, arrived, stays
         self._lock, self._open = threading.Lock(), True
@@ -2074,59 +1969,51 @@ class _Door:
     def _accept(self) -> None:
         while self._open:
             try:
-                self._admit(self.listener.accept())
-            except OSError:  # nobody for a while; or out of descriptors, or a caller that left at once
+                channel = self.listener.accept()
+            except (OSError, AttributeError):  # nobody for a while, no descriptor, or closed just now
                 time.sleep(0.01)
-        self.listener.close()
-
-    def _admit(self, channel: _Channel) -> None:
-        """Have a thread meet a caller. From a crowd chance picks who has to go: the oldest would be the one
-        who is about to prove the key."""
-        with self._lock:
+                continue
+            with self._lock:
+                self._callers.append(channel)
+                if len(self._callers) > self._CROWD:  # by chance: the oldest would be just proving the key
+                    self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
             if not self._open:
-                return channel.close()
-            if len(self._callers) >= self._CROWD:
-                self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
-            self._callers.append(channel)
-        return _aside("miniplug-hello", self._meet, channel)
+                channel.shutdown()
+            _aside("miniplug-hello", self._meet, channel)
 
     def _meet(self, channel: _Channel) -> None:
         terms: Any = None
         try:
             terms = self._greet(channel, self.listener.address)
         except HandshakeError as error:
-            terms = error
-        except Exception:  # a stranger, whatever it is that he did
+            self._arrived(channel, error)
+        except Exception:  # a stranger
             self.strangers += 1
         with self._lock:
-            counts = terms is not None and self._open and channel in self._callers
-            enters = counts and isinstance(terms, _Terms)
-            if counts:
-                self._open = self._stays
-            if enters:
-                self._callers.remove(channel)  # first: who hears of it may close the door
-        if not enters:
-            channel.close()
-        if counts:
-            self._arrived(channel, terms)
-        with self._lock:
+            enters = terms is not None and self._open and channel in self._callers
+            self._open = self._open and (self._stays or not enters)
             self._callers = [each for each in self._callers if each is not channel]
+        if enters:  # who hears of it may close the door
+            self._arrived(channel, terms)
+        else:
+            channel.close()
 
-    def settle(self, seconds: float) -> None:
-        """Wait until nobody is being greeted, at most that long."""
-        deadline = time.monotonic() + seconds
+    def settle(self) -> None:
+        """Wait a moment until nobody is being greeted."""
+        deadline = time.monotonic() + 0.2
         while self._callers and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def close(self) -> None:
-        """Let nobody in any more, and return when nothing is left to come in by."""
+        """Let nobody in any more."""
         with self._lock:
             self._open = False
-            callers = list(self._callers)
-        for channel in callers:
-            channel.shutdown()
-        _quietly(lambda: _connect(self.listener.address, 1.0).close())  # who waits in `accept` returns
-        self._thread.join(2.0)
+            for channel in self._callers:
+                channel.shutdown()
+        if _WINDOWS:  # where nothing else ends `accept`
+            _quietly(lambda: _connect(self.listener.address, 1.0).close(), kind=(OSError, RuntimeError))
+            self._thread.join(2.0)
+        self.listener.close()
 
 
 # === 5. session =========================================================================================
@@ -2316,8 +2203,8 @@ def _move(take: Callable[[], Any], *task: Any) -> None:
     _consume(map(_pool.put, zip(*[(part,) for part in task], itertools.starmap(take, _ONCE))))
 
 
-def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Have the pool call a function, and wait for what it gives or raises."""
+def _in_pool(function: Callable[..., Any], *arguments: Any, timeout: float = -1) -> Any:
+    """Have the pool call a function, and wait for what it gives or raises. Past a timeout raises _Late."""
     results: list[Any] = []
     gate = _gate()
 
@@ -2330,7 +2217,8 @@ def _in_pool(function: Callable[..., Any], *arguments: Any) -> Any:
 
     _pool.put((run,))
     _pool.check()  # there may be no session
-    gate.acquire()
+    if not gate.acquire(True, timeout):
+        raise _Late(_IN_TIME)
     value, error = results.pop()
     if error is not None:
         raise error
@@ -4675,12 +4563,14 @@ class _Server:
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
         versions = None if None in self._served else sorted(self._served)
         hello = _Hello(channel, address, key, "plugin")
-        return hello.as_plugin(versions, self._max_message, cookie, *["persist"] * self.stays)
+        try:
+            return hello.as_plugin(versions, self._max_message, cookie, *["persist"] * self.stays)
+        except BaseException:
+            channel.close()
+            raise
 
     def listen(self, address: str, key: bytes) -> None:
         """Let hosts attach. They need no cookie: it is not they who start this program."""
-        if not address:
-            _remove_left_behind()
         self._door = _Door(lambda channel, address: self.greet(channel, address, key, {"matches": True}),
                            self._arrived, address, stays=True)
         address = self._door.listener.address
@@ -4700,8 +4590,8 @@ class _Server:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
         gone = _turn_output_away if self.stays else bool
         try:
-            channel, terms = _come_in(
-                address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
+            channel = _connect(address, _HELLO_SECONDS)
+            terms = self.greet(channel, address, _checked_key(key), cookie)
         except (OSError, EOFError, ValueError, PluginError) as error:
             refused = isinstance(error, HandshakeError)
             what = "the host refused this plugin" if refused else f"no host at {address}"
@@ -5734,22 +5624,26 @@ class _Run:
             came.extend(what)
             self._arrival.set()
 
-        told = _guardian.tell if self.recipe.process is _PosixProcess else str
-        door = _Door(partial(self._greet, key), arrived, made=told)
+        door = _Door(partial(self._greet, key), arrived)
+        folder = door.listener.folder if self.recipe.process is _PosixProcess else ""
         try:
+            if folder:
+                _guardian.tell(folder)
             self._spawn(argv, above, door.listener, key)
             in_time = self._arrival.wait(self.recipe.start_timeout)
             if self.gone.is_set():
-                door.settle(0.2)  # it may have been refused just before
+                door.settle()  # it may have been refused just before
             if came and isinstance(came[1], _Terms):
-                self._meet(*came)
+                self._meet(*came[:2])
             if not self.takes_calls:
                 strangers = None if in_time else door.strangers
                 raise self.recipe.failure(self, argv, came[1] if came else None, strangers)
         finally:
             door.close()
-            if came and self.session is None:  # too late
-                came[0].close()
+            if folder:
+                _guardian.tell(f"!{folder}")
+            for channel in came[::2] if self.session is None else ():  # too late
+                channel.close()
 
     def _spawn(self, argv: list[str], above: list[Any], listener: _Listener, key: bytes) -> None:
         recipe, logger = self.recipe, self.recipe.log()

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import gc
 import glob
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -69,10 +70,15 @@ def workshop():
         yield plugin.dispense()
 
 
+def connection_of(sock):
+    """What Listener and Client make of a socket."""
+    return multiprocessing.connection.Connection(sock.detach())
+
+
 def channels():
     """Two channels that are connected with each other: over a pair of sockets, or on Windows over a named pipe."""
     if not WINDOWS:
-        return [miniplug._Channel(end) for end in socket.socketpair()]
+        return [miniplug._Channel(connection_of(end)) for end in socket.socketpair()]
     listener = miniplug._Listener()
     try:
         return [miniplug._connect(listener.address, 5.0), listener.accept()]
@@ -93,7 +99,7 @@ def channel_and_end():
     """A channel, and the other end of its connection to be spoken by hand."""
     if not WINDOWS:
         ours, theirs = socket.socketpair()
-        return miniplug._Channel(ours), theirs
+        return miniplug._Channel(connection_of(ours)), theirs
     listener = miniplug._Listener()
     try:
         end = by_hand.connect(listener.address)

@@ -508,9 +508,9 @@ def test_a_host_that_breaks_the_protocol_costs_its_connection_alone(owner):
     channel = miniplug._connect(config["address"], 5.0)
     hello = miniplug._Hello(channel, config["address"], bytes.fromhex(config["authkey"]), "host")
     assert hello.as_host([1], 1 << 20).features == ["arrays", "persist"]
-    channel.send_frame(b"nonsense")
+    channel.write(channel.frame(b"nonsense"))
     with pytest.raises((EOFError, ConnectionError)):
-        channel.receive_frame(time.monotonic() + 10)
+        channel.receive(time.monotonic() + 10).popleft()
     channel.close()
     assert owner.dispense().greet("you") == "Hello, you!"
 

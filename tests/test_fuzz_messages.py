@@ -55,7 +55,7 @@ class Peer:
             hello = miniplug._Hello(channel, self._listener.address, key, "plugin")
             hello.as_plugin([1], 1 << 20, {"matches": True}, ["persist"])
             while True:
-                frame = channel.receive_frame(time.monotonic() + 60)
+                frame = channel.receive(time.monotonic() + 60).popleft()
                 _, kind, _, _, number, _ = HEADER.unpack_from(frame)
                 if kind not in (CALL, PING):
                     continue
@@ -66,7 +66,7 @@ class Peer:
                 self._send(channel, [(RESULT if kind == CALL else PONG, 1, number, 0, body, ())], number)
             self._send(channel, self._messages, number)
             while self._stays:
-                channel.receive_frame(time.monotonic() + 60)
+                channel.receive(time.monotonic() + 60).popleft()
         except (OSError, EOFError):
             pass  # the host has had enough
         finally:
@@ -77,7 +77,7 @@ class Peer:
             number, parent = (asked if each == "asked" else each for each in (number, parent))
             header = HEADER.pack(1, kind, flags, len(buffers), number, parent)
             for frame in (header + body, *buffers):
-                channel.write(channel.frame(b"", frame))  # it may have to wait
+                channel.write(channel.frame(frame))  # it may have to wait
 
     def close(self):
         self._thread.join()

@@ -128,13 +128,11 @@ def test_killed_before_there_is_a_plugin(write):
     path = write("host.py", f"""
         import miniplug, os, signal
 
-        class Door(miniplug._Door):
-            def __init__(self, *args, **options):
-                super().__init__(*args, **options)
-                print(self.listener.folder, flush=True)
-                os.kill(os.getpid(), signal.SIGKILL)
+        def spawn(run, argv, above, listener, key):
+            print(listener.folder, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        miniplug._Door = Door
+        miniplug._Run._spawn = spawn
         miniplug.launch({WORKSHOP!r})
     """)
     status, folder, _ = run_python(path)

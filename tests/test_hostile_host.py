@@ -158,7 +158,7 @@ BROKEN = {
 
 def send(channel, frames):
     for frame in frames:
-        channel.send_frame(frame)
+        channel.write(channel.frame(frame))
 
 
 @pytest.mark.parametrize("name", BROKEN)

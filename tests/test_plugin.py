@@ -403,9 +403,9 @@ def test_versions(write):
         with miniplug.launch(path, protocol_versions=mine) as plugin:
             assert plugin.protocol_version == agreed == plugin.dispense().version()
     error = fails(path, miniplug.HandshakeError, protocol_versions=[3, 5])
-    assert "the host has [3, 5], the plugin has [1, 2, 4]; the plugin is the older one" in str(error)
+    assert "the host has [3, 5], the plugin has [1, 2, 4]; bring the older one" in str(error)
     assert error.host["protocol_versions"] == [3, 5] and error.plugin["protocol_versions"] == [1, 2, 4]
-    assert "the host is the older one" in str(fails(path, miniplug.HandshakeError, protocol_versions=[0]))
+    assert "the host has [0], the plugin has" in str(fails(path, miniplug.HandshakeError, protocol_versions=[0]))
 
 
 def test_a_spec_is_served_under_whatever_the_host_asks_for():

@@ -15,7 +15,7 @@ import time
 import zlib
 
 import pytest
-from conftest import WINDOWS, by_hand_environment, run_python, until
+from conftest import WINDOWS, run_python, until
 
 import miniplug
 
@@ -340,64 +340,6 @@ def test_serving_once_is_all(write):
 
 
 # -- where it listens
-
-@posix
-def test_what_a_plugin_that_was_killed_has_left_is_cleared_by_the_next(tmp_path, monkeypatch):
-    """And nothing else is."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    env = by_hand_environment()
-
-    def start():
-        command = [sys.executable, miniplug.__file__, "serve", "json:dumps", "--persist"]
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        return process, os.path.dirname(json.loads(process.stdout.readline())["address"])
-
-    lives, theirs = start()
-    killed, left = start()
-    killed.kill()
-    killed.communicate()
-    assert os.listdir(left) == ["s"]
-    kept = [tmp_path / name for name in ("miniplug-x", "miniplug-" + "0" * 16, "miniplug-" + "1" * 16)]
-    for path, mode in zip(kept, (0o700, 0o755, 0o700)):
-        path.mkdir()
-        path.chmod(mode)  # the first has another name, the second others can write to, the third has no socket
-    with socket.socket(socket.AF_UNIX) as sock:
-        for path in kept[:2]:
-            with socket.socket(socket.AF_UNIX) as sock:
-                sock.bind(str(path / "s"))
-    (kept[2] / "s").write_text("precious")
-    os.symlink(left, str(tmp_path / ("miniplug-" + "2" * 16)))
-    third, _ = start()
-    try:
-        assert os.path.exists(os.path.join(left, "s"))  # it may belong to one that does not listen yet
-        for path in (left, theirs, *map(str, kept)):
-            os.utime(os.path.join(path, "s"), (1, 1))
-        fourth, _ = start()
-        assert not os.path.exists(left) and os.path.exists(os.path.join(theirs, "s"))
-        assert all((path / "s").exists() for path in kept)
-    finally:
-        for process in (lives, third, fourth):
-            process.terminate()
-            process.communicate()
-    assert not os.path.exists(theirs)
-
-
-@posix
-def test_a_folder_is_not_cleared_while_its_process_is_there(tmp_path, monkeypatch):
-    """Even one that does not answer yet: its socket is bound, and does not listen."""
-    monkeypatch.setattr(miniplug, "_temp_folders", lambda: [str(tmp_path)])
-    listener = miniplug._Listener()
-    try:
-        path = os.path.join(listener.folder, "s")
-        os.unlink(path)
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.bind(path)
-            miniplug._remove_left_behind()
-            assert os.path.exists(path)
-    finally:
-        listener.close()
-    assert os.listdir(str(tmp_path)) == []
-
 
 @posix
 @pytest.mark.parametrize("made", ["a folder", "a link"])

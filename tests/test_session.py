@@ -25,7 +25,7 @@ class Pair:
 
     def __init__(self, served, others=None, max_workers=64, limit=LIMIT):
         ends = channels()
-        terms = miniplug._Terms(1, limit)
+        terms = miniplug._Terms(1, limit, [])
 
         def lost(cause):
             return lambda calls: miniplug.PluginCrashed("gone", calls=calls)
@@ -479,7 +479,7 @@ def test_deep_recursion_of_threads_is_bounded(both_ways):
 def raw(session_side_limit=LIMIT):
     """A calling session, and the other side's end of the connection, to be fed by hand."""
     channel, theirs = channel_and_end()
-    session = miniplug._open_session(channel, miniplug._Terms(1, LIMIT), session_side_limit,
+    session = miniplug._open_session(channel, miniplug._Terms(1, LIMIT, []), session_side_limit,
                                 miniplug._Served({}), lambda cause: lambda calls: miniplug.ProtocolError(str(cause)))
     return session, theirs
 

@@ -103,7 +103,7 @@ def write(data):
     """Past the session, bytes to the host; on Windows as one message."""
     channel = connection()
     if WINDOWS:
-        channel.send_frame(data)
+        channel.write(channel.frame(data))
     else:
         channel.sock.sendall(data)
 
