@@ -60,7 +60,7 @@ The map of this file; each section uses only those above it:
 #     host     _Method.__call__ -> _act     asks its _Target (a _Dispensed) where the object is now; the
 #                                           _Supervisor starts the plugin if it has to: a session, a number
 #              _Caller.call                 makes a _Call, with a number of its own and an inbox
-#              _Codec.dumps_call            makes its content: bytes, buffers beside them, what is lent
+#              _Codec.dumps                 makes its content: bytes, buffers beside them, what is lent
 #              _Session.send -> _Channel.send -> write      a message: header, body, buffers
 #              _Reader.wait                 takes the seat and reads, or sleeps while another thread reads
 #     plugin   _Channel.receive             bytes become messages
@@ -86,7 +86,7 @@ The map of this file; each section uses only those above it:
 #     _References._lock
 #     _Supervisor.news; but at interpreter exit _close_all takes it and never gives it back: then all others
 #         may be taken under it
-#     under which no other is taken: _mending, _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
+#     under which no other is taken: _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
 #         those of the processes, and the condition of a Call
 #
 # `_Pool._lead` is held by the thread that waits for tasks, and while that runs one which does not wait.
@@ -108,6 +108,7 @@ import io
 import itertools
 import json
 import json.encoder
+import operator
 import os
 import re
 import socket
@@ -383,6 +384,7 @@ _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
 _NEVER = frozenset((bool, type(None)))  # it does not even trip over these
 _NESTS = frozenset((list, tuple, dict))
+_CODES = {int: "q", float: "d"}  # of array and struct
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _flatten = itertools.chain.from_iterable
 
@@ -419,7 +421,7 @@ def _shown(value: Any) -> str:
 # -- what gives the state of a value, and what makes one of it
 
 def _name_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _base64(data: _Bytes) -> str:
@@ -445,7 +447,8 @@ def _told_apart(values: Iterable[Any]) -> list[Any]:
 
 
 def _pairs(value: dict[Any, Any]) -> list[Any]:
-    _told_apart(value)
+    if len(value) > _MAX_ALIKE:
+        _told_apart(value)
     return [*_flatten(value.items())]
 
 
@@ -456,14 +459,14 @@ def _make_dict(state: list[Any]) -> dict[Any, Any]:
 
 
 def _make_numbers(code: str, data: bytes) -> list[Any]:
-    if code not in ("q", "d") or type(data) is not bytes:
+    if code not in _CODES.values() or type(data) is not bytes:
         raise ValueError('numbers are "q" or "d", and bytes')
     return [*struct.unpack(f"<{len(data) // 8}{code}", data)]
 
 
 def _make_each(tag: str, states: list[Any]) -> list[Any]:
     if tag not in _EACH or type(states) is not list:
-        raise ValueError("no tag that each may have, and states")
+        raise ValueError("each has a tag that it may have, and states")
     kinds = set(map(type, states))
     if len(kinds) == 1:
         return [*map(_maker(tag, kinds.pop()), states)]
@@ -586,12 +589,9 @@ _MAKES: dict[tuple[str, type], Any] = {}  # what has been found of that, by the 
 
 def _maker(tag: str, kind: type) -> Any:
     ways = _TAGS[tag].make
-    if kind is list and _ITEMS in ways:
-        spread = _found(ways[_ITEMS])
-        make: Any = lambda items: spread(*items)
-    else:
-        make = _found(ways[kind])
-    _MAKES[tag, kind] = make
+    spreads = kind is list and _ITEMS in ways
+    make = _found(ways[_ITEMS if spreads else kind])
+    _MAKES[tag, kind] = make = (lambda items, make=make: make(*items)) if spreads else make
     return make
 
 
@@ -672,13 +672,16 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
         # a member goes by its name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
                 partial(_make_member, cls))
-    fields: Any = () if issubclass(cls, BaseException) else None
-    if issubclass(cls, tuple):
+    fields: Any = None
+    if issubclass(cls, BaseException):
+        fields = ()
+    elif issubclass(cls, tuple):
         fields = getattr(cls, "_fields", None)
-    elif fields is None and hasattr(cls, "__dataclass_fields__"):
-        if all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
-            fields = [field.name for field in _call("dataclasses.fields", cls)]
-    slots = {slot for base in cls.__mro__ for slot in vars(base).get("__slots__", ())}
+    elif all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
+        fields = getattr(cls, "__dataclass_fields__", None) and [
+            field.name for field in _call("dataclasses.fields", cls)]
+    told = [vars(base).get("__slots__", ()) for base in cls.__mro__]
+    slots = {*_flatten([slots] if type(slots) is str else slots for slots in told)}
     if fields is None or not slots <= {*fields, "__dict__", "__weakref__"}:
         raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
     if issubclass(cls, BaseException):
@@ -694,9 +697,10 @@ def _make_member(cls: Any, state: Any) -> Any:
     known = cls._value2member_map_
     if state not in known and len(known) >= _MAX_COMBINATIONS:
         raise ValueError(f"there are {_MAX_COMBINATIONS} combinations of its flags already")
-    if cls(state)._value_ != state:  # the enum, or this Python, leaves out what it has no name for
+    member = cls(state)
+    if member._value_ != state:  # the enum, or this Python, leaves out what it has no name for
         raise ValueError(f"it has no flags for {state}")
-    return cls(state)
+    return member
 
 
 def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
@@ -747,18 +751,31 @@ def _are_plain(values: Sequence[Any]) -> bool:
 
 
 class _Packer:
-    """One value on its way out, of one thread. `fit` gives what the encoder is to write for it. `plain` are
-    the types that it does not look at: without str and float it is careful. Where it fails, `trail` is the
-    way there, from within: what was looked at, and which part of that."""
+    """One value on its way out, of one thread. `plain` are the types of which it looks at none: without str
+    and float it is careful. Where it fails, `trail` is the way there, from within: what was looked at, and
+    which part of that."""
 
     tagged = 0
 
-    def __init__(self, codec: _Codec, lent: list[int], plain: Any = _PLAIN) -> None:
+    def __init__(self, codec: _Codec, lent: list[int], label: str | None, plain: Any = _PLAIN) -> None:
         self.buffers: list[_Bytes] = []  # that go beside the message
         self.trail: list[tuple[Any, Any]] = []
+        self.label = label  # of what is looked at; None: of a call
         self._codec = codec
         self._lent = lent  # the numbers of what was lent
         self._plain = plain
+
+    def write(self, value: Any) -> _Content:
+        """The content. Raises whatever the encoder or an `encode` raises."""
+        if self.label is None:
+            target, method, args, kwargs = value
+            self.label = "args"
+            args = self.fit([*args])
+            self.label = "kwargs"
+            fitted: Any = target, method, args, kwargs and self.fit(kwargs)
+        else:
+            fitted = self.fit(value)
+        return "".join(_encode(fitted, 0)).encode(), self.buffers, self.tagged, self._lent
 
     def fit(self, value: Any) -> Any:
         """The value, or where the encoder would change it without a word, a copy with tags."""
@@ -795,11 +812,17 @@ class _Packer:
         return dict(zip(value, copy)) if kind is dict else copy
 
     def tag(self, value: Any) -> Any:
-        """The value with its tag, or itself if it needs none. Raises whatever an `encode` raises."""
+        """The value with its tag, or itself if it needs none."""
         tag, tell = _WAYS[type(value)]
         try:
             if tell is None:
-                return self._lend(value)
+                loan = self._codec.lend(value, self._lent)
+                if loan is None:
+                    raise NotSerializable(
+                        "register it with miniplug.register, lend it with miniplug.ref(...), or send a plain "
+                        "str, int, list or dict of what is in it")
+                self.tagged = 1
+                return dict((loan,))
             state = tell(value)
             if state is None:
                 return value
@@ -808,73 +831,58 @@ class _Packer:
             if kind is str and state.isascii():
                 return {tag: state}
             if tag == "$bytes" or tag == "$bytearray":
-                return {tag: self._put(state)}
+                if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
+                    return {tag: binascii.b2a_base64(state, newline=False).decode()}
+                self.buffers.append(state)
+                return {tag: len(self.buffers) - 1}
             return {tag: [state[0], self.fit(state[1])] if tag == "$type" else self.fit(state)}
         except Exception:
             self.trail.append((value, None))
             raise
 
-    def _lend(self, value: Any) -> dict[str, Any]:
-        loan = self._codec.lend(value, self._lent)
-        if loan is None:
-            raise NotSerializable("register it with miniplug.register, lend it with miniplug.ref(...), "
-                                  "or send a plain str, int, list or dict of what is in it")
-        self.tagged = 1
-        return dict((loan,))
-
-    def _put(self, data: _Bytes) -> Any:
-        """The data in base64, or the number of a buffer."""
-        if len(data) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-            return binascii.b2a_base64(data, newline=False).decode()
-        self.buffers.append(data)
-        return len(self.buffers) - 1
-
     def _fit_many(self, values: Any) -> Any:
         """A long list in its shorter form, or itself if all of it is plain; else None."""
         kind: Any = type(values[0])
-        if [*map(type, values)].count(kind) < len(values):
+        code = _CODES.get(kind) if self._codec.arrays else None
+        if [*map(type, values)].count(kind) < len(values) or (kind in _ATOMS and code is None):
             return values if _are_plain(values) else None
-        if (kind is int or kind is float) and self._codec.arrays:
-            code = "q" if kind is int else "d"
+        if code is not None:
             try:
                 data = struct.pack(f"<{len(values)}{code}", *values)
             except struct.error:  # beyond 64 bits
                 return None
             self.tagged = 1
-            return {"$numbers": [code, {"$bytes": self._put(data)}]}
-        if kind in _ATOMS:
-            return values if _are_plain(values) else None
-        if kind in _NESTS:  # short ones, at once
-            parts = map(dict.values, values) if kind is dict else values
-            plain = (kind is dict or max(map(len, values)) < _MANY) and _are_plain([*_flatten(parts)])
-            if kind is dict:
-                keys = set(map(type, _flatten(values)))
-                if keys == _TEXTS:
-                    return values if plain and min(map(len, values)) > 1 else None
-                if str in keys or not values[0]:
-                    return None
-            elif not plain:
+            return {"$numbers": [code, self.tag(data)]}
+        if kind is dict:
+            keys = set(map(type, _flatten(values)))
+            if keys == _TEXTS:
+                plain = min(map(len, values)) > 1 and _are_plain([*_flatten(map(dict.values, values))])
+                return values if plain else None
+            if str in keys or not values[0]:
                 return None
-            elif kind is list:
+        elif kind is list or kind is tuple:  # short ones, at once
+            if max(map(len, values)) >= _MANY or not _are_plain([*_flatten(values)]):
+                return None
+            if kind is list:
                 return values
         tag, tell = _WAYS[kind]
         if tag not in _EACH or not self._codec.arrays:
             return None
-        states: Any = values if kind is bytes or kind is tuple else [*map(tell, values)]
+        states: Any = values
         if kind is bytes:
-            if max(map(len, states)) > _INLINE:
+            if max(map(len, values)) > _INLINE:
                 return None
-            states = [*map(_base64, states)]
+            states = [*map(_base64, values)]
         elif kind is not tuple:
-            states = self.fit(states)
+            states = self.fit([*map(tell, values)])
         self.tagged = 1
         return {"$each": [tag, states]}
 
-    def explain(self, label: str, error: Exception) -> None:
+    def explain(self, error: Exception) -> None:
         """Raise what names the place of what cannot travel, and why; unless it is no matter of a part."""
         if not self.trail:
             return
-        place, state_of = label, None
+        place, state_of = self.label, None
         for held, part in reversed(self.trail):
             if part is None:  # what comes next is its state
                 state_of = held
@@ -961,61 +969,44 @@ class _Codec:
         self.arrays = False
         self._scan = _scanner(_hook(borrow))
 
-    def dumps(self, value: Any, label: str, lent: list[int] | None = None) -> _Content:
+    def dumps(self, value: Any, label: str | None, lent: list[int] | None = None) -> _Content:
         """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent: the list
         `lent`, if there is one, which knows each from the start. Raises NotSerializable, naming the place in
-        `label`."""
+        `label`; None is that of a call, (target, method, args, kwargs)."""
         lent = [] if lent is None else lent
         try:
-            if type(value) in _PLAIN:
+            kind = type(value)
+            plain = kind in _PLAIN or (kind is int and -_SAFE_INTEGER <= value <= _SAFE_INTEGER)
+            if plain or (label is None and not value[3] and _PLAIN.issuperset(map(type, value[2]))):
                 return "".join(_encode(value, 0)).encode(), (), 0, lent
-            packer = _Packer(self, lent)
-            return "".join(_encode(packer.fit(value), 0)).encode(), packer.buffers, packer.tagged, lent
+            return _Packer(self, lent, label).write(value)
         except BaseException as error:
-            return self._dumps_carefully(error, lent, {label: value})
+            return self._dumps_carefully(value, label, lent, error)
 
-    def dumps_call(self, target: int, method: str, args: Sequence[Any], kwargs: dict[str, Any],
-                   lent: list[int] | None = None) -> _Content:
-        """The same of a call."""
-        lent = [] if lent is None else lent
-        try:
-            if not kwargs and _PLAIN.issuperset(map(type, args)):
-                return "".join(_encode((target, method, args, kwargs), 0)).encode(), (), 0, lent
-            packer = _Packer(self, lent)
-            call = target, method, packer.fit([*args]), kwargs and packer.fit(kwargs)
-            return "".join(_encode(call, 0)).encode(), packer.buffers, packer.tagged, lent
-        except BaseException as error:
-            return self._dumps_carefully(error, lent, {"args": [*args], "kwargs": kwargs}, target, method)
-
-    def _dumps_carefully(self, first: BaseException, lent: list[int], parts: dict[str, Any],
-                         *head: Any) -> _Content:
-        """The same again after a failure: the encoder trips over NaN and lone surrogates, and of what cannot
-        travel the place is to be named. Else the value is good, and `first` a signal handler's: it is raised.
-        """
-        label = ""
+    def _dumps_carefully(self, value: Any, label: str | None, lent: list[int], first: Any) -> _Content:
+        """The same again: the encoder trips over NaN and lone surrogates, and of what cannot travel the place
+        is to be named. Else the value is good, and what was raised `first` a signal handler's."""
         try:
             if not isinstance(first, Exception):
                 raise first
             for last in (False, False, True):
                 self.unlend(lent)
-                packer, fitted = _Packer(self, lent, _NEVER), []
+                packer = _Packer(self, lent, label, _NEVER)
                 try:
-                    for label in parts:
-                        fitted.append(packer.fit(parts[label]))
-                    text = "".join(_encode((*head, *fitted) if head else fitted[0], 0))
-                    content = text.encode(), packer.buffers, packer.tagged, lent
+                    content = packer.write(value)
                     break
-                except Exception as error:
-                    if isinstance(error, RecursionError) and not _is_deep():
-                        label = "the call" if head else label
-                        why = f"{label} is nested too deeply, or contains itself"
-                        raise NotSerializable(why, path=label) from None
-                    if last:
-                        packer.explain(label, error)
+                except RecursionError:
+                    if _is_deep():
                         raise
-            if not isinstance(first, UnicodeEncodeError) and "JSON compliant" not in str(first):
-                raise first
-            return content
+                    why = f"{label or 'the call'} is nested too deeply, or contains itself"
+                    raise NotSerializable(why, path=label or "the call") from None
+                except Exception as error:
+                    if last:
+                        packer.explain(error)
+                        raise
+            if isinstance(first, UnicodeEncodeError) or "JSON compliant" in str(first):
+                return content
+            raise first
         except BaseException:
             self.unlend(lent)
             raise
@@ -1052,73 +1043,60 @@ class _Codec:
 
 # -- exceptions
 
-_MAX_PARTS = 1000  # of an exception group, all together
+_MAX_PARTS = 1000  # of an exception group, all together: each takes more here than on the wire
 _MAX_LEVELS = 30  # of groups in groups
-_MAX_COLUMN = 10000  # at which a SyntaxError may be: it is printed with a mark below
 _TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
-_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "name", "path")  # those not in __dict__
+_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # of a builtin
+_GROUPS: Any = getattr(builtins, "BaseExceptionGroup", ())  # new in Python 3.11
+
+
+def _is_ending(kind: type) -> bool:
+    """Whether this would end the program, loop or task that calls."""
+    modules = map(sys.modules.get, ("asyncio.exceptions", "concurrent.futures._base"))
+    cancelled = [getattr(module, "CancelledError", SystemExit) for module in modules]
+    return issubclass(kind, (SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration, StopAsyncIteration,
+                             *cancelled))
 
 
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this in the host: not what ends a loop or a task, nor what says that the
-    plugin itself is in trouble."""
-    names = {base.__name__ for base in kind.__mro__}
-    ends = names & {"StopIteration", "StopAsyncIteration", "CancelledError"}
-    return issubclass(kind, Exception) and not ends and ("PluginError" not in names or "RemoteError" in names)
+    """Whether a call may raise this as itself: an error of ours would say that the plugin is in trouble."""
+    is_ours = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
+    return issubclass(kind, Exception) and not is_ours and not _is_ending(kind)
 
 
-_GROUP: Any = getattr(builtins, "ExceptionGroup", None)  # new in Python 3.11
-_BUILTIN_ERRORS: dict[str, type[Exception]] = {
-    name: value for name, value in vars(builtins).items()
-    if isinstance(value, type) and value not in (Exception, _GROUP) and _can_be_raised(value)}
 _OWN_ERRORS: dict[str, type[PluginError]] = {kind.__name__: kind for kind in (
     DeadReference, MessageTooLarge, MethodNotFound, NotSerializable, PluginClosed, PluginNotFound)}
 
 
 def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str, Any]:
-    """An exception as the body of an error message. `own`: miniplug's, about the call itself. `bare`: no more
-    than its type and as much of its text as goes into any message."""
-    error = error.args[0] if type(error) is _Undecodable else error
-    kind, cut = type(error), _cut if bare else str
+    """An exception as the body of an error message. `own`: if it is miniplug's, it is about the call itself.
+    `bare`: no more than its texts, cut so that they go into any message."""
+    kind = type(error)
     try:
-        message = cut(str(error))
+        message = str(error)
     except BaseException:  # a __str__ of its own that fails
         message = "(its text could not be made)"
-    if own:
-        state = {} if bare else _carried(kind, vars(error))
-        return {"type": kind.__name__, "message": message, "own": True, "state": state}
-    traceback = cut(_format_traceback(error))
-    body: dict[str, Any] = {"type": _name_of(kind), "message": message, "traceback": traceback}
+    if own and not bare and kind in _OWN_ERRORS.values():
+        return {"type": kind.__name__, "message": message, "own": True, "state": vars(error)}
+    body: dict[str, Any] = {"type": _name_of(kind), "message": message, "traceback": _format_traceback(error)}
     if issubclass(kind, RemoteError) and error._body:  # it goes on, from another process
-        body["type"] = cut(error._body["type"])
-        if kind is RemoteError:
-            body["message"] = cut(error._body["message"])
-    is_group = _GROUP is not None and issubclass(kind, builtins.BaseExceptionGroup)
-    if not is_group and not _can_be_raised(kind):
-        return body
-    builtin = [base.__name__ for base in kind.__mro__ if _BUILTIN_ERRORS.get(base.__name__) is base]
+        body.update(type=error._body["type"], message=error._body["message"])
+    builtin, is_group = _builtin_of(kind), issubclass(kind, _GROUPS)
+    if is_group or (builtin is not Exception and _can_be_raised(kind)):
+        body["kind"] = "ExceptionGroup" if is_group else builtin.__name__
     if bare:
-        return {**body, "kind": builtin[0], "args": [message], "state": {}} if builtin else body
-    registered = [state for tag, state in map(_WAYS.__getitem__, kind.__mro__) if tag == "$type"]
-    if registered and not is_group:  # a group's parts are no data
-        body["registered"] = registered[0](error)
-    if is_group or builtin:
+        return {key: _cut(text) for key, text in body.items()}
+    if "kind" in body:
         state = _error_state(error)
-        body.update(kind="".join(builtin[:1]), args=state.pop("args"), state={
+        body.update(args=state.pop("args"), state={
             name: held for name, held in state.items() if name[0] != "_" or name == "__notes__"})
     if is_group:
-        parts = [*map(_encode_error, error.exceptions)]
-        body.update(kind="ExceptionGroup", args=[error.message], parts=parts)
+        body.update(args=[error.message], parts=[*map(_encode_error, error.exceptions)])
+    elif _can_be_raised(kind):
+        registered = [tell for tag, tell in map(_WAYS.__getitem__, kind.__mro__) if tag == "$type"]
+        if registered:
+            body["registered"] = registered[0](error)
     return body
-
-
-def _carried(kind: type, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What an error of miniplug's carries by its class, of some attributes, if it is of the right type."""
-    def fits(held: Any, default: Any) -> bool:
-        return type(held) in (list, tuple) if default == () else type(held) is type(default)
-
-    return {name: attributes[name] for name, default in vars(kind).items()
-            if name in attributes and name[0] != "_" and fits(attributes[name], default)}
 
 
 def _format_traceback(error: BaseException) -> str:
@@ -1136,90 +1114,93 @@ def _print_error(error: BaseException) -> None:
     print(_format_traceback(error), end="", file=sys.stderr)
 
 
-def _base_of(cls: type) -> tuple[Any, dict[str, Any]]:
-    """The builtin exception that a class comes from, and those of its attributes that are not in __dict__."""
-    base: Any = next(base for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
-    return base, {name: getattr(base, name) for name in _FIELDS if hasattr(base, name)}
+def _builtin_of(kind: type) -> Any:
+    return next(base for base in kind.__mro__ if vars(builtins).get(base.__name__) is base)
 
 
 def _error_state(error: Any) -> dict[str, Any]:
     """An exception's arguments and attributes, without those that it has for being a RemoteError."""
-    state = {name: field.__get__(error) for name, field in _base_of(type(error))[1].items()}
-    state = {name: held for name, held in state.items() if held is not None}
-    state.update(vars(error), args=[*error.args])
+    base, state = _builtin_of(type(error)), {**vars(error), "args": [*error.args]}
     if isinstance(error, RemoteError):
         for name in ("type_name", "remote_traceback", "_body", "_origin"):
             state.pop(name, None)
-    return state
+    fields = {name: getattr(base, name).__get__(error) for name in _FIELDS if hasattr(base, name)}
+    return {**{name: held for name, held in fields.items() if held is not None}, **state}
 
 
 def _make_error(cls: Any, state: Any) -> Any:
-    """An exception from its state, without a call of any __init__ but the builtin base's. Left out is what
-    would make it dear or impossible to raise, print or copy."""
-    if type(state) is not dict or type(state.get("args")) is not list:
-        raise ValueError("the state of an exception is its args and attributes")
-    base, fields = _base_of(cls)
-    args = known = state["args"]
-    if issubclass(base, SyntaxError):  # with no more of its place than can be printed
-        place: Any = args[1][:4] if len(args) == 2 and type(args[1]) in (list, tuple) else ()
-        fits = [*map(type, place)] == [str, int, int, str] and 0 <= place[2] <= _MAX_COLUMN
-        known = [args[0], tuple(place)] if fits else args[:1]
+    """An exception from its state, without a call of any __init__ but the builtin base's. What would make it
+    impossible or costly to raise, print or copy is left out."""
+    base, args = _builtin_of(cls), [*state["args"]]
+    known = args[:1] if issubclass(base, SyntaxError) else args  # it is printed with a mark at its column
     error = base.__new__(cls, *known)
     base.__init__(error, *known)
     BaseException.__setattr__(error, "args", tuple(args))
     for name, held in state.items():
-        kind = type(held)
-        if name in fields:
-            if kind in (str, bytes, int) or _WAYS[kind][0][-4:] == "path":
-                fields[name].__set__(error, held)
-        elif name == "__notes__":
-            if kind is list and _TEXTS.issuperset(map(type, held)):
-                vars(error)[name] = held
-        elif name != "args" and name[:2] != "__" and not callable(getattr(cls, name, 0)):
+        is_hidden = name[:2] == "__" and not (name == "__notes__" and type(held) is list)
+        if name in _FIELDS and hasattr(base, name):
+            if isinstance(held, (str, bytes, os.PathLike)) or (type(held) is int and abs(held) < 1 << 64):
+                getattr(base, name).__set__(error, held)
+        elif name != "args" and not is_hidden and not callable(getattr(cls, name, 0)):
             vars(error)[name] = held  # where it cannot reach what the interpreter relies on
     return error
 
 
+class _First:
+    """The first base of a type that is made here: what an exception does to its subclasses is not done."""
+
+    __slots__ = ()
+    __reduce__ = RemoteError.__reduce__
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
-    """The type that is an exception's own and RemoteError at once."""
+    """The type that is an exception's own and RemoteError at once, whatever the metaclass."""
+    brief = type(kind) if issubclass(type(kind), _Brief) else type("_Brief", (_Brief, type(kind)), {})
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (kind, RemoteError), {**body, "__reduce__": RemoteError.__reduce__})
+    return brief(kind.__name__, (_First, kind, RemoteError), body)
 
 
 def _decode_error(body: Any) -> Any:
     """The exception to raise for the body of an error message, whatever is wrong with that."""
-    body = body if type(body) is dict else {}
-    body = {**body, **{key: body[key] if type(body.get(key)) is str else "" for key in _TEXT_KEYS}}
+    body = {**body} if type(body) is dict else {}
+    for key in _TEXT_KEYS:
+        body[key] = body[key] if type(body.get(key)) is str else ""
+    state = body["state"] = body["state"] if type(body.get("state")) is dict else {}
     name, message, traceback = body["type"], body["message"], body["traceback"]
-    state = body["state"] if type(body.get("state")) is dict else {}
     if body.get("own") and name in _OWN_ERRORS:
-        return _OWN_ERRORS[name](message, **_carried(_OWN_ERRORS[name], state))
-    error = _raised_error(body, state)
+        own = _OWN_ERRORS[name]
+        kinds = {key: type(getattr(own, key)) for key in dir(own)}  # of what it carries
+        return own(message, **{key: state[key] for key, kind in kinds.items()
+                               if type(state.get(key)) is (list if kind is tuple else kind)})
+    error = _raised_error(body)
     if error is None:
         told = ": ".join(filter(None, (name.rpartition(".")[2], message)))
         error = RemoteError(told or "the plugin failed and did not say how")
     known = {"type_name": name or "unknown", "message": message, "remote_traceback": traceback, **vars(error)}
-    vars(error).update(known, _body=body)  # its own attributes win
+    vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
     cause = _RemoteTraceback(traceback) if traceback else None
     BaseException.__setattr__(error, "__cause__", cause)  # it may be frozen
     return error
 
 
-def _raised_error(body: dict[str, Any], state: dict[str, Any]) -> Any:
-    """An instance of the registered or builtin exception that a body names, a RemoteError too; or None. One
-    that cannot be printed has no more than its text."""
-    builtin: Any = _BUILTIN_ERRORS.get(body["kind"])
-    for tell in (lambda: _told_group(body, state), lambda: _told_registered(*body["registered"]),
-                 lambda: (builtin, {**state, "args": body["args"]}),
-                 lambda: (builtin, {"args": [body["message"]]})):
+def _raised_error(body: dict[str, Any]) -> Any:
+    """What a body names, as a RemoteError too: the registered exception, the builtin one, or that with no
+    more than the text. None if there is none that can be made, raised and printed."""
+    ways: Any = ((_told_registered, body.get("registered")),
+                 (_told_builtin, (body["kind"], body["state"], body.get("args"), body.get("parts"))),
+                 (_told_builtin, (body["kind"], {}, [body["message"]])))
+    for tell, told in ways:
         try:
-            kind, held = tell()
+            kind, state = tell(*told)
             if _can_be_raised(kind):
-                error = _make_error(_remote_type(kind), held)
+                error = _make_error(_remote_type(kind), state)
                 str(error), repr(error)
                 return error
-        except Exception:  # none, or not registered here, or not what it takes, or it holds what has no text
+        except Exception:
             continue
     return None
 
@@ -1229,19 +1210,21 @@ def _told_registered(name: str, held: Any) -> Any:
     return type(error), _error_state(error)
 
 
-def _told_group(body: dict[str, Any], state: dict[str, Any]) -> Any:
-    if _count_parts(body) > _MAX_PARTS:
+def _told_builtin(name: str, state: dict[str, Any], args: Any, parts: Any = None) -> Any:
+    if name == "ExceptionGroup":
+        args = [args[0], _decode_parts(parts)]
+    return vars(builtins)[name], {**state, "args": args}
+
+
+def _decode_parts(parts: Any) -> list[Any]:
+    """The exceptions of a group."""
+    count, level = 0, parts
+    for _ in range(_MAX_LEVELS):
+        count += len(level)
+        level = [part for held in level if type(held) is dict for part in held.get("parts", ())]
+    if level or count > _MAX_PARTS:
         raise ValueError("a group of too many exceptions")
-    return _GROUP, {**state, "args": [body["args"][0], [*map(_decode_error, body["parts"])]]}
-
-
-def _count_parts(body: Any, level: int = 0) -> int:
-    """How many exceptions there are in a group's body, in all its levels."""
-    if type(body) is not dict or "parts" not in body:
-        return 0
-    if level == _MAX_LEVELS:
-        raise ValueError("too many groups in each other")
-    return len(body["parts"]) + sum(_count_parts(part, level + 1) for part in body["parts"])
+    return [*map(_decode_error, parts)]
 
 
 _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # without references
@@ -1331,31 +1314,41 @@ def _quietly(function: Callable[..., Any], *arguments: Any, kind: Any = OSError)
         pass
 
 
+_references_to = getattr(sys, "getrefcount", lambda held: 1)
+
+
+def _count_alone() -> int:
+    """How many references are seen to what only one place has, by a function that looks at it there."""
+    place = {0: [0]}
+    mine = place.get(0)
+    return _references_to(mine) if hasattr(sys, "getrefcount") else 0  # 0, not CPython: no seat is lost
+
+
+_ALONE = _count_alone()
+
+
 class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
-    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`: nothing
-    strikes before that, from Python 3.11 on. `mine` is a weak reference to a set with the thread's ident,
-    which only the holder's frame holds: so one knows a seat that is lost, and a finalizer or handler in it.
+    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`. `mine` is a
+    list with the thread's ident, made for this very taking: so a finalizer or handler knows a seat that its
+    own thread has, further down. Before Python 3.11 a handler can strike before the `finally`, and the seat
+    is lost: then nothing but the seat refers to `mine`.
     """
 
     __slots__ = ()
-    __missing__ = dict.get  # what nobody holds is None
 
-    def holder(self) -> Any:
-        """The thread, in a set; () if the seat is free or lost."""
-        mine = self[0]
-        return () if mine is None else mine() or ()
+    def holder(self) -> int:
+        """The thread's ident; 0 if the seat is free or lost."""
+        mine = self.get(0)
+        return 0 if mine is None or _references_to(mine) <= _ALONE else mine[0]
 
     def mend(self) -> None:
         """Free the seat if it is lost. For threads in which no handler strikes."""
-        with _mending:
-            mine = self[0]
-            if mine is not None and mine() is None:
-                del self[0]
-
-
-_mending = threading.Lock()  # held to free a seat that is not one's own
+        mine = self.get(0)
+        if mine is not None and _references_to(mine) <= _ALONE:
+            is_same = map(operator.is_, self.values(), (mine,))
+            _consume(map(self.pop, itertools.compress((0,), is_same)))  # one step: it may be another's by now
 
 
 class _Channel:
@@ -1385,13 +1378,17 @@ class _Channel:
     def _take_over(self, connection: Any) -> None:
         with connection:
             sock = socket.socket(fileno=os.dup(connection.fileno()))
+        self.sock: Any = sock
+        try:
+            self._end = sock.dup()  # ends the connection when somebody else has closed that number
+        except OSError:
+            sock.close()
+            raise
         sock.setblocking(True)
         if sys.platform == "darwin":
             sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
         if sock.family == socket.AF_INET:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock: Any = sock
-        self._end = sock.dup()  # ends the connection when somebody else has closed that number
         select = _import("select")
         self._readable = select.poll()  # select() takes no descriptor over 1023
         self._readable.register(sock, select.POLLIN)
@@ -1532,8 +1529,7 @@ class _Channel:
         What the other side does not take at once is left to `later`, or with `wait` and no deadline written
         here. With `wait`, wait first while much is left: past the deadline raises _Late, and sends nothing.
         """
-        writer, posted, token = self.writer, self.posted, {_get_ident()}
-        mine = _ref_to(token)
+        writer, posted, mine = self.writer, self.posted, [_get_ident()]
         if posted:
             self._await_turn(wait, deadline)
         try:
@@ -1555,7 +1551,7 @@ class _Channel:
             self.batch = None
             self.shutdown()  # what had come before is still read, up to the end of the connection
         finally:
-            if writer and writer[0] is mine:
+            if writer.get(0) is mine:
                 del writer[0]
             if (posted or self.batch is not None) and not writer.holder():
                 self.later()  # what is left here, or was just now; or by who has lost the seat
@@ -1566,7 +1562,7 @@ class _Channel:
             self.shutdown()
         while wait and (len(posted) > _FULL or sum(map(len, itertools.chain(*posted.copy()))) > _FULL_BYTES):
             holder = self.writer.holder()
-            if not holder or _get_ident() in holder:  # this very thread writes, further down
+            if holder in (0, _get_ident()):  # this very thread writes, further down
                 return
             if _left(deadline) == 0:
                 raise _Late
@@ -2063,8 +2059,6 @@ _LOOK = 0.5  # seconds between two looks whether such a run takes long after all
 _LAZY = 0.01  # seconds after a call until the attendant reads, where only what is lent asks for it
 _IDLE_SECONDS = 10.0  # after which a thread of the pool that has nothing to do ends
 _NESTED = 256  # calls on behalf of ours for which no thread waits that run at once
-_ENDING = {"SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration",
-           "CancelledError"}  # what does not come home
 _RAISED = 16  # exceptions of ours that a call remembers, should they come home
 
 _current: ContextVar[_Request | None] = ContextVar("miniplug", default=None)  # the call that runs here
@@ -2413,8 +2407,7 @@ class _Reader:
     def wait(self, call: _Call) -> None:
         """Wait until something has come about the call, read while nobody else does, and run what is made on
         its behalf. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
-        seat, session, token = self.seat, self._session, {_get_ident()}
-        mine = _ref_to(token)
+        seat, session, mine = self.seat, self._session, [_get_ident()]
         try:
             while not call.inbox or call.inbox[0][0] <= _NOTIFY:
                 if call.inbox:
@@ -2430,7 +2423,7 @@ class _Reader:
                 session.end(error)
             call.inbox.append(_ENDED)  # it may have been given up already
         finally:
-            if seat and seat[0] is mine:
+            if seat and seat.get(0) is mine:
                 del seat[0]
             if self.sleepers or self.unattended or self._requests or session.references.lends:
                 self.pass_on()
@@ -2445,7 +2438,7 @@ class _Reader:
             self.sleepers[call.number] = call
             if not call.inbox and seat:
                 holder = seat.holder()
-                if _get_ident() in holder:
+                if holder == _get_ident():
                     raise _waits_for_itself(call)
                 if not holder:
                     _pool.put((seat.mend,))
@@ -2592,18 +2585,17 @@ class _Attendant:
         if self._right.holder() or self._reader.seat or not self._is_wanted():
             return
         self._right.mend()
-        token = {0}
-        mine = _ref_to(token)
+        mine = [-1]
         if self._right.setdefault(0, mine) is mine:
-            _pool.put((self._attend, token, mine))
+            _pool.put((self._attend, mine))
 
-    def _attend(self, token: set[int], mine: Any) -> None:
+    def _attend(self, mine: list[int]) -> None:
         """Read while no caller does, and run calls that are quick at once."""
         session, right, seat, runner = self._session, self._right, self._reader.seat, self._session.runner
-        token.add(_get_ident())
+        mine[0] = _get_ident()
         slow = None
         try:
-            while right[0] is mine and self._is_wanted() and seat.setdefault(0, mine) is mine:
+            while right.get(0) is mine and self._is_wanted() and seat.setdefault(0, mine) is mine:
                 request = self._reader.read()
                 del seat[0]
                 if request is None:
@@ -2618,14 +2610,14 @@ class _Attendant:
                     if not self._watched:
                         self.watch()
                     runner.run_with_slot(request)
-                    if right[0] is mine:
+                    if right.get(0) is mine:
                         self._inline = -request.number
         except BaseException as error:  # the connection's end, or there is no memory
             session.end(error)
         finally:
-            if seat[0] is mine:
+            if seat.get(0) is mine:
                 del seat[0]
-            if right[0] is mine:
+            if right.get(0) is mine:
                 del right[0]
             self._reader.pass_on()
         if slow is not None:
@@ -2679,7 +2671,7 @@ class _Caller:
             if kind == _PING:
                 self._start(call, kind, _NOTHING)
             else:
-                self._start(call, kind, self._codec.dumps_call(target, method, args, kwargs, call.lent))
+                self._start(call, kind, self._codec.dumps((target, method, args, kwargs), None, call.lent))
             if kind == _NOTIFY:
                 self._reader.pass_on()  # it may lend something
                 self._calls.pop(call.number, None)
@@ -2716,7 +2708,8 @@ class _Caller:
         try:
             _pool.check()  # without a thread to read the answer nothing is sent
             self._reader.unattended.add(call.number)
-            self._start(call, _CALL, self._codec.dumps_call(target, method, args, kwargs, call.lent), future)
+            content = self._codec.dumps((target, method, args, kwargs), None, call.lent)
+            self._start(call, _CALL, content, future)
             self._reader.pass_on()
             if call.deadline is not None:
                 self._ring(call.deadline)
@@ -2761,7 +2754,7 @@ class _Caller:
         parent = 0 if _current.get() is None else self._parent()
         session.send(kind, 0, call.number, content, parent, True, call.deadline)
         channel = session.channel
-        if channel.posted and _get_ident() in channel.writer.holder() and kind != _NOTIFY and future is None:
+        if channel.posted and channel.writer.holder() == _get_ident() and kind != _NOTIFY and future is None:
             raise _waits_for_itself(call)
 
     def value(self, call: _Call, expected: int = _RESULT) -> Any:
@@ -2926,7 +2919,7 @@ class _Runner:
         if request.begun and request.producer is None:
             return
         outer, returned = _current.get(), False
-        own = True  # whether a PluginError would be about this call itself
+        own = True  # whether an error of ours would be about this call itself
         try:
             _current.set(request)
             if request.begun:
@@ -2950,7 +2943,6 @@ class _Runner:
                 self.answer(request, value)
         except BaseException as error:
             self._explain(request, error)
-            own = own and issubclass(type(error), PluginError)
             strikes = _in_main_thread() and not self._session.is_abandoned
             if strikes or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
                 _pool.put((self.fail, request, error, own))
@@ -3000,16 +2992,14 @@ class _Runner:
         if self._requests.get(request.number) is not request:
             return
         session.references.unlend(request.lent)
-        if call is not None and _ENDING.isdisjoint([base.__name__ for base in type(error).__mro__]):
+        if call is not None and not _is_ending(type(error)):
             call.raised = deque([*call.raised, (request.number, error)], _RAISED)  # it may come home
         if request.kind == _NOTIFY:
             _print_error(error)
         elif not request.cancelled:
-            for bare in (False, True, None):
+            for tell in (partial(_encode_error, error, own), partial(_encode_error, error, bare=True), dict):
                 try:
-                    told = None if bare is None else _encode_error(error, own, bare)
-                    body = told or {"message": "it cannot be told"}
-                    content = self._codec.dumps({**body, **self._home(error)}, "the exception")
+                    content = self._codec.dumps({**tell(), **self._home(error)}, "the exception")
                     session.send(_ERROR, 0, request.number, content, wait=wait)
                     break
                 except BaseException as problem:  # its arguments cannot travel, or it is a trap
@@ -3238,8 +3228,7 @@ class _Session:
         self.attendant = _Attendant(self)
         self.runner = _Runner(self, slots or _Slots(64))
         self.caller = _Caller(self)
-        self.call, self.submit, self.notify = self.caller.call, self.caller.submit, self.caller.notify
-        self.ping, self.probe = self.caller.ping, self.caller.probe
+        self.call, self.ping, self.probe = self.caller.call, self.caller.ping, self.caller.probe
         channel.stuck, channel.later = self.reader.pass_on, lambda: _pool.put((self.flush,))
         channel.gone = lambda error: None if self.cause is not None else self.end(error)
         channel.begin(max_message, terms.max_message)
@@ -3248,6 +3237,7 @@ class _Session:
             _pool.check()
         except BaseException:
             _sessions.discard(self)
+            channel.close()
             raise
         if serving:
             self.keep_reading()
@@ -3436,16 +3426,18 @@ def _signature(function: Any) -> Any:
 
 def _makes_instances(served: Any) -> bool:
     """Whether what is served is a class, or a function that needs no argument, and not the object itself. One
-    that may take any number is there to be called."""
-    made = getattr(served, "func", None) if type(served) is partial else served
-    if isinstance(made, type):
+    that may take any number, or in C any, is there to be called."""
+    inspect, is_partial = _import("inspect"), type(served) is partial
+    if isinstance(served.func if is_partial else served, type):
         return True
-    if not (_import("inspect").isroutine(served) or type(served) is partial):
+    if not (is_partial or inspect.isroutine(served)):
         return False
     try:
         parameters = _signature(served).parameters.values()
     except ValueError:
         return False  # a C function that does not tell
+    if inspect.isbuiltin(served):
+        return not parameters
     return all(each.default is not each.empty for each in parameters)
 
 
@@ -3561,7 +3553,7 @@ def _exit(manager: Any) -> None:
     try:
         if manager is not None:
             type(manager).__exit__(manager, None, None, None)
-    except BaseException as error:  # also sys.exit(): others have to be exited, too
+    except Exception as error:
         _print_error(error)
 
 
@@ -3615,8 +3607,8 @@ class _Target:
             raise DeadReference(f"{self.label} is gone: the connection to its owner has ended")
         return self.session, self.number
 
-    def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """If a submitted call has to wait for a start, have it begin after that."""
+    def waits(self) -> bool:
+        """Whether a call has to wait for a start."""
         return False
 
     def release(self) -> None:
@@ -3920,12 +3912,8 @@ class MethodInfo(namedtuple("_MethodInfo", "name signature doc"), metaclass=_Bri
         doc: str | None
 
 
-def _call_at(session: _Session, number: int, method: str, args: Any, kwargs: Any, seconds: Any) -> Any:
-    return session.call(number, method, args, kwargs, seconds)
-
-
-def _notify_at(session: _Session, *what: Any) -> None:
-    session.notify(*what)
+def _act_at(act: Callable[..., Any], session: _Session, *what: Any) -> Any:
+    return act(session.caller, *what)
 
 
 class _Method(_Remote):
@@ -3939,7 +3927,7 @@ class _Method(_Remote):
         self._timeout = timeout
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._act(_call_at, args, kwargs)
+        return self._act(_Caller.call, args, kwargs)
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:
         """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
@@ -3953,14 +3941,14 @@ class _Method(_Remote):
 
     def notify(self, *args: Any, **kwargs: Any) -> None:
         """Call, and want no answer. What the method raises goes to the plugin's stderr."""
-        self._act(_notify_at, args, kwargs)
+        self._act(_Caller.notify, args, kwargs)
 
     def timeout(self, seconds: float | None) -> _Method:
         """The same method with a deadline: past `seconds` it raises CallTimeout. None: the default one."""
         return type(self)(self._target, self._name, _checked_timeout(seconds))
 
     def _act(self, act: Callable[..., Any], args: Any, kwargs: Any, call: Any = None) -> Any:
-        """Call `act` with the session and the number where the object is now, and all that a call needs. One
+        """Call `act` with who calls over the session where the object is now, and all that a call needs. One
         that was submitted, `call`, may begin later, if it has to wait for a start."""
         target, seconds = self._target, self._timeout
         if seconds is None:
@@ -3969,11 +3957,13 @@ class _Method(_Remote):
         if found is not None:
             session, number = found
             try:
-                return act(session, number, self._name, args, kwargs, seconds)
+                return act(session.caller, number, self._name, args, kwargs, seconds)
             except _Sealed:
                 pass
-        begin = partial(_reach, target.find, act, self._name, args, kwargs)
-        return None if call and target.put_off(call, begin, seconds) else begin(seconds)
+        begin = partial(_reach, target.find, partial(_act_at, act), self._name, args, kwargs)
+        if call and target.waits():
+            return _aside("miniplug-submit", call._attempt, begin, seconds)
+        return begin(seconds)
 
     @property
     def __name__(self) -> str:
@@ -4203,12 +4193,12 @@ class _Awaitable:
         _done_callbacks: list[Any]
     _call: _Call | None = None
 
-    def _begin(self, session: _Session, *what: Any) -> None:
-        if self._state != "PENDING":  # cancelled before it could be sent, or lost with a session
+    def _begin(self, caller: _Caller, *what: Any) -> None:
+        if self._state != "PENDING":  # cancelled before it could be sent, or failed with a session
             return
-        call = session.submit(self, *what)
+        call = caller.submit(self, *what)
         if self._state[:9] == "CANCELLED":  # meanwhile, by a signal handler
-            _pool.put((session.caller.give_up, call))
+            _pool.put((caller.give_up, call))
 
     def _arrive(self, call: _Call, come: deque[_Message], attends: bool) -> None:
         """Called by who reads, once the answer has come. Callbacks may take long: a thread of the pool runs
@@ -4240,6 +4230,13 @@ class _Awaitable:
         future: Any = self
         self._end(future.set_exception, error)
 
+    def _attempt(self, function: Callable[..., Any], *args: Any) -> None:
+        """Do what it is made of; what that raises is the answer."""
+        try:
+            function(*args)
+        except BaseException as error:
+            self._fail(error)
+
     def _end(self, settle: Callable[[Any], Any], outcome: Any) -> None:
         """It may have been cancelled meanwhile, or settled before."""
         _quietly(settle, outcome, kind=_import("concurrent.futures").InvalidStateError)
@@ -4254,10 +4251,12 @@ class _Awaitable:
             base.cancel()
             base.set_running_or_notify_cancel()
         call = self._call
-        if call is not None and call.session is not None:
-            _in_pool(call.session.caller.give_up, call)  # where no handler strikes
-        for callback in callbacks:
-            base.add_done_callback(callback)
+        try:
+            if call is not None and call.session is not None:
+                _in_pool(call.session.caller.give_up, call)  # where no handler strikes
+        finally:
+            for callback in callbacks:
+                base.add_done_callback(callback)
         return True
 
     if TYPE_CHECKING:
@@ -4446,7 +4445,7 @@ def _take_environment() -> None:
 def _refuse_monkey_patches() -> None:
     """Raises RuntimeError where there are green threads instead of the system's: waiting would hang."""
     for function in (socket.socket, threading.get_ident, time.sleep, _import("select").select):
-        library = str(function.__module__).partition(".")[0]
+        library = str(getattr(function, "__module__", "")).partition(".")[0]
         if library in ("gevent", "eventlet"):
             raise RuntimeError(f"miniplug does not run under the monkey patches of {library}: let a process "
                                "without them have the plugins")
@@ -4788,24 +4787,46 @@ class _Lines:
     def __init__(self, file: IO[bytes], deliver: Callable[[str], Any]) -> None:
         self.file = file
         self.tail: deque[str] = deque(maxlen=200)
+        self._log = deliver if isinstance(deliver, _LogSink) else None
+        self._flush = partial(_guard, self._log.flush if self._log else bool)
         self._deliver = deliver
         self._decoder = _import("codecs").getincrementaldecoder("utf-8")("backslashreplace")
-        self.over = False  # whether nobody wants more of it
         self._line = io.StringIO()  # as much of it as has come
         self._returned = False  # whether the last line has ended with a \r, which a \n may follow
 
-    def read(self) -> None:
-        """Deliver lines until nobody has the other end any more, or what comes is not wanted."""
-        data = b"more"
-        while data:
-            try:
-                data = os.read(self.file.fileno(), 1 << 16)
-            except OSError:
-                data = b""
-            if self.over:
-                data = b""
-            self._take(data)
-        self.file.close()
+    def read_until(self, ended: Callable[[], bool], wake: int) -> None:
+        """Deliver lines until the stream ends, or the process has: another one may hold the pipe open."""
+        more, last = True, float("inf")
+        while more and time.monotonic() < last:
+            over = ended()
+            last = min(last, time.monotonic() + 0.8) if over else last
+            held = self._log and self._log.trace  # a traceback that may go on
+            if self._await_more(0.0 if over else 0.1 if held else None, wake):
+                try:
+                    data = os.read(self.file.fileno(), 1 << 16)
+                except OSError:
+                    data = b""
+                self._take(data)
+                more = bool(data)
+            else:
+                more = not over
+                self._flush()
+        self._flush()
+
+    def _await_more(self, seconds: float | None, wake: int) -> bool:
+        """Whether there is something to read, within that time and before there is something in `wake`."""
+        if not _WINDOWS:
+            return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
+        if seconds is None:
+            return True  # reading itself is what waits
+        handle = _import("msvcrt").get_osfhandle(self.file.fileno())
+        peek = partial(_import("_winapi").PeekNamedPipe, handle, 0)
+        try:
+            if not peek()[0]:
+                time.sleep(seconds)
+            return bool(peek()[0])
+        except OSError:
+            return True  # its end
 
     def _take(self, data: bytes) -> None:
         """Deliver the lines of what has come; at the end, of nothing, what there is."""
@@ -4819,8 +4840,6 @@ class _Lines:
             self._line.write(text)
         if self._line.tell() >= (_LINE_LIMIT if data else 1):
             self._end_line()
-        if not data and isinstance(self._deliver, _LogSink):
-            _guard(self._deliver.flush)
 
     def _end_line(self) -> None:
         text, self._line = self._line.getvalue(), io.StringIO()
@@ -4878,8 +4897,7 @@ def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a p
 
 
 class _LogSink:
-    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is. One
-    thread calls it; one of the pool logs a traceback that nothing follows. `_lock` protects `trace`."""
+    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is."""
 
     _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
     _LINKS = (_HEADS[0], "During handling of the above exception,", "The above exception was the direct")
@@ -4889,33 +4907,17 @@ class _LogSink:
         self._logger = parent.getChild(stream)
         self._prefix = self._logger.name[: -len(stream)]
         self._stderr = stream == "stderr"
-        self._lock = threading.RLock()
         self.trace: list[str] = []  # the lines of a traceback, which may go on
 
     def __call__(self, line: str) -> None:
-        with self._lock:
-            if self.trace and len(self.trace) < 1000 and len(line) <= 1000 and self._goes_on(line):
-                self.trace.append(line)
-                return
-            self.flush()
-            if self._stderr and line.startswith(self._HEADS):
-                self.trace = [line]
-                self._flush_if_idle(self.trace, 0)
-            elif not (self._stderr and self._record(line)):
-                self._logger.log(30 if self._stderr else 20, "%s", line)
-
-    def _flush_if_idle(self, trace: list[str], length: int) -> None:
-        """Log a traceback that has not grown since it had this length; else look again soon."""
-        if self.trace is trace and self._lock.acquire(False):
-            try:
-                if len(trace) == length:
-                    return self.flush()
-            finally:
-                self._lock.release()
-        if self.trace is trace:
-            again = partial(_guard, self._flush_if_idle, trace, len(trace))
-            _pool.alarm(time.monotonic() + 0.1, again)
-        return None
+        if self.trace and len(self.trace) < 1000 and len(line) <= 1000 and self._goes_on(line):
+            self.trace.append(line)
+            return
+        self.flush()
+        if self._stderr and line.startswith(self._HEADS):
+            self.trace = [line]
+        elif not (self._stderr and self._record(line)):
+            self._logger.log(30 if self._stderr else 20, "%s", line)
 
     def _goes_on(self, line: str) -> bool:
         """Whether the traceback does: up to the line that names the exception, or with one of a chain."""
@@ -4924,10 +4926,9 @@ class _LogSink:
         return line.startswith(" ") or not self.trace[0].startswith(" ")
 
     def flush(self) -> None:
-        with self._lock:
-            lines, self.trace = self.trace, []
-            if lines:
-                self._logger.error("%s", "\n".join(lines).rstrip("\n"))
+        lines, self.trace = self.trace, []
+        if lines:
+            self._logger.error("%s", "\n".join(lines).rstrip("\n"))
 
     def _record(self, line: str) -> bool:
         """Log a line of hclog's JSON with its level, logger and fields. False if it is none."""
@@ -5005,10 +5006,11 @@ class Limits(namedtuple("_Limits", "memory cpu_seconds open_files"), metaclass=_
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
-        for name, value in (("memory", memory), ("cpu_seconds", cpu_seconds), ("open_files", open_files)):
-            kinds, word = ((int, float), "number") if name == "cpu_seconds" else ((int,), "whole number")
-            if value is not None and (type(value) not in kinds or not 0 < value < float("inf")):
-                raise ValueError(f"{name}={value!r}: it is a positive {word}, or None")
+        for name, count in (("memory", memory), ("open_files", open_files)):
+            _checked_count(1 if count is None else count, name, 1)
+        seconds = 1 if cpu_seconds is None else cpu_seconds
+        if type(seconds) not in (int, float) or not 0 < seconds < float("inf"):
+            raise ValueError(f"cpu_seconds={seconds!r}: it is a positive number, or None")
         return super().__new__(cls, memory, cpu_seconds, open_files)
 
     def _as_job(self, stays: bool = False) -> bytes:
@@ -5394,13 +5396,16 @@ class _Recipe:
         argv = [*self.command] if self.is_list else [self.source]
         if self.task:
             argv = [*self._loader(), *self.task]
-        elif self.source == self._whole(argv[0]) in self.sha256:
-            argv[0] = self.source  # and not one of that name on the PATH
+        elif self._whole(argv[0]) in self.sha256:
+            argv[0] = self._whole(argv[0])  # and not one of that name on the PATH
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
             raise self.not_started(argv, f"there is no such file as {self.source}; {_HINT}")
         for path, expected in self.sha256.items():
+            digest = _import("hashlib").sha256()
             with open(path, "rb") as file:
-                actual = _import("hashlib").sha256(file.read()).hexdigest()
+                for block in iter(partial(file.read, 1 << 20), b""):
+                    digest.update(block)
+            actual = digest.hexdigest()
             if actual != expected:
                 reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
                 found = {"path": path, "expected": expected, "actual": actual}
@@ -5417,8 +5422,7 @@ class _Recipe:
             how = "pass python='/path/to/python', or call miniplug.freeze_support() first in its main program"
             raise self.not_started([], f"this application ({python}) has no interpreter to run it: {how}")
         flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
-        file = _FILE.rstrip("c")  # .pyc, says PyInstaller
-        return [python, *flags, "-c", _BOOTSTRAP, file, __name__]
+        return [python, *flags, "-c", _BOOTSTRAP, _FILE.rstrip("c"), __name__]  # .pyc, says PyInstaller
 
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
@@ -5521,22 +5525,28 @@ class _Voice:
         files = (process.stdout, process.stderr)
         self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
         self._threads: list[threading.Thread] = []
+        self._wake: list[int] = []  # a pipe, the end of which wakes them
 
     def start(self) -> None:
+        self._wake.extend(os.pipe() if self._streams else ())
         for stream in self._streams:
-            self._threads.append(_start_thread("miniplug-output", stream.read))
+            what = stream.read_until, lambda: len(self._wake) < 2, self._wake[0]
+            self._threads.append(_start_thread("miniplug-output", *what))
 
-    def stop(self, seconds: float) -> None:
-        """Wait at most that long until all is delivered: what has left the process group may hold it open."""
-        deadline = time.monotonic() + seconds
+    def stop(self) -> None:
+        """Have the threads end, once nothing more comes."""
+        if self._wake:
+            os.close(self._wake.pop())
+
+    def close(self, seconds: float | None = None) -> None:
+        """Close all, unless a thread does not end in that time."""
         for thread in self._threads:
-            thread.join(_left(deadline))
-        for stream in self._streams:
-            stream.over = True
-
-    def close(self) -> None:
-        for stream in self._streams:
-            stream.file.close()
+            thread.join(seconds)
+        if not any(thread.is_alive() for thread in self._threads):
+            for stream in self._streams:
+                stream.file.close()
+            while self._wake:
+                os.close(self._wake.pop())
 
     def tail(self) -> list[str]:
         """The last lines of stderr, or else of stdout."""
@@ -5659,7 +5669,6 @@ class _Run:
         except BaseException:  # no descriptor or thread to be had
             process.signal(kill=True)
             self._watch()
-            self.output.close()
             raise
         if self.supervisor.state != "up":
             self.supervisor.run = self
@@ -5716,7 +5725,9 @@ class _Run:
             _end_runs([self], 0.0)
         elif self._claim.acquire(False):
             self.session.channel.shutdown()  # at which it turns its output away
-            self.output.stop(0.3)
+            self.output.close(0.3)
+            self.output.stop()
+            self.output.close(0.3)  # on Windows its threads may read on
             self._over()
 
     def drain(self, seconds: float) -> None:
@@ -5733,7 +5744,8 @@ class _Run:
             self.process.signal(kill=True)  # what it has left behind
             if self.config is not None and self.owned:
                 _remove_stale(self.config["address"])
-            self.output.stop(0.8)
+            self.output.stop()
+            self.output.close(1.0)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
             self._over()
@@ -5742,6 +5754,7 @@ class _Run:
         else:
             self.ended.wait()
             self.process.reap()
+        self.output.close()  # somebody's callable may hang
 
     def _over(self) -> None:
         """It is gone, or let go of: end the session, tell who waits, give back, dispose."""
@@ -5816,6 +5829,9 @@ class _Supervisor:
 
     # -- for calls
 
+    def waits(self) -> bool:
+        return isinstance(self._seek(), _Run)
+
     def session(self, asked: _Call | None = None) -> _Session:
         """The session that this thread is to call on, after a start if need be. Raises why there is none."""
         while True:
@@ -5823,13 +5839,6 @@ class _Supervisor:
             if isinstance(found, _Session):
                 return found
             self._await(found, asked)
-
-    def put_off(self, call: Any, begin: Callable[[float | None], Any], seconds: float | None) -> bool:
-        """If a submitted call has to wait for a start, have it begin in a thread of its own."""
-        waits = isinstance(self._seek(), _Run)
-        if waits:
-            _aside("miniplug-submit", _attempt, call, begin, seconds)
-        return waits
 
     def own_start(self) -> _Run | None:
         """The start that this thread takes part in: it runs on_start, or what the calls of that call back.
@@ -6049,18 +6058,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_all)
 
 
-def _attempt(call: Any, function: Callable[..., Any], *args: Any) -> None:
-    try:
-        function(*args)
-    except BaseException as error:
-        call._fail(error)
-
-
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
     """Call what blocks in a thread of its own: those of the loop may all wait for the plugin. Cancelled, it
     calls `undo` before and after that has returned: so nothing is left half done."""
     asyncio, call = _import("asyncio"), _on_first_use("Call")()
-    _aside("miniplug-async", _attempt, call, lambda: call.set_result(function(*args)))
+    _aside("miniplug-async", call._attempt, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
     try:
         return await asyncio.shield(future)
@@ -6121,8 +6123,8 @@ class _Dispensed(_Target):
                 self._lock.release()
         return session, self.at[session].number
 
-    def put_off(self, *what: Any) -> bool:
-        return self._supervisor.put_off(*what)
+    def waits(self) -> bool:
+        return self._supervisor.waits()
 
     def release(self) -> None:
         self.released = True
@@ -6297,12 +6299,11 @@ class Plugin:
         return proxy  # type: ignore[no-any-return]
 
     def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
-        return self._reach(partial(_ask, kind), method, args, self._supervisor.recipe.call_timeout)
+        seconds = self._supervisor.recipe.call_timeout
+        return _reach(self._find, partial(_ask, kind), method, args, {}, seconds)
 
-    def _reach(self, function: Callable[..., Any], method: str, args: Sequence[Any],
-               seconds: float | None) -> Any:
-        session = self._supervisor.session
-        return _reach(lambda asked: (session(asked), 0), function, method, args, {}, seconds)
+    def _find(self, asked: _Call) -> tuple[_Session, int]:
+        return self._supervisor.session(asked), 0
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
@@ -6321,7 +6322,10 @@ class Plugin:
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
-        return float(self._reach(lambda session, *what: session.ping(what[-1]), "ping", (), timeout))
+        def ping(session: _Session, *what: Any) -> float:
+            return session.ping(what[-1])
+
+        return float(_reach(self._find, ping, "ping", (), {}, timeout))
 
 
 # Without these a Windows program does not start; on POSIX there are none such.
@@ -6485,7 +6489,8 @@ def _serve_here(server: _Server, env: Mapping[str, str]) -> None:
         server.serve_launcher(env[_ADDRESS], env[_AUTHKEY], {"matches": True})
     except SystemExit:
         pass  # the host's end tells why
-    server.close()
+    finally:
+        server.close()
 
 
 # === 11. discovery ======================================================================================

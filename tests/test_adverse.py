@@ -149,6 +149,30 @@ def test_whatever_a_method_raises_is_an_answer(proxy):
         assert got == expected and proxy.hello() == "hello"
 
 
+def test_a_trap_that_a_callback_raises_comes_home(proxy):
+    class Kind(type):
+        def __getattribute__(self, name):
+            if name in ("__mro__", "__qualname__", "__module__"):
+                raise RuntimeError(name)
+            return super().__getattribute__(name)
+
+    class Unnamed(Exception, metaclass=Kind):
+        pass
+
+    trap = Unnamed()
+
+    def fail():
+        raise trap
+
+    try:
+        proxy.call(fail)
+    except Exception as error:
+        assert error is trap  # pytest.raises could not print it
+    else:
+        raise AssertionError("nothing was raised")
+    assert proxy.hello() == "hello"
+
+
 def test_a_type_survives_when_its_text_is_too_long(write):
     path = write("plugin.py", """
         class P:

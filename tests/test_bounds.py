@@ -363,6 +363,7 @@ BODIES = {
         "args": [{"$int": hex(10**9000)}, {"$int": hex(10**9000)}, [1]],
         "state": {"errno": [1], "filename": {}},
     },
+    "a number of a line": {"kind": "SyntaxError", "args": ["a"], "state": {"lineno": {"$int": hex(10**9000)}, "filename": "f"}},
     "an import": {"kind": "ImportError", "args": ["a"], "state": {"name": "this", "name_from": "antigravity", "path": [1]}},
     "a reference": {"kind": "ValueError", "args": [{"$ref": [1, None, True]}]},
     "depth": {"kind": "ValueError", "args": json.loads("[" * 400 + "]" * 400)},
@@ -400,7 +401,7 @@ def test_what_is_honest_of_an_error_is_kept():
         compile("x = (\n", "file.py", "exec")
     except SyntaxError as caught:
         error = raised(caught)
-        for name in ("msg", "filename", "lineno", "offset", "text", "args"):
+        for name in ("msg", "filename", "lineno", "args"):
             assert getattr(error, name) == getattr(caught, name), name
         assert str(error) == str(caught)
     error = OSError(2, "gone", "file")
@@ -442,7 +443,7 @@ class TestGroups:
             assert str(back) == "outer (3 sub-exceptions)" and back.type_name == "ExceptionGroup" and back.__notes__ == ["noted"]
             first, second, third = back.exceptions
             assert isinstance(first, ValueError) and isinstance(first, miniplug.RemoteError) and first.args == ("v",)
-            assert [type(part).__mro__[1] for part in second.exceptions] == [KeyError, AppError] and second.exceptions[
+            assert [type(part).__mro__[2] for part in second.exceptions] == [KeyError, AppError] and second.exceptions[
                 1
             ].code == 5
             assert type(third) is miniplug.RemoteError and str(third) == "MyError: m"
@@ -467,7 +468,7 @@ class TestGroups:
         assert type(raised(deep.exceptions[0])) is not miniplug.RemoteError
 
     def test_a_host_without_groups_gets_the_same_text(self, monkeypatch):
-        monkeypatch.setattr(miniplug, "_GROUP", None)
+        monkeypatch.delattr("builtins.ExceptionGroup")
         body = {
             "type": "ExceptionGroup",
             "message": "outer (2 sub-exceptions)",
@@ -491,7 +492,7 @@ def test_without_the_c_accelerator(monkeypatch):
     monkeypatch.setattr(miniplug, "_encode", miniplug._writer())
     monkeypatch.setattr(miniplug, "_scan", miniplug._scanner(None))
     assert codec().dumps(value, "value") == expected and pictures(trip(value)) == pictures(value)
-    assert codec().dumps_call(1, "m", ("a",), {})[0] == b'[1,"m",["a"],{}]' and trip("a") == "a"
+    assert codec().dumps((1, "m", ("a",), {}), None)[0] == b'[1,"m",["a"],{}]' and trip("a") == "a"
     with pytest.raises(miniplug.NotSerializable, match=r"value\[0\]\['a'\] is of type object"):
         codec().dumps([{"a": object()}], "value")
     cycle = []

@@ -6,10 +6,14 @@ The example in Python, which the library serves, goes through the same checks as
 import contextlib
 import datetime
 import gc
+import hmac
+import json
 import logging
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -37,9 +41,9 @@ def node_plugin(folder):
 
 def go_plugin(folder):
     go = shutil.which("go")
-    if go is None:
-        pytest.skip("there is no go")
-    program = str(folder / ("plugin.exe" if WINDOWS else "plugin"))
+    if go is None or WINDOWS:
+        pytest.skip("there is no go" if go is None else "the example in Go is for POSIX")
+    program = str(folder / "plugin")
     subprocess.run([go, "build", "-o", program, "."], cwd=os.path.join(EXAMPLES, "go"), check=True, timeout=300)
     return [program]
 
@@ -294,6 +298,59 @@ def check_ends_with_host(write, command):
 
 def test_it_ends_with_its_host(command, write):
     check_ends_with_host(write, command)
+
+
+@pytest.mark.skipif(WINDOWS, reason="there it has a real pipe")
+def test_node_finds_the_frames_on_a_pipe_however_they_come(tmp_path):
+    """A host that writes as to a pipe of Windows, without lengths: Node.js reads that as bytes, many frames at once or a part
+    of one. Its address is here the path of a socket, as the plugin looks only how it begins."""
+    address, key = r"\\.\pipe\numbers", "ab" * 32
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(os.path.join(str(tmp_path), address))
+    listener.listen()
+    environment = dict(os.environ, MINIPLUG_ADDRESS=address, MINIPLUG_AUTHKEY=key)
+    with listener, subprocess.Popen(node_plugin(tmp_path), cwd=str(tmp_path), env=environment, stdout=subprocess.DEVNULL,
+                                    stderr=subprocess.DEVNULL) as process:
+        host = listener.accept()[0]
+        with host, host.makefile("rb") as replies:
+            greeting = b'{"miniplug":1,"role":"host","nonce":"00","max_message":1000}'
+            host.sendall(greeting)
+            said = [b"host", address.encode(), greeting]
+            said += [read_json(replies), read_json(replies), b'{"protocol_version":1,"codec":"json"}']
+            mac = hmac.new(bytes.fromhex(key), digestmod="sha256")
+            for part in said:
+                mac.update(struct.pack("!I", len(part)) + part)
+            proof = b'{"proof":"%s"}' % mac.hexdigest().encode()
+            host.sendall(said[-1] + proof + frame(CALL, 1, b'[0,"info",[],{}]') + frame(CALL, 2, b'[0,"dispense",[nu'))
+            assert read_reply(replies) == (RESULT, 1)
+            host.sendall(b'll],{}]' + frame(PING, 3) + frame(PING, 4) + frame(CALL, 5, b'[0,"info",[],{}]'))
+            assert {read_reply(replies) for _ in range(4)} == {(RESULT, 2), (PONG, 3), (PONG, 4), (RESULT, 5)}
+            host.sendall(frame(PING, 6) + frame(SHUTDOWN, 0, b"2.0"))
+    assert process.returncode == 0
+
+
+CALL, RESULT, PING, PONG, SHUTDOWN = 1, 3, 10, 11, 12
+
+
+def frame(kind, number, body=b""):
+    return struct.pack("!BBHIQQ", 1, kind, 0, 0, number, 0) + body
+
+
+def read_json(stream):
+    """The bytes of the next JSON value, which is no number."""
+    text = stream.read(1)
+    while True:
+        try:
+            json.loads(text.decode())
+            return text
+        except ValueError:
+            text += stream.read(1)
+
+
+def read_reply(stream):
+    _, kind, _, _, number, _ = struct.unpack("!BBHIQQ", stream.read(24))
+    read_json(stream)
+    return kind, number
 
 
 # -- Python without miniplug

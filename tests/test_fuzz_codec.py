@@ -191,7 +191,7 @@ def bodies(inner):
             "message": texts | wire,
             "traceback": texts | wire,
             "own": st.booleans() | wire,
-            "kind": st.sampled_from([*miniplug._BUILTIN_ERRORS, "ExceptionGroup", "BaseExceptionGroup", "SystemExit"]) | wire,
+            "kind": st.sampled_from([*oracle.BUILTIN_ERRORS, "ExceptionGroup", "BaseExceptionGroup", "SystemExit"]) | wire,
             "args": arguments | wire,
             "state": states(wire) | wire,
             "registered": wire | registered,

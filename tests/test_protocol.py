@@ -447,7 +447,6 @@ def test_the_bounds_are_those_of_the_document():
     assert [int(re.findall(r"\d+", bound)[0]) for bound in table.values()] == [
         miniplug._MAX_BITS, miniplug._MAX_DIGITS, miniplug._MAX_ALIKE, miniplug._MAX_COMBINATIONS]
     assert f"more than {miniplug._MAX_PARTS} exceptions, or more than {miniplug._MAX_LEVELS} levels" in DOC
-    assert f"at a column above\n{miniplug._MAX_COLUMN}." in DOC
 
 
 def test_a_group_arrives_as_the_document_says():

@@ -634,3 +634,52 @@ def test_what_is_alive_when_the_interpreter_ends_says_nothing(managed, write):
             cycle.own, cycle.kept = cycle, shop.lend()
     """)
     assert run_python(path) == (0, "", "")
+
+
+class Struck(dict):
+    """As if a signal handler raised just after one of its changes: the `left`-th from now."""
+
+    left = 0
+
+    def _strike(self, result):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return result
+
+    def __setitem__(self, key, value):
+        self._strike(super().__setitem__(key, value))
+
+    def __delitem__(self, key):
+        self._strike(super().__delitem__(key))
+
+    def setdefault(self, key, default=None):
+        return self._strike(super().setdefault(key, default))
+
+    def pop(self, *key):
+        return self._strike(super().pop(*key))
+
+
+@pytest.mark.parametrize("table", ["_loans", "_lent"])
+@pytest.mark.parametrize("when", ["lending", "releasing"])
+def test_a_handler_that_strikes_while_something_is_lent_or_released_leaves_nothing_half_done(table, when):
+    references, lent = miniplug._References(miniplug._Served({})), []
+    struck = Struck(getattr(references, table))
+    setattr(references, table, struck)
+
+    def lend():
+        return references.lend(None, print, lent)[1][0]
+
+    def release():
+        return references.release(lent.pop())
+
+    if when == "releasing":
+        lend()
+    struck.left = 1
+    with pytest.raises(KeyboardInterrupt):
+        lend() if when == "lending" else release()
+    number = lend()
+    assert references.own(number, None) is print and lent == [number]
+    release()
+    references.unlend([])  # whoever was struck gives up what was lent
+    assert [*references._loans] == [0] and not references._lent and not references.lends

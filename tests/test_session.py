@@ -267,7 +267,7 @@ def test_a_number_that_is_closed_beneath_who_reads(pair, instead):
     """The connection ends all the same; and what has the number then is neither shut down nor closed."""
     class Closer:
         def close_beneath(self):
-            until(lambda: any(storm.waits_in(miniplug._Channel.receive, thread) for thread in both.there.reader.seat.holder()))
+            until(lambda: storm.waits_in(miniplug._Channel.receive, both.there.reader.seat.holder()))
             if instead == "nothing":
                 os.close(number)
             else:
@@ -665,9 +665,9 @@ def test_an_end_while_a_call_is_submitted(pair, monkeypatch, when):
     monkeypatch.setattr(miniplug._pool, "put", tasks.append)
     if when == "before it looks":
         with pytest.raises(miniplug._Sealed):
-            here.submit(call, 0, "listMethods", (), {}, None)
+            here.caller.submit(call, 0, "listMethods", (), {}, None)
     else:
-        here.submit(call, 0, "listMethods", (), {}, None)
+        here.caller.submit(call, 0, "listMethods", (), {}, None)
     assert (call._settle in [task[0] for task in tasks]) == (when != "before it looks")
     monkeypatch.undo()
 
@@ -685,3 +685,38 @@ def test_what_is_raised_into_a_thread_of_the_pool_does_not_end_it(pair, capfd):
         done = [miniplug._in_pool(lambda number=number: number) for number in range(5)]
         assert done == list(range(5))
     assert proxy.echo.submit("still").result(10) == "still"
+
+
+def test_to_mend_a_seat_takes_it_from_nobody():
+    """Whoever has just given it back may look lost, while another takes it."""
+    seat, over, inside = miniplug._Seat(), threading.Event(), []
+
+    def take():
+        for _ in range(20000):
+            mine = [threading.get_ident()]
+            if seat.setdefault(0, mine) is mine:
+                inside.append(mine)
+                assert inside == [mine] and seat.get(0) is mine
+                inside.pop()
+                del seat[0]
+            del mine
+        return True
+
+    def mend():
+        while not over.is_set():
+            seat.mend()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    mender = threading.Thread(target=mend)
+    try:
+        mender.start()
+        assert in_threads(take, take, take) == [True] * 3
+    finally:
+        over.set()
+        mender.join()
+        sys.setswitchinterval(before)
+    seat.setdefault(0, [1])  # nothing else refers to that
+    assert seat.holder() == 0
+    seat.mend()
+    assert not seat

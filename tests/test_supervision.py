@@ -526,7 +526,7 @@ def test_calls_that_wait_for_an_on_start_that_hangs_end_with_the_plugin(shop, en
     getattr(plugin, end)()
     starting.join(10)
     assert time.monotonic() - begun < 5
-    assert [type(each) for each in waiting] == [miniplug.PluginClosed]
+    until(lambda: [type(each) for each in waiting] == [miniplug.PluginClosed])
     with plugin:
         assert plugin.dispense().pid() == plugin.pid
 
@@ -783,13 +783,12 @@ def test_no_call_is_lost_to_the_idle_timeout(shop):
 
         def call():
             dice = random.Random(threading.get_ident())
-            while time.monotonic() < end:
+            while time.monotonic() < end or len(pids) < 2:  # on a busy machine it is idle later
                 pids.add(proxy.pid() if dice.random() < 0.5 else proxy.pid.submit().result(30))
                 time.sleep(dice.uniform(0.03, 0.08))
             return "done"
 
         assert in_threads(2, call) == ["done"] * 2
-        assert len(pids) > 1
 
 
 def test_what_has_crashed_is_not_closed_as_idle(shop):

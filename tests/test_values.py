@@ -1,5 +1,6 @@
 """Registered types, and what is refused: what arrives is exactly what was sent, or somebody says why not."""
 
+import abc
 import array
 import collections
 import copy
@@ -169,7 +170,7 @@ def shown(value):
 @given(st.lists(atoms | st.lists(atoms, max_size=2), max_size=6), st.dictionaries(st.text(max_size=3), atoms, max_size=2),
        st.text(max_size=5), st.integers(0, 2**53 - 1))
 def test_a_call_is_an_array_of_four(args, kwargs, method, target):
-    data, buffers, tagged, _ = codec().dumps_call(target, method, args, kwargs)
+    data, buffers, tagged, _ = codec().dumps((target, method, args, kwargs), None)
     assert data == codec().dumps([target, method, args, kwargs], "call")[0]
     assert picture(codec().loads(data, list(map(bytes, buffers)), tagged)) == picture([target, method, args, kwargs])
 
@@ -198,7 +199,7 @@ def test_what_cannot_travel_is_named_wherever_it_sits(beside, around):
         else:
             value, path = AppError(value), f".code{path}"
     with pytest.raises(miniplug.NotSerializable, match="is of type object: ") as caught:
-        codec().dumps_call(1, "method", [value], {})
+        codec().dumps((1, "method", [value], {}), None)
     assert caught.value.path == f"args[0]{path}" and caught.value.type_name == "object"
 
 
@@ -369,13 +370,13 @@ def test_what_comes_home_and_is_gone_fails_the_call(kind):
 
     with pytest.raises(miniplug._Undecodable) as caught:
         miniplug._Codec(lend, unlend, gone).loads(b'[{"$own":[5,null]}]', [], True)
-    assert type(miniplug._decode_error(miniplug._encode_error(caught.value, own=True))) is kind
+    assert type(miniplug._decode_error(miniplug._encode_error(caught.value.args[0], own=True))) is kind
 
 
 def test_an_argument_that_cannot_be_made_is_told_to_the_caller():
     with pytest.raises(miniplug._Undecodable) as caught:
         codec().loads(b'[{"$type":["app.User",{}]}]', [], True)
-    back = miniplug._decode_error(miniplug._encode_error(caught.value, own=True))
+    back = miniplug._decode_error(miniplug._encode_error(caught.value.args[0], own=True))
     assert type(back) is miniplug.NotSerializable and "app.User" in str(back)
 
 
@@ -612,7 +613,7 @@ def test_where_an_error_came_from_does_not_travel_with_it():
     back = raised(AppError(7))
     vars(back)["_origin"] = threading.Lock(), 5  # the session's
     again = raised(back)
-    assert isinstance(again, AppError) and again.code == 7 and "_origin" not in vars(again)
+    assert isinstance(again, AppError) and again.code == 7 and again._origin is None
 
 
 def test_what_would_confuse_the_host_stays_plain():
@@ -633,6 +634,87 @@ def test_what_would_confuse_the_host_stays_plain():
     for name in ("stop", "closed"):
         body = {"message": "m", "registered": [name, {"args": []}]}
         assert type(miniplug._decode_error(body)) is miniplug.RemoteError
+
+
+def test_only_what_is_meant_stays_plain():
+    """It goes by the classes: another class of such a name is like any other."""
+    class PluginError(Exception):
+        pass
+
+    class StopIteration(ValueError):
+        pass
+
+    @miniplug.register(name="cancelled")
+    class CancelledError(PluginError):
+        pass
+
+    for error, kind in ((CancelledError("c"), CancelledError), (StopIteration("s"), ValueError),
+                        (type("RemoteError", (LookupError,), {})("l"), LookupError)):
+        back = raised(error)
+        assert isinstance(back, kind) and isinstance(back, miniplug.RemoteError) and str(back) == str(error)
+
+
+@pytest.mark.parametrize("kind", ["open", "type", "int", "Exception", "BaseException", "SystemExit", "BaseExceptionGroup",
+                                  "StopIteration", "__import__", "True", "__name__", "", "no such name"])
+def test_a_kind_that_is_no_failure_stays_plain(kind):
+    error = miniplug._decode_error({"kind": kind, "args": ["a"], "type": "T", "message": "m", "parts": [{}]})
+    assert (type(error), str(error)) == (miniplug.RemoteError, "T: m")
+
+
+def test_what_is_ours_does_not_come_from_a_peer():
+    """Also in the parts of a group, of which no call tells where they came from."""
+    bad = {"_origin": [1, 2], "_body": 5}
+    parts = [{"kind": "ValueError", "args": ["v"], "state": bad}, {"registered": ["test_values.AppError", {"args": [1], **bad}]}]
+    body = {"kind": "ExceptionGroup", "args": ["g"], "parts": parts, "state": bad}
+    error = miniplug._decode_error(body)
+    for each in (error, *getattr(error, "exceptions", ()), *map(miniplug._decode_error, parts)):
+        assert (each._origin, type(each._body)) == (None, dict)
+        assert miniplug._Runner._home(None, each) == {}
+
+
+def test_a_registered_exception_with_a_metaclass_arrives_as_itself():
+    class Meta(abc.ABCMeta):
+        pass
+
+    @miniplug.register(name="abstract")
+    class Abstract(Exception, metaclass=Meta):
+        @abc.abstractmethod
+        def why(self):
+            pass
+
+    back = raised(Abstract("a"))
+    assert isinstance(back, Abstract) and isinstance(back, miniplug.RemoteError) and str(back) == "a"
+    assert type(copy.copy(back)) is type(back) and "type_name" in dir(type(back))
+
+
+def test_a_registered_exception_that_knows_its_subclasses_arrives_as_itself():
+    known = {}
+
+    class Numbered(Exception):
+        def __init_subclass__(cls, number):
+            known[number] = cls
+
+    @miniplug.register(name="missing")
+    class Missing(Numbered, number=404):
+        pass
+
+    back = raised(Missing("m"))
+    assert isinstance(back, Missing) and isinstance(back, miniplug.RemoteError) and known == {404: Missing}
+    assert isinstance(copy.copy(back), Missing) and str(pickle.loads(pickle.dumps(back))) == "m"  # noqa: S301
+
+
+def test_a_class_with_one_slot_that_is_no_text_of_many():
+    @dataclasses.dataclass
+    class One:
+        __slots__ = "name"
+        name: str
+
+    assert trip(miniplug.register(name="one slot")(One)("n")).name == "n"
+
+
+def test_the_name_of_a_type_is_all_of_it():
+    kind = type("X", (Exception,), {"__module__": "my.builtins"})
+    assert raised(kind("x")).type_name == "my.builtins.X" and raised(ValueError("v")).type_name == "ValueError"
 
 
 @pytest.mark.parametrize("state", [{"object": 5}, {"start": -5, "end": -4}, {"__class__": 1, "args": 5, "__traceback__": 7}])

@@ -13,7 +13,7 @@ except ImportError:  # not installed, as in a fresh clone: it is the one file tw
     import miniplug
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PLUGIN = os.path.join(HERE, "plugin.exe" if os.name == "nt" else "plugin")
+PLUGIN = os.path.join(HERE, "plugin")
 
 
 def main() -> None:

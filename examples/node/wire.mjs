@@ -58,11 +58,11 @@ function endOnSocket(data) {
 }
 
 // On a pipe a frame is a message, without its length, but Node.js reads bytes. It ends before the byte 1, as
-// the next header begins with it, or where all that has come is JSON. In the handshake two may come at once.
+// the next header begins with it, or where all that has come is JSON. In the handshake there is no header.
 function endOnPipe(data) {
   const ready = header && data.length > header;
   if (ready && data.readUInt32BE(4)) die("This plugin cannot take bytes beside a message over a pipe.");
-  const next = header ? data.indexOf(1, header) : data.indexOf("}{") + 1;
+  const next = header ? data.indexOf(1, header) : data.toString("latin1").search(/}[{\x01]/) + 1;
   if (next > 0) return next;
   try {
     if (data.length > header) JSON.parse(data.subarray(header));

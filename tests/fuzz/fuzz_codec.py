@@ -67,7 +67,7 @@ TEXTS = [
     "fuzz.Failure",
     "fuzz.Syntax",
     "ExceptionGroup",
-    *sorted(miniplug._BUILTIN_ERRORS),
+    *oracle.BUILTIN_ERRORS,
 ]
 SEEDS = [
     '{"$datetime":["2026-01-31T12:05:00",1,{"$timezone":[{"$timedelta":[0,3600,0]},"CET"]}]}',

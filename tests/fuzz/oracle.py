@@ -4,6 +4,7 @@
 documented exception was raised, or if it took more time or memory than is in proportion to the bytes.
 """
 
+import builtins
 import copy
 import dataclasses
 import enum
@@ -17,6 +18,8 @@ import traceback
 import tracemalloc
 
 import miniplug
+
+BUILTIN_ERRORS = sorted(name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception))
 
 for path in (
     "datetime.date",
