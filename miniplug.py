@@ -1378,17 +1378,17 @@ class _Channel:
     def _take_over(self, connection: Any) -> None:
         with connection:
             sock = socket.socket(fileno=os.dup(connection.fileno()))
-        sock.setblocking(True)
-        if sys.platform == "darwin":
-            sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
-        if sock.family == socket.AF_INET:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock: Any = sock
         try:
             self._end = sock.dup()  # ends the connection when somebody else has closed that number
         except OSError:
             sock.close()
             raise
+        sock.setblocking(True)
+        if sys.platform == "darwin":
+            sock.setsockopt(socket.SOL_SOCKET, 0x1022, 1)  # SO_NOSIGPIPE, for want of MSG_NOSIGNAL
+        if sock.family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         select = _import("select")
         self._readable = select.poll()  # select() takes no descriptor over 1023
         self._readable.register(sock, select.POLLIN)
@@ -1826,6 +1826,7 @@ def _remove_stale(path: str) -> None:
 # the other side's was right, nothing is read but short JSON in UTF-8.
 
 _HELLO_SECONDS = 5.0
+_KNOCK_SECONDS = 0.5  # for one try in a crowd; the system itself would try again after 1, 3 and 7 seconds
 
 
 if TYPE_CHECKING:
@@ -1940,6 +1941,20 @@ class _Hello:
         if choice.get("protocol_version") not in versions or choice.get("codec") != "json":
             raise ProtocolError("the host chose what the plugin has not offered")
         return _Terms(choice["protocol_version"], theirs["max_message"], theirs["features"])
+
+
+def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
+    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who
+    is pushed out there comes again. Raises what `greet` does."""
+    limit, patience = (_KNOCK_SECONDS, 30.0) if _transport(address) == "tcp" else (_HELLO_SECONDS, 0.0)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            channel = _connect(address, limit)
+            return channel, greet(channel)
+        except (ConnectionError, TimeoutError) as error:
+            if isinstance(error, (PluginError, ConnectionRefusedError)) or time.monotonic() >= deadline:
+                raise
 
 
 class _Door:
@@ -4590,8 +4605,8 @@ class _Server:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
         gone = _turn_output_away if self.stays else bool
         try:
-            channel = _connect(address, _HELLO_SECONDS)
-            terms = self.greet(channel, address, _checked_key(key), cookie)
+            channel, terms = _come_in(
+                address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
         except (OSError, EOFError, ValueError, PluginError) as error:
             refused = isinstance(error, HandshakeError)
             what = "the host refused this plugin" if refused else f"no host at {address}"

@@ -690,6 +690,98 @@ def test_a_greeting_is_utf_8(encoding):
     assert done.stdout == "what came is no handshake []\n"
 
 
+# -- a port is everybody's: where there is no folder, strangers may crowd before the door
+
+tcp = pytest.mark.skipif(WINDOWS, reason="there is always a named pipe")
+
+
+@tcp
+def test_a_plugin_comes_in_through_a_flood(monkeypatch):
+    """Strangers who connect as fast as they can, say nothing, and keep what they get."""
+    flooder = """if True:
+        import collections, socket, sys
+        held = collections.deque()
+        print(flush=True)
+        while len(held) < 200_000:
+            held.append(socket.socket())
+            held[-1].setblocking(False)
+            if held[-1].connect_ex(("127.0.0.1", int(sys.argv[1]))) == 111:
+                break
+            if len(held) > 500:
+                held.popleft().close()
+    """
+    flooders = []
+
+    class Door(miniplug._Door):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            port = self.listener.address.rpartition(":")[2]
+            flooders.extend(subprocess.Popen([sys.executable, "-c", flooder, port], stdout=subprocess.PIPE) for _ in range(2))
+            for each in flooders:
+                each.stdout.readline()
+
+        def close(self):
+            for each in flooders:
+                each.kill()
+                each.communicate()
+            super().close()
+
+    monkeypatch.setattr(miniplug, "_Door", Door)
+    monkeypatch.setattr(miniplug, "_temp_folders", list)
+    with miniplug.launch(WORKSHOP, start_timeout=50) as plugin:
+        assert plugin.dispense().greet("you") == "Hello, you!"
+
+
+@tcp
+def test_who_was_pushed_out_of_a_crowd_comes_again():
+    key, left = bytes(32), []
+    listener = miniplug._Listener("127.0.0.1:0")
+    address = listener.address
+
+    def doorkeeper():
+        for say in (None, b"", b"\0\0"):  # he is pushed out at once, or in the midst of the host's first words
+            channel = accepted(listener)
+            if say is not None:
+                channel.sock.sendall(say)
+            left.append(channel.close())
+        channel = accepted(listener)
+        left.append(miniplug._Hello(channel, address, key, "host").as_host([1], LIMIT))
+        channel.close()
+
+    keeper = threading.Thread(target=doorkeeper)
+    keeper.start()
+    try:
+        channel, terms = miniplug._come_in(
+            address, lambda channel: miniplug._Hello(channel, address, key, "plugin").as_plugin([1], LIMIT, {"matches": True}))
+        channel.close()
+    finally:
+        keeper.join(20)
+        listener.close()
+    assert terms.protocol_version == 1 and len(left) == 4
+
+
+@tcp
+@pytest.mark.parametrize("case", ["another key", "a socket in a folder", "nobody listens"])
+def test_who_is_refused_does_not_come_again(case):
+    listener = miniplug._Listener("" if case == "a socket in a folder" else "127.0.0.1:0")
+    address, tries = listener.address, []
+
+    def greet(channel):
+        tries.append(channel)
+        if case == "another key":
+            raise miniplug.AuthenticationError("another key")
+        raise EOFError
+
+    if case == "nobody listens":
+        listener.close()
+    try:
+        with pytest.raises((miniplug.AuthenticationError, EOFError, ConnectionRefusedError)):
+            miniplug._come_in(address, greet)
+    finally:
+        listener.close()
+    assert len(tries) == (case != "nobody listens")
+
+
 def test_of_a_crowd_chance_picks_who_has_to_go(monkeypatch):
     """Not the one who has been there longest: who comes in a flood would never have the time to speak. Those who are over
     the number are sent away, and one who holds the key comes in."""
