@@ -1804,11 +1804,13 @@ class _Listener:
         _quietly(os.rmdir, self.folder)
 
 
-def _remove_stale(path: str) -> None:
-    """Remove the socket of a process that was killed, at which nobody listens, and the folder made for it."""
+def _remove_stale(path: str) -> bool:
+    """Remove the socket of a process that was killed, at which nobody listens, and the folder made for it.
+    False if somebody listens."""
     try:
         if not _WINDOWS and _import("stat").S_ISSOCK(os.lstat(path).st_mode):
             _connect(path, 1.0).close()
+            return False
     except ConnectionRefusedError:
         folder = os.path.dirname(path)
         _quietly(os.unlink, path)
@@ -1816,6 +1818,7 @@ def _remove_stale(path: str) -> None:
             _quietly(os.rmdir, folder)
     except (OSError, RuntimeError):
         pass  # there is none; or no thread is to be had
+    return True
 
 
 # === 4. handshake =======================================================================================
@@ -1951,7 +1954,11 @@ def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channe
     while True:
         try:
             channel = _connect(address, limit)
-            return channel, greet(channel)
+            try:
+                return channel, greet(channel)
+            except BaseException:
+                channel.close()
+                raise
         except (ConnectionError, TimeoutError) as error:
             if isinstance(error, (PluginError, ConnectionRefusedError)) or time.monotonic() >= deadline:
                 raise
@@ -4578,11 +4585,7 @@ class _Server:
     def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
         versions = None if None in self._served else sorted(self._served)
         hello = _Hello(channel, address, key, "plugin")
-        try:
-            return hello.as_plugin(versions, self._max_message, cookie, *["persist"] * self.stays)
-        except BaseException:
-            channel.close()
-            raise
+        return hello.as_plugin(versions, self._max_message, cookie, *["persist"] * self.stays)
 
     def listen(self, address: str, key: bytes) -> None:
         """Let hosts attach. They need no cookie: it is not they who start this program."""
@@ -5757,10 +5760,12 @@ class _Run:
         self.process.await_exit()
         if self._claim.acquire(False):
             self.process.signal(kill=True)  # what it has left behind
-            if self.config is not None and self.owned:
-                _remove_stale(self.config["address"])
             self.output.stop()
             self.output.close(1.0)
+            if self.config is not None and self.owned:
+                deadline = time.monotonic() + 1.0  # a child that has the socket, too, may not be gone yet
+                while not _remove_stale(self.config["address"]) and time.monotonic() < deadline:
+                    time.sleep(0.02)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
             self._over()
