@@ -5001,7 +5001,16 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
     return _import("subprocess").Popen(argv, bufsize=0, **options)
 
 
-class Limits(namedtuple("_Limits", "memory cpu_seconds open_files"), metaclass=_Brief):
+if TYPE_CHECKING:
+    class _Limits(NamedTuple):
+        memory: int | None
+        cpu_seconds: float | None
+        open_files: int | None
+else:
+    _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
+
+
+class Limits(_Limits, metaclass=_Brief):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
     - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more
@@ -5017,10 +5026,6 @@ class Limits(namedtuple("_Limits", "memory cpu_seconds open_files"), metaclass=_
     """
 
     __slots__ = ()
-    if TYPE_CHECKING:
-        memory: int | None
-        cpu_seconds: float | None
-        open_files: int | None
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
