@@ -1996,12 +1996,15 @@ class _Door:
                 time.sleep(0.01)
                 continue
             with self._lock:
-                self._callers.append(channel)
+                welcome = self._open
+                if welcome:
+                    self._callers.append(channel)
                 if len(self._callers) > self._CROWD:  # by chance: the oldest would be just proving the key
                     self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
-            if not self._open:
-                channel.shutdown()
-            _aside("miniplug-hello", self._meet, channel)
+            if welcome:
+                _aside("miniplug-hello", self._meet, channel)
+            else:
+                channel.close()
 
     def _meet(self, channel: _Channel) -> None:
         terms: Any = None
@@ -2288,6 +2291,7 @@ class _Call:
     raised: Any = ()  # by calls on its behalf: (number, exception)
     streams = False  # whether it is answered by a stream
     over = False  # whether it was answered, and that was decoded
+    given_up = False
     granted = _WINDOW  # for how many items there was credit
     deadline: float | None = None
     session: Any = None  # of a submitted one
@@ -2524,8 +2528,10 @@ class _Reader:
             call.future._arrive(call, come, attends)
         else:
             call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
-        if kind != _ITEM and not opens and self._calls.pop(number, None) is None:
-            self._session.caller.forget(call)  # it was given up meanwhile
+        if kind != _ITEM and not opens:
+            self._calls.pop(number, None)  # or who waits has done so, as it was quicker
+        if call.given_up:  # meanwhile
+            self._session.caller.forget(call)
         self.unattended.discard(number)
         sleeps = call.gate is not None
         call.wake()
@@ -2545,8 +2551,8 @@ class _Reader:
         call = self._calls.get(parent)
         if call is not None and call.home and not call.inbox:  # that thread runs one, and no more
             call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
-            if parent not in self._calls:
-                self._session.caller.forget(call)  # it was given up meanwhile
+            if call.given_up:  # meanwhile
+                self._session.caller.forget(call)
             call.wake()
         elif call is not None and call.loop is not None and runner.run_on_loop(call, request):
             come.popleft()
@@ -2819,7 +2825,7 @@ class _Caller:
     def give_up(self, call: _Call) -> None:
         """Want nothing more of a call. The other side is told, unless it is over. For threads of the pool."""
         session = self._session
-        call.home = False
+        call.home, call.given_up = False, True
         self._reader.unattended.discard(call.number)
         self._reader.sleepers.pop(call.number, None)
         session.references.unlend(call.lent)

@@ -720,3 +720,21 @@ def test_to_mend_a_seat_takes_it_from_nobody():
     assert seat.holder() == 0
     seat.mend()
     assert not seat
+
+
+def test_an_answer_is_not_lost_if_who_waits_is_quicker_than_who_reads(pair):
+    """The one who waits takes the call out as soon as the answer is there, the reader does it right behind that."""
+    class Calls(dict):
+        def pop(self, number, *default):
+            dict.pop(self, number)  # who waits was quicker
+            return dict.pop(self, number, *default)
+
+    here = pair({"e": Echo()}).here
+    call, answer = miniplug._Call(5, "echo", None), (3, 0, 5, 0, b"1", ())
+    here.reader._calls, come = Calls({5: call}), collections.deque((answer,))
+    here.reader._route_answer(come, answer, False)
+    assert list(call.inbox) == [answer] and not come and not here.reader._calls
+    here.reader._calls, come = Calls({5: call}), collections.deque((answer,))
+    here.caller.give_up(call)
+    here.reader._route_answer(come, answer, False)
+    assert answer not in call.inbox
