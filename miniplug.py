@@ -61,7 +61,7 @@ The map of this file; each section uses only those above it:
 #                                           _Supervisor starts the plugin if it has to: a session, a number
 #              _Caller.call                 makes a _Call, with a number of its own and an inbox
 #              _Codec.dumps                 makes its content: bytes, buffers beside them, what is lent
-#              _Session.send -> _Channel.send -> write      a message: header, body, buffers
+#              _Channel.send -> write       a message: header, body, buffers
 #              _Reader.wait                 takes the seat and reads, or sleeps while another thread reads
 #     plugin   _Channel.receive             bytes become messages
 #              _Reader.read                 routes: a new call becomes a _Request
@@ -832,7 +832,7 @@ class _Packer:
                 return {tag: state}
             if tag == "$bytes" or tag == "$bytearray":
                 if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-                    return {tag: binascii.b2a_base64(state, newline=False).decode()}
+                    return {tag: _base64(state)}
                 self.buffers.append(state)
                 return {tag: len(self.buffers) - 1}
             return {tag: [state[0], self.fit(state[1])] if tag == "$type" else self.fit(state)}
@@ -1619,7 +1619,7 @@ class _Channel:
 
     def abandon(self) -> None:
         """In a forked child, which ends if it would still write."""
-        self.write = self.send = lambda *what: _leave_fork(None)  # type: ignore[assignment, method-assign]
+        self.write = lambda *what: _leave_fork(None)  # type: ignore[method-assign]
         self.sock.close()
         self._end.close()
 
@@ -2981,7 +2981,6 @@ class _Runner:
         finally:
             _current.set(outer)
             request.body = args = kwargs = None  # not kept alive by a frame that lingers
-        return
 
     def _took(self, method: str, seconds: float) -> None:
         if len(self.quick) > 1000:
@@ -3734,9 +3733,7 @@ class _References:
 
     def resolve(self, target: Any, method: str) -> Callable[..., Any]:
         """What a call runs; an empty name is the object itself. Raises MethodNotFound, DeadReference."""
-        loan = self._loans.get(target) if type(target) is int else None
-        if loan is None:
-            loan = self.loan(target)
+        loan = self.loan(target)
         obj = loan.object
         if method in loan.known:  # not by the string that has come: classes cache those they are asked by
             return getattr(obj, loan.known[method])  # type: ignore[no-any-return]
@@ -4528,8 +4525,8 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
     try:
         if persist or address is not None:
             server.listen(address or "", secret)
-            signal, main = _import("signal"), threading.main_thread()
-            if threading.current_thread() is main and signal.getsignal(15) == signal.SIG_DFL:
+            signal = _import("signal")
+            if _in_main_thread() and signal.getsignal(15) == signal.SIG_DFL:
                 signal.signal(15, signal.default_int_handler)  # SIGTERM ends it as Ctrl-C does
         if host is None:
             print(json.dumps(server.config), flush=True)
@@ -4730,8 +4727,7 @@ def _prepare_output() -> None:
         _set_up_logging(sys.modules["logging"], level)
     else:  # once somebody imports it: it is slow to import
         sys.meta_path.insert(0, _LoggingHook(level))
-    main = threading.current_thread() is threading.main_thread()
-    if main and not _WINDOWS and _posix.getpgrp() != os.getpid():
+    if _in_main_thread() and not _WINDOWS and _posix.getpgrp() != os.getpid():
         signal = _import("signal")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it shares the terminal, whose Ctrl-C is the host's
 
