@@ -975,9 +975,8 @@ class _Codec:
         `label`; None is that of a call, (target, method, args, kwargs)."""
         lent = [] if lent is None else lent
         try:
-            kind = type(value)
-            plain = kind in _PLAIN or (kind is int and -_SAFE_INTEGER <= value <= _SAFE_INTEGER)
-            if plain or (label is None and not value[3] and _PLAIN.issuperset(map(type, value[2]))):
+            parts = (value,) if label is not None else value[2]
+            if (_PLAIN.issuperset(map(type, parts)) or _are_plain(parts)) and (label or not value[3]):
                 return "".join(_encode(value, 0)).encode(), (), 0, lent
             return _Packer(self, lent, label).write(value)
         except BaseException as error:
@@ -1017,10 +1016,8 @@ class _Codec:
         try:
             text = str(body, "utf-8").strip(" \t\r\n")
             scan = self._scan if tagged else _scan
-            long = len(text) > _MAX_DIGITS // 2 and _DIGITS.search(text[::100])
-            if buffers or long:
-                hook = _hook(self.borrow, buffers) if tagged else None
-                scan = _scanner(hook, _make_integer if long else None)
+            if buffers or len(text) > _MAX_DIGITS // 2:
+                scan = self._scanner_for(text, buffers, tagged)
             value, end = scan(text, 0)
             if end != len(text):
                 raise ValueError("more than one value")
@@ -1039,6 +1036,10 @@ class _Codec:
             first = error
         self.loads(body, buffers, tagged, first)
         raise first.__cause__ or first  # a signal handler's: the value itself is good
+
+    def _scanner_for(self, text: str, buffers: Sequence[_Bytes], tagged: int) -> Any:
+        hook = _hook(self.borrow, buffers) if tagged else None
+        return _scanner(hook, _make_integer if _DIGITS.search(text[::100]) else None)
 
 
 # -- exceptions
@@ -1403,32 +1404,42 @@ class _Channel:
     def receive(self, deadline: float | None = None) -> deque[_Message]:
         """The messages that have come, at least one; who takes one removes it. Raises _Late, _Broken and
         ProtocolError."""
-        while True:
-            come, partial, rest, steps, cut = self.state
-            if come:
-                return come
-            if cut is not None and sum(cut[2]) == cut[1]:
-                come = deque()
-                self.state = come, self._take(come, cut[0].getvalue(), partial), b"", [], None
-                continue
-            if not steps:
-                if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
-                    raise _Late(_IN_TIME)
-                try:
-                    if cut is None:
-                        steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
-                    else:
-                        file, _, counts = cut
-                        counts[:] = [sum(counts)]
-                        with file.getbuffer() as view, view[counts[0] :] as missing:
-                            counts.extend(map(self.sock.recv_into, (missing,)))
-                except OSError as error:
-                    _heed(error)
+        while not self.state[0]:
+            _, partial, rest, steps, cut = self.state
+            try:
+                if cut is not None:
+                    self._fill(partial, cut, deadline)
                     continue
-                if not (steps if cut is None else counts)[-1]:
-                    raise _Broken(EOFError())
-            if cut is None:
-                self.state = self._parse(rest + steps[0] if rest else steps[0], partial)
+                if not steps:
+                    if deadline is not None:
+                        self._await_more(deadline)
+                    steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
+            except OSError as error:
+                _heed(error)
+                continue
+            if not steps[0]:
+                raise _Broken(EOFError())
+            self.state = self._parse(rest + steps[0] if rest else steps[0], partial)
+        return self.state[0]
+
+    def _await_more(self, deadline: float | None) -> None:
+        if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
+            raise _Late(_IN_TIME)
+
+    def _fill(self, partial: Any, cut: Any, deadline: float | None) -> None:
+        """Go on with a frame that is not whole."""
+        file, size, counts = cut
+        have = sum(counts)
+        if have < size:
+            self._await_more(deadline)
+            counts[:] = [have]
+            with file.getbuffer() as view, view[have:] as missing:
+                counts.extend(map(self.sock.recv_into, (missing,)))
+            if not counts[-1]:
+                raise _Broken(EOFError())
+        else:
+            come: deque[_Message] = deque()
+            self.state = come, self._take(come, file.getvalue(), partial), b"", [], None
 
     def _parse(self, data: bytes, partial: Any) -> Any:
         """What `state` is with these bytes."""
@@ -1440,8 +1451,10 @@ class _Channel:
             if end > size or count or version != _WIRE_VERSION or not _HEAD <= length <= self.limit:
                 break
             come.append((kind, flags, number, parent, data[at + 28 : end], ()))
+            if end == size:
+                return come, None, b"", [], None
             at = end
-        return (come, partial, b"", [], None) if at == size else self._parse_any(come, data, at, partial)
+        return self._parse_any(come, data, at, partial)
 
     def _parse_any(self, come: deque[Any], data: bytes, at: int, partial: Any) -> Any:
         """The same of all frames, from an index on."""
@@ -1461,7 +1474,7 @@ class _Channel:
             partial = self._take(come, data[start:end], partial)
             at = end
             if not self.limit:  # what follows may be a message
-                return come, None, b"", [data[at:]], None
+                return come, None, b"", [data[at:]] if at < size else [], None
         return come, partial, data[at:], [], None
 
     def _take(self, come: deque[Any], frame: bytes, partial: Any) -> Any:
@@ -1533,7 +1546,7 @@ class _Channel:
         if posted:
             self._await_turn(wait, deadline)
         try:
-            if writer.setdefault(0, mine) is mine and self.batch is None and message and not (posted or lent):
+            if writer.setdefault(0, mine) is mine and not (posted or lent or self.batch) and message:
                 counts: list[Any] = []
                 self.batch = message, counts
                 if self._transmit(message, counts, False):
@@ -2073,6 +2086,8 @@ class _Door:
 _CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END = 1, 2, 3, 4, 5, 6
 _CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = 7, 8, 9, 10, 11, 12
 _TAGGED, _IGNORABLE, _STREAM = 1, 2, 4
+_CALL_TYPES = [str, list, dict]  # of what follows a call's target: method, arguments, those with names
+_ANSWER_TYPES = _ATOMS | _NESTS | {bytes}  # what a method returns, mostly
 _ANSWERS = frozenset((_RESULT, _ERROR, _ITEM, _END, _PONG))
 _NOTHING: Any = (b"", (), 0, [])  # a content without a value
 _ENDED: Any = (99, 0, 0, 0, b"", ())  # in every inbox, once the connection has ended
@@ -2284,28 +2299,26 @@ class _Call:
     """A call of ours. `inbox` is what has come about it: messages, each for one thread to take and decode; or
     first, while the thread that waits runs it, a call of the other side's."""
 
-    gate: Any = None  # of the thread that waits, while it sleeps
     home = True  # whether a thread waits, which runs calls on its behalf
     loop: Any = None  # the event loop that does, if it was submitted where one runs
     context: Any = None  # contextvars.Context, of the submit
     raised: Any = ()  # by calls on its behalf: (number, exception)
-    streams = False  # whether it is answered by a stream
-    over = False  # whether it was answered, and that was decoded
     given_up = False
     granted = _WINDOW  # for how many items there was credit
-    deadline: float | None = None
     session: Any = None  # of a submitted one
-    future: Any = None  # the Call that the user has
     watcher: Callable[[], Any] | None = None  # called when an item has come, where no thread waits
 
     def __init__(self, number: int, method: str, seconds: float | None) -> None:
         self.number = number
         self.method = method
         self.seconds = seconds
+        self.deadline = None if seconds is None else time.monotonic() + seconds
         self.inbox: deque[_Message] = deque()
         self.lent: list[int] = []  # references in it, until it is sent
-        if seconds is not None:
-            self.deadline = time.monotonic() + seconds
+        self.gate: Any = None  # of the thread that waits, while it sleeps
+        self.future: Any = None  # the Call that the user has
+        self.streams = False  # whether it is answered by a stream
+        self.over = False  # whether it was answered, and that was decoded
 
     def left(self) -> float | None:
         """Seconds until the deadline, or None without one."""
@@ -2335,21 +2348,20 @@ class _Sealed(Exception):
 class _Request:
     """A call of the other side's, to be answered. `inbox` is its message, until that is decoded."""
 
-    begun = False
-    cancelled = False
     outer: _Request | None = None  # the call in which this one is run
-    body: Any = None  # [target, method, args, kwargs], from when it is decoded until it has run
     method = ""
-    producer: _Producer | None = None  # of the stream that is its answer
     loop: Any = None  # the host's event loop, where it runs on that
     task: Any = None  # asyncio's, where it runs as one
-    lent: Any = ()  # references in the answer, until that is sent
 
     def __init__(self, session: _Session, message: _Message) -> None:
         self.session = session
         self.inbox = deque((message,))
         self.kind, _, self.number, self.parent, _, _ = message
         self.slots = session.runner.nested_slots if self.parent else session.runner.slots
+        self.begun = self.cancelled = False
+        self.lent: list[int] = []  # references in the answer, until that is sent
+        self.body: Any = None  # [target, method, args, kwargs], from when it is decoded until it has run
+        self.producer: _Producer | None = None  # of the stream that is its answer
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -2425,6 +2437,7 @@ class _Reader:
         self._channel = session.channel
         self._calls = session.calls
         self._requests = session.requests
+        self._references = session.references
         self.seat = _Seat()
         self.sleepers: dict[int, _Call] = {}  # our calls whose threads sleep
         self.unattended: set[int] = set()  # numbers of those for which somebody has to read though no thread
@@ -2433,25 +2446,25 @@ class _Reader:
     def wait(self, call: _Call) -> None:
         """Wait until something has come about the call, read while nobody else does, and run what is made on
         its behalf. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
-        seat, session, mine = self.seat, self._session, [_get_ident()]
+        seat, mine = self.seat, [_get_ident()]
         try:
             while not call.inbox or call.inbox[0][0] <= _NOTIFY:
                 if call.inbox:
                     self.pass_on()
-                    session.runner.run_nested(call)
-                elif seat.setdefault(0, mine) is not mine:
-                    self._sleep(call)
-                else:
+                    self._session.runner.run_nested(call)
+                elif seat.setdefault(0, mine) is mine:
                     self.read(call)
                     del seat[0]
+                else:
+                    self._sleep(call)
         except (_Broken, ProtocolError) as error:
-            if session.ended is None:
-                session.end(error)
+            if self._session.ended is None:
+                self._session.end(error)
             call.inbox.append(_ENDED)  # it may have been given up already
         finally:
             if seat and seat.get(0) is mine:
                 del seat[0]
-            if self.sleepers or self.unattended or self._requests or session.references.lends:
+            if self.sleepers or self.unattended or self._requests or self._references.lends:
                 self.pass_on()
 
     def _sleep(self, call: _Call) -> None:
@@ -2488,26 +2501,28 @@ class _Reader:
     def read(self, waiting: _Call | None = None) -> _Request | None:
         """Hand on what comes, until there is something for the call that is `waiting`. Without one, as the
         attendant, until there is a call to be run, which is returned, or a caller may read."""
-        calls, receive = self._calls, self._channel.receive
+        channel = self._channel
         number, deadline = (0, None) if waiting is None else (waiting.number, waiting.deadline)
         while waiting is None or not waiting.inbox:  # who read before may have brought it
-            come = receive(deadline)
+            come = channel.receive(deadline)
             while come:
                 message = come[0]
-                kind, flags = message[:2]
-                if flags & _TAGGED and b'"$own"' in message[4]:
-                    message = come[0] = self._session.references.held(message)
-                if message[2] == number and kind == _RESULT and not flags & _STREAM and number in calls:
+                kind, flags, its, parent, body, _ = message
+                if flags & _TAGGED and body.find(b'"$own"') >= 0:  # `in` is slow
+                    message = come[0] = self._references.held(message)
+                if its == number and kind == _RESULT and not flags & _STREAM:
                     waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
+                    if not come:
+                        return None
                 elif 0 < kind <= _NOTIFY:
-                    request = self._route_call(come, message, waiting is None)
+                    request = self._route_call(come, message, its, parent, waiting is None)
                     if request is not None:
                         return request
                 elif kind not in _ANSWERS:
                     self._session.steer(come, message)
                 elif self._route_answer(come, message, waiting is None):
                     return None
-            message = ()  # what has come is not kept alive by who waits for more
+            message = body = ()  # what has come is not kept alive by who waits for more
         return None
 
     def _route_answer(self, come: deque[_Message], message: _Message, attends: bool) -> bool:
@@ -2537,9 +2552,9 @@ class _Reader:
         call.wake()
         return sleeps and attends
 
-    def _route_call(self, come: deque[_Message], message: _Message, attends: bool) -> _Request | None:
+    def _route_call(self, come: deque[_Message], message: _Message, number: int, parent: int,
+                    attends: bool) -> _Request | None:
         """Give a call to who runs it. One on behalf of none the attendant runs itself: it is returned."""
-        number, parent = message[2:4]
         request, runner = self._requests.get(number), self._session.runner
         if request is None:
             request = self._requests[number] = _Request(self._session, message)
@@ -2620,10 +2635,14 @@ class _Attendant:
     def _attend(self, mine: list[int]) -> None:
         """Read while no caller does, and run calls that are quick at once."""
         session, right, seat, runner = self._session, self._right, self._reader.seat, self._session.runner
-        mine[0] = _get_ident()
+        mine[0], serves = _get_ident(), session.serving  # then it is wanted always
         slow = None
         try:
-            while right.get(0) is mine and self._is_wanted() and seat.setdefault(0, mine) is mine:
+            while True:
+                if right.get(0) is not mine or not (serves or self._is_wanted()):
+                    break
+                if seat.setdefault(0, mine) is not mine:
+                    break
                 request = self._reader.read()
                 del seat[0]
                 if request is None:
@@ -2696,10 +2715,8 @@ class _Caller:
             raise RuntimeError(text)
         call = _Call(next(self._numbers), method, seconds)
         try:
-            if kind == _PING:
-                self._start(call, kind, _NOTHING)
-            else:
-                self._start(call, kind, self._codec.dumps((target, method, args, kwargs), None, call.lent))
+            what: Any = target, method, args, kwargs
+            self._start(call, kind, _NOTHING if kind == _PING else self._codec.dumps(what, None, call.lent))
             if kind == _NOTIFY:
                 self._reader.pass_on()  # it may lend something
                 self._calls.pop(call.number, None)
@@ -2780,8 +2797,8 @@ class _Caller:
             if call.inbox:  # it has ended meanwhile
                 _pool.put((future._settle, call, _ENDED))
         parent = 0 if _current.get() is None else self._parent()
-        session.send(kind, 0, call.number, content, parent, True, call.deadline)
         channel = session.channel
+        channel.send(kind, 0, call.number, content, parent, True, call.deadline)
         if channel.posted and channel.writer.holder() == _get_ident() and kind != _NOTIFY and future is None:
             raise _waits_for_itself(call)
 
@@ -2798,11 +2815,12 @@ class _Caller:
         except IndexError:  # another thread has closed the stream
             raise StopIteration from None
         kind = message[0]
-        if kind == expected and message[1] & _STREAM:
-            return Stream(self._session, call)
-        call.over = True
         if kind == expected:
+            if message[1] & _STREAM:
+                return Stream(self._session, call)
+            call.over = True
             return value
+        call.over = True
         if kind == _ERROR and expected != _PONG:
             raise self._raised(call, value)
         if message is _ENDED:
@@ -2880,6 +2898,7 @@ class _Runner:
 
     def __init__(self, session: _Session, slots: _Slots) -> None:
         self._session = session
+        self._channel = session.channel
         self._requests = session.requests
         self._codec = session.codec
         self.quick: dict[str, int] = {}  # by the method: how many times in a row it was, up to 3
@@ -2929,7 +2948,7 @@ class _Runner:
         """Make the call of what has come: `request.body`. Without one it has been answered."""
         try:
             call = self._session.decode(request.inbox)
-            if type(call) is not list or [*map(type, call[1:4])] != [str, list, dict]:
+            if type(call) is not list or [*map(type, call[1:4])] != _CALL_TYPES:
                 raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
             if self._session.closing is not None:
                 raise _Undecodable(PluginClosed("the plugin is shutting down"))
@@ -2967,7 +2986,7 @@ class _Runner:
             seconds = time.monotonic() - start
             if seconds > _QUICK or self.quick.get(method, 0) < 3:
                 self._took(method, seconds)
-            if type(value) in _ATOMS or not self._is_more(request, value):
+            if type(value) in _ANSWER_TYPES or not self._is_more(request, value):
                 self.answer(request, value)
         except BaseException as error:
             self._explain(request, error)
@@ -2998,16 +3017,15 @@ class _Runner:
             error.args = (f"{text}; a plugin's stdin is discarded, unless launched with stdin='inherit'",)
 
     def answer(self, request: _Request, value: Any) -> None:
-        lent: list[int] = []
         if request.kind == _CALL and not request.cancelled:
             try:
-                request.lent = lent
-                self._session.send(_RESULT, 0, request.number, self._codec.dumps(value, "the result", lent))
+                content = self._codec.dumps(value, "the result", request.lent)
+                self._channel.send(_RESULT, 0, request.number, content)
             except PluginError as error:  # it cannot travel
                 return self.fail(request, error, own=True)
         elif type(value) is _Ref:  # an instance that was dispensed in vain is to be exited
-            self._session.references.lend(self._session, value, lent)
-            self._session.references.unlend(lent)
+            self._session.references.lend(self._session, value, request.lent)
+            self._session.references.unlend(request.lent)
         self._requests.pop(request.number, None)
         return None
 
@@ -3027,7 +3045,7 @@ class _Runner:
             for tell in (partial(_encode_error, error, own), partial(_encode_error, error, bare=True), dict):
                 try:
                     content = self._codec.dumps({**tell(), **self._home(error)}, "the exception")
-                    session.send(_ERROR, 0, request.number, content, wait=wait)
+                    self._channel.send(_ERROR, 0, request.number, content, wait=wait)
                     break
                 except BaseException as problem:  # its arguments cannot travel, or it is a trap
                     if _is_ctrl_c(problem):
@@ -3053,7 +3071,7 @@ class _Runner:
             if request.kind == _NOTIFY:
                 request.cancelled = True  # nobody will read it
             else:
-                self._session.send(_RESULT, _STREAM, request.number, _NOTHING)
+                self._channel.send(_RESULT, _STREAM, request.number, _NOTHING)
             request.producer.resume()
         else:
             return False
@@ -3075,7 +3093,7 @@ class _Runner:
         try:
             value = await awaitable
             request.task = None
-            if type(value) in _ATOMS or not self._is_more(request, value):
+            if not self._is_more(request, value):
                 self.answer(request, value)
         except BaseException as error:
             self.fail(request, error)
@@ -3192,7 +3210,7 @@ class _Producer:
         elif group:
             body = b"[" + b",".join([content[0] for content in group]) + b"]"
             tagged = max(content[2] for content in group)
-            self._session.send(_ITEM, 0, self._request.number, (body, group[0][1], tagged, lent))
+            self._session.channel.send(_ITEM, 0, self._request.number, (body, group[0][1], tagged, lent))
         self._last = time.monotonic()
 
     def _end(self, error: BaseException | None) -> None:
@@ -3208,7 +3226,7 @@ class _Producer:
             own = issubclass(type(error), (NotSerializable, MessageTooLarge))
             return session.runner.fail(request, error, own)
         if not request.cancelled:
-            session.send(_END, 0, request.number, _NOTHING)
+            session.channel.send(_END, 0, request.number, _NOTHING)
         session.requests.pop(request.number, None)
         return None
 
@@ -3230,7 +3248,6 @@ class _Session:
                  lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
                  serving: bool = False, slots: _Slots | None = None) -> None:
         self.channel = channel
-        self.send = channel.send
         self.protocol_version: int = terms.protocol_version
         self.references = references
         self.codec = _Codec(partial(references.lend, self), references.unlend, partial(borrow, self))
@@ -3273,7 +3290,7 @@ class _Session:
 
     def post(self, kind: int, number: int, value: Any = None) -> None:
         content = _NOTHING if value is None else self.codec.dumps(value, "a message")
-        self.send(kind, 0, number, content, wait=False)
+        self.channel.send(kind, 0, number, content, wait=False)
 
     def discard(self, notices: Iterable[list[_Bytes]]) -> None:
         """Have references given back, with what is sent next, or soon. For finalizers, inside any lock."""
@@ -3316,7 +3333,7 @@ class _Session:
     def decode(self, inbox: deque[_Message], safely: bool = False) -> Any:
         """The value of the first message, which is taken out. References in it are borrowed where no handler
         strikes: so none gets lost halfway. Raises as the codec does."""
-        if inbox[0][1] & _TAGGED and not safely and b'"$ref"' in inbox[0][4] and _in_main_thread():
+        if inbox[0][1] & _TAGGED and not safely and inbox[0][4].find(b'"$ref"') >= 0 and _in_main_thread():
             return _in_pool(self.decode, inbox, True)
         _, flags, _, _, body, buffers = inbox.popleft()
         return self.codec.loads(body, buffers, flags & _TAGGED) if body else None
@@ -3609,19 +3626,20 @@ class _Target:
 
     released = False
     label = "the object"
-    timeout: float | None = None  # the deadline of its calls, instead of the session's
 
     def __init__(self, session: _Session, number: int) -> None:
         self.session = session
         self.number = number
+        self.place = session.caller, number
+        self.timeout = session.call_timeout  # the deadline of its calls that have no other
         self.identity: Any = (session, number)  # also when it is dispensed anew
         notice: list[_Bytes] = [_FRAME.pack(_HEAD, _WIRE_VERSION, _RELEASE, 0, 0, number, 0)]
         self._notice = [notice] if number else []  # to be posted, until it is given back
         session.borrowed.add(id(self))
 
-    def here(self) -> tuple[_Session, int] | None:
+    def here(self) -> tuple[_Caller, int] | None:
         """Where to call, if that is known without a look. The session may be sealed."""
-        return None if self.released or self.session.sealed else (self.session, self.number)
+        return None if self.released or self.session.sealed else self.place
 
     def number_at(self, session: _Session) -> int | None:
         return self.number if session is self.session and not self.released else None
@@ -3733,7 +3751,9 @@ class _References:
 
     def resolve(self, target: Any, method: str) -> Callable[..., Any]:
         """What a call runs; an empty name is the object itself. Raises MethodNotFound, DeadReference."""
-        loan = self.loan(target)
+        loan = self._loans.get(target) if type(target) is int else None
+        if loan is None:
+            loan = self.loan(target)
         obj = loan.object
         if method in loan.known:  # not by the string that has come: classes cache those they are asked by
             return getattr(obj, loan.known[method])  # type: ignore[no-any-return]
@@ -3949,7 +3969,7 @@ class _Method(_Remote):
     def __init__(self, target: _Target, name: str, timeout: float | None = None) -> None:
         self._target = target
         self._name = name
-        self._timeout = timeout
+        self._timeout = target.timeout if timeout is None else timeout
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._act(_Caller.call, args, kwargs)
@@ -3975,14 +3995,11 @@ class _Method(_Remote):
     def _act(self, act: Callable[..., Any], args: Any, kwargs: Any, call: Any = None) -> Any:
         """Call `act` with who calls over the session where the object is now, and all that a call needs. One
         that was submitted, `call`, may begin later, if it has to wait for a start."""
-        target, seconds = self._target, self._timeout
-        if seconds is None:
-            seconds = target.session.call_timeout if target.timeout is None else target.timeout
-        found = target.here()
-        if found is not None:
-            session, number = found
+        target, seconds, place = self._target, self._timeout, self._target.here()
+        if place is not None:
+            caller, number = place
             try:
-                return act(session.caller, number, self._name, args, kwargs, seconds)
+                return act(caller, number, self._name, args, kwargs, seconds)
             except _Sealed:
                 pass
         begin = partial(_reach, target.find, partial(_act_at, act), self._name, args, kwargs)
@@ -6127,10 +6144,9 @@ class _Dispensed(_Target):
         for each in (self, target):
             target.session.borrowed.discard(id(each))  # it keeps no run up
 
-    def here(self) -> tuple[_Session, int] | None:
-        session = self._supervisor.open
-        target = self.at.get(session)  # type: ignore[arg-type]
-        return None if target is None else (session, target.number)  # type: ignore[return-value]
+    def here(self) -> tuple[_Caller, int] | None:
+        target = self.at.get(self._supervisor.open)  # type: ignore[arg-type]
+        return None if target is None else target.place
 
     def number_at(self, session: _Session) -> int | None:
         return self.at[session].number if session in self.at else None
@@ -6317,7 +6333,8 @@ class Plugin:
         seconds = _checked_timeout(timeout)
         found = self._ask_system("dispense", (name,), _Remote)
         target = _Dispensed(self._supervisor, name, found._target)
-        target.label, target.timeout = f"the plugin {name or self.name!r}", seconds
+        target.label = f"the plugin {name or self.name!r}"
+        target.timeout = target.timeout if seconds is None else seconds
         proxy: Any = _Proxy(target, found._names if type(found) is _Proxy else [])
         if wanted is not None:
             proxy._adopt(wanted)

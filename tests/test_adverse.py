@@ -259,7 +259,7 @@ def test_a_signal_handler_may_call_while_another_thread_reads(proxy):
     said = []
     other = threading.Thread(target=proxy.sleep, args=(0.4,))
     other.start()
-    until(lambda: proxy._target.here()[0].reader.seat)
+    until(lambda: proxy._target.here()[0]._reader.seat)
     interrupted(lambda: said.append(proxy.sleep(0.5)), lambda: said.append(proxy.sleep(0.2)))
     other.join()
     assert said == [None, None]

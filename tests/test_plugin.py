@@ -245,10 +245,10 @@ def test_names(workshop):
     assert isinstance(caught.value, AttributeError) and caught.value.matches[0] == "greet"
     with pytest.raises(miniplug.MethodNotFound, match="private"):
         workshop._secret()
-    session, number = workshop._target.here()
+    caller, number = workshop._target.here()
     for name in ("_private", "__class__", "__init__", "go", "go.set", "", "nothing"):  # past the proxy's own check
         with pytest.raises((miniplug.MethodNotFound, miniplug.RemoteError)):
-            session.call(number, name, (), {}, 5)
+            caller.call(number, name, (), {}, 5)
     assert workshop.greet("still") == "Hello, still!"
 
 
@@ -1286,7 +1286,7 @@ def test_without_any_folder_it_is_loopback_tcp(monkeypatch):
     monkeypatch.setattr(miniplug.os, "mkdir", lambda *args: (_ for _ in ()).throw(OSError("read-only")))
     with miniplug.launch(WORKSHOP) as plugin:
         shop = plugin.dispense()
-        assert ":" in shop._target.here()[0].channel.sock.getsockname()[0] + ":"
+        assert ":" in shop._target.here()[0]._session.channel.sock.getsockname()[0] + ":"
         assert shop.greet("x") == "Hello, x!"
         assert len(shop.echo(b"x" * 5000000)) == 5000000
 

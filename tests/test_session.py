@@ -365,7 +365,7 @@ def test_a_thread_that_cannot_start_fails_its_call(pair, monkeypatch):
     both = pair({"s": slow}, {"s": slow})
     message = (miniplug._CALL, 0, 7, 0, b'[0,"listMethods",[],{}]', ())
     sent = []
-    monkeypatch.setattr(both.here, "send", lambda *args, **kwargs: sent.append(args))
+    monkeypatch.setattr(both.here.channel, "send", lambda *args, **kwargs: sent.append(args))
     monkeypatch.setattr(miniplug, "_pool", miniplug._Pool())
 
     def refuse(self):
@@ -373,7 +373,7 @@ def test_a_thread_that_cannot_start_fails_its_call(pair, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     slots, come = len(both.here.runner.slots.free), collections.deque([message])
-    both.here.reader._route_call(come, message, False)
+    both.here.reader._route_call(come, message, message[2], message[3], False)
     assert sent[0][0] == miniplug._ERROR and b"can't start new thread" in sent[0][3][0]
     assert len(both.here.runner.slots.free) == slots and not come and not both.here.requests
 
