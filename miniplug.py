@@ -108,6 +108,7 @@ import io
 import itertools
 import json
 import json.encoder
+import json.scanner
 import operator
 import os
 import re
@@ -917,10 +918,14 @@ def _make_integer(text: str) -> int:
     return int(text)
 
 
+_SETTINGS = vars(json.JSONDecoder(parse_constant=_refuse))
+_Namespace: Any = type(sys.implementation)  # types.SimpleNamespace; a decoder made anew takes longer
+
+
 def _scanner(hook: Any, integers: Any = None) -> Any:
     """What reads JSON: gives the value that begins at an index of a text, and where it ends."""
-    decoder: Any = json.JSONDecoder(object_hook=hook, parse_int=integers, parse_constant=_refuse)
-    return decoder.scan_once
+    settings = {**_SETTINGS, "object_hook": hook, "parse_int": integers or int}
+    return json.scanner.make_scanner(_Namespace(**settings))
 
 
 _scan = _scanner(None)
@@ -1366,6 +1371,7 @@ class _Channel:
     stuck: Any = staticmethod(lambda *error: None)  # is called before a writer waits: somebody has to read
     later: Any = stuck  # when another thread has to go on writing
     gone: Any = stuck  # with the error, when the descriptors were closed beneath us
+    _gathers = True  # whether frames that are short may leave as one chunk
     limit = 0  # bytes of a message that comes, with its header; 0 in the handshake
     send_limit = _short = 0  # bytes of one that goes, without; and of one that is a single chunk
 
@@ -1445,14 +1451,20 @@ class _Channel:
         """What `state` is with these bytes."""
         come: deque[Any] = deque()
         at, size = 0, len(data)
-        while partial is None and size - at >= 28:  # the usual case: a short message without buffers
+        while partial is None and size - at >= 28:  # the usual case: a short frame that begins a message
             length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
             end = at + 4 + length
-            if end > size or count or version != _WIRE_VERSION or not _HEAD <= length <= self.limit:
+            if end > size or version != _WIRE_VERSION or not _HEAD <= length <= self.limit:
                 break
-            come.append((kind, flags, number, parent, data[at + 28 : end], ()))
+            message: Any = kind, flags, number, parent, data[at + 28 : end], [] if count else ()
+            if not count:
+                come.append(message)
+            elif count <= _MAX_BUFFERS:
+                partial = message, count, 0, self.limit - length
+            else:
+                break
             if end == size:
-                return come, None, b"", [], None
+                return come, partial, b"", [], None
             at = end
         return self._parse_any(come, data, at, partial)
 
@@ -1517,22 +1529,25 @@ class _Channel:
         """Write a message with what the codec has made. Raises MessageTooLarge, and what `write` does."""
         body, buffers, tagged, lent = content
         if len(body) > self._short or buffers:
-            self.check_size(content)
+            size = self.check_size(content)
             head = _HEADER.pack(_WIRE_VERSION, kind, flags | tagged, len(buffers), number, parent)
             message = self.frame(body, head)
             for buffer in buffers:
                 message += self.frame(buffer)
+            if size < _READ_SIZE and self._gathers:
+                message = [b"".join(message)]
         else:  # to copy little is cheaper than to gather
             size = len(body) + _HEAD
             message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags | tagged, 0, number, parent) + body]
         self.write(message, lent, wait, deadline)
 
-    def check_size(self, content: _Content) -> None:
-        """Raises MessageTooLarge for what the other side does not take."""
+    def check_size(self, content: _Content) -> int:
+        """The size of a message. Raises MessageTooLarge for what the other side does not take."""
         size, limit = len(content[0]) + sum(map(len, content[1])), self.send_limit
         if size > limit:
             text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message"
             raise MessageTooLarge(text, size=size, limit=limit)
+        return size
 
     def write(self, message: list[_Bytes], lent: list[int] | None = None, wait: bool = True,
               deadline: float | None = None) -> None:
@@ -1651,6 +1666,8 @@ class _PipeChannel(_Channel):
     What is waited for are events, never the handle. One call of C takes that and begins with it, so it may be
     closed at any time. The list in `state` has the read that is under way, as (operation, status).
     """
+
+    _gathers = False  # each is a message of the pipe
 
     def _take_over(self, connection: Any) -> None:
         self._api = _import("_winapi")
