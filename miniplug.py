@@ -1336,10 +1336,9 @@ _ALONE = _count_alone()
 class _Seat(dict):  # type: ignore[type-arg]
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
-    It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`. `mine` is a
-    list with the thread's ident, made for this very taking: so a finalizer or handler knows a seat that its
-    own thread has, further down. Before Python 3.11 a handler can strike before the `finally`, and the seat
-    is lost: then nothing but the seat refers to `mine`.
+    One step takes it, `setdefault(0, mine)`, and a `finally` gives it back. `mine` is a list with the thread's
+    ident, made for this very taking: so a finalizer or handler knows a seat that its own thread has, further
+    down. If a handler strikes in the `finally`, the seat is lost: then nothing but it refers to `mine`.
     """
 
     __slots__ = ()
@@ -1661,10 +1660,10 @@ class _Channel:
 
 class _PipeChannel(_Channel):
     """Messages over a named pipe of Windows, by overlapped reads and writes. One that is under way stays so
-    when its caller leaves; the next one goes on with it.
+    when its caller leaves; the next one goes on with it, as (operation, status).
 
     What is waited for are events, never the handle. One call of C takes that and begins with it, so it may be
-    closed at any time. The list in `state` has the read that is under way, as (operation, status).
+    closed at any time.
     """
 
     _gathers = False  # each is a message of the pipe
@@ -1781,11 +1780,9 @@ _listeners: set[_Listener] = set()  # those that are open: a forked child closes
 
 
 class _Listener:
-    """Where the other side connects: a socket in a folder of its own, a named pipe, or loopback TCP.
-
-    The folder has mode 0700, so that only this user gets as far as the handshake. Raises OSError and
-    ValueError for an `address` that will not do. One thread may accept, another close.
-    """
+    """Where the other side connects: a socket in a folder of its own, which only this user can enter, a named
+    pipe, or loopback TCP. Raises OSError and ValueError for an `address` that will not do. One thread may
+    accept, another close."""
 
     def __init__(self, address: str = "") -> None:
         self.folder = ""  # the one that it has made
@@ -2084,21 +2081,19 @@ class _Door:
 #     _Producer   one of their calls that is answered by a stream
 #     _Session    what these share, and the end
 #
-# Reading. Whoever holds the seat reads, and only routes: what is about a call of ours to that call's inbox,
-# for who waits to decode it; a call made on behalf of one of ours to the thread, or the loop, that waits for
-# that one; any other to the pool. A thread that waits takes the seat if it is free, else it sleeps until
-# there is something for it.
+# Reading. Whoever holds the seat reads, and only routes: an answer to its call's inbox, for who waits to decode
+# it; a call made on behalf of one of ours to the thread, or the loop, that waits for that one; any other to
+# the pool. A thread that waits takes the seat if it is free, else it sleeps.
 #
-# Sleeping and waking. A sleeper first announces itself, then looks again; a waker first acts, then looks for
-# sleepers. So no wake-up is lost, unless a handler raises in between: a sleeper looks again after a second.
+# Sleeping. A sleeper first announces itself, then looks again; a waker first acts, then looks for sleepers. So
+# no wake-up is lost, unless a handler raises in between: a sleeper looks again after a second.
 #
-# What a signal handler raises strikes the main thread between any two steps. What must not be struck is done
-# by a thread of the pool. It is told by one call of C (`_pool.put`, `_move`), mostly the first thing in an
-# `except`, where nothing strikes before it (in Python 3.11 and later). Every other step may be repeated.
+# What a signal handler raises strikes the main thread between any two steps. What must not be struck a thread
+# of the pool does. It is told by one call of C (`_pool.put`, `_move`), mostly the first thing in an `except`,
+# where nothing strikes before it (from Python 3.11 on). Every other step may be repeated.
 #
-# Streams. A call may be answered by items, several to a message, until an end or an error. The caller may
-# leave _WINDOW of them unread, and gives credit for as many as it has read. A producer without credit holds
-# no thread.
+# Streams. A call may be answered by items, several to a message, until an end or an error. The caller may leave
+# _WINDOW of them unread, and gives credit for what it has read. A producer without credit holds no thread.
 
 _CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END = 1, 2, 3, 4, 5, 6
 _CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = 7, 8, 9, 10, 11, 12
@@ -2161,9 +2156,9 @@ class _Pool:
     """Daemon threads for all sessions, as long as there is one.
 
     `put((function, *arguments))` has a thread call the function, in one step: for any thread, finalizers and
-    signal handlers too. A leading None promises that the function does not wait: the leader calls it, so
-    that such keep their order. The leader holds `_lead`, which protects `_alarms`, and waits for tasks;
-    before it leaves with one it sees to it that another thread waits.
+    signal handlers too. After a leading None the function may not wait: the leader calls it, so that such
+    keep their order. The leader holds `_lead`, which protects `_alarms`, and waits for tasks; before it leaves
+    with one it sees to it that another thread waits.
     """
 
     def __init__(self) -> None:
@@ -3006,7 +3001,6 @@ class _Runner:
             if type(value) in _ANSWER_TYPES or not self._is_more(request, value):
                 self.answer(request, value)
         except BaseException as error:
-            self._explain(request, error)
             strikes = _in_main_thread() and not self._session.is_abandoned
             if strikes or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
                 _pool.put((self.fail, request, error, own))
@@ -3022,16 +3016,6 @@ class _Runner:
         if len(self.quick) > 1000:
             self.quick.clear()  # an object that answers every name
         self.quick[method] = 0 if seconds > _QUICK else self.quick.get(method, 0) + 1
-
-    @staticmethod
-    def _explain(request: _Request, error: BaseException) -> None:
-        """Add what to do to a beginner's error."""
-        text = error.args[0] if type(error) in (TypeError, EOFError) and error.args else None
-        given = request.body[3] if request.body else ()
-        if type(text) is str and "argument 'timeout'" in text and "timeout" in given:
-            error.args = (f"{text}; a deadline is given as {request.method}.timeout(seconds)(...)",)
-        elif text == "EOF when reading a line":
-            error.args = (f"{text}; a plugin's stdin is discarded, unless launched with stdin='inherit'",)
 
     def answer(self, request: _Request, value: Any) -> None:
         if request.kind == _CALL and not request.cancelled:

@@ -351,12 +351,8 @@ def test_a_beginners_mistakes_are_told_with_what_to_do(write):
     with miniplug.launch(path + ":Shop") as plugin:
         shop = plugin.dispense()
         for what, kind, words in (
-            (lambda: shop.buy("x", timeout=3), TypeError, r"'timeout'.*; a deadline is given as buy\.timeout\(seconds\)\("),
-            (lambda: shop.buy.submit("x", timeout=3).result(20), TypeError, r"a deadline is given as buy\.timeout"),
-            (lambda: shop.buy("x"), TypeError, "somebody else's$"),
             (lambda: shop.price, AttributeError, "attributes stay in the plugin"),
             (lambda: shop.total, AttributeError, "attributes stay in the plugin"),
-            (shop.ask, EOFError, "stdin is discarded, unless launched with stdin='inherit'"),
             (lambda: shop.items()[0], TypeError, r"read it with for or next\(\)"),
             (lambda: asyncio.run(wait(shop.items())), TypeError, "read it with async for"),
         ):
