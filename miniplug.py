@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the miniplug authors
+# mypy: disable-error-code="no-any-return, type-arg"
 """miniplug: plugins that run as subprocesses and are called like local objects.
 
 One file, standard library only, Python 3.8 and up. Vendor it or install it.
@@ -595,7 +596,7 @@ def _maker(tag: str, kind: type) -> Any:
     return make
 
 
-class _Ways(dict):  # type: ignore[type-arg]
+class _Ways(dict):
     """By the type of a value: its tag, and what gives its state. Of others "" and None, which is not kept:
     they may be registered later."""
 
@@ -1327,7 +1328,7 @@ def _count_alone() -> int:
 _ALONE = _count_alone()
 
 
-class _Seat(dict):  # type: ignore[type-arg]
+class _Seat(dict):
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
     It is taken by one step, `setdefault(0, mine)`, and given back first of all in a `finally`. `mine` is a
@@ -2325,7 +2326,7 @@ def _waits_for_itself(call: _Call) -> Exception:
 
 def _too_late(call: _Call) -> Exception:
     text, kind = f"{call.method}() took longer than {call.seconds:g} s", _on_first_use("CallTimeout")
-    return kind(text, method=call.method, seconds=call.seconds)  # type: ignore[no-any-return]
+    return kind(text, method=call.method, seconds=call.seconds)
 
 
 class _Sealed(Exception):
@@ -2362,7 +2363,7 @@ class _Request:
     def on_loop(self, function: Callable[[], Any]) -> bool:
         """Have the loop that this runs on call a function: the host's, or ours. False if it is closed."""
         if self.loop is None:
-            return self.session.references.on_loop(function)  # type: ignore[no-any-return]
+            return self.session.references.on_loop(function)
         return _call_on(self.loop, function)
 
 
@@ -3711,7 +3712,7 @@ class _Loan:
         self.sent: deque[None] = deque()  # as long as how often it was sent, and not given back
 
 
-class _Held(tuple):  # type: ignore[type-arg]
+class _Held(tuple):
     """The buffers of a message, and in `loans` what comes home in it."""
 
 
@@ -3736,13 +3737,13 @@ class _References:
         loan = self.loan(target)
         obj = loan.object
         if method in loan.known:  # not by the string that has come: classes cache those they are asked by
-            return getattr(obj, loan.known[method])  # type: ignore[no-any-return]
+            return getattr(obj, loan.known[method])
         if not method and callable(obj):
-            return obj  # type: ignore[no-any-return]
+            return obj
         if loan.methods is not None or method.startswith("_"):
             raise _no_method(method, loan.methods, "the plugin")
         if issubclass(type(obj), _Remote):
-            return getattr(obj, method)  # type: ignore[no-any-return]
+            return getattr(obj, method)
         return lambda *args, **kwargs: obj._dispatch(method, args, kwargs)
 
     def loan(self, number: Any) -> _Loan:
@@ -3766,7 +3767,7 @@ class _References:
         owner = getattr(obj, "__self__", None)  # a bound method is made anew each time
         function = getattr(obj, "__func__", None) or getattr(obj, "__name__", None)
         key: Any = object() if manager else (id(obj),) if owner is None else (id(owner), function)
-        return _holding(self._lock, self._lend, obj, key, manager, lent)  # type: ignore[no-any-return]
+        return _holding(self._lock, self._lend, obj, key, manager, lent)
 
     def _lend(self, obj: Any, key: Any, manager: Any, lent: list[int]) -> tuple[str, Any]:
         number = 0 if obj is self._loans[0].object else self._lent.get(key)
@@ -3885,7 +3886,7 @@ class _System:
 
     def methodSignature(self, name: str) -> str | None:
         """A method's signature, such as ``(name: str) -> str``, or None."""
-        return self._described(name)[0]  # type: ignore[no-any-return]
+        return self._described(name)[0]
 
     def describe(self, target: str | int | None = None) -> dict[str, Any]:
         """{method: [signature, doc, parameters]} of a plugin, or of the reference of that number; or that of
@@ -3904,7 +3905,7 @@ class _System:
         methods = self.describe(plugin)
         if method not in methods:
             raise _no_method(method, methods, f"the plugin {plugin!r}")
-        return methods[method]  # type: ignore[no-any-return]
+        return methods[method]
 
 
 def _describe(function: Any) -> list[Any]:
@@ -4242,7 +4243,7 @@ class _Awaitable:
         if not call.streams:
             call.session.calls.pop(call.number, None)
         if self.done():
-            return call.session.drop(message)  # type: ignore[no-any-return]
+            return call.session.drop(message)
         try:
             call.inbox.appendleft(message)  # items may have come already
             value = call.session.caller.value(call)
@@ -6323,7 +6324,7 @@ class Plugin:
             proxy._adopt(wanted)
         elif type(found) is _Method:
             proxy = _Method(target, "")  # what is served is a function
-        return proxy  # type: ignore[no-any-return]
+        return proxy
 
     def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
         seconds = self._supervisor.recipe.call_timeout
@@ -6709,7 +6710,7 @@ def _load_module(name: str) -> ModuleType:
     if folder:
         sys.path.insert(0, folder)
     try:
-        return _import(name)  # type: ignore[no-any-return]
+        return _import(name)
     except ModuleNotFoundError as error:
         if not error.name or not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
