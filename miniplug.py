@@ -177,21 +177,12 @@ except OSError:  # the current folder is gone
 
 # === 1. errors ==========================================================================================
 
-class _Brief(type):
-    """help() and Tab tell what a class of ours adds, not all that it inherits."""
-
-    def __dir__(cls) -> list[str]:
-        ours = [vars(base) for base in cls.__mro__ if base.__module__ == __name__]
-        return sorted({name for names in ours for name in names if not name.startswith("_")})
-
-
-class PluginError(Exception, metaclass=_Brief):
+class PluginError(Exception):
     """The base of every error of miniplug's. What an error carries beside its text are attributes of it."""
 
     def __init__(self, message: str = "", **carried: Any) -> None:
         super().__init__(message)
-        for name, value in carried.items():
-            setattr(self, name, value)
+        vars(self).update(carried)
 
 
 class LaunchError(PluginError, OSError):
@@ -310,10 +301,6 @@ if TYPE_CHECKING:
     class CallTimeout(_Overdue): ...
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
 def _on_first_use(name: str) -> Any:
     """What has bases that are slow to import is made when it is first asked for, here and by users."""
     if name in globals():
@@ -328,7 +315,7 @@ def _on_first_use(name: str) -> Any:
         bases = [_Awaitable, _import("concurrent.futures").Future]
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = _Brief(name, tuple(bases), {"__module__": __name__, "__doc__": bases[0].__doc__})
+    made = type(name, tuple(bases), {"__module__": __name__, "__doc__": bases[0].__doc__})
     return globals().setdefault(name, made)  # one class, however many threads ask at once
 
 
@@ -1159,10 +1146,9 @@ class _First:
 
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
-    """The type that is an exception's own and RemoteError at once, whatever the metaclass."""
-    brief = type(kind) if issubclass(type(kind), _Brief) else type("_Brief", (_Brief, type(kind)), {})
+    """The type that is an exception's own and RemoteError at once."""
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return brief(kind.__name__, (_First, kind, RemoteError), body)
+    return type(kind)(kind.__name__, (_First, kind, RemoteError), body)
 
 
 def _decode_error(body: Any) -> Any:
@@ -1843,7 +1829,7 @@ else:
                             defaults=(1, "MINIPLUG_COOKIE", "b7fb5a3f2d4a4c0e9a5f6b1c"))
 
 
-class Handshake(_Handshake, metaclass=_Brief):
+class Handshake(_Handshake):
     """What a host and its plugins agree on beforehand. Immutable.
 
     `protocol_version` (int, default 1) is the version of the interface that they share; count it up when that
@@ -3928,7 +3914,7 @@ def _describe(function: Any) -> list[Any]:
 
 # === 7. proxies =========================================================================================
 
-class MethodInfo(namedtuple("_MethodInfo", "name signature doc"), metaclass=_Brief):
+class MethodInfo(namedtuple("_MethodInfo", "name signature doc")):
     """What `Plugin.describe` tells of a method: `name`, and as text or None its `signature` and `doc`."""
 
     __slots__ = ()
@@ -5013,7 +4999,7 @@ else:
     _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
 
 
-class Limits(_Limits, metaclass=_Brief):
+class Limits(_Limits):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
     - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more

@@ -684,7 +684,7 @@ def test_a_registered_exception_with_a_metaclass_arrives_as_itself():
 
     back = raised(Abstract("a"))
     assert isinstance(back, Abstract) and isinstance(back, miniplug.RemoteError) and str(back) == "a"
-    assert type(copy.copy(back)) is type(back) and "type_name" in dir(type(back))
+    assert type(copy.copy(back)) is type(back)
 
 
 def test_a_registered_exception_that_knows_its_subclasses_arrives_as_itself():
