@@ -493,8 +493,8 @@ def _make_zone(key: str) -> Any:
         raise NotSerializable(f"the time zone {_shown(key)} is not to be had here: {_shown(error)}") from None
 
 
-def _decimal(value: Any) -> str:
-    text = str(value)
+def _decimal(value: Any, text: str = "") -> str:
+    text = text or str(value)
     if len(text) > _MAX_DIGITS or not -_MAX_DIGITS <= value.adjusted() <= _MAX_DIGITS:
         raise NotSerializable(f"decimals of more than {_MAX_DIGITS} digits, or exponents, do not travel")
     return text
@@ -502,17 +502,14 @@ def _decimal(value: Any) -> str:
 
 def _make_decimal(text: str) -> Any:
     value = _call("decimal.Decimal", text)
-    if len(text) > _INLINE or "E" in text or "e" in text:
-        _decimal(value)
+    _decimal(value, text)
     return value
 
 
 def _make_registered(name: str, held: Any) -> Any:
-    if type(name) is not str:
-        raise ValueError("a registered type goes by its name")
     if name not in _registered:
         raise NotSerializable(f"a value of the type {_shown(name)} has come, which is not registered here: "
-                              "both sides have to call miniplug.register for it")
+                              "both sides call miniplug.register for it")
     try:
         return _registered[name][1](held)
     except BaseException as error:
@@ -626,8 +623,8 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
       without a call of ``__init__``. Any other class needs `encode` and `decode`. Subclasses are not meant.
     - `name` (str, default ``module.qualname``): what the wire calls it, the same on both sides.
     - `encode` (default None): a function from an instance to whatever can travel itself. `decode`: the way
-      back; what it does not expect it should refuse by raising. Both or neither. With ``encode=miniplug.ref``
-      instances are lent: `decode` gets a proxy.
+      back; it should raise for what it does not expect. With ``encode=miniplug.ref`` instances are lent:
+      `decode` gets a proxy.
 
     Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that
     another class has, a class in ``__main__`` without `name`, and a type that travels anyway.
@@ -637,8 +634,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
     if not isinstance(cls, type):
         raise TypeError(f"register takes a class, not {cls!r}")
     if name is None and cls.__module__ == "__main__":
-        raise ValueError(
-            f"{cls.__qualname__} is in __main__, which on the other side is another module: give name=")
+        raise ValueError(f"{cls.__qualname__} is in __main__, which the other side does not have: give name=")
     if (encode is None) != (decode is None):
         raise TypeError("encode and decode go together")
     if cls in (bool, type(None), list) or _WAYS[cls][0] not in ("", "$type"):
@@ -668,9 +664,7 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
     elif all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
         fields = getattr(cls, "__dataclass_fields__", None) and [
             field.name for field in _call("dataclasses.fields", cls)]
-    told = [vars(base).get("__slots__", ()) for base in cls.__mro__]
-    slots = {*_flatten([slots] if type(slots) is str else slots for slots in told)}
-    if fields is None or not slots <= {*fields, "__dict__", "__weakref__"}:
+    if fields is None or not {*_call("copyreg._slotnames", cls)} <= {*fields}:
         raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
     if issubclass(cls, BaseException):
         return _error_state, partial(_make_error, cls)
@@ -680,14 +674,12 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
 def _make_member(cls: Any, state: Any) -> Any:
     if type(state) is str:
         return cls[state]
-    if type(state) is not int or not issubclass(cls, _found("enum.Flag")):
-        raise ValueError("a member of an enum goes by its name")
-    known = cls._value2member_map_
-    if state not in known and len(known) >= _MAX_COMBINATIONS:
-        raise ValueError(f"there are {_MAX_COMBINATIONS} combinations of its flags already")
-    member = cls(state)
-    if member._value_ != state:  # the enum, or this Python, leaves out what it has no name for
-        raise ValueError(f"it has no flags for {state}")
+    known, member = cls._value2member_map_, None
+    if type(state) is int and issubclass(cls, _found("enum.Flag")):
+        if state in known or len(known) < _MAX_COMBINATIONS:
+            member = cls(state)
+    if member is None or member._value_ != state:  # some enums, and Pythons, leave out flags without a name
+        raise ValueError(f"it has no such member, or {_MAX_COMBINATIONS} combinations of its flags already")
     return member
 
 
@@ -696,7 +688,7 @@ def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
     others = {*getattr(value, "__dict__", ())}.difference(fields)
     if others:
         raise NotSerializable(f"its attribute {min(others)!r} is no field: register it with encode, decode")
-    return dict(zip(fields, value if isinstance(value, tuple) else [getattr(value, name) for name in fields]))
+    return {name: getattr(value, name) for name in fields}
 
 
 def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
@@ -876,13 +868,11 @@ class _Packer:
                 state_of = held
                 continue
             if type(state_of) is dict:  # keys and values by turns
-                place = f"{place}[{_shown(held[part - 1])}]" if part % 2 else f"a key of {place}"
-            elif type(held) is not dict:
-                place = f"{place}[{part}]"
-            else:
-                key = [*held][part]
-                place = f"{place}[{_shown(key)}]" if state_of is None else f"{place}.{key}"
-            state_of = None
+                part = held[part - part % 2]
+            elif type(held) is dict:
+                part = [*held][part]
+            is_field = type(held) is dict and state_of is not None
+            place, state_of = f"{place}.{part}" if is_field else f"{place}[{_shown(part)}]", None
         why, cause = str(error), error.__cause__
         if type(error) is not NotSerializable:
             why, cause = f"its state could not be told: {_shown(error)}", error
@@ -1153,16 +1143,16 @@ def _remote_type(kind: type) -> Any:
 
 def _decode_error(body: Any) -> Any:
     """The exception to raise for the body of an error message, whatever is wrong with that."""
-    body = {**body} if type(body) is dict else {}
-    for key in _TEXT_KEYS:
-        body[key] = body[key] if type(body.get(key)) is str else ""
-    state = body["state"] = body["state"] if type(body.get("state")) is dict else {}
-    name, message, traceback = body["type"], body["message"], body["traceback"]
+    body = body if type(body) is dict else {}
+    state = body["state"] if type(body.get("state")) is dict else {}
+    texts = {key: body[key] if type(body.get(key)) is str else "" for key in _TEXT_KEYS}
+    name, message, traceback, _ = texts.values()
     if body.get("own") and name in _OWN_ERRORS:
         own = _OWN_ERRORS[name]
         kinds = {key: type(getattr(own, key)) for key in dir(own)}  # of what it carries
         return own(message, **{key: state[key] for key, kind in kinds.items()
                                if type(state.get(key)) is (list if kind is tuple else kind)})
+    body = {**body, **texts, "state": state}
     error = _raised_error(body)
     if error is None:
         told = ": ".join(filter(None, (name.rpartition(".")[2], message)))
@@ -1175,14 +1165,12 @@ def _decode_error(body: Any) -> Any:
 
 
 def _raised_error(body: dict[str, Any]) -> Any:
-    """What a body names, as a RemoteError too: the registered exception, the builtin one, or that with no
-    more than the text. None if there is none that can be made, raised and printed."""
-    ways: Any = ((_told_registered, body.get("registered")),
-                 (_told_builtin, (body["kind"], body["state"], body.get("args"), body.get("parts"))),
-                 (_told_builtin, (body["kind"], {}, [body["message"]])))
-    for tell, told in ways:
+    """What a body names, as a RemoteError too: the registered exception, else the builtin one, else that with
+    no more than the text. None if none of these can be made, raised and printed."""
+    bare = {**body, "args": [body["message"]], "state": {}}
+    for tell, told in ((_told_registered, body), (_told_builtin, body), (_told_builtin, bare)):
         try:
-            kind, state = tell(*told)
+            kind, state = tell(told)
             if _can_be_raised(kind):
                 error = _make_error(_remote_type(kind), state)
                 str(error), repr(error)
@@ -1192,15 +1180,16 @@ def _raised_error(body: dict[str, Any]) -> Any:
     return None
 
 
-def _told_registered(name: str, held: Any) -> Any:
-    error = _make_registered(name, held)
+def _told_registered(body: dict[str, Any]) -> Any:
+    error = _make_registered(*body["registered"])
     return type(error), _error_state(error)
 
 
-def _told_builtin(name: str, state: dict[str, Any], args: Any, parts: Any = None) -> Any:
-    if name == "ExceptionGroup":
-        args = [args[0], _decode_parts(parts)]
-    return vars(builtins)[name], {**state, "args": args}
+def _told_builtin(body: dict[str, Any]) -> Any:
+    args = body["args"]
+    if body["kind"] == "ExceptionGroup":
+        args = [args[0], _decode_parts(body["parts"])]
+    return vars(builtins)[body["kind"]], {**body["state"], "args": args}
 
 
 def _decode_parts(parts: Any) -> list[Any]:
@@ -1218,22 +1207,18 @@ _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # with
 
 
 def _reduce_error(error: RemoteError) -> Any:
-    """What copy and pickle keep of an error: the body that it was made from, as on the wire; and its texts,
-    if that holds a reference, or is decoded where a type in it is not registered."""
+    """What copy and pickle keep of an error: the body that it was made from, as on the wire; of one that
+    holds a reference its texts."""
     body = error._body or {"message": str(error)}
-    texts = {key: body[key] for key in _TEXT_KEYS if key in body}
     try:
         content, buffers, tagged, _ = _portable.dumps(body, "it")
-        return _restore_error, (texts, content, [*map(bytes, buffers)], tagged)
     except NotSerializable:
-        return _decode_error, (texts,)
+        return _decode_error, ({key: body[key] for key in _TEXT_KEYS},)
+    return _restore_error, (content, [*map(bytes, buffers)], tagged)
 
 
-def _restore_error(texts: dict[str, str], *content: Any) -> Any:
-    try:
-        return _decode_error(_portable.loads(*content))
-    except (ProtocolError, _Undecodable):
-        return _decode_error(texts)
+def _restore_error(*content: Any) -> Any:
+    return _decode_error(_portable.loads(*content))
 
 
 # === 3. channel =========================================================================================
