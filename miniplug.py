@@ -3,9 +3,7 @@
 # mypy: disable-error-code="no-any-return, type-arg"
 """miniplug: plugins that run as subprocesses and are called like local objects.
 
-One file, standard library only, Python 3.8 and up. Vendor it or install it.
-
-A plugin that never heard of miniplug::
+One file, standard library only, Python 3.8 and up. Vendor it or install it. A plugin::
 
     # greeter.py
     class GreeterHello:
@@ -28,12 +26,11 @@ What `dispense` gives is a proxy, with the plugin's public methods. Each can be 
     m.notify(...)      wants no answer
     m.timeout(5)(...)  waits at most 5 seconds; m.timeout(5).submit(...) and .notify(...) likewise
 
-The plugin runs in a process of its own. Whatever it does there (raise, leak, call ``os._exit``, die of a
-segmentation fault) is an exception in the host, with the exit code and the last lines it wrote; and when the
-host ends, however it ends, the plugin ends too, with all it started. What it prints and logs goes to the
-host's ``logging``. The two talk over a private socket (a named pipe on Windows) with a fresh key for every
-launch, in JSON that keeps Python's types. Nothing that arrives is ever run as code. A program can serve
-plugins by itself, too::
+Whatever the plugin does in its process (raise, leak, call ``os._exit``, die of a segmentation fault) is an
+exception in the host, with the exit code and the last lines it wrote. When the host ends, however it ends,
+the plugin and all that it started end too. What it prints and logs goes to the host's ``logging``. The two
+talk over a private socket (a named pipe on Windows) with a fresh key for every launch, in JSON that keeps
+Python's types. Nothing that arrives is ever run as code. A program can serve plugins by itself, too::
 
     if __name__ == "__main__":
         miniplug.serve({"greeter": GreeterHello()})
@@ -54,46 +51,42 @@ The map of this file; each section uses only those above it:
     12  command line  python -m miniplug serve ...
 """
 
-# For who reads the file (docs/review.md has a route, and the tests that show each part).
+# One call, `greeter.greet("world")`, there and back (docs/review.md has a route through the whole):
 #
-# One call, `greeter.greet("world")`, there and back:
-#
-#     host     _Method.__call__ -> _act     asks its _Target (a _Dispensed) where the object is now; the
-#                                           _Supervisor starts the plugin if it has to: a session, a number
-#              _Caller.call                 makes a _Call, with a number of its own and an inbox
-#              _Codec.dumps                 makes its content: bytes, buffers beside them, what is lent
-#              _Channel.send -> write       a message: header, body, buffers
-#              _Reader.wait                 takes the seat and reads, or sleeps while another thread reads
-#     plugin   _Channel.receive             bytes become messages
-#              _Reader.read                 routes: a new call becomes a _Request
-#              _Attendant._attend           runs it, if such are quick; else first has another thread read
-#              _Runner.run -> decode        [target, method, args, kwargs]
-#              _References.resolve          names and numbers to the bound method, which is called
-#              _Runner.answer, or fail      the result, or the error, goes back the same way
-#     host     _Reader.read                 puts the message into the inbox of that _Call
-#              _Caller.value                decodes it, in the thread that called, and returns or raises
+#   host    _Method.__call__ -> _act  asks its _Target where the object is now; the _Supervisor starts the
+#                                     plugin if it has to
+#           _Caller.call              makes a _Call, with a number of its own and an inbox
+#           _Codec.dumps              makes its content: bytes, buffers beside them, what is lent
+#           _Channel.send -> write    a message: header, body, buffers
+#           _Reader.wait              takes the seat and reads, or sleeps while another thread reads
+#   plugin  _Channel.receive          bytes become messages
+#           _Reader.read              a new call becomes a _Request
+#           _Attendant._attend        runs it, if such are quick; else first has another thread read
+#           _Runner.run -> decode     [target, method, args, kwargs]
+#           _References.resolve       to the bound method, which is called
+#           _Runner.answer, or fail   the result, or the error, goes back the same way
+#   host    _Reader.read              puts the message into the inbox of that _Call
+#           _Caller.value             decodes it, in the thread that called, and returns or raises
 #
 # A callback is the same with the sides exchanged; it names the call on whose behalf it is made, and
 # `_Runner.run_nested` runs it in the thread that waits for that one.
 #
-# The states of a plugin are drawn at `_Supervisor`, those of a connection at `_Session`, and who reads at
-# `_Reader`.
+# The states of a plugin are drawn at `_Supervisor`, of a connection at `_Session`; who reads, at `_Reader`.
 #
 # Locks, outermost first. One is taken only under those of a line above it:
 #
-#     held while code of the user runs, or a call is waited for, so each is for one thing alone:
-#         _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock
-#     _Producer._lock, while a message is sent
-#     _References._lock
-#     _Supervisor.news; but at interpreter exit _close_all takes it and never gives it back: then all others
-#         may be taken under it
-#     under which no other is taken: _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
-#         those of the processes, and the condition of a Call
+#   held while code of the user runs, or a call is waited for, so each is for one thing alone:
+#       _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock
+#   _Producer._lock, while a message is sent
+#   _References._lock
+#   _Supervisor.news; at interpreter exit _close_all keeps it, and all others may be taken under it
+#   under which no other is taken: _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
+#       those of the processes, and the condition of a Call
 #
 # `_Pool._lead` is held by the thread that waits for tasks, and while that runs one which does not wait.
 # Nobody waits for `_Producer._turn` and `_Run._claim`: who finds one taken leaves the work to its holder.
-# A seat (`_Seat`) is no lock. A gate (`_gate`) is a lock that is used as a wake-up. Code of the user may run
-# in any thread that waits for a call, and a finalizer anywhere: so those only append to a queue.
+# A seat (`_Seat`) is no lock; a gate (`_gate`) is one that is used as a wake-up. Code of the user may run in
+# any thread that waits for a call, and a finalizer anywhere: so those only append to a queue.
 
 from __future__ import annotations
 
@@ -126,19 +119,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     import multiprocessing
     from pathlib import Path
     from types import ModuleType
-    from typing import (
-        IO,
-        Any,
-        Callable,
-        Iterable,
-        Mapping,
-        NamedTuple,
-        NoReturn,
-        Sequence,
-        TextIO,
-        Union,
-        overload,
-    )
+    from typing import IO, Any, Callable, Iterable, Mapping, NamedTuple, NoReturn, Sequence, Union, overload
 
     from typing_extensions import ParamSpec, TypeVar  # which type checkers have for every Python
 
@@ -150,7 +131,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Command = Union[_Path, Sequence[_Path]]
     _Sink = Callable[[str], Any]  # what takes lines of output
     _Step = Union[Callable[[Any], Any], None]
-    _Output = Union[str, _Sink, TextIO]
+    _Output = Union[str, _Sink, IO[str]]
     _Bytes = Union[bytes, bytearray, memoryview]
     _Message = tuple[Any, ...]  # kind, flags, number, parent, body, buffers
     # a value as bytes, those beside it, whether it is tagged, what it lends
@@ -269,10 +250,13 @@ class RemoteError(PluginError):
     the type. `remote_traceback`: the plugin's own, as text. A builtin or registered exception is of its own
     type too: ``except ValueError`` and ``except RemoteError`` both catch a plugin's ValueError."""
 
-    type_name: str = ""
-    message: str = ""
-    remote_traceback: str = ""
+    type_name: str
+    message: str
+    remote_traceback: str
     _body: Any = None  # what it was made from
+
+    def __init_subclass__(cls) -> None:
+        """What an exception does to its subclasses is not done to `_remote_type`."""
 
     def __reduce__(self) -> Any:
         return _reduce_error(self)
@@ -512,9 +496,7 @@ def _make_registered(name: str, held: Any) -> Any:
                               "both sides call miniplug.register for it")
     try:
         return _registered[name][1](held)
-    except BaseException as error:
-        if _is_ctrl_c(error):
-            raise
+    except Exception as error:
         why = f"a value of the registered type {name!r} cannot be made from what came: {_shown(error)}"
         raise NotSerializable(why) from error
 
@@ -1124,21 +1106,11 @@ def _make_error(cls: Any, state: Any) -> Any:
     return error
 
 
-class _First:
-    """The first base of a type that is made here: what an exception does to its subclasses is not done."""
-
-    __slots__ = ()
-    __reduce__ = RemoteError.__reduce__
-
-    def __init_subclass__(cls) -> None:
-        pass
-
-
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
     """The type that is an exception's own and RemoteError at once."""
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(kind)(kind.__name__, (_First, kind, RemoteError), body)
+    return type(kind)(kind.__name__, (RemoteError, kind), body)
 
 
 def _decode_error(body: Any) -> Any:
@@ -1171,7 +1143,7 @@ def _raised_error(body: dict[str, Any]) -> Any:
     for tell, told in ((_told_registered, body), (_told_builtin, body), (_told_builtin, bare)):
         try:
             kind, state = tell(told)
-            if _can_be_raised(kind):
+            if kind is not Exception and _can_be_raised(kind):
                 error = _make_error(_remote_type(kind), state)
                 str(error), repr(error)
                 return error
