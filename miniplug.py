@@ -27,13 +27,10 @@ What `dispense` gives is a proxy, with the plugin's public methods. Each can be 
     m.timeout(5)(...)  waits at most 5 seconds; m.timeout(5).submit(...) and .notify(...) likewise
 
 Whatever the plugin does in its process (raise, leak, call ``os._exit``, die of a segmentation fault) is an
-exception in the host, with the exit code and the last lines it wrote. When the host ends, however it ends,
-the plugin and all that it started end too. What it prints and logs goes to the host's ``logging``. The two
-talk over a private socket (a named pipe on Windows) with a fresh key for every launch, in JSON that keeps
-Python's types. Nothing that arrives is ever run as code. A program can serve plugins by itself, too::
-
-    if __name__ == "__main__":
-        miniplug.serve({"greeter": GreeterHello()})
+exception in the host, with the exit code and the last lines it wrote. However the host ends, the plugin and
+all that it started end too. What it prints and logs goes to the host's ``logging``. The two talk over a
+private socket or pipe, with a fresh key for every launch, in JSON that keeps Python's types. Nothing that
+arrives is ever run as code. A program can also serve plugins by itself: see `serve`.
 
 The map of this file; each section uses only those above it:
 
@@ -150,10 +147,7 @@ __all__ = [
 
 _WINDOWS = os.name == "nt"
 _posix: Any = os  # untyped: for what Windows lacks, as type checkers know
-try:
-    _FILE = os.path.abspath(__file__)
-except OSError:  # the current folder is gone
-    _FILE = __file__
+_FILE = os.path.abspath(__file__)
 
 
 # === 1. errors ==========================================================================================
@@ -167,8 +161,8 @@ class PluginError(Exception):
 
 
 class LaunchError(PluginError, OSError):
-    """The plugin never came up. `command`: what was run. `exit_code`: how it ended, negative for a signal, or
-    None. `output`: the last lines it wrote to stderr, or else to stdout."""
+    """The plugin never came up. `command`: what was run. `exit_code`: negative for a signal, or None.
+    `output`: the last lines it wrote to stderr, or else to stdout."""
 
     command: list[str] | None = None
     exit_code: int | None = None
@@ -286,7 +280,7 @@ if TYPE_CHECKING:
 
 
 def _on_first_use(name: str) -> Any:
-    """What has bases that are slow to import is made when it is first asked for, here and by users."""
+    """What has bases that are slow to import is made when it is first asked for."""
     if name in globals():
         return globals()[name]
     if name == "AuthenticationError":
@@ -318,7 +312,7 @@ def _in_main_thread() -> bool:
 
 
 def _is_ctrl_c(error: BaseException) -> bool:
-    """Whether this is for the program, and not just something that was raised."""
+    """Whether this is for the program."""
     return _in_main_thread() and issubclass(type(error), KeyboardInterrupt)
 
 
@@ -338,23 +332,22 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 
 # === 2. codec ===========================================================================================
 #
-# JSON that keeps Python's types, by the json module's parts in C. What JSON has goes as it is. What it has
-# not is tagged: an object with one key, which begins with "$" (docs/protocol.md lists them). Before the
-# encoder runs, `fit` looks for what that does not know, or would change without a word, and copies with tags
-# only there.
+# JSON that keeps Python's types, by the json module's parts in C. What JSON has not is tagged: an object with
+# one key, which begins with "$" (docs/protocol.md lists them). Before the encoder runs, `fit` looks for what
+# that does not know, or would change without a word, and copies with tags only there.
 
 _SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps: RFC 8259, section 6
-_MAX_BITS = 1 << 15  # of an integer: to print, compare or convert one takes a millisecond or two at most
-_MAX_DIGITS = 10000  # of a Decimal, and how far its exponent goes either way
-_MAX_ALIKE = 16  # values of a set, or keys, that may have one hash: each is compared with each
+_MAX_BITS = 1 << 15  # of an integer: to print or convert one takes a millisecond or two
+_MAX_DIGITS = 10000  # of a Decimal, and its exponent either way
+_MAX_ALIKE = 16  # values of a set, or keys, with one hash: each is compared with each
 _MAX_COMBINATIONS = 1 << 14  # of an enum's flags: Python keeps each for ever
 _MANY = 32  # items of a list that may go in a shorter form
 _INLINE = 2048  # bytes up to this many go in base64, longer ones in a frame beside the message
-_MAX_BUFFERS = 1 << 16  # such frames of one message; what is over goes in base64 again
-_PLAIN = frozenset((str, bool, type(None), float))  # it may trip over a text or a float, but changes none
+_MAX_BUFFERS = 1 << 16  # such frames of one message; more go in base64 again
+_PLAIN = frozenset((str, bool, type(None), float))  # the encoder may trip over one, but changes none
 _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
-_NEVER = frozenset((bool, type(None)))  # it does not even trip over these
+_NEVER = frozenset((bool, type(None)))  # it does not trip over these
 _NESTS = frozenset((list, tuple, dict))
 _CODES = {int: "q", float: "d"}  # of array and struct
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -362,13 +355,13 @@ _flatten = itertools.chain.from_iterable
 
 
 class _Undecodable(Exception):
-    """What arrived is well-formed, and cannot be made here, for the reason that is its argument. That fails
-    one call, not the session."""
+    """What arrived is well-formed, and cannot be made here, for the reason that is its argument: that fails
+    one call."""
 
 
 @lru_cache(None)
 def _found(path: Any) -> Any:
-    """What a path such as "datetime.date.fromisoformat" names; its module is imported only now."""
+    """What a path such as "datetime.date.fromisoformat" names, imported only now."""
     if type(path) is not str:
         return path
     module, *names = path.split(".")
@@ -406,21 +399,20 @@ def _surrogates(text: str) -> str | None:
 
 def _bounded(value: int) -> int:
     if value.bit_length() > _MAX_BITS:
-        raise NotSerializable(f"integers of more than {_MAX_BITS} bits do not travel: send bytes, or hex()")
+        raise NotSerializable(f"integers of more than {_MAX_BITS} bits do not travel: send hex(...)")
     return value
 
 
 def _told_apart(values: Iterable[Any]) -> list[Any]:
-    """The values for a set, or the keys. To tell many with the same hash apart would take quadratic time."""
-    held = values if type(values) is list else [*values]
+    """The values for a set, or the keys. To tell many with one hash apart would take quadratic time."""
+    held = [*values]
     if len(held) > _MAX_ALIKE and max(Counter(map(hash, held)).values()) > _MAX_ALIKE:
         raise NotSerializable(f"more than {_MAX_ALIKE} of its values have the same hash")
     return held
 
 
 def _pairs(value: dict[Any, Any]) -> list[Any]:
-    if len(value) > _MAX_ALIKE:
-        _told_apart(value)
+    _told_apart(value)
     return [*_flatten(value.items())]
 
 
@@ -447,7 +439,7 @@ def _make_each(tag: str, states: list[Any]) -> list[Any]:
 
 def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
     if type(data) is not bytes or order not in ("little", "big"):
-        raise ValueError("an array is a letter, the size of an item, the byte order, and bytes")
+        raise ValueError("an array is a letter, a size, a byte order, and bytes")
     if code not in _found("array.typecodes") or _call("array.array", code).itemsize != size:
         raise NotSerializable(f"an array of {code!r} with items of {size} bytes is not to be had here")
     array = _call("array.array", code, data)
@@ -457,7 +449,7 @@ def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
 
 
 def _moment(value: Any) -> Any:
-    """A datetime or time as one text, if that says all; else its text without a zone, its fold, its zone."""
+    """A datetime or time as one text, if that says all; else as text without a zone, fold and zone."""
     zone, offset = value.tzinfo, ()
     if type(zone) is _found("datetime.timezone"):
         offset = zone.__getinitargs__()
@@ -492,17 +484,18 @@ def _make_decimal(text: str) -> Any:
 
 def _make_registered(name: str, held: Any) -> Any:
     if name not in _registered:
-        raise NotSerializable(f"a value of the type {_shown(name)} has come, which is not registered here: "
-                              "both sides call miniplug.register for it")
+        raise NotSerializable(f"a {_shown(name)} has come, which is not registered here: both sides have "
+                              "to call miniplug.register")
     try:
         return _registered[name][1](held)
-    except Exception as error:
-        why = f"a value of the registered type {name!r} cannot be made from what came: {_shown(error)}"
-        raise NotSerializable(why) from error
+    except BaseException as error:
+        if _is_ctrl_c(error):
+            raise
+        raise NotSerializable(f"a {name!r} cannot be made from what came: {_shown(error)}") from error
 
 
-# By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; and the way
-# back, by the type of that on the wire: _ITEMS is a list, with whose items it is called. Names are looked up
+# By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; the way back,
+# by the type of the state on the wire: _ITEMS is a list, with whose items it is called. Names are looked up
 # on first use.
 _ITEMS = "items"
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
@@ -547,11 +540,11 @@ _TAGS = {tag: _Row(*row) for tag, row in {
     "$type": (None, None, {_ITEMS: _make_registered}),  # each registered type has its own state
 }.items()}
 _OF_TYPE = {row.type: tag for tag, row in _TAGS.items() if row.type}
-_EACH = frozenset((  # what "$each" may hold: nothing that is much longer than its state
+_EACH = frozenset((  # nothing that is much longer than its state
     "$tuple", "$dict", "$bytes", "$date", "$datetime", "$time", "$timedelta", "$decimal", "$uuid", "$type"))
 
 
-_MAKES: dict[tuple[str, type], Any] = {}  # what has been found of that, by the tag and the type of the state
+_MAKES: dict[tuple[str, type], Any] = {}  # the ways back found, by the tag and the type of the state
 
 
 def _maker(tag: str, kind: type) -> Any:
@@ -563,18 +556,15 @@ def _maker(tag: str, kind: type) -> Any:
 
 
 class _Ways(dict):
-    """By the type of a value: its tag, and what gives its state. Of others "" and None, which is not kept:
-    they may be registered later."""
+    """By the type of a value: its tag, and what gives its state. Of others "" and None: they may be
+    registered later."""
 
     def __missing__(self, kind: Any) -> Any:
         name = f"{kind.__module__}.".partition(".")[0] + "." + kind.__qualname__
         tag = _OF_TYPE.get(kind) or _OF_TYPE.get(name)
         if tag is None or _found(_TAGS[tag].type) is not kind:
             return "", None
-        return self.add(kind, tag, _found(_TAGS[tag].state))
-
-    def add(self, kind: type, tag: str, state: Any) -> Any:
-        self[kind] = way = tag, state
+        self[kind] = way = tag, _found(_TAGS[tag].state)
         return way
 
 
@@ -583,7 +573,7 @@ _WAYS = _Ways({memoryview: ("$bytes", memoryview.tobytes)})
 
 # -- registered types
 
-_registered: dict[str, tuple[type, Callable[[Any], Any]]] = {}  # by name on the wire: class, what makes one
+_registered: dict[str, tuple[type, Callable[[Any], Any]]] = {}  # by name: class, what makes one
 
 
 if TYPE_CHECKING:  # a decorated class keeps its type
@@ -595,18 +585,16 @@ if TYPE_CHECKING:  # a decorated class keeps its type
                  decode: _Step = None) -> Callable[[type[_T]], type[_T]]: ...
 
 
-def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any], Any] | None = None,
-             decode: Callable[[Any], Any] | None = None) -> Any:
+def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, decode: _Step = None) -> Any:
     """Let instances of `cls` travel by value. Both sides call it, usually in a module that they share.
-    Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``. To do so again is
-    harmless, also with a new class of that module and qualified name (``importlib.reload``).
+    Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``. To register a class
+    again is harmless, also after ``importlib.reload``.
 
-    - `cls` (a class): dataclasses, enums, named tuples and exceptions know their own state, and come back
-      without a call of ``__init__``. Any other class needs `encode` and `decode`. Subclasses are not meant.
+    - `cls` (a class, without its subclasses): dataclasses, enums, named tuples and exceptions know their own
+      state, and come back without a call of ``__init__``. Any other class needs `encode` and `decode`.
     - `name` (str, default ``module.qualname``): what the wire calls it, the same on both sides.
-    - `encode` (default None): a function from an instance to whatever can travel itself. `decode`: the way
-      back; it should raise for what it does not expect. With ``encode=miniplug.ref`` instances are lent:
-      `decode` gets a proxy.
+    - `encode` (default None): from an instance to what can travel. `decode`: the way back; it should raise
+      for what it does not expect. With ``encode=miniplug.ref`` instances are lent: `decode` gets a proxy.
 
     Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that
     another class has, a class in ``__main__`` without `name`, and a type that travels anyway.
@@ -619,16 +607,16 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
         raise ValueError(f"{cls.__qualname__} is in __main__, which the other side does not have: give name=")
     if (encode is None) != (decode is None):
         raise TypeError("encode and decode go together")
-    if cls in (bool, type(None), list) or _WAYS[cls][0] not in ("", "$type"):
+    if _WAYS[cls][0] not in ("", "$type"):
         raise ValueError(f"{cls.__qualname__} travels by itself")
     name = name or f"{cls.__module__}.{cls.__qualname__}"
     former = _registered.get(name, (cls,))[0]
-    if (former.__module__, former.__qualname__) != (cls.__module__, cls.__qualname__):
+    if _name_of(former) != _name_of(cls):
         raise ValueError(f"the name {name!r} is that of {former!r} already")
     state, make = (encode, decode) if encode and decode else _own_state(cls)
     _registered[name] = (cls, make)
     _WAYS.pop(former, None)
-    _WAYS.add(cls, "$type", lambda value: [name, state(value)])
+    _WAYS[cls] = "$type", lambda value: [name, state(value)]
     return cls
 
 
@@ -781,8 +769,8 @@ class _Packer:
                 loan = self._codec.lend(value, self._lent)
                 if loan is None:
                     raise NotSerializable(
-                        "register it with miniplug.register, lend it with miniplug.ref(...), or send a plain "
-                        "str, int, list or dict of what is in it")
+                        "register it with miniplug.register, lend it with miniplug.ref(...), or send a str, "
+                        "int, list or dict instead")
                 self.tagged = 1
                 return dict((loan,))
             state = tell(value)
@@ -841,7 +829,7 @@ class _Packer:
         return {"$each": [tag, states]}
 
     def explain(self, error: Exception) -> None:
-        """Raise what names the place of what cannot travel, and why; unless it is no matter of a part."""
+        """Raise what names the place of what cannot travel, and why."""
         if not self.trail:
             return
         place, state_of = self.label, None
@@ -1003,7 +991,7 @@ class _Codec:
 
 # -- exceptions
 
-_MAX_PARTS = 1000  # of an exception group, all together: each takes more here than on the wire
+_MAX_PARTS = 1000  # of an exception group, all together: they take more here than on the wire
 _MAX_LEVELS = 30  # of groups in groups
 _TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
 _FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # of a builtin
@@ -1019,7 +1007,7 @@ def _is_ending(kind: type) -> bool:
 
 
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this as itself: an error of ours would say that the plugin is in trouble."""
+    """Whether a call may raise this as itself: ours would say that the plugin is in trouble."""
     is_ours = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
     return issubclass(kind, Exception) and not is_ours and not _is_ending(kind)
 
@@ -1029,8 +1017,8 @@ _OWN_ERRORS: dict[str, type[PluginError]] = {kind.__name__: kind for kind in (
 
 
 def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str, Any]:
-    """An exception as the body of an error message. `own`: if it is miniplug's, it is about the call itself.
-    `bare`: no more than its texts, cut so that they go into any message."""
+    """An exception as the body of an error message. `own`: one of miniplug's is about the call itself.
+    `bare`: its texts alone, cut so that they go into any message."""
     kind = type(error)
     try:
         message = str(error)
@@ -1065,8 +1053,8 @@ def _format_traceback(error: BaseException) -> str:
         frames = frames.tb_next
     try:
         return "".join(_call("traceback.format_exception", type(error), error, frames))
-    except BaseException as failure:  # such as a __repr__ that calls sys.exit()
-        return f"(a traceback that could not be made: {type(failure).__name__})"
+    except BaseException:  # such as a __repr__ that calls sys.exit()
+        return "(its traceback could not be made)"
 
 
 def _print_error(error: BaseException) -> None:
@@ -1089,8 +1077,8 @@ def _error_state(error: Any) -> dict[str, Any]:
 
 
 def _make_error(cls: Any, state: Any) -> Any:
-    """An exception from its state, without a call of any __init__ but the builtin base's. What would make it
-    impossible or costly to raise, print or copy is left out."""
+    """An exception from its state, by the __init__ of its builtin base alone. What would make it impossible
+    or costly to raise, print or copy is left out."""
     base, args = _builtin_of(cls), [*state["args"]]
     known = args[:1] if issubclass(base, SyntaxError) else args  # it is printed with a mark at its column
     error = base.__new__(cls, *known)
@@ -1126,9 +1114,6 @@ def _decode_error(body: Any) -> Any:
                                if type(state.get(key)) is (list if kind is tuple else kind)})
     body = {**body, **texts, "state": state}
     error = _raised_error(body)
-    if error is None:
-        told = ": ".join(filter(None, (name.rpartition(".")[2], message)))
-        error = RemoteError(told or "the plugin failed and did not say how")
     known = {"type_name": name or "unknown", "message": message, "remote_traceback": traceback, **vars(error)}
     vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
     cause = _RemoteTraceback(traceback) if traceback else None
@@ -1137,19 +1122,19 @@ def _decode_error(body: Any) -> Any:
 
 
 def _raised_error(body: dict[str, Any]) -> Any:
-    """What a body names, as a RemoteError too: the registered exception, else the builtin one, else that with
-    no more than the text. None if none of these can be made, raised and printed."""
-    bare = {**body, "args": [body["message"]], "state": {}}
-    for tell, told in ((_told_registered, body), (_told_builtin, body), (_told_builtin, bare)):
+    """The RemoteError for a body: a registered exception too, or else a builtin one; or neither, if that
+    cannot be made, raised and printed."""
+    for tell in (_told_registered, _told_builtin):
         try:
-            kind, state = tell(told)
+            kind, state = tell(body)
             if kind is not Exception and _can_be_raised(kind):
                 error = _make_error(_remote_type(kind), state)
                 str(error), repr(error)
                 return error
         except Exception:
             continue
-    return None
+    texts = filter(None, (body["type"].rpartition(".")[2], body["message"]))
+    return RemoteError(": ".join(texts) or "the plugin failed and did not say how")
 
 
 def _told_registered(body: dict[str, Any]) -> Any:
@@ -1158,7 +1143,7 @@ def _told_registered(body: dict[str, Any]) -> Any:
 
 
 def _told_builtin(body: dict[str, Any]) -> Any:
-    args = body["args"]
+    args = body.get("args", [body["message"]])
     if body["kind"] == "ExceptionGroup":
         args = [args[0], _decode_parts(body["parts"])]
     return vars(builtins)[body["kind"]], {**body["state"], "args": args}
@@ -1768,9 +1753,9 @@ def _remove_stale(path: str) -> bool:
 # === 4. handshake =======================================================================================
 #
 # Three passes, mutual, after ISO/IEC 9798-4: the host's greeting; the plugin's, and its proof; what the host
-# chooses, or a refusal, and its proof: HMAC-SHA256 over the role's name, the address and all messages before
-# it, nonces among them. So nothing can be changed, replayed, reflected, or relayed to another address. Until
-# the other side's was right, nothing is read but short JSON in UTF-8.
+# chooses, or a refusal, and its proof. A proof is an HMAC-SHA256 over the role's name, the address and all
+# messages before it, nonces among them: nothing can be changed, replayed, reflected, or relayed to another
+# address. Until the other side's was right, nothing is read but short JSON in UTF-8.
 
 _HELLO_SECONDS = 5.0
 _KNOCK_SECONDS = 0.5  # for one try in a crowd; the system itself would try again after 1, 3 and 7 seconds
@@ -1790,15 +1775,15 @@ class Handshake(_Handshake):
     """What a host and its plugins agree on beforehand. Immutable.
 
     `protocol_version` (int, default 1) is the version of the interface that they share; count it up when that
-    changes. `magic_cookie_key` and `magic_cookie_value` (str) name an environment variable and what the host
-    sets it to: they tell a person who starts a plugin by hand, or a host that starts the wrong program, what
-    is wrong. They are no security measure.
+    changes. `magic_cookie_key` and `magic_cookie_value` (str) are an environment variable that the host sets:
+    it tells a person who starts a plugin by hand, or a host that starts the wrong program, what is wrong. It
+    is no security measure.
     """
 
     __slots__ = ()
 
 
-# What a handshake settles; the other side's limit in bytes, and its features.
+# What a handshake settles: the version, the other side's limit in bytes, and its features.
 _Terms = namedtuple("_Terms", "protocol_version max_message features")
 
 
@@ -1846,15 +1831,15 @@ class _Hello:
     def check(self) -> None:
         """Hear the other side's proof."""
         expected = self._mac(self._other)
-        proof = str(self.hear().get("proof"))
-        if not _import("hmac").compare_digest(ascii(expected), ascii(proof)):
+        proof = ascii(self.hear().get("proof"))
+        if not _import("hmac").compare_digest(ascii(expected), proof):
             error = _on_first_use("AuthenticationError")
             raise error(f"the {self._other} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
         parts = role.encode(), os.fsencode(self._address), *self._said
         said = b"".join(struct.pack("!I", len(part)) + part for part in parts)
-        return str(_import("hmac").new(self._key, said, "sha256").hexdigest())
+        return _import("hmac").new(self._key, said, "sha256").hexdigest()
 
     def as_host(self, versions: Sequence[int], max_message: int) -> _Terms:
         self.greet(versions, max_message, codec="json")
@@ -1863,11 +1848,9 @@ class _Hello:
         cookie, offered, refusal = theirs.get("cookie"), theirs["protocol_versions"], ""
         version = max({*versions}.intersection(offered), default=None)
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
-            refusal = (f"it expects another magic cookie in {cookie.get('key')!r}; is the handshake given to "
-                       "launch() the one that it serves with?")
+            refusal = f"it expects another magic cookie in {cookie.get('key')!r}: give launch() its handshake"
         elif version is None:
-            refusal = (f"no common protocol version: the host has {list(versions)}, the plugin has "
-                       f"{offered}; bring the older one up to date")
+            refusal = f"no common protocol version: the host has {list(versions)}, the plugin has {offered}"
         self.say(**{"refusal": refusal} if refusal else {"protocol_version": version, "codec": "json"})
         self.prove()
         if refusal:
@@ -1891,8 +1874,8 @@ class _Hello:
 
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who
-    is pushed out there comes again. Raises what `greet` does."""
+    """Connect to a door and run the handshake; at a TCP port, which is everybody's and may be crowded, again
+    and again. Raises what `greet` does."""
     limit, patience = (_KNOCK_SECONDS, 30.0) if _transport(address) == "tcp" else (_HELLO_SECONDS, 0.0)
     deadline = time.monotonic() + patience
     while True:
@@ -1909,8 +1892,8 @@ def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channe
 
 
 class _Door:
-    """Where the other side comes in. Each caller is greeted on a thread of its own, and let in if it holds
-    the key. A wrong, slow or silent one holds up nobody.
+    """Where the other side comes in, if it holds the key. Each caller is greeted on a thread of its own: a
+    wrong, slow or silent one holds up nobody.
 
     `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or, for one
     that is refused, the HandshakeError. Unless it `stays` open, the door closes before the first comes in.

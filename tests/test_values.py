@@ -595,10 +595,10 @@ def test_one_that_is_not_registered_at_the_receiver_arrives_as_its_builtin_base(
     assert isinstance(back, FileNotFoundError) is False and isinstance(back, OSError) and back.errno == 2
 
 
-def test_one_that_has_no_text_arrives_as_its_type_with_the_text_that_was_told():
+def test_one_that_has_no_text_arrives_with_one_that_was_told():
     if hasattr(sys, "set_int_max_str_digits"):
         back = raised(OverflowError(10**5000))
-        assert isinstance(back, OverflowError) and str(back) == back.message == "(its text could not be made)"
+        assert type(back) is miniplug.RemoteError and back.message == "(its text could not be made)"
 
     @miniplug.register(name="textless")
     class Textless(KeyError):
