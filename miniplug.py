@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the miniplug authors
+# mypy: disable-error-code="no-any-return, type-arg"
 """miniplug: plugins that run as subprocesses and are called like local objects.
 
-One file, standard library only, Python 3.8 and up. Vendor it or install it.
-
-A plugin that never heard of miniplug::
+One file, standard library only, Python 3.8 and up. Vendor it or install it. A plugin::
 
     # greeter.py
     class GreeterHello:
@@ -27,15 +26,11 @@ What `dispense` gives is a proxy, with the plugin's public methods. Each can be 
     m.notify(...)      wants no answer
     m.timeout(5)(...)  waits at most 5 seconds; m.timeout(5).submit(...) and .notify(...) likewise
 
-The plugin runs in a process of its own. Whatever it does there (raise, leak, call ``os._exit``, die of a
-segmentation fault) is an exception in the host, with the exit code and the last lines it wrote; and when the
-host ends, however it ends, the plugin ends too, with all it started. What it prints and logs goes to the
-host's ``logging``. The two talk over a private socket (a named pipe on Windows) with a fresh key for every
-launch, in JSON that keeps Python's types. Nothing that arrives is ever run as code. A program can serve
-plugins by itself, too::
-
-    if __name__ == "__main__":
-        miniplug.serve({"greeter": GreeterHello()})
+Whatever the plugin does in its process (raise, leak, call ``os._exit``, die of a segmentation fault) is an
+exception in the host, with the exit code and the last lines it wrote. However the host ends, the plugin and
+all that it started end too. What it prints and logs goes to the host's ``logging``. The two talk over a
+private socket or pipe, with a fresh key for every launch, in JSON that keeps Python's types. Nothing that
+arrives is ever run as code. A program can also serve plugins by itself: see `serve`.
 
 The map of this file; each section uses only those above it:
 
@@ -53,46 +48,42 @@ The map of this file; each section uses only those above it:
     12  command line  python -m miniplug serve ...
 """
 
-# For who reads the file (docs/review.md has a route, and the tests that show each part).
+# One call, `greeter.greet("world")`, there and back (docs/review.md has a route through the whole):
 #
-# One call, `greeter.greet("world")`, there and back:
-#
-#     host     _Method.__call__ -> _act     asks its _Target (a _Dispensed) where the object is now; the
-#                                           _Supervisor starts the plugin if it has to: a session, a number
-#              _Caller.call                 makes a _Call, with a number of its own and an inbox
-#              _Codec.dumps                 makes its content: bytes, buffers beside them, what is lent
-#              _Channel.send -> write       a message: header, body, buffers
-#              _Reader.wait                 takes the seat and reads, or sleeps while another thread reads
-#     plugin   _Channel.receive             bytes become messages
-#              _Reader.read                 routes: a new call becomes a _Request
-#              _Attendant._attend           runs it, if such are quick; else first has another thread read
-#              _Runner.run -> decode        [target, method, args, kwargs]
-#              _References.resolve          names and numbers to the bound method, which is called
-#              _Runner.answer, or fail      the result, or the error, goes back the same way
-#     host     _Reader.read                 puts the message into the inbox of that _Call
-#              _Caller.value                decodes it, in the thread that called, and returns or raises
+#   host    _Method.__call__ -> _act  asks its _Target where the object is now; the _Supervisor starts the
+#                                     plugin if it has to
+#           _Caller.call              makes a _Call, with a number of its own and an inbox
+#           _Codec.dumps              makes its content: bytes, buffers beside them, what is lent
+#           _Channel.send -> write    a message: header, body, buffers
+#           _Reader.wait              takes the seat and reads, or sleeps while another thread reads
+#   plugin  _Channel.receive          bytes become messages
+#           _Reader.read              a new call becomes a _Request
+#           _Attendant._attend        runs it, if such are quick; else first has another thread read
+#           _Runner.run -> decode     [target, method, args, kwargs]
+#           _References.resolve       to the bound method, which is called
+#           _Runner.answer, or fail   the result, or the error, goes back the same way
+#   host    _Reader.read              puts the message into the inbox of that _Call
+#           _Caller.value             decodes it, in the thread that called, and returns or raises
 #
 # A callback is the same with the sides exchanged; it names the call on whose behalf it is made, and
 # `_Runner.run_nested` runs it in the thread that waits for that one.
 #
-# The states of a plugin are drawn at `_Supervisor`, those of a connection at `_Session`, and who reads at
-# `_Reader`.
+# The states of a plugin are drawn at `_Supervisor`, of a connection at `_Session`; who reads, at `_Reader`.
 #
 # Locks, outermost first. One is taken only under those of a line above it:
 #
-#     held while code of the user runs, or a call is waited for, so each is for one thing alone:
-#         _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock
-#     _Producer._lock, while a message is sent
-#     _References._lock
-#     _Supervisor.news; but at interpreter exit _close_all takes it and never gives it back: then all others
-#         may be taken under it
-#     under which no other is taken: _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
-#         those of the processes, and the condition of a Call
+#   held while code of the user runs, or a call is waited for, so each is for one thing alone:
+#       _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock
+#   _Producer._lock, while a message is sent
+#   _References._lock
+#   _Supervisor.news; at interpreter exit _close_all keeps it, and all others may be taken under it
+#   under which no other is taken: _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
+#       those of the processes, and the condition of a Call
 #
 # `_Pool._lead` is held by the thread that waits for tasks, and while that runs one which does not wait.
 # Nobody waits for `_Producer._turn` and `_Run._claim`: who finds one taken leaves the work to its holder.
-# A seat (`_Seat`) is no lock. A gate (`_gate`) is a lock that is used as a wake-up. Code of the user may run
-# in any thread that waits for a call, and a finalizer anywhere: so those only append to a queue.
+# A seat (`_Seat`) is no lock; a gate (`_gate`) is one that is used as a wake-up. Code of the user may run in
+# any thread that waits for a call, and a finalizer anywhere: so those only append to a queue.
 
 from __future__ import annotations
 
@@ -126,19 +117,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     import multiprocessing
     from pathlib import Path
     from types import ModuleType
-    from typing import (
-        IO,
-        Any,
-        Callable,
-        Iterable,
-        Mapping,
-        NamedTuple,
-        NoReturn,
-        Sequence,
-        TextIO,
-        Union,
-        overload,
-    )
+    from typing import IO, Any, Callable, Iterable, Mapping, NamedTuple, NoReturn, Sequence, Union, overload
 
     from typing_extensions import ParamSpec, TypeVar  # which type checkers have for every Python
 
@@ -150,7 +129,7 @@ if TYPE_CHECKING:  # typing itself is slow to import
     _Command = Union[_Path, Sequence[_Path]]
     _Sink = Callable[[str], Any]  # what takes lines of output
     _Step = Union[Callable[[Any], Any], None]
-    _Output = Union[str, _Sink, TextIO]
+    _Output = Union[str, _Sink, IO[str]]
     _Bytes = Union[bytes, bytearray, memoryview]
     _Message = tuple[Any, ...]  # kind, flags, number, parent, body, buffers
     # a value as bytes, those beside it, whether it is tagged, what it lends
@@ -169,34 +148,22 @@ __all__ = [
 
 _WINDOWS = os.name == "nt"
 _posix: Any = os  # untyped: for what Windows lacks, as type checkers know
-try:
-    _FILE = os.path.abspath(__file__)
-except OSError:  # the current folder is gone
-    _FILE = __file__
+_FILE = os.path.abspath(__file__)
 
 
 # === 1. errors ==========================================================================================
 
-class _Brief(type):
-    """help() and Tab tell what a class of ours adds, not all that it inherits."""
-
-    def __dir__(cls) -> list[str]:
-        ours = [vars(base) for base in cls.__mro__ if base.__module__ == __name__]
-        return sorted({name for names in ours for name in names if not name.startswith("_")})
-
-
-class PluginError(Exception, metaclass=_Brief):
+class PluginError(Exception):
     """The base of every error of miniplug's. What an error carries beside its text are attributes of it."""
 
     def __init__(self, message: str = "", **carried: Any) -> None:
         super().__init__(message)
-        for name, value in carried.items():
-            setattr(self, name, value)
+        vars(self).update(carried)
 
 
 class LaunchError(PluginError, OSError):
-    """The plugin never came up. `command`: what was run. `exit_code`: how it ended, negative for a signal, or
-    None. `output`: the last lines it wrote to stderr, or else to stdout."""
+    """The plugin never came up. `command`: what was run. `exit_code`: negative for a signal, or None.
+    `output`: the last lines it wrote to stderr, or else to stdout."""
 
     command: list[str] | None = None
     exit_code: int | None = None
@@ -278,10 +245,13 @@ class RemoteError(PluginError):
     the type. `remote_traceback`: the plugin's own, as text. A builtin or registered exception is of its own
     type too: ``except ValueError`` and ``except RemoteError`` both catch a plugin's ValueError."""
 
-    type_name: str = ""
-    message: str = ""
-    remote_traceback: str = ""
+    type_name: str
+    message: str
+    remote_traceback: str
     _body: Any = None  # what it was made from
+
+    def __init_subclass__(cls) -> None:
+        """What an exception does to its subclasses is not done to `_remote_type`."""
 
     def __reduce__(self) -> Any:
         return _reduce_error(self)
@@ -310,12 +280,8 @@ if TYPE_CHECKING:
     class CallTimeout(_Overdue): ...
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
 def _on_first_use(name: str) -> Any:
-    """What has bases that are slow to import is made when it is first asked for, here and by users."""
+    """What has bases that are slow to import is made when it is first asked for."""
     if name in globals():
         return globals()[name]
     if name == "AuthenticationError":
@@ -328,7 +294,7 @@ def _on_first_use(name: str) -> Any:
         bases = [_Awaitable, _import("concurrent.futures").Future]
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = _Brief(name, tuple(bases), {"__module__": __name__, "__doc__": bases[0].__doc__})
+    made = type(name, tuple(bases), {"__module__": __name__, "__doc__": bases[0].__doc__})
     return globals().setdefault(name, made)  # one class, however many threads ask at once
 
 
@@ -347,7 +313,7 @@ def _in_main_thread() -> bool:
 
 
 def _is_ctrl_c(error: BaseException) -> bool:
-    """Whether this is for the program, and not just something that was raised."""
+    """Whether this is for the program."""
     return _in_main_thread() and issubclass(type(error), KeyboardInterrupt)
 
 
@@ -367,23 +333,22 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 
 # === 2. codec ===========================================================================================
 #
-# JSON that keeps Python's types, by the json module's parts in C. What JSON has goes as it is. What it has
-# not is tagged: an object with one key, which begins with "$" (docs/protocol.md lists them). Before the
-# encoder runs, `fit` looks for what that does not know, or would change without a word, and copies with tags
-# only there.
+# JSON that keeps Python's types, by the json module's parts in C. What JSON has not is tagged: an object with
+# one key, which begins with "$" (docs/protocol.md lists them). Before the encoder runs, `fit` looks for what
+# that does not know, or would change without a word, and copies with tags only there.
 
 _SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps: RFC 8259, section 6
-_MAX_BITS = 1 << 15  # of an integer: to print, compare or convert one takes a millisecond or two at most
-_MAX_DIGITS = 10000  # of a Decimal, and how far its exponent goes either way
-_MAX_ALIKE = 16  # values of a set, or keys, that may have one hash: each is compared with each
+_MAX_BITS = 1 << 15  # of an integer: to print or convert one takes a millisecond or two
+_MAX_DIGITS = 10000  # of a Decimal, and its exponent either way
+_MAX_ALIKE = 16  # values of a set, or keys, with one hash: each is compared with each
 _MAX_COMBINATIONS = 1 << 14  # of an enum's flags: Python keeps each for ever
 _MANY = 32  # items of a list that may go in a shorter form
 _INLINE = 2048  # bytes up to this many go in base64, longer ones in a frame beside the message
-_MAX_BUFFERS = 1 << 16  # such frames of one message; what is over goes in base64 again
-_PLAIN = frozenset((str, bool, type(None), float))  # it may trip over a text or a float, but changes none
+_MAX_BUFFERS = 1 << 16  # such frames of one message; more go in base64 again
+_PLAIN = frozenset((str, bool, type(None), float))  # the encoder may trip over one, but changes none
 _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
-_NEVER = frozenset((bool, type(None)))  # it does not even trip over these
+_NEVER = frozenset((bool, type(None)))  # it does not trip over these
 _NESTS = frozenset((list, tuple, dict))
 _CODES = {int: "q", float: "d"}  # of array and struct
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -391,13 +356,13 @@ _flatten = itertools.chain.from_iterable
 
 
 class _Undecodable(Exception):
-    """What arrived is well-formed, and cannot be made here, for the reason that is its argument. That fails
-    one call, not the session."""
+    """What arrived is well-formed, and cannot be made here, for the reason that is its argument: that fails
+    one call."""
 
 
 @lru_cache(None)
 def _found(path: Any) -> Any:
-    """What a path such as "datetime.date.fromisoformat" names; its module is imported only now."""
+    """What a path such as "datetime.date.fromisoformat" names, imported only now."""
     if type(path) is not str:
         return path
     module, *names = path.split(".")
@@ -435,21 +400,20 @@ def _surrogates(text: str) -> str | None:
 
 def _bounded(value: int) -> int:
     if value.bit_length() > _MAX_BITS:
-        raise NotSerializable(f"integers of more than {_MAX_BITS} bits do not travel: send bytes, or hex()")
+        raise NotSerializable(f"integers of more than {_MAX_BITS} bits do not travel: send hex(...)")
     return value
 
 
 def _told_apart(values: Iterable[Any]) -> list[Any]:
-    """The values for a set, or the keys. To tell many with the same hash apart would take quadratic time."""
-    held = values if type(values) is list else [*values]
+    """The values for a set, or the keys. To tell many with one hash apart would take quadratic time."""
+    held = [*values]
     if len(held) > _MAX_ALIKE and max(Counter(map(hash, held)).values()) > _MAX_ALIKE:
         raise NotSerializable(f"more than {_MAX_ALIKE} of its values have the same hash")
     return held
 
 
 def _pairs(value: dict[Any, Any]) -> list[Any]:
-    if len(value) > _MAX_ALIKE:
-        _told_apart(value)
+    _told_apart(value)
     return [*_flatten(value.items())]
 
 
@@ -476,7 +440,7 @@ def _make_each(tag: str, states: list[Any]) -> list[Any]:
 
 def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
     if type(data) is not bytes or order not in ("little", "big"):
-        raise ValueError("an array is a letter, the size of an item, the byte order, and bytes")
+        raise ValueError("an array is a letter, a size, a byte order, and bytes")
     if code not in _found("array.typecodes") or _call("array.array", code).itemsize != size:
         raise NotSerializable(f"an array of {code!r} with items of {size} bytes is not to be had here")
     array = _call("array.array", code, data)
@@ -486,7 +450,7 @@ def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
 
 
 def _moment(value: Any) -> Any:
-    """A datetime or time as one text, if that says all; else its text without a zone, its fold, its zone."""
+    """A datetime or time as one text, if that says all; else as text without a zone, fold and zone."""
     zone, offset = value.tzinfo, ()
     if type(zone) is _found("datetime.timezone"):
         offset = zone.__getinitargs__()
@@ -506,8 +470,8 @@ def _make_zone(key: str) -> Any:
         raise NotSerializable(f"the time zone {_shown(key)} is not to be had here: {_shown(error)}") from None
 
 
-def _decimal(value: Any) -> str:
-    text = str(value)
+def _decimal(value: Any, text: str = "") -> str:
+    text = text or str(value)
     if len(text) > _MAX_DIGITS or not -_MAX_DIGITS <= value.adjusted() <= _MAX_DIGITS:
         raise NotSerializable(f"decimals of more than {_MAX_DIGITS} digits, or exponents, do not travel")
     return text
@@ -515,28 +479,24 @@ def _decimal(value: Any) -> str:
 
 def _make_decimal(text: str) -> Any:
     value = _call("decimal.Decimal", text)
-    if len(text) > _INLINE or "E" in text or "e" in text:
-        _decimal(value)
+    _decimal(value, text)
     return value
 
 
 def _make_registered(name: str, held: Any) -> Any:
-    if type(name) is not str:
-        raise ValueError("a registered type goes by its name")
     if name not in _registered:
-        raise NotSerializable(f"a value of the type {_shown(name)} has come, which is not registered here: "
-                              "both sides have to call miniplug.register for it")
+        raise NotSerializable(f"a {_shown(name)} has come, which is not registered here: both sides have "
+                              "to call miniplug.register")
     try:
         return _registered[name][1](held)
     except BaseException as error:
         if _is_ctrl_c(error):
             raise
-        why = f"a value of the registered type {name!r} cannot be made from what came: {_shown(error)}"
-        raise NotSerializable(why) from error
+        raise NotSerializable(f"a {name!r} cannot be made from what came: {_shown(error)}") from error
 
 
-# By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; and the way
-# back, by the type of that on the wire: _ITEMS is a list, with whose items it is called. Names are looked up
+# By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; the way back,
+# by the type of the state on the wire: _ITEMS is a list, with whose items it is called. Names are looked up
 # on first use.
 _ITEMS = "items"
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
@@ -581,11 +541,11 @@ _TAGS = {tag: _Row(*row) for tag, row in {
     "$type": (None, None, {_ITEMS: _make_registered}),  # each registered type has its own state
 }.items()}
 _OF_TYPE = {row.type: tag for tag, row in _TAGS.items() if row.type}
-_EACH = frozenset((  # what "$each" may hold: nothing that is much longer than its state
+_EACH = frozenset((  # nothing that is much longer than its state
     "$tuple", "$dict", "$bytes", "$date", "$datetime", "$time", "$timedelta", "$decimal", "$uuid", "$type"))
 
 
-_MAKES: dict[tuple[str, type], Any] = {}  # what has been found of that, by the tag and the type of the state
+_MAKES: dict[tuple[str, type], Any] = {}  # the ways back found, by the tag and the type of the state
 
 
 def _maker(tag: str, kind: type) -> Any:
@@ -596,19 +556,16 @@ def _maker(tag: str, kind: type) -> Any:
     return make
 
 
-class _Ways(dict):  # type: ignore[type-arg]
-    """By the type of a value: its tag, and what gives its state. Of others "" and None, which is not kept:
-    they may be registered later."""
+class _Ways(dict):
+    """By the type of a value: its tag, and what gives its state. Of others "" and None: they may be
+    registered later."""
 
     def __missing__(self, kind: Any) -> Any:
         name = f"{kind.__module__}.".partition(".")[0] + "." + kind.__qualname__
         tag = _OF_TYPE.get(kind) or _OF_TYPE.get(name)
         if tag is None or _found(_TAGS[tag].type) is not kind:
             return "", None
-        return self.add(kind, tag, _found(_TAGS[tag].state))
-
-    def add(self, kind: type, tag: str, state: Any) -> Any:
-        self[kind] = way = tag, state
+        self[kind] = way = tag, _found(_TAGS[tag].state)
         return way
 
 
@@ -617,7 +574,7 @@ _WAYS = _Ways({memoryview: ("$bytes", memoryview.tobytes)})
 
 # -- registered types
 
-_registered: dict[str, tuple[type, Callable[[Any], Any]]] = {}  # by name on the wire: class, what makes one
+_registered: dict[str, tuple[type, Callable[[Any], Any]]] = {}  # by name: class, what makes one
 
 
 if TYPE_CHECKING:  # a decorated class keeps its type
@@ -629,18 +586,16 @@ if TYPE_CHECKING:  # a decorated class keeps its type
                  decode: _Step = None) -> Callable[[type[_T]], type[_T]]: ...
 
 
-def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any], Any] | None = None,
-             decode: Callable[[Any], Any] | None = None) -> Any:
+def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, decode: _Step = None) -> Any:
     """Let instances of `cls` travel by value. Both sides call it, usually in a module that they share.
-    Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``. To do so again is
-    harmless, also with a new class of that module and qualified name (``importlib.reload``).
+    Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``. To register a class
+    again is harmless, also after ``importlib.reload``.
 
-    - `cls` (a class): dataclasses, enums, named tuples and exceptions know their own state, and come back
-      without a call of ``__init__``. Any other class needs `encode` and `decode`. Subclasses are not meant.
+    - `cls` (a class, without its subclasses): dataclasses, enums, named tuples and exceptions know their own
+      state, and come back without a call of ``__init__``. Any other class needs `encode` and `decode`.
     - `name` (str, default ``module.qualname``): what the wire calls it, the same on both sides.
-    - `encode` (default None): a function from an instance to whatever can travel itself. `decode`: the way
-      back; what it does not expect it should refuse by raising. Both or neither. With ``encode=miniplug.ref``
-      instances are lent: `decode` gets a proxy.
+    - `encode` (default None): from an instance to what can travel. `decode`: the way back; it should raise
+      for what it does not expect. With ``encode=miniplug.ref`` instances are lent: `decode` gets a proxy.
 
     Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that
     another class has, a class in ``__main__`` without `name`, and a type that travels anyway.
@@ -650,20 +605,19 @@ def register(cls: Any = None, *, name: str | None = None, encode: Callable[[Any]
     if not isinstance(cls, type):
         raise TypeError(f"register takes a class, not {cls!r}")
     if name is None and cls.__module__ == "__main__":
-        raise ValueError(
-            f"{cls.__qualname__} is in __main__, which on the other side is another module: give name=")
+        raise ValueError(f"{cls.__qualname__} is in __main__, which the other side does not have: give name=")
     if (encode is None) != (decode is None):
         raise TypeError("encode and decode go together")
-    if cls in (bool, type(None), list) or _WAYS[cls][0] not in ("", "$type"):
+    if _WAYS[cls][0] not in ("", "$type"):
         raise ValueError(f"{cls.__qualname__} travels by itself")
     name = name or f"{cls.__module__}.{cls.__qualname__}"
     former = _registered.get(name, (cls,))[0]
-    if (former.__module__, former.__qualname__) != (cls.__module__, cls.__qualname__):
+    if _name_of(former) != _name_of(cls):
         raise ValueError(f"the name {name!r} is that of {former!r} already")
     state, make = (encode, decode) if encode and decode else _own_state(cls)
     _registered[name] = (cls, make)
     _WAYS.pop(former, None)
-    _WAYS.add(cls, "$type", lambda value: [name, state(value)])
+    _WAYS[cls] = "$type", lambda value: [name, state(value)]
     return cls
 
 
@@ -681,9 +635,7 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
     elif all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
         fields = getattr(cls, "__dataclass_fields__", None) and [
             field.name for field in _call("dataclasses.fields", cls)]
-    told = [vars(base).get("__slots__", ()) for base in cls.__mro__]
-    slots = {*_flatten([slots] if type(slots) is str else slots for slots in told)}
-    if fields is None or not slots <= {*fields, "__dict__", "__weakref__"}:
+    if fields is None or not {*_call("copyreg._slotnames", cls)} <= {*fields}:
         raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
     if issubclass(cls, BaseException):
         return _error_state, partial(_make_error, cls)
@@ -693,14 +645,12 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
 def _make_member(cls: Any, state: Any) -> Any:
     if type(state) is str:
         return cls[state]
-    if type(state) is not int or not issubclass(cls, _found("enum.Flag")):
-        raise ValueError("a member of an enum goes by its name")
-    known = cls._value2member_map_
-    if state not in known and len(known) >= _MAX_COMBINATIONS:
-        raise ValueError(f"there are {_MAX_COMBINATIONS} combinations of its flags already")
-    member = cls(state)
-    if member._value_ != state:  # the enum, or this Python, leaves out what it has no name for
-        raise ValueError(f"it has no flags for {state}")
+    known, member = cls._value2member_map_, None
+    if type(state) is int and issubclass(cls, _found("enum.Flag")):
+        if state in known or len(known) < _MAX_COMBINATIONS:
+            member = cls(state)
+    if member is None or member._value_ != state:  # some enums, and Pythons, leave out flags without a name
+        raise ValueError(f"it has no such member, or {_MAX_COMBINATIONS} combinations of its flags already")
     return member
 
 
@@ -709,7 +659,7 @@ def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
     others = {*getattr(value, "__dict__", ())}.difference(fields)
     if others:
         raise NotSerializable(f"its attribute {min(others)!r} is no field: register it with encode, decode")
-    return dict(zip(fields, value if isinstance(value, tuple) else [getattr(value, name) for name in fields]))
+    return {name: getattr(value, name) for name in fields}
 
 
 def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
@@ -820,8 +770,8 @@ class _Packer:
                 loan = self._codec.lend(value, self._lent)
                 if loan is None:
                     raise NotSerializable(
-                        "register it with miniplug.register, lend it with miniplug.ref(...), or send a plain "
-                        "str, int, list or dict of what is in it")
+                        "register it with miniplug.register, lend it with miniplug.ref(...), or send a str, "
+                        "int, list or dict instead")
                 self.tagged = 1
                 return dict((loan,))
             state = tell(value)
@@ -880,7 +830,7 @@ class _Packer:
         return {"$each": [tag, states]}
 
     def explain(self, error: Exception) -> None:
-        """Raise what names the place of what cannot travel, and why; unless it is no matter of a part."""
+        """Raise what names the place of what cannot travel, and why."""
         if not self.trail:
             return
         place, state_of = self.label, None
@@ -889,13 +839,11 @@ class _Packer:
                 state_of = held
                 continue
             if type(state_of) is dict:  # keys and values by turns
-                place = f"{place}[{_shown(held[part - 1])}]" if part % 2 else f"a key of {place}"
-            elif type(held) is not dict:
-                place = f"{place}[{part}]"
-            else:
-                key = [*held][part]
-                place = f"{place}[{_shown(key)}]" if state_of is None else f"{place}.{key}"
-            state_of = None
+                part = held[part - part % 2]
+            elif type(held) is dict:
+                part = [*held][part]
+            is_field = type(held) is dict and state_of is not None
+            place, state_of = f"{place}.{part}" if is_field else f"{place}[{_shown(part)}]", None
         why, cause = str(error), error.__cause__
         if type(error) is not NotSerializable:
             why, cause = f"its state could not be told: {_shown(error)}", error
@@ -1049,7 +997,7 @@ class _Codec:
 
 # -- exceptions
 
-_MAX_PARTS = 1000  # of an exception group, all together: each takes more here than on the wire
+_MAX_PARTS = 1000  # of an exception group, all together: they take more here than on the wire
 _MAX_LEVELS = 30  # of groups in groups
 _TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
 _FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # of a builtin
@@ -1065,7 +1013,7 @@ def _is_ending(kind: type) -> bool:
 
 
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this as itself: an error of ours would say that the plugin is in trouble."""
+    """Whether a call may raise this as itself: ours would say that the plugin is in trouble."""
     is_ours = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
     return issubclass(kind, Exception) and not is_ours and not _is_ending(kind)
 
@@ -1075,8 +1023,8 @@ _OWN_ERRORS: dict[str, type[PluginError]] = {kind.__name__: kind for kind in (
 
 
 def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str, Any]:
-    """An exception as the body of an error message. `own`: if it is miniplug's, it is about the call itself.
-    `bare`: no more than its texts, cut so that they go into any message."""
+    """An exception as the body of an error message. `own`: one of miniplug's is about the call itself.
+    `bare`: its texts alone, cut so that they go into any message."""
     kind = type(error)
     try:
         message = str(error)
@@ -1111,8 +1059,8 @@ def _format_traceback(error: BaseException) -> str:
         frames = frames.tb_next
     try:
         return "".join(_call("traceback.format_exception", type(error), error, frames))
-    except BaseException as failure:  # such as a __repr__ that calls sys.exit()
-        return f"(a traceback that could not be made: {type(failure).__name__})"
+    except BaseException:  # such as a __repr__ that calls sys.exit()
+        return "(its traceback could not be made)"
 
 
 def _print_error(error: BaseException) -> None:
@@ -1135,8 +1083,8 @@ def _error_state(error: Any) -> dict[str, Any]:
 
 
 def _make_error(cls: Any, state: Any) -> Any:
-    """An exception from its state, without a call of any __init__ but the builtin base's. What would make it
-    impossible or costly to raise, print or copy is left out."""
+    """An exception from its state, by the __init__ of its builtin base alone. What would make it impossible
+    or costly to raise, print or copy is left out."""
     base, args = _builtin_of(cls), [*state["args"]]
     known = args[:1] if issubclass(base, SyntaxError) else args  # it is printed with a mark at its column
     error = base.__new__(cls, *known)
@@ -1152,40 +1100,26 @@ def _make_error(cls: Any, state: Any) -> Any:
     return error
 
 
-class _First:
-    """The first base of a type that is made here: what an exception does to its subclasses is not done."""
-
-    __slots__ = ()
-    __reduce__ = RemoteError.__reduce__
-
-    def __init_subclass__(cls) -> None:
-        pass
-
-
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
-    """The type that is an exception's own and RemoteError at once, whatever the metaclass."""
-    brief = type(kind) if issubclass(type(kind), _Brief) else type("_Brief", (_Brief, type(kind)), {})
+    """The type that is an exception's own and RemoteError at once."""
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return brief(kind.__name__, (_First, kind, RemoteError), body)
+    return type(kind)(kind.__name__, (RemoteError, kind), body)
 
 
 def _decode_error(body: Any) -> Any:
     """The exception to raise for the body of an error message, whatever is wrong with that."""
-    body = {**body} if type(body) is dict else {}
-    for key in _TEXT_KEYS:
-        body[key] = body[key] if type(body.get(key)) is str else ""
-    state = body["state"] = body["state"] if type(body.get("state")) is dict else {}
-    name, message, traceback = body["type"], body["message"], body["traceback"]
+    body = body if type(body) is dict else {}
+    state = body["state"] if type(body.get("state")) is dict else {}
+    texts = {key: body[key] if type(body.get(key)) is str else "" for key in _TEXT_KEYS}
+    name, message, traceback, _ = texts.values()
     if body.get("own") and name in _OWN_ERRORS:
         own = _OWN_ERRORS[name]
         kinds = {key: type(getattr(own, key)) for key in dir(own)}  # of what it carries
         return own(message, **{key: state[key] for key, kind in kinds.items()
                                if type(state.get(key)) is (list if kind is tuple else kind)})
+    body = {**body, **texts, "state": state}
     error = _raised_error(body)
-    if error is None:
-        told = ": ".join(filter(None, (name.rpartition(".")[2], message)))
-        error = RemoteError(told or "the plugin failed and did not say how")
     known = {"type_name": name or "unknown", "message": message, "remote_traceback": traceback, **vars(error)}
     vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
     cause = _RemoteTraceback(traceback) if traceback else None
@@ -1194,32 +1128,31 @@ def _decode_error(body: Any) -> Any:
 
 
 def _raised_error(body: dict[str, Any]) -> Any:
-    """What a body names, as a RemoteError too: the registered exception, the builtin one, or that with no
-    more than the text. None if there is none that can be made, raised and printed."""
-    ways: Any = ((_told_registered, body.get("registered")),
-                 (_told_builtin, (body["kind"], body["state"], body.get("args"), body.get("parts"))),
-                 (_told_builtin, (body["kind"], {}, [body["message"]])))
-    for tell, told in ways:
+    """The RemoteError for a body: a registered exception too, or else a builtin one; or neither, if that
+    cannot be made, raised and printed."""
+    for tell in (_told_registered, _told_builtin):
         try:
-            kind, state = tell(*told)
-            if _can_be_raised(kind):
+            kind, state = tell(body)
+            if kind is not Exception and _can_be_raised(kind):
                 error = _make_error(_remote_type(kind), state)
                 str(error), repr(error)
                 return error
         except Exception:
             continue
-    return None
+    texts = filter(None, (body["type"].rpartition(".")[2], body["message"]))
+    return RemoteError(": ".join(texts) or "the plugin failed and did not say how")
 
 
-def _told_registered(name: str, held: Any) -> Any:
-    error = _make_registered(name, held)
+def _told_registered(body: dict[str, Any]) -> Any:
+    error = _make_registered(*body["registered"])
     return type(error), _error_state(error)
 
 
-def _told_builtin(name: str, state: dict[str, Any], args: Any, parts: Any = None) -> Any:
-    if name == "ExceptionGroup":
-        args = [args[0], _decode_parts(parts)]
-    return vars(builtins)[name], {**state, "args": args}
+def _told_builtin(body: dict[str, Any]) -> Any:
+    args = body.get("args", [body["message"]])
+    if body["kind"] == "ExceptionGroup":
+        args = [args[0], _decode_parts(body["parts"])]
+    return vars(builtins)[body["kind"]], {**body["state"], "args": args}
 
 
 def _decode_parts(parts: Any) -> list[Any]:
@@ -1237,22 +1170,18 @@ _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # with
 
 
 def _reduce_error(error: RemoteError) -> Any:
-    """What copy and pickle keep of an error: the body that it was made from, as on the wire; and its texts,
-    if that holds a reference, or is decoded where a type in it is not registered."""
+    """What copy and pickle keep of an error: the body that it was made from, as on the wire; of one that
+    holds a reference its texts."""
     body = error._body or {"message": str(error)}
-    texts = {key: body[key] for key in _TEXT_KEYS if key in body}
     try:
         content, buffers, tagged, _ = _portable.dumps(body, "it")
-        return _restore_error, (texts, content, [*map(bytes, buffers)], tagged)
     except NotSerializable:
-        return _decode_error, (texts,)
+        return _decode_error, ({key: body[key] for key in _TEXT_KEYS},)
+    return _restore_error, (content, [*map(bytes, buffers)], tagged)
 
 
-def _restore_error(texts: dict[str, str], *content: Any) -> Any:
-    try:
-        return _decode_error(_portable.loads(*content))
-    except (ProtocolError, _Undecodable):
-        return _decode_error(texts)
+def _restore_error(*content: Any) -> Any:
+    return _decode_error(_portable.loads(*content))
 
 
 # === 3. channel =========================================================================================
@@ -1333,7 +1262,7 @@ def _count_alone() -> int:
 _ALONE = _count_alone()
 
 
-class _Seat(dict):  # type: ignore[type-arg]
+class _Seat(dict):
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
     One step takes it, `setdefault(0, mine)`, and a `finally` gives it back. `mine` is a list with the thread's
@@ -1851,9 +1780,9 @@ def _remove_stale(path: str) -> bool:
 # === 4. handshake =======================================================================================
 #
 # Three passes, mutual, after ISO/IEC 9798-4: the host's greeting; the plugin's, and its proof; what the host
-# chooses, or a refusal, and its proof: HMAC-SHA256 over the role's name, the address and all messages before
-# it, nonces among them. So nothing can be changed, replayed, reflected, or relayed to another address. Until
-# the other side's was right, nothing is read but short JSON in UTF-8.
+# chooses, or a refusal, and its proof. A proof is an HMAC-SHA256 over the role's name, the address and all
+# messages before it, nonces among them: nothing can be changed, replayed, reflected, or relayed to another
+# address. Until the other side's was right, nothing is read but short JSON in UTF-8.
 
 _HELLO_SECONDS = 5.0
 _KNOCK_SECONDS = 0.5  # for one try in a crowd; the system itself would try again after 1, 3 and 7 seconds
@@ -1869,19 +1798,19 @@ else:
                             defaults=(1, "MINIPLUG_COOKIE", "b7fb5a3f2d4a4c0e9a5f6b1c"))
 
 
-class Handshake(_Handshake, metaclass=_Brief):
+class Handshake(_Handshake):
     """What a host and its plugins agree on beforehand. Immutable.
 
     `protocol_version` (int, default 1) is the version of the interface that they share; count it up when that
-    changes. `magic_cookie_key` and `magic_cookie_value` (str) name an environment variable and what the host
-    sets it to: they tell a person who starts a plugin by hand, or a host that starts the wrong program, what
-    is wrong. They are no security measure.
+    changes. `magic_cookie_key` and `magic_cookie_value` (str) are an environment variable that the host sets:
+    it tells a person who starts a plugin by hand, or a host that starts the wrong program, what is wrong. It
+    is no security measure.
     """
 
     __slots__ = ()
 
 
-# What a handshake settles; the other side's limit in bytes, and its features.
+# What a handshake settles: the version, the other side's limit in bytes, and its features.
 _Terms = namedtuple("_Terms", "protocol_version max_message features")
 
 
@@ -1929,15 +1858,15 @@ class _Hello:
     def check(self) -> None:
         """Hear the other side's proof."""
         expected = self._mac(self._other)
-        proof = str(self.hear().get("proof"))
-        if not _import("hmac").compare_digest(ascii(expected), ascii(proof)):
+        proof = ascii(self.hear().get("proof"))
+        if not _import("hmac").compare_digest(ascii(expected), proof):
             error = _on_first_use("AuthenticationError")
             raise error(f"the {self._other} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
         parts = role.encode(), os.fsencode(self._address), *self._said
         said = b"".join(struct.pack("!I", len(part)) + part for part in parts)
-        return str(_import("hmac").new(self._key, said, "sha256").hexdigest())
+        return _import("hmac").new(self._key, said, "sha256").hexdigest()
 
     def as_host(self, versions: Sequence[int], max_message: int) -> _Terms:
         self.greet(versions, max_message, codec="json")
@@ -1946,11 +1875,9 @@ class _Hello:
         cookie, offered, refusal = theirs.get("cookie"), theirs["protocol_versions"], ""
         version = max({*versions}.intersection(offered), default=None)
         if isinstance(cookie, dict) and cookie.get("matches") is not True:
-            refusal = (f"it expects another magic cookie in {cookie.get('key')!r}; is the handshake given to "
-                       "launch() the one that it serves with?")
+            refusal = f"it expects another magic cookie in {cookie.get('key')!r}: give launch() its handshake"
         elif version is None:
-            refusal = (f"no common protocol version: the host has {list(versions)}, the plugin has "
-                       f"{offered}; bring the older one up to date")
+            refusal = f"no common protocol version: the host has {list(versions)}, the plugin has {offered}"
         self.say(**{"refusal": refusal} if refusal else {"protocol_version": version, "codec": "json"})
         self.prove()
         if refusal:
@@ -1974,8 +1901,8 @@ class _Hello:
 
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake. At a TCP port, which is everybody's, strangers may crowd: who
-    is pushed out there comes again. Raises what `greet` does."""
+    """Connect to a door and run the handshake; at a TCP port, which is everybody's and may be crowded, again
+    and again. Raises what `greet` does."""
     limit, patience = (_KNOCK_SECONDS, 30.0) if _transport(address) == "tcp" else (_HELLO_SECONDS, 0.0)
     deadline = time.monotonic() + patience
     while True:
@@ -1992,8 +1919,8 @@ def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channe
 
 
 class _Door:
-    """Where the other side comes in. Each caller is greeted on a thread of its own, and let in if it holds
-    the key. A wrong, slow or silent one holds up nobody.
+    """Where the other side comes in, if it holds the key. Each caller is greeted on a thread of its own: a
+    wrong, slow or silent one holds up nobody.
 
     `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or, for one
     that is refused, the HandshakeError. Unless it `stays` open, the door closes before the first comes in.
@@ -2350,7 +2277,7 @@ def _waits_for_itself(call: _Call) -> Exception:
 
 def _too_late(call: _Call) -> Exception:
     text, kind = f"{call.method}() took longer than {call.seconds:g} s", _on_first_use("CallTimeout")
-    return kind(text, method=call.method, seconds=call.seconds)  # type: ignore[no-any-return]
+    return kind(text, method=call.method, seconds=call.seconds)
 
 
 class _Sealed(Exception):
@@ -2386,7 +2313,7 @@ class _Request:
     def on_loop(self, function: Callable[[], Any]) -> bool:
         """Have the loop that this runs on call a function: the host's, or ours. False if it is closed."""
         if self.loop is None:
-            return self.session.references.on_loop(function)  # type: ignore[no-any-return]
+            return self.session.references.on_loop(function)
         return _call_on(self.loop, function)
 
 
@@ -3730,7 +3657,7 @@ class _Loan:
         self.sent: deque[None] = deque()  # as long as how often it was sent, and not given back
 
 
-class _Held(tuple):  # type: ignore[type-arg]
+class _Held(tuple):
     """The buffers of a message, and in `loans` what comes home in it."""
 
 
@@ -3757,13 +3684,13 @@ class _References:
             loan = self.loan(target)
         obj = loan.object
         if method in loan.known:  # not by the string that has come: classes cache those they are asked by
-            return getattr(obj, loan.known[method])  # type: ignore[no-any-return]
+            return getattr(obj, loan.known[method])
         if not method and callable(obj):
-            return obj  # type: ignore[no-any-return]
+            return obj
         if loan.methods is not None or method.startswith("_"):
             raise _no_method(method, loan.methods, "the plugin")
         if issubclass(type(obj), _Remote):
-            return getattr(obj, method)  # type: ignore[no-any-return]
+            return getattr(obj, method)
         return lambda *args, **kwargs: obj._dispatch(method, args, kwargs)
 
     def loan(self, number: Any) -> _Loan:
@@ -3787,7 +3714,7 @@ class _References:
         owner = getattr(obj, "__self__", None)  # a bound method is made anew each time
         function = getattr(obj, "__func__", None) or getattr(obj, "__name__", None)
         key: Any = object() if manager else (id(obj),) if owner is None else (id(owner), function)
-        return _holding(self._lock, self._lend, obj, key, manager, lent)  # type: ignore[no-any-return]
+        return _holding(self._lock, self._lend, obj, key, manager, lent)
 
     def _lend(self, obj: Any, key: Any, manager: Any, lent: list[int]) -> tuple[str, Any]:
         number = 0 if obj is self._loans[0].object else self._lent.get(key)
@@ -3906,7 +3833,7 @@ class _System:
 
     def methodSignature(self, name: str) -> str | None:
         """A method's signature, such as ``(name: str) -> str``, or None."""
-        return self._described(name)[0]  # type: ignore[no-any-return]
+        return self._described(name)[0]
 
     def describe(self, target: str | int | None = None) -> dict[str, Any]:
         """{method: [signature, doc, parameters]} of a plugin, or of the reference of that number; or that of
@@ -3925,7 +3852,7 @@ class _System:
         methods = self.describe(plugin)
         if method not in methods:
             raise _no_method(method, methods, f"the plugin {plugin!r}")
-        return methods[method]  # type: ignore[no-any-return]
+        return methods[method]
 
 
 def _describe(function: Any) -> list[Any]:
@@ -3948,7 +3875,7 @@ def _describe(function: Any) -> list[Any]:
 
 # === 7. proxies =========================================================================================
 
-class MethodInfo(namedtuple("_MethodInfo", "name signature doc"), metaclass=_Brief):
+class MethodInfo(namedtuple("_MethodInfo", "name signature doc")):
     """What `Plugin.describe` tells of a method: `name`, and as text or None its `signature` and `doc`."""
 
     __slots__ = ()
@@ -4260,7 +4187,7 @@ class _Awaitable:
         if not call.streams:
             call.session.calls.pop(call.number, None)
         if self.done():
-            return call.session.drop(message)  # type: ignore[no-any-return]
+            return call.session.drop(message)
         try:
             call.inbox.appendleft(message)  # items may have come already
             value = call.session.caller.value(call)
@@ -5030,7 +4957,7 @@ else:
     _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
 
 
-class Limits(_Limits, metaclass=_Brief):
+class Limits(_Limits):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
     - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more
@@ -6341,7 +6268,7 @@ class Plugin:
             proxy._adopt(wanted)
         elif type(found) is _Method:
             proxy = _Method(target, "")  # what is served is a function
-        return proxy  # type: ignore[no-any-return]
+        return proxy
 
     def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
         seconds = self._supervisor.recipe.call_timeout
@@ -6727,7 +6654,7 @@ def _load_module(name: str) -> ModuleType:
     if folder:
         sys.path.insert(0, folder)
     try:
-        return _import(name)  # type: ignore[no-any-return]
+        return _import(name)
     except ModuleNotFoundError as error:
         if not error.name or not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself

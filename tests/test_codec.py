@@ -160,7 +160,7 @@ def test_what_would_change_is_refused(value):
         with pytest.raises(miniplug.NotSerializable) as caught:
             codec().dumps(held, "value")
         assert caught.value.path == where and type(value).__qualname__ in caught.value.type_name
-    with pytest.raises(miniplug.NotSerializable, match="a key of value"):
+    with pytest.raises(miniplug.NotSerializable, match=r"value\[1\] is of type .*Whole"):
         codec().dumps({Whole(1): 1}, "value")
 
 

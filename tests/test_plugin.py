@@ -383,7 +383,7 @@ def test_another_cookie(write):
         miniplug.serve({"x": object()}, handshake=miniplug.Handshake(1, "MY_COOKIE", "secret"))
     """)
     error = fails(path, miniplug.HandshakeError)
-    assert "expects another magic cookie in 'MY_COOKIE'; is the handshake given to launch()" in str(error)
+    assert "expects another magic cookie in 'MY_COOKIE': give launch() its handshake" in str(error)
     assert "secret" not in str(error)
     with miniplug.launch(path, handshake=miniplug.Handshake(1, "MY_COOKIE", "secret")) as plugin:
         assert plugin.protocol_version == 1
@@ -403,7 +403,7 @@ def test_versions(write):
         with miniplug.launch(path, protocol_versions=mine) as plugin:
             assert plugin.protocol_version == agreed == plugin.dispense().version()
     error = fails(path, miniplug.HandshakeError, protocol_versions=[3, 5])
-    assert "the host has [3, 5], the plugin has [1, 2, 4]; bring the older one" in str(error)
+    assert "the host has [3, 5], the plugin has [1, 2, 4]" in str(error)
     assert error.host["protocol_versions"] == [3, 5] and error.plugin["protocol_versions"] == [1, 2, 4]
     assert "the host has [0], the plugin has" in str(fails(path, miniplug.HandshakeError, protocol_versions=[0]))
 
