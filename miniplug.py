@@ -4447,8 +4447,6 @@ _PERSIST = "MINIPLUG_PERSIST"  # stay when the host goes
 _ATTACH = "MINIPLUG_ATTACH"  # {NAME: config} as JSON: where a host attaches instead of launching
 _COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
 _LOADING = "MINIPLUG_LOADING"  # what is being started, down to this process: see _Recipe.above
-_NO_STDIN = "MINIPLUG_NO_STDIN"  # it is discarded
-_SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: no bytecode cache was
 _GRACE = 2.0  # seconds that a plugin has to end by itself
 _MAX_MESSAGE = 256 << 20
 
@@ -4510,13 +4508,14 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
 
 
 def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secret: bytes,
-           persist: bool, hint: str = "In Python, miniplug.launch() with its path does.") -> None:
+           persist: bool) -> None:
     """The plugin's main loop."""
     _refuse_monkey_patches()
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
     if host is None and not persist and address is None:
-        sys.exit(f"This program is a plugin: its application starts it, not a person. ({hint})")
+        sys.exit("This program is a plugin: an application starts it, with miniplug.launch(). To serve by hand, "
+                 "give an address (--listen ADDRESS) or persist=True (--persist)")
     if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
@@ -4609,24 +4608,20 @@ class _Server:
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
         """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
-        gone = _turn_output_away if self.stays else bool
         try:
             channel, terms = _come_in(
                 address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
         except (OSError, EOFError, ValueError, PluginError) as error:
-            refused = isinstance(error, HandshakeError)
-            what = "the host refused this plugin" if refused else f"no host at {address}"
-            sys.exit(f"miniplug: {what}: {type(error).__name__}: {error}")
-        cause = self.attend(channel, terms, gone)
-        orderly = EOFError, BrokenPipeError, ConnectionResetError, ConnectionAbortedError, type(None)
-        if not (self.stays or isinstance(cause, orderly)):
-            sys.exit(f"miniplug: the connection to the host has failed: {type(cause).__name__}: {cause}")
+            sys.exit(f"miniplug: no host at {address} takes this plugin: {type(error).__name__}: {error}")
+        cause = self.attend(channel, terms, launcher=True)
+        if isinstance(cause, (ProtocolError, MemoryError)) and not self.stays:
+            sys.exit(f"miniplug: the connection to the host has failed: {cause!r}")
 
-    def attend(self, channel: _Channel, terms: _Terms,
-               gone: Callable[[], Any] = bool) -> BaseException | None:
-        """Serve one host, until it says stop or is gone: then `gone` is called. Returns why it has ended."""
+    def attend(self, channel: _Channel, terms: _Terms, launcher: bool = False) -> BaseException | None:
+        """Serve one host, until it says stop or is gone. Returns why it has ended."""
         def lost(cause: BaseException) -> Callable[[list[str]], BaseException]:
-            gone()
+            if launcher and self.stays:
+                _turn_output_away()
             return lambda calls: PluginClosed("the host is gone")
 
         served = self._served.get(terms.protocol_version) or self._served[None]
@@ -4713,13 +4708,10 @@ def _prepare_output() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
         except Exception:
             pass  # there is none, it is closed, or it is the plugin's own
-    c_stack = {"c_stack": False} if sys.version_info >= (3, 14) else {}  # which is long, and tells little
     try:
-        _import("faulthandler").enable(all_threads=False, **c_stack)
+        _import("faulthandler").enable(all_threads=False)
     except Exception:
         pass  # no stderr to write to
-    if _environment.pop(_NO_STDIN, "") and "PYTHONBREAKPOINT" not in os.environ:
-        sys.breakpointhook = _no_breakpoint
     level = int(_environment.pop(_LOG_LEVEL, -1))
     if level < 0:  # by hand
         return
@@ -4730,11 +4722,6 @@ def _prepare_output() -> None:
     if _in_main_thread() and not _WINDOWS and _posix.getpgrp() != os.getpid():
         signal = _import("signal")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it shares the terminal, whose Ctrl-C is the host's
-
-
-def _no_breakpoint(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("breakpoint() in a plugin whose stdin is discarded: launch it with stdin='inherit', "
-                       "stdout='inherit'")
 
 
 class _LoggingHook:
@@ -4790,7 +4777,7 @@ def _log_line(formatter: Any, record: Any) -> str:
     try:
         return json.dumps({**more, **fields}, default=repr, skipkeys=True)
     except Exception:  # one of them holds itself, say, or its repr raises
-        return json.dumps({**{key: _import("reprlib").repr(value) for key, value in more.items()}, **fields})
+        return json.dumps(fields)
 
 
 # -- a plugin's output in the host
@@ -4867,13 +4854,13 @@ class _Lines:
         _guard(self._deliver, text)
 
     def last(self) -> list[str]:
-        """The last lines, for people, and of a longer report of faulthandler's also the head, which tells
-        most: the latest frames come first."""
+        """The last lines, for people; of a report of faulthandler's the first, which tell most."""
         lines = [_cut(line) for text in self.tail for line in _readable(text).splitlines() or [""]]
-        heads = [place for place, line in enumerate(lines) if line.startswith("Fatal Python error: ")]
-        if heads and heads[-1] < len(lines) - _TAIL_LINES:
-            return [*lines[heads[-1] :][:10], "...", *lines[-9:]]
-        return lines[-_TAIL_LINES:]
+        start = max(len(lines) - _TAIL_LINES, 0)
+        for place, line in enumerate(lines[:start]):
+            if line.startswith("Fatal Python error: "):
+                start = place
+        return lines[start:][:_TAIL_LINES]
 
 
 def _record_of(line: str) -> dict[str, Any] | None:
@@ -4920,7 +4907,7 @@ class _LogSink:
     """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is."""
 
     _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
-    _LINKS = (_HEADS[0], "During handling of the above exception,", "The above exception was the direct")
+    _MORE = (" ", _HEADS[0], "During handling of the above exception,", "The above exception was the direct")
 
     def __init__(self, parent: logging.Logger, stream: str) -> None:
         self._parent = parent
@@ -4941,9 +4928,8 @@ class _LogSink:
 
     def _goes_on(self, line: str) -> bool:
         """Whether the traceback does: up to the line that names the exception, or with one of a chain."""
-        if not self.trace[-1].startswith((" ", *self._HEADS)):
-            return not line or line.startswith(self._LINKS)
-        return line.startswith(" ") or not self.trace[0].startswith(" ")
+        names_it = self.trace[0][0] != " " and self.trace[-1].startswith((" ", *self._HEADS))
+        return names_it or not line or line.startswith(self._MORE)
 
     def flush(self) -> None:
         lines, self.trace = self.trace, []
@@ -4958,7 +4944,7 @@ class _LogSink:
         level, word, module = (fields.pop(key, "") for key in ("@levelno", "@level", "@module"))
         if type(level) is not int or not 0 < level <= 100:  # a logger remembers each that it was asked for
             level = _LEVELS.get(str(word).lower(), 20)
-        named = isinstance(module, str) and module not in ("", "root") and len(module) <= 200
+        named = module not in ("", "root") and len(str(module)) <= 200
         name = f"{self._prefix}{module}" if named else self._parent.name
         logger = self._nearest(name)
         record = self._parent.makeRecord(name, level, "(plugin)", 0, fields.pop("@message"), (), None)
@@ -4977,12 +4963,10 @@ class _LogSink:
 
     def _nearest(self, name: str) -> Any:
         """The logger of that name, or the nearest above it: one that were made would stay for good."""
-        while len(name) > len(self._prefix):
-            found = self._parent.manager.loggerDict.get(name)
-            if hasattr(found, "handlers"):  # else it only holds the place of one
-                return found
-            name = name.rpartition(".")[0]
-        return self._parent
+        known = self._parent.manager.loggerDict
+        while len(name) > len(self._prefix) and not hasattr(known.get(name), "handlers"):
+            name = name.rpartition(".")[0]  # there is none, or only the place of one
+        return known[name] if len(name) > len(self._prefix) else self._parent
 
 
 # === 9. process =======================================================================================
@@ -5318,8 +5302,6 @@ def _end_words(code: int | None) -> tuple[str, str | None]:
     """How a process ended, in words, and the name of the signal if it was one."""
     if code is None:
         return "ended", None
-    if 0xC0000000 <= code < 0xF0000000:  # an error of Windows, or a language's own
-        return f"died of an unhandled exception (status 0x{code:08X})", None
     over = ", over its limit of cpu_seconds" if code in (-24, 1816) else ""  # SIGXCPU; no more quota
     if code >= 0:
         return f"exited with status {code}{over}", None
@@ -5469,11 +5451,8 @@ class _Recipe:
                 reason += f"; or python={self.python!r} is no Python"
         else:
             reason = f"it {_end_words(run.exit_code)[0]}"
-        tail = run.output.tail()
-        wants_input = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # since Python 3.14
-        if self.stdin == "discard" and "".join(tail[-1:]).startswith(wants_input):
-            reason += "; its stdin is discarded: stdin='inherit' gives it the host's"
-        return self.not_started(argv, reason, kind, **{"exit_code": run.exit_code, "output": tail, **told})
+        carried = {"exit_code": run.exit_code, "output": run.output.tail(), **told}
+        return self.not_started(argv, reason, kind, **carried)
 
     # -- and around it
 
@@ -5488,8 +5467,6 @@ class _Recipe:
                 if before or getattr(sys, "_MEIPASS", "\0") in env.get(name, ""):
                     env[name] = before  # what was there before the frozen application
         env.update((_variable(name), value) for name, value in (self.env or {}).items())
-        if self.sha256:
-            env[_SOURCE_ONLY] = "1"
         if {*self.sha256} - {self.source}:
             env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
         env[_COOKIE_KEY] = self.handshake.magic_cookie_key
@@ -5674,7 +5651,7 @@ class _Run:
         recipe, logger = self.recipe, self.recipe.log()
         env = {**recipe.environ(), _ADDRESS: listener.address, _AUTHKEY: key.hex(),
                _LOADING: json.dumps([*above, [recipe.identity(), listener.address]]),
-               _LOG_LEVEL: str(logger.getEffectiveLevel()), _NO_STDIN: "1" * (recipe.stdin == "discard")}
+               _LOG_LEVEL: str(logger.getEffectiveLevel())}
         for folder in listener.passed_over:
             logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
         stdin = {"discard": _DEVNULL, "inherit": None}.get(recipe.stdin, recipe.stdin)
@@ -6567,29 +6544,24 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     warn = _import("logging").getLogger("miniplug").warning
     for distribution in _import("importlib.metadata").distributions():
         try:
-            for name, value in _entries(distribution.read_text("entry_points.txt") or "", group):
-                spec = "".join(value.partition("[")[0].split())  # without the extras that it may name
-                _, source, attribute = _split_spec(spec)
-                if name and attribute and all(part.isidentifier() for part in source.split(".")):
-                    found.setdefault(name, spec)
-                else:
-                    warn("the entry point %r names no attribute of a module: %s", name, value)
+            text = distribution.read_text("entry_points.txt") or ""
         except Exception as error:  # whatever is wrong with it
-            where = getattr(distribution, "_path", "a distribution")
-            warn("the entry points of %s cannot be read: %s: %s", where, type(error).__name__, error)
+            text = ""
+            warn("the entry points of %s cannot be read: %r", getattr(distribution, "_path", distribution), error)
+        section = ""
+        for line in map(str.strip, text.splitlines()):  # importlib's way, one bad entry may hide others
+            if line.startswith("["):
+                section = line.strip("[] ")
+            elif section == group and line and line[0] not in "#;":
+                entry = re.fullmatch(_ENTRY, line)
+                if entry:
+                    found.setdefault(entry[1], f"{entry[2]}:{entry[3]}")
+                else:
+                    warn("the entry point names no attribute of a module: %s", line)
     return found
 
 
-def _entries(text: str, group: str) -> Iterable[tuple[str, str]]:
-    """The names and values of a group. (With some Pythons one bad entry hides all others of its
-    distribution.)"""
-    section = None
-    for line in map(str.strip, text.splitlines()):
-        if line.startswith("["):
-            section = line.strip("[]").strip()
-        elif section == group and line and not line.startswith(("#", ";")):
-            name, _, value = line.partition("=")
-            yield name.strip(), value.strip()
+_ENTRY = rf"([^=]*[^=\s])\s*=\s*({_NAME}(?:\.\w+)*)\s*:\s*({_NAME}(?:\.\w+)*)\s*(?:\[.*)?"
 
 
 # === 12. command line ===================================================================================
@@ -6598,29 +6570,26 @@ def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
     a host has imported it."""
     sys.meta_path.insert(0, _Finder(name))
-    sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
-    _run_script(*arguments) if verb == "run" else _serve_specs(*arguments, **options)
+    if verb == "run":
+        sys.argv[:] = arguments
+        _run_file(arguments[0], "__main__")
+    else:
+        _serve_specs(*arguments, **options)
 
 
-def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
-    """As sys.excepthook, without the frames of miniplug and of importing that come first."""
-    here = _show_error.__code__.co_filename
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((here, "<")):
-        frames = frames.tb_next
-    sys.__excepthook__(kind, error.with_traceback(frames), frames)
-
-
-def _run_script(path: str) -> None:
-    main: Any = type(sys)("__main__")
-    main.__file__ = path
-    sys.modules["__main__"] = main
-    sys.argv[:] = [path]
+def _run_file(path: str, name: str) -> ModuleType:
+    """Run a file as the module of that name: what is there, not what a cache of bytecode has of it."""
+    module = type(sys)(name)
+    module.__file__ = path
+    sys.modules[name] = module
     sys.path.insert(0, os.path.dirname(path))
     with open(path, "rb") as file:
-        exec(compile(file.read(), path, "exec", dont_inherit=True), vars(main))  # not this file's __future__
+        code = compile(file.read(), path, "exec", dont_inherit=True)  # not this file's __future__
+    exec(code, vars(module))
+    return module
 
 
 def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None,
@@ -6641,8 +6610,7 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
             with open(authkey_file, encoding="ascii", errors="replace") as file:
                 secret = _checked_key(file.read(1 << 16).strip())
         server = _Server({None: plugins}, None, 64, _MAX_MESSAGE)
-        how = "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS."
-        _serve(server, {"matches": True}, address, secret, persist, how)
+        _serve(server, {"matches": True}, address, secret, persist)
     except (OSError, ValueError) as error:
         sys.exit(f"miniplug: {error}")
 
@@ -6676,11 +6644,10 @@ class _Finder:
 def _load(source: str, attribute: str) -> Any:
     """Import a spec's module, by path or by name, and get the attribute."""
     found = _load_file(os.path.abspath(source)) if source.endswith(".py") else _load_module(source)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            sys.exit(f"miniplug: {_no_method(part, dir(found), source, 'attribute')}")
-        found = getattr(found, part)
-    return found
+    try:
+        return operator.attrgetter(attribute)(found)
+    except AttributeError as error:
+        sys.exit(f"miniplug: {error}")
 
 
 def _load_file(path: str) -> ModuleType:
@@ -6692,30 +6659,19 @@ def _load_file(path: str) -> ModuleType:
     name = os.path.splitext(os.path.basename(path))[0]
     if name in sys.modules or name in sys.builtin_module_names or find(name, _Finder.library):
         name = f"_plugin_{name}"
-    sys.path.insert(0, os.path.dirname(path))
-    util = _import("importlib.util")
-    spec = util.spec_from_file_location(name, path)
-    module: ModuleType = util.module_from_spec(spec)
-    sys.modules[name] = module
-    if _SOURCE_ONLY in _environment:
-        exec(spec.loader.source_to_code(spec.loader.get_data(path), path), vars(module))
-    else:
-        spec.loader.exec_module(module)
-    return module
+    return _run_file(path, name)
 
 
 def _load_module(name: str) -> ModuleType:
     folder = _current_folder()
-    if folder:
-        sys.path.insert(0, folder)
+    sys.path.insert(0, folder)
     try:
         return _import(name)  # type: ignore[no-any-return]
     except ModuleNotFoundError as error:
-        if not error.name or not f"{name}.".startswith(f"{error.name}."):
+        if not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
-        where = folder or "the current folder"
-        sys.exit(f"miniplug: there is no module {error.name!r} in {where}, nor among the packages of "
-                 f"{sys.executable}; cwd or PYTHONPATH names another folder, and path/to/file.py:Attr a file")
+        sys.exit(f"miniplug: there is no module {error.name!r} in {folder!r} or for {sys.executable}: "
+                 "set cwd, or PYTHONPATH in env")
 
 
 def freeze_support() -> None:
@@ -6740,13 +6696,13 @@ def freeze_support() -> None:
 
 
 def _call_once(given: Any) -> None:
-    name, _, method = given.method.rpartition(".")
+    name, _, method = given.METHOD.rpartition(".")
     if method.startswith("_"):  # which a proxy has of its own
         raise _no_method(method, None, "a plugin")
     with _opened(given) as plugin:
         found = plugin.dispense(name or None)
         function = found if type(found) is _Method else getattr(found, method)
-        result = function(*map(_argument, given.arguments))
+        result = function(*map(_argument, given.ARG))
         for each in result if isinstance(result, Stream) else (result,):
             print(_printable(each), flush=True)
 
@@ -6761,26 +6717,22 @@ def _argument(text: str) -> Any:
 def _printable(value: Any) -> str:
     """A value as JSON if it is JSON, else as Python writes it."""
     try:
-        if not _portable.dumps(value, "it")[2]:
-            return json.dumps(value, ensure_ascii=sys.stdout.encoding.lower() != "utf-8", allow_nan=False)
-    except NotSerializable:
-        pass
-    return repr(value)
+        text = json.dumps(value, ensure_ascii=sys.stdout.encoding.lower() != "utf-8", allow_nan=False)
+        return text if json.loads(text) == value else repr(value)
+    except (TypeError, ValueError):
+        return repr(value)
 
 
 def _inspect(given: Any) -> None:
+    indent = _import("textwrap").indent
     with _opened(given) as plugin:
         for key, value in plugin.info.items():
             print(f"{key}: {_printable(value)}")
         for name, methods in sorted(plugin.describe().items()):
             print(name)
             for method in methods.values():
-                print(_import("textwrap").indent(_outline(*method), "    "))
-
-
-def _outline(name: str, signature: str | None, doc: str | None) -> str:
-    """A method, and what it says about itself below it."""
-    return name + (signature or "(...)") + (_import("textwrap").indent(f"\n{doc}", "    ") if doc else "")
+                print(f"    {method.name}{method.signature or '(...)'}")
+                print(indent(f"{method.doc}\n", " " * 8) if method.doc else "", end="")
 
 
 def _opened(given: Any) -> Plugin:
@@ -6789,7 +6741,7 @@ def _opened(given: Any) -> Plugin:
     if given.verbose:
         _import("logging").basicConfig(format="%(name)s %(levelname)s: %(message)s")
         _import("logging").getLogger("miniplug").setLevel("DEBUG")
-    return launch(given.plugin, protocol_versions=range(100), python=given.python, stdout=sink, stderr=sink)
+    return launch(given.PLUGIN, protocol_versions=range(100), python=given.python, stdout=sink, stderr=sink)
 
 
 def _one_line(error: BaseException) -> str:
@@ -6797,8 +6749,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, RemoteError):
         return f"{error.type_name}: {error.message}".partition("\n")[0].rstrip(": ")
     output = [line for line in getattr(error, "output", ()) if line.strip()]
-    fatal = [line for line in output if line.startswith("Fatal Python error: ")]  # no later line says more
-    return " ".join([str(error).partition("\n")[0], *(fatal or output)[-1:]])
+    return " ".join([str(error).partition("\n")[0], *output[-1:]])
 
 
 def _doctor(given: Any) -> int:
@@ -6806,8 +6757,8 @@ def _doctor(given: Any) -> int:
     rows = []
     for what, check in _CHECKS.items():
         try:
-            works, detail = True, check(given.python or sys.executable)
-        except (OSError, PluginError) as error:
+            works, detail = True, check(given.python)
+        except (OSError, ValueError, PluginError) as error:
             works, detail = False, _one_line(error)
         rows.append({"check": what, "ok": works, "detail": detail})
         if not given.json:
@@ -6817,20 +6768,13 @@ def _doctor(given: Any) -> int:
     return 0 if works else 1
 
 
-def _check_transport(python: str) -> str:
-    listener = _Listener()
-    kind = "a named pipe" if _WINDOWS else "a Unix socket" if listener.folder else "TCP: the key alone guards"
+def _check_listening(address: str = "") -> str:
+    listener = _Listener(address)
     listener.close()
-    return "; not in ".join([f"{kind}, {listener.address}", *listener.passed_over])
+    return "; not in ".join([listener.address, *listener.passed_over])
 
 
-def _check_loopback(python: str) -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        socket.create_connection(server.getsockname(), 2.0).close()
-    return "127.0.0.1"
-
-
-def _check_fips(python: str) -> str:
+def _check_fips() -> str:
     try:
         _import("hashlib").md5(b"")
         return "off"
@@ -6838,18 +6782,18 @@ def _check_fips(python: str) -> str:
         return "on: no MD5, and miniplug needs none"
 
 
-def _check_plugin(python: str) -> str:
+def _check_plugin(python: str | None) -> str:
     start = time.monotonic()
     with launch("os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
         plugin.dispense(timeout=20.0).basename("a/b")
         return f"runs: {(time.monotonic() - start) * 1e3:.0f} ms to the first answer"
 
 
-_CHECKS: dict[str, Callable[[str], str]] = {
+_CHECKS: dict[str, Callable[[str | None], str]] = {
     "miniplug": lambda python: f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}",
-    "transport": _check_transport,
-    "loopback TCP": _check_loopback,
-    "FIPS mode": _check_fips,
+    "transport": lambda python: _check_listening(),
+    "loopback TCP": lambda python: _check_listening("127.0.0.1:0"),
+    "FIPS mode": lambda python: _check_fips(),
     "process tree": lambda python: f"a {'job object' if _WINDOWS else 'group'} for each plugin",
     "a plugin": _check_plugin,
 }
@@ -6865,22 +6809,22 @@ def _parser(argparse: Any) -> Any:
     parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    add = verbs.add_parser("serve", help="be a plugin: serve what the specs name").add_argument
-    add("specs", metavar="SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
-    add("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
-    add("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
-    add("--persist", action="store_true", help="stay when the last host is gone")
-
+    serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name").add_argument
     call = verbs.add_parser("call", help="run a plugin, call it once, print the result").add_argument
     inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do").add_argument
     doctor = verbs.add_parser("doctor", help="what this machine allows; whether a plugin runs").add_argument
+
+    serve("SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
+    serve("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
+    serve("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
+    serve("--persist", action="store_true", help="stay when the last host is gone")
     for add in (call, inspect, doctor):
         add("--python", metavar="PATH", help="the interpreter for the plugin")
     for add in (call, inspect):
         add("--verbose", "-v", action="store_true", help="what the plugin writes goes to stderr")
-        add("plugin", metavar="PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
-    call("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
-    call("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- also with a dash")
+        add("PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
+    call("METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
+    call("ARG", nargs="*", help="JSON, or else a string; after -- also with a dash")
     doctor("--json", action="store_true")
     return parser
 
@@ -6888,7 +6832,7 @@ def _parser(argparse: Any) -> Any:
 def _main(arguments: Sequence[str] | None = None) -> None:
     given = _parser(_import("argparse")).parse_args(arguments)
     if given.verb == "serve":  # whose errors are the plugin's own
-        _run_plugin(__name__, "serve", *given.specs, address=given.listen, persist=given.persist,
+        _run_plugin(__name__, "serve", *given.SPEC, address=given.listen, persist=given.persist,
                     authkey_file=given.authkey_file)
         return
     try:
