@@ -4975,9 +4975,8 @@ class _LogSink:
 # terminal's Ctrl-C does not reach (with stdin="inherit" on a terminal it does not, and is ended alone); on
 # Windows it is in a job object. When the host ends, the job does; on POSIX there is a guardian for that.
 #
-# What stands for a process has `pid`, `stdout`, `stderr`; `signal(kill)`, for any thread; `await_exit()` and
-# then `reap()`, which gives the exit code, for the one that watches it; `keep()`, so that it stays when the
-# host goes; and `disown()`, for a forked child.
+# Any thread may `signal` a process. The one that watches it calls `await_exit` and then `reap`, which gives
+# the exit code. `keep`: it stays when the host goes. `disown`: for a forked child.
 
 _PIPE, _DEVNULL = -1, -3  # as in subprocess, which is slow to import
 _SHELL = "/bin/sh"
@@ -5023,7 +5022,7 @@ class Limits(_Limits, metaclass=_Brief):
         return super().__new__(cls, memory, cpu_seconds, open_files)
 
     def _as_job(self, stays: bool = False) -> bytes:
-        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of a job that ends with its last handle or `stays`."""
+        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION of a job, which ends with its last handle unless it `stays`."""
         flags = 0x4 * bool(self.cpu_seconds) | 0x200 * bool(self.memory) | 0x2000 * (not stays)
         ticks = min(int((self.cpu_seconds or 0) * 10**7), (1 << 63) - 1)  # of 100 ns
         memory = min(self.memory or 0, (1 << 8 * struct.calcsize("N")) - 1)
@@ -5032,9 +5031,7 @@ class Limits(_Limits, metaclass=_Brief):
     def _command(self, argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
         """A command that sets the limits and then becomes `argv`: a shell, as nothing of Python's may run
         between fork and exec."""
-        if not os.path.exists(_SHELL):
-            raise OSError(f"its limits cannot be set: there is no {_SHELL}")
-        seconds = None if self.cpu_seconds is None else int(-(-self.cpu_seconds // 1))
+        seconds = self.cpu_seconds and int(-(-self.cpu_seconds // 1))
         steps = [("-S -t", "CPU", 1, seconds), ("-H -t", "CPU", 1, seconds and seconds + 1),
                  ("-n", "NOFILE", 1, self.open_files)]
         if sys.platform != "darwin":
@@ -5050,55 +5047,42 @@ class Limits(_Limits, metaclass=_Brief):
         return [_SHELL, "-c", f'{script}exec "$@"', "miniplug-limits", *again, *argv]
 
 
-# The guardian is told "+PID" of a process that leads a group, "=PID" of one that leads none, "/FOLDER" of a
-# door's folder; and the same after a "!" when that is gone. When the host is gone it removes the folders, and
-# kills what has not ended by itself after some time. A process is known by when it began as well, so that no
-# later one of its number is meant. (A group's number is nobody else's: what its leader has left is killed.)
+# The guardian is told "-PID" of a process that leads a group, "PID" of one that leads none, "/FOLDER" of a
+# door's folder; and the same after a "!" when that is gone. When the host is gone it waits, so that what can
+# ends by itself; then it kills the others and removes the folders. A process is known by when it began, too,
+# so that no later one of its number is meant. (A group's number is nobody else's: what its leader has left is
+# killed.)
 _GUARDIAN = """
 begun() {
+    found=
     if [ -d /proc/self ]; then
-        read -r stat 2>/dev/null <"/proc/$1/stat" || return 1
-        set -- ${stat##*) }
-        found=${20}
+        read -r stat 2>/dev/null <"/proc/$1/stat" && set -- ${stat##*) } && found=${20}
     else
-        set -- $(ps -o lstart= -p "$1")
-        [ $# -gt 0 ] && found=$2-$3-$4-$5
+        found=$(ps -o lstart= -p "$1" | tr " " -)
     fi
+    [ "$found" ]
 }
-runs() {
-    begun "${1##*[+=]}" && [ "$found" = "${1%%[+=]*}" ]
-}
-rounds=$1
+pause=$1
 shift
 while IFS= read -r line; do
     case $line in
     !*) for each; do
             shift
-            [ "${each#"${each%%[+=/]*}"}" = "${line#!}" ] || set -- "$@" "$each"
+            [ "${each#*@}" = "${line#!}" ] || set -- "$@" "$each"
         done ;;
-    /*) set -- "$@" "$line" ;;
-    *) begun "${line#?}" && set -- "$@" "$found$line" ;;
+    /*) set -- "$@" "@$line" ;;
+    *) begun "${line#-}" && set -- "$@" "$found@$line" ;;
     esac
 done
+sleep "$pause"
 for each; do
-    case $each in
-    /*) [ -h "$each" ] || { rm -f -- "$each/s" && rmdir -- "$each"; } ;;
-    *) others="$others $each" ;;
-    esac
-done 2>/dev/null
-set -- $others
-while [ "$rounds" -gt 0 ] && [ $# -gt 0 ]; do
-    for each; do
-        runs "$each" && break
-    done || break
-    sleep .1 2>/dev/null || sleep 1
-    rounds=$((rounds - 1))
-done
-for each; do
-    pid=${each##*[+=]}
-    case $each in
-    *+*) runs "$each" || ! begun "$pid" && kill -s KILL -- "-$pid" ;;
-    *) runs "$each" && kill -s KILL "$pid" ;;
+    target=${each#*@}
+    case $target in
+    /*) [ -h "$target" ] || { rm -f -- "$target/s" && rmdir -- "$target"; } ;;
+    *) begun "${target#-}"
+       case $found$target in
+       "${each%%@*}$target" | -*) kill -s KILL -- "$target" ;;
+       esac ;;
     esac
 done 2>/dev/null
 exit 0
@@ -5117,29 +5101,25 @@ class _Guardian:
 
     def tell(self, line: str) -> None:
         """Add what a line names, or after a "!" drop it: a process while its number is still its own."""
-        if "\n" in line:
-            return None  # in the name of a folder: no line can say that
         with self._lock:
             if line.startswith("!"):
                 self._told.discard(line[1:])
             else:
                 self._told.add(line)
-            if not self._told:
-                return self._part()
-            if self._process is None or self._process.poll() is not None:  # or somebody has killed it
-                self._part()
-                self._begin()
+            if not self._told or self._process is None or self._process.poll() is not None:
+                self._part()  # nothing is left; or it is the first, or somebody has killed it
                 line = "\n".join(self._told)
+            if self._told and self._process is None:
+                self._begin()
             try:
                 os.write(self._pipe[1], os.fsencode(line) + b"\n")
             except (OSError, IndexError):
                 pass  # somebody has stopped it; or there is none
-        return None
 
     def _begin(self) -> None:
         """Where there is no shell, a plugin still ends by itself when its connection does."""
         nested = _ADDRESS in {**_environment, **os.environ}  # another guardian waits for this host
-        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", "5" if nested else "30"]  # tenths of a second
+        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", ".5" if nested else "3"]  # seconds
         try:
             self._pipe.extend(os.pipe())
             _posix.set_blocking(self._pipe[1], False)
@@ -5181,7 +5161,7 @@ class _PosixProcess:
         self._popen = _popen(argv, start_new_session=self._leads, **popen)
         self.pid: int = self._popen.pid
         self.stdout, self.stderr = self._popen.stdout, self._popen.stderr
-        self._name = f"{'+' if self._leads else '='}{self.pid}"
+        self._name = f"{'-' if self._leads else ''}{self.pid}"
         _guardian.tell(self._name)
 
     def signal(self, kill: bool) -> None:
@@ -5303,8 +5283,8 @@ def _end_words(code: int | None) -> tuple[str, str | None]:
     if code is None:
         return "ended", None
     over = ", over its limit of cpu_seconds" if code in (-24, 1816) else ""  # SIGXCPU; no more quota
-    if code >= 0:
-        return f"exited with status {code}{over}", None
+    if code >= 0:  # Windows' own are known in hexadecimal
+        return f"exited with status {code if code < 1 << 30 else hex(code)}{over}", None
     try:
         name = _import("signal").Signals(-code).name
     except ValueError:
