@@ -4459,7 +4459,7 @@ def _variable(name: str) -> str:
 
 
 def _take_environment() -> None:
-    """Take our variables out of the environment, so that no child sees them."""
+    """So that no child sees our variables."""
     cookie = _variable(os.environ.get(_COOKIE_KEY, "MINIPLUG_COOKIE"))
     for name in [name for name in os.environ if name.startswith("MINIPLUG_") or name == cookie]:
         _environment[name] = os.environ.pop(name)
@@ -4486,14 +4486,13 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     `info` is a plain dict that the host reads as `Plugin.info`. Calls run in threads, at most `max_workers`
     at once (1: one after another). A message of more than `max_message` bytes (at least 4096) is refused.
 
-    `persist=True`: stay when the host goes, for it or others to `attach` to, until one of them says stop.
-    `address` is where they attach: a path with a ``/`` in it, ``127.0.0.1:PORT`` or, on Windows, the name of
-    a pipe; by default a private place. `authkey` is the key that they have to hold: at least 16 bytes, or as
-    many in hexadecimal digits; by default a fresh one.
+    `persist=True`: stay when the host goes, for others to `attach` to, until one of them says stop. They
+    attach at `address`: a path with a ``/`` in it, ``127.0.0.1:PORT`` or, on Windows, the name of a pipe; by
+    default a private place. `authkey` is the key that they hold: at least 16 bytes, or as many in hexadecimal
+    digits; by default a fresh one.
 
     Started by hand with `persist` or an `address`, it prints what `attach` needs, as JSON, and serves until
-    Ctrl-C, or without `persist` until its last host is gone. Else, by hand or refused by the host, it says so
-    and exits with status 1 (SystemExit).
+    Ctrl-C, or without `persist` until its last host is gone. Else it exits with status 1 (SystemExit).
 
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
@@ -4514,8 +4513,8 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
     if host is None and not persist and address is None:
-        sys.exit("This program is a plugin: an application starts it, with miniplug.launch(). To serve by hand, "
-                 "give an address (--listen ADDRESS) or persist=True (--persist)")
+        sys.exit("This program is a plugin: an application starts it, with miniplug.launch(). To serve by "
+                 "hand give an address (--listen ADDRESS) or persist=True (--persist).")
     if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
@@ -4541,7 +4540,6 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
 
 
 def _checked_key(key: bytes | str) -> bytes:
-    """A key that is given as bytes or in hexadecimal digits. Raises ValueError."""
     try:
         data = bytes.fromhex(key) if isinstance(key, str) else bytes(memoryview(key))
     except (TypeError, ValueError):
@@ -4674,7 +4672,6 @@ class _Server:
 
 
 def _turn_output_away() -> None:
-    """Nobody reads any more what this process writes."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -4688,10 +4685,10 @@ def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, 
     for version, mapping in versions.items():
         _checked_count(version, "protocol_version")
         if not (hasattr(mapping, "keys") and mapping and all(isinstance(name, str) for name in mapping)):
-            takes = "{name: object, ...}, or {version: {name: object, ...}, ...}, and not empty"
-            raise TypeError(f"plugins={_shown(plugins)}: what is served has a name: it is {takes}")
+            takes = "{name: object, ...} or {version: {name: object, ...}, ...}"
+            raise TypeError(f"plugins={_shown(plugins)}: it is {takes}, and not empty")
         if "system" in mapping:
-            raise ValueError("the name 'system' is reserved: give the plugin another one")
+            raise ValueError("plugins: the name 'system' is reserved: give the plugin another one")
     return versions
 
 
@@ -4701,7 +4698,7 @@ _LEVELS = {"error": 40, "warn": 30, "info": 20, "debug": 10, "trace": 5}
 
 
 def _prepare_output() -> None:
-    """Have every line leave at once, as UTF-8; a crash tell where it was; and logging speak to the host."""
+    """Every line leaves at once, as UTF-8; a crash tells where it was; logging speaks to the host."""
     stream: Any
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -4717,7 +4714,7 @@ def _prepare_output() -> None:
         return
     if "logging" in sys.modules:
         _set_up_logging(sys.modules["logging"], level)
-    else:  # once somebody imports it: it is slow to import
+    else:
         sys.meta_path.insert(0, _LoggingHook(level))
     if _in_main_thread() and not _WINDOWS and _posix.getpgrp() != os.getpid():
         signal = _import("signal")
@@ -4725,7 +4722,7 @@ def _prepare_output() -> None:
 
 
 class _LoggingHook:
-    """An import hook that sets logging up."""
+    """An import hook: logging is set up once somebody imports it, which is slow."""
 
     def __init__(self, level: int) -> None:
         self._level = level
@@ -4782,14 +4779,12 @@ def _log_line(formatter: Any, record: Any) -> str:
 
 # -- a plugin's output in the host
 
-_LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces
+_LINE_LIMIT = 4 << 20  # characters; a longer line is delivered in pieces
 _TAIL_LINES = 30  # how many last lines an error carries
-_RECORD_LIMIT = 1 << 20  # characters of a log record; what is longer is logged as text
 
 
 class _Lines:
-    """Bytes to lines: one output stream of a plugin, read by one thread. `deliver` takes each line; `tail`
-    keeps the last ones."""
+    """One output stream of a plugin, read by one thread: bytes to lines, which `deliver` takes."""
 
     def __init__(self, file: IO[bytes], deliver: Callable[[str], Any]) -> None:
         self.file = file
@@ -4836,7 +4831,7 @@ class _Lines:
             return True  # its end
 
     def _take(self, data: bytes) -> None:
-        """Deliver the lines of what has come; at the end, of nothing, what there is."""
+        """Deliver the lines of what has come; of nothing, at the end, what is left."""
         text = self._decoder.decode(data, final=not data)
         if text:
             text, self._returned = text[self._returned and text[0] == "\n" :], text[-1] == "\r"
@@ -4864,8 +4859,8 @@ class _Lines:
 
 
 def _record_of(line: str) -> dict[str, Any] | None:
-    """The fields of a log record. None for a line that is none, or too much of one."""
-    if not line.startswith("{") or len(line) > _RECORD_LIMIT:
+    """The fields of a line of hclog's JSON. None for any other."""
+    if not line.startswith("{"):
         return None
     try:
         fields = json.loads(line, parse_int=_make_integer)
@@ -4883,7 +4878,7 @@ def _clean(value: Any) -> Any:
 
 
 def _readable(line: str) -> str:
-    """A log record as text, with its traceback on lines of its own. Any other line is itself."""
+    """A log record as text. Any other line is itself."""
     fields = _record_of(line)
     if fields is None:
         return line
@@ -4893,7 +4888,7 @@ def _readable(line: str) -> str:
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
-    """Call what the host has given us. What it raises is logged, no more."""
+    """Call what the host has given us. What it raises is only logged."""
     try:
         function(*args)
     except BaseException:
@@ -4904,7 +4899,7 @@ def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a p
 
 
 class _LogSink:
-    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is."""
+    """Lines to log records: hclog's JSON as it says, a traceback as one, any other line as it is."""
 
     _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
     _MORE = (" ", _HEADS[0], "During handling of the above exception,", "The above exception was the direct")
@@ -5001,13 +4996,11 @@ class Limits(_Limits, metaclass=_Brief):
     - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more
       than they use; on Windows what all of them have allocated together. An allocation past it fails: in
       Python that is a MemoryError. macOS enforces none.
-    - `cpu_seconds`: on POSIX the processor time of each process, in whole seconds, rounded up; on Windows
+    - `cpu_seconds`: on POSIX the processor time of each process, rounded up to whole seconds; on Windows
       that of all of them together. What goes over it is ended, and PluginCrashed says so.
-    - `open_files` (a count): descriptors in each process; to open one more fails with OSError. Windows has
-      no such limit.
+    - `open_files` (a count): descriptors in each process; to open one more is an OSError. Not on Windows.
 
-    A stricter one that the host itself is under stays. Immutable. Raises ValueError for what is no positive
-    number.
+    A stricter one of the host's own stays. Immutable. Raises ValueError for what is no positive number.
     """
 
     __slots__ = ()
@@ -5022,7 +5015,7 @@ class Limits(_Limits, metaclass=_Brief):
         return super().__new__(cls, memory, cpu_seconds, open_files)
 
     def _as_job(self, stays: bool = False) -> bytes:
-        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION of a job, which ends with its last handle unless it `stays`."""
+        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION of a job, which ends with its last handle or `stays`."""
         flags = 0x4 * bool(self.cpu_seconds) | 0x200 * bool(self.memory) | 0x2000 * (not stays)
         ticks = min(int((self.cpu_seconds or 0) * 10**7), (1 << 63) - 1)  # of 100 ns
         memory = min(self.memory or 0, (1 << 8 * struct.calcsize("N")) - 1)
@@ -5090,8 +5083,8 @@ exit 0
 
 
 class _Guardian:
-    """A process that outlives this host by a moment, and ends what the host was to end. There is one while
-    there is anything to tell it. Any thread may call this; `_lock` protects all of it; no write waits."""
+    """A process that outlives this host by a moment, and ends what the host was to end. It is there while it
+    is told of anything. Any thread may call this; `_lock` protects all of it; no write waits."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -5149,8 +5142,8 @@ _guardian = _Guardian()
 
 
 class _PosixProcess:
-    """A process, and the group that it leads unless it shares the terminal. `_lock` protects `_reaped`: then
-    the number may be another's, and nobody is signalled."""
+    """A process, and the group that it leads unless it shares the terminal. `_lock` protects `_reaped`: after
+    that its number may be another's, who is not signalled."""
 
     def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         self._leads = not terminal
@@ -5201,8 +5194,8 @@ class _PosixProcess:
 
 
 class _WindowsProcess:
-    """A process in a job object, which ends with the host's handle of it. `_lock` protects `_job`: nothing is
-    done to whatever has the number of a closed handle."""
+    """A process in a job object, which ends with the host's handle of it. `_lock` protects `_job`: what has
+    the number of a closed handle is left alone."""
 
     def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         suspended, new_group, no_window = 0x4, 0x200, 0x08000000
@@ -6484,11 +6477,10 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
 
     `pattern` is a glob, relative to the folder: ``"*/plugin.py"`` finds one in each folder there, ``**``
     stands for any folders below. A file can be run that ends with ``.py`` or ``.pyw``, or is executable (on
-    Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Left out is what has a name that begins with ``.``
-    or ``_``, or lies in such a folder. Nothing is run or imported. For a spec add ``:Attr``.
+    Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Left out is what has, or lies in a folder that has,
+    a name that begins with ``.`` or ``_``. Nothing is run or imported. For a spec add ``:Attr``.
 
-    Raises OSError for a folder that cannot be read, and ValueError for a pattern that is empty or absolute,
-    TypeError for one that is no str.
+    Raises OSError for a folder that cannot be read, ValueError or TypeError for a pattern that is none.
     """
     _check(discover, locals())
     if _import("pathlib").PurePath(pattern).anchor or os.path.normpath(pattern) == ".":
@@ -6509,10 +6501,9 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     """The installed distributions' entry points of a group: name to spec, such as ``{"csv":
     "shop.export:Csv"}``.
 
-    With `python` those of that interpreter's environment, which is run for a moment. Nothing is imported.
-    Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an import. A
-    distribution that is broken, and an entry that names no attribute of a module, is left out with a warning
-    in the log.
+    With `python` those of that interpreter's environment, which is run for a moment. Nothing is imported. Of
+    two with one name that which comes first on ``sys.path`` counts. What is broken, or names no attribute of
+    a module, is left out with a warning in the log.
 
     Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
@@ -6527,7 +6518,8 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
             text = distribution.read_text("entry_points.txt") or ""
         except Exception as error:  # whatever is wrong with it
             text = ""
-            warn("the entry points of %s cannot be read: %r", getattr(distribution, "_path", distribution), error)
+            where = getattr(distribution, "_path", distribution)
+            warn("the entry points of %s cannot be read: %r", where, error)
         section = ""
         for line in map(str.strip, text.splitlines()):  # importlib's way, one bad entry may hide others
             if line.startswith("["):
@@ -6547,8 +6539,7 @@ _ENTRY = rf"([^=]*[^=\s])\s*=\s*({_NAME}(?:\.\w+)*)\s*:\s*({_NAME}(?:\.\w+)*)\s*
 # === 12. command line ===================================================================================
 
 def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
-    """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
-    a host has imported it."""
+    """Be the plugin: ``serve SPEC...``, or ``run SCRIPT``. `name`: by which a host has imported this file."""
     sys.meta_path.insert(0, _Finder(name))
     _take_environment()
     if _ADDRESS in _environment:
@@ -6574,7 +6565,7 @@ def _run_file(path: str, name: str) -> ModuleType:
 
 def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None,
                  persist: bool = False) -> None:
-    """Serve what the specs name, under whatever cookie and version the host asks for."""
+    """Under whatever cookie and version the host asks for."""
     plugins: dict[str, Any] = {}
     _environment.setdefault(_LOADING, '[[null, ""]]')
     for spec in specs:
@@ -6587,8 +6578,7 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
     try:
         secret = os.urandom(32)
         if authkey_file:
-            with open(authkey_file, encoding="ascii", errors="replace") as file:
-                secret = _checked_key(file.read(1 << 16).strip())
+            secret = _checked_key(_import("pathlib").Path(authkey_file).read_text("latin-1").strip())
         server = _Server({None: plugins}, None, 64, _MAX_MESSAGE)
         _serve(server, {"matches": True}, address, secret, persist)
     except (OSError, ValueError) as error:
@@ -6597,8 +6587,8 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
 
 class _Finder:
     """An import hook. It gives this very module under every name that leads to its file, and under the host's
-    name for it: in a second copy nothing would be registered, served or cancelled. And for a spec's file it
-    finds the standard library first: a plugin's string.py would break what it imports."""
+    name for it: in a second copy nothing would be registered. And for a spec's file it finds the standard
+    library first: a plugin's string.py would break what it imports."""
 
     library: Sequence[str] = ()
 
@@ -6622,7 +6612,6 @@ class _Finder:
 
 
 def _load(source: str, attribute: str) -> Any:
-    """Import a spec's module, by path or by name, and get the attribute."""
     found = _load_file(os.path.abspath(source)) if source.endswith(".py") else _load_module(source)
     try:
         return operator.attrgetter(attribute)(found)
@@ -6657,13 +6646,13 @@ def _load_module(name: str) -> ModuleType:
 def freeze_support() -> None:
     """Let a frozen application serve its own plugins: the first statement of its main program.
 
-    Such an application starts its own executable again for a spec or a ``.py`` file. There this function is
-    the plugin's main loop, and does not return; otherwise it does nothing. The plugin can import what is
-    frozen into the application, and what lies beside its own file.
+    It starts its own executable again for a spec or a ``.py`` file. There this function is the plugin's main
+    loop, and does not return; otherwise it does nothing. The plugin can import what is frozen into the
+    application, and what lies beside its own file.
 
     With `python=` that interpreter loads this file from where ``miniplug.__file__`` says: pack it there as a
-    data file, too (PyInstaller: ``--add-data miniplug.py:.``; of a copy that is vendored as
-    ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``).
+    data file, too (PyInstaller: ``--add-data miniplug.py:.``; of a vendored copy ``--add-data
+    app/_vendor/miniplug.py:app/_vendor``).
     """
     if not hasattr(sys, "frozen"):
         return
@@ -6716,16 +6705,14 @@ def _inspect(given: Any) -> None:
 
 
 def _opened(given: Any) -> Plugin:
-    """The plugin that a verb names, started, whatever version it speaks."""
+    """The plugin, started, whatever version it speaks."""
     sink = "log" if given.verbose else "discard"
     if given.verbose:
-        _import("logging").basicConfig(format="%(name)s %(levelname)s: %(message)s")
-        _import("logging").getLogger("miniplug").setLevel("DEBUG")
+        _import("logging").basicConfig(level="DEBUG")
     return launch(given.PLUGIN, protocol_versions=range(100), python=given.python, stdout=sink, stderr=sink)
 
 
 def _one_line(error: BaseException) -> str:
-    """An error's most telling line."""
     if isinstance(error, RemoteError):
         return f"{error.type_name}: {error.message}".partition("\n")[0].rstrip(": ")
     output = [line for line in getattr(error, "output", ()) if line.strip()]
@@ -6733,7 +6720,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _doctor(given: Any) -> int:
-    """What this machine allows, each as a line. The last is whether a plugin runs here, and that counts."""
+    """What this machine allows, each as a line. The last counts: whether a plugin runs here."""
     rows = []
     for what, check in _CHECKS.items():
         try:

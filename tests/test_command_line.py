@@ -223,9 +223,9 @@ def test_what_the_plugin_writes_is_on_stderr_with_verbose():
     assert prints("call", WORKSHOP, "say", "hello") == "null\n"
     for option in ("--verbose", "-v"):
         status, out, err = run("call", WORKSHOP, "say", "hello", option)
-        assert (status, out) == (0, "null\n") and err == "miniplug.workshop.stdout INFO: hello\n"
+        assert (status, out) == (0, "null\n") and err == "INFO:miniplug.workshop.stdout:hello\n"
     status, out, err = run("call", "-v", WORKSHOP, "log", "10", "a record")
-    assert (status, out) == (0, "null\n") and err == "miniplug.workshop.shop DEBUG: a record\n"
+    assert (status, out) == (0, "null\n") and err == "DEBUG:miniplug.workshop.shop:a record\n"
 
 
 @posix

@@ -37,7 +37,7 @@ class Maker:
 @pytest.mark.parametrize("plugins", [
     Greeter(), Greeter, [Greeter], "greeter", None, {1: Greeter()}, {1: {}}, {}, {1: {"a": 1}, "b": 2}, {"a": 1, None: 2}])
 def test_what_is_no_mapping_of_names_is_told(plugins):
-    with pytest.raises(TypeError, match=r"plugins=.*: what is served has a name: it is \{name: object, ...\}, or "):
+    with pytest.raises(TypeError, match=r"plugins=.*: it is \{name: object, ...\} or \{version: "):
         miniplug.serve(plugins)
 
 
