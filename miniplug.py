@@ -4804,10 +4804,7 @@ class _Lines:
             last = min(last, time.monotonic() + 0.8) if over else last
             held = self._log and self._log.trace  # a traceback that may go on
             if self._await_more(0.0 if over else 0.1 if held else None, wake):
-                try:
-                    data = os.read(self.file.fileno(), 1 << 16)
-                except OSError:
-                    data = b""
+                data = os.read(self.file.fileno(), 1 << 16)
                 self._take(data)
                 more = bool(data)
             else:
@@ -6721,10 +6718,18 @@ def _one_line(error: BaseException) -> str:
 
 def _doctor(given: Any) -> int:
     """What this machine allows, each as a line. The last counts: whether a plugin runs here."""
+    checks = {
+        "miniplug": lambda: f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}",
+        "transport": _check_listening,
+        "loopback TCP": partial(_check_listening, "127.0.0.1:0"),
+        "FIPS mode": _check_fips,
+        "process tree": lambda: f"a {'job object' if _WINDOWS else 'group'} for each plugin",
+        "a plugin": partial(_check_plugin, given.python),
+    }
     rows = []
-    for what, check in _CHECKS.items():
+    for what, check in checks.items():
         try:
-            works, detail = True, check(given.python)
+            works, detail = True, check()
         except (OSError, ValueError, PluginError) as error:
             works, detail = False, _one_line(error)
         rows.append({"check": what, "ok": works, "detail": detail})
@@ -6746,24 +6751,14 @@ def _check_fips() -> str:
         _import("hashlib").md5(b"")
         return "off"
     except ValueError:
-        return "on: no MD5, and miniplug needs none"
+        return "on; miniplug needs no MD5"
 
 
 def _check_plugin(python: str | None) -> str:
     start = time.monotonic()
-    with launch("os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
-        plugin.dispense(timeout=20.0).basename("a/b")
+    with launch("os:path", python=python, call_timeout=20.0, stdout="discard", stderr="discard") as plugin:
+        plugin.dispense().basename("a/b")
         return f"runs: {(time.monotonic() - start) * 1e3:.0f} ms to the first answer"
-
-
-_CHECKS: dict[str, Callable[[str | None], str]] = {
-    "miniplug": lambda python: f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}",
-    "transport": lambda python: _check_listening(),
-    "loopback TCP": lambda python: _check_listening("127.0.0.1:0"),
-    "FIPS mode": lambda python: _check_fips(),
-    "process tree": lambda python: f"a {'job object' if _WINDOWS else 'group'} for each plugin",
-    "a plugin": _check_plugin,
-}
 
 
 def _parser(argparse: Any) -> Any:
@@ -6771,8 +6766,7 @@ def _parser(argparse: Any) -> Any:
         def error(self, message: str) -> None:
             self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
 
-    what = "Plugins that run as subprocesses and are called like local objects."
-    parser = Parser(prog="python -m miniplug", description=what)
+    parser = Parser(prog="python -m miniplug", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
