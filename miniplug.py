@@ -4467,7 +4467,7 @@ def _take_environment() -> None:
 
 def _refuse_monkey_patches() -> None:
     """Raises RuntimeError where there are green threads instead of the system's: waiting would hang."""
-    for function in (socket.socket, threading.get_ident, time.sleep, _import("select").select):
+    for function in (socket.socket, threading.get_ident, time.sleep):
         library = str(getattr(function, "__module__", "")).partition(".")[0]
         if library in ("gevent", "eventlet"):
             raise RuntimeError(f"miniplug does not run under the monkey patches of {library}: let a process "
@@ -4550,7 +4550,7 @@ def _checked_key(key: bytes | str) -> bytes:
 
 
 def _checked_config(config: Any) -> dict[str, Any]:
-    """What another host needs to attach. Raises ValueError, which does not tell the key."""
+    """Raises ValueError, which does not tell the key."""
     kinds = {"network": str, "address": str, "authkey": str, "pid": int, "protocol_version": int}
     if not (isinstance(config, dict) and all(type(config.get(key)) is kind for key, kind in kinds.items())):
         raise ValueError(f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it")
@@ -4605,7 +4605,7 @@ class _Server:
             self._threads.remove(threading.current_thread())
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
-        """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
+        """Serve the host that started this process. Exits if there is none, or if it refuses."""
         try:
             channel, terms = _come_in(
                 address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
@@ -4653,7 +4653,7 @@ class _Server:
             self._sessions.remove(session)
 
     def stop(self, grace: float = _GRACE) -> None:
-        """Tell the sessions, and whoever waits, that it is over; `close` does the rest."""
+        """Tell all that it is over; `close` does the rest."""
         with self._lock:
             self._grace = self._grace if self.over.is_set() else grace
             self.over.set()
@@ -4662,7 +4662,6 @@ class _Server:
             session.stop(self._grace)
 
     def close(self) -> None:
-        """Let nobody in any more, and end the sessions and what is served."""
         self.stop()
         if self._door is not None:
             self._door.close()
@@ -4705,10 +4704,7 @@ def _prepare_output() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
         except Exception:
             pass  # there is none, it is closed, or it is the plugin's own
-    try:
-        _import("faulthandler").enable(all_threads=False)
-    except Exception:
-        pass  # no stderr to write to
+    _quietly(partial(_import("faulthandler").enable, all_threads=False), kind=Exception)  # there is no stderr
     level = int(_environment.pop(_LOG_LEVEL, -1))
     if level < 0:  # by hand
         return
@@ -4768,7 +4764,7 @@ def _log_line(formatter: Any, record: Any) -> str:
     fields = {"@level": next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace"),
               "@levelno": record.levelno, "@module": record.name, "@message": record.getMessage(),
               "@timestamp": when.isoformat(timespec="microseconds"),
-              "@traceback": "\n".join(filter(None, (trace, record.stack_info)))}
+              "@traceback": trace or record.stack_info}
     blank = _import("logging").makeLogRecord({"message": "", "asctime": ""})  # what formatting adds
     more = {key: value for key, value in vars(record).items() if not hasattr(blank, key)}
     try:
@@ -4797,7 +4793,7 @@ class _Lines:
         self._returned = False  # whether the last line has ended with a \r, which a \n may follow
 
     def read_until(self, ended: Callable[[], bool], wake: int) -> None:
-        """Deliver lines until the stream ends, or the process has: another one may hold the pipe open."""
+        """Read until the stream ends, or the process has: another one may hold the pipe open."""
         more, last = True, float("inf")
         while more and time.monotonic() < last:
             over = ended()
@@ -4813,7 +4809,7 @@ class _Lines:
         self._flush()
 
     def _await_more(self, seconds: float | None, wake: int) -> bool:
-        """Whether there is something to read, within that time and before there is something in `wake`."""
+        """Whether there is something to read, within that time and before `wake` ends."""
         if not _WINDOWS:
             return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
         if seconds is None:
@@ -4848,10 +4844,8 @@ class _Lines:
     def last(self) -> list[str]:
         """The last lines, for people; of a report of faulthandler's the first, which tell most."""
         lines = [_cut(line) for text in self.tail for line in _readable(text).splitlines() or [""]]
-        start = max(len(lines) - _TAIL_LINES, 0)
-        for place, line in enumerate(lines[:start]):
-            if line.startswith("Fatal Python error: "):
-                start = place
+        heads = [place for place, line in enumerate(lines) if line.startswith("Fatal Python error: ")]
+        start = min([*heads[-1:], max(len(lines) - _TAIL_LINES, 0)])
         return lines[start:][:_TAIL_LINES]
 
 
@@ -4956,9 +4950,11 @@ class _LogSink:
     def _nearest(self, name: str) -> Any:
         """The logger of that name, or the nearest above it: one that were made would stay for good."""
         known = self._parent.manager.loggerDict
-        while len(name) > len(self._prefix) and not hasattr(known.get(name), "handlers"):
-            name = name.rpartition(".")[0]  # there is none, or only the place of one
-        return known[name] if len(name) > len(self._prefix) else self._parent
+        while len(name) > len(self._prefix):
+            if hasattr(known.get(name), "handlers"):  # else there is only the place of one
+                return known[name]
+            name = name.rpartition(".")[0]
+        return self._parent
 
 
 # === 9. process =======================================================================================
@@ -5039,9 +5035,8 @@ class Limits(_Limits, metaclass=_Brief):
 
 # The guardian is told "-PID" of a process that leads a group, "PID" of one that leads none, "/FOLDER" of a
 # door's folder; and the same after a "!" when that is gone. When the host is gone it waits, so that what can
-# ends by itself; then it kills the others and removes the folders. A process is known by when it began, too,
-# so that no later one of its number is meant. (A group's number is nobody else's: what its leader has left is
-# killed.)
+# ends by itself; then it kills the others and removes the folders. By when a process began it knows that its
+# number is still its own. (A group's number stays while there is one: what a leader has left is killed.)
 _GUARDIAN = """
 begun() {
     found=
@@ -5107,7 +5102,6 @@ class _Guardian:
                 pass  # somebody has stopped it; or there is none
 
     def _begin(self) -> None:
-        """Where there is no shell, a plugin still ends by itself when its connection does."""
         nested = _ADDRESS in {**_environment, **os.environ}  # another guardian waits for this host
         argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", ".5" if nested else "3"]  # seconds
         try:
@@ -5115,7 +5109,7 @@ class _Guardian:
             _posix.set_blocking(self._pipe[1], False)
             self._process = _popen(argv, stdin=self._pipe[0], stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
                                    env={"PATH": os.defpath}, start_new_session=True)
-        except OSError:
+        except OSError:  # no shell: a plugin still ends by itself when its connection does
             self._part()
 
     def _part(self) -> None:
@@ -5156,11 +5150,8 @@ class _PosixProcess:
 
     def signal(self, kill: bool) -> None:
         with self._lock:
-            try:
-                if not self._reaped:
-                    (_posix.killpg if self._leads else os.kill)(self.pid, 9 if kill else 15)
-            except OSError:
-                pass  # there is nobody left
+            if not self._reaped:
+                _quietly(_posix.killpg if self._leads else os.kill, self.pid, 9 if kill else 15)
 
     def await_exit(self) -> None:
         """It stays unreaped, so that its number stays its own."""
@@ -5209,11 +5200,11 @@ class _WindowsProcess:
         handle = ctypes.c_void_p(int(self._popen._handle))  # an int would be cut to 32 bits
         self._job = ctypes.c_void_p(self._system.CreateJobObjectW(None, None))
         held = self._limit() and self._system.AssignProcessToJobObject(self._job, handle)
-        unlimited = limits and not held  # without limits it runs without a job, too
-        if unlimited or ctypes.WinDLL("ntdll").NtResumeProcess(handle) < 0:
+        fails = limits and not held  # without limits it runs without a job, too
+        if fails or ctypes.WinDLL("ntdll").NtResumeProcess(handle) < 0:
             self.signal(kill=True)
             self.reap()
-            raise OSError(f"Windows refuses to {'limit it' if unlimited else 'let it run'}")
+            raise OSError("Windows refuses to limit it or to let it run")
 
     def _limit(self, stays: bool = False) -> bool:
         settings = self._limits._as_job(stays)
@@ -5227,10 +5218,7 @@ class _WindowsProcess:
         with self._lock:
             if self._job:
                 self._system.TerminateJobObject(self._job, 1)
-        try:
-            self._popen.kill()  # in case there is no job
-        except OSError:
-            pass  # it has ended
+        _quietly(self._popen.kill)  # in case there is no job
 
     def await_exit(self) -> None:
         self._popen.wait()
@@ -5244,7 +5232,7 @@ class _WindowsProcess:
 
 
 class _NoProcess:
-    """Stands for another host's process, or for this one, where a `thread` serves. `end` lets go of it."""
+    """Stands for another host's process, or for this one, where a `thread` serves."""
 
     stdout = stderr = None
 
@@ -5263,13 +5251,13 @@ class _NoProcess:
         return None if self._thread is None else 0
 
     def keep(self) -> None:
-        """There is nothing to do."""
+        pass
 
     disown = keep
 
 
 def _end_words(code: int | None) -> tuple[str, str | None]:
-    """How a process ended, in words, and the name of the signal if it was one."""
+    """How a process ended, and the name of the signal if it was one."""
     if code is None:
         return "ended", None
     over = ", over its limit of cpu_seconds" if code in (-24, 1816) else ""  # SIGXCPU; no more quota
@@ -6605,7 +6593,7 @@ class _Finder:
         return sys.modules["miniplug"]
 
     def exec_module(self, module: ModuleType) -> None:
-        """It has run."""
+        pass  # it has run
 
 
 def _load(source: str, attribute: str) -> Any:
@@ -6636,8 +6624,8 @@ def _load_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
-        sys.exit(f"miniplug: there is no module {error.name!r} in {folder!r} or for {sys.executable}: "
-                 "set cwd, or PYTHONPATH in env")
+        where = f"{folder!r} or for {sys.executable}: set cwd, or PYTHONPATH in env"
+        sys.exit(f"miniplug: there is no module {error.name!r} in {where}")
 
 
 def freeze_support() -> None:
@@ -6648,8 +6636,7 @@ def freeze_support() -> None:
     application, and what lies beside its own file.
 
     With `python=` that interpreter loads this file from where ``miniplug.__file__`` says: pack it there as a
-    data file, too (PyInstaller: ``--add-data miniplug.py:.``; of a vendored copy ``--add-data
-    app/_vendor/miniplug.py:app/_vendor``).
+    data file, too (PyInstaller: ``--add-data miniplug.py:.``).
     """
     if not hasattr(sys, "frozen"):
         return
@@ -6683,7 +6670,7 @@ def _argument(text: str) -> Any:
 def _printable(value: Any) -> str:
     """A value as JSON if it is JSON, else as Python writes it."""
     try:
-        text = json.dumps(value, ensure_ascii=sys.stdout.encoding.lower() != "utf-8", allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         return text if json.loads(text) == value else repr(value)
     except (TypeError, ValueError):
         return repr(value)
@@ -6771,8 +6758,8 @@ def _parser(argparse: Any) -> Any:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name").add_argument
-    call = verbs.add_parser("call", help="run a plugin, call it once, print the result").add_argument
-    inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do").add_argument
+    call = verbs.add_parser("call", help="call a plugin once, print the result").add_argument
+    inspect = verbs.add_parser("inspect", help="tell what a plugin can do").add_argument
     doctor = verbs.add_parser("doctor", help="what this machine allows; whether a plugin runs").add_argument
 
     serve("SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
@@ -6783,8 +6770,8 @@ def _parser(argparse: Any) -> Any:
         add("--python", metavar="PATH", help="the interpreter for the plugin")
     for add in (call, inspect):
         add("--verbose", "-v", action="store_true", help="what the plugin writes goes to stderr")
-        add("PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
-    call("METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
+        add("PLUGIN", help="a program, a .py file, or a spec such as path/to/file.py:Attr")
+    call("METHOD", help="or NAME.METHOD, if it serves several")
     call("ARG", nargs="*", help="JSON, or else a string; after -- also with a dash")
     doctor("--json", action="store_true")
     return parser

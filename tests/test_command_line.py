@@ -268,12 +268,6 @@ def test_what_cannot_be_printed_is_one_line(arguments):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_terminal_that_has_not_every_letter():
-    env = dict(ENV, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    out = subprocess.check_output([sys.executable, miniplug.__file__, "call", WORKSHOP, "echo", '"\\u00fc"'], env=env)
-    assert out.strip() == b'"\\u00fc"'
-
-
 # -- inspect
 
 
