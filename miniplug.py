@@ -4392,8 +4392,6 @@ _PERSIST = "MINIPLUG_PERSIST"  # stay when the host goes
 _ATTACH = "MINIPLUG_ATTACH"  # {NAME: config} as JSON: where a host attaches instead of launching
 _COOKIE_KEY = "MINIPLUG_COOKIE_KEY"  # names the variable of the magic cookie
 _LOADING = "MINIPLUG_LOADING"  # what is being started, down to this process: see _Recipe.above
-_NO_STDIN = "MINIPLUG_NO_STDIN"  # it is discarded
-_SOURCE_ONLY = "MINIPLUG_SOURCE_ONLY"  # a spec's file was checked: no bytecode cache was
 _GRACE = 2.0  # seconds that a plugin has to end by itself
 _MAX_MESSAGE = 256 << 20
 
@@ -4406,7 +4404,7 @@ def _variable(name: str) -> str:
 
 
 def _take_environment() -> None:
-    """Take our variables out of the environment, so that no child sees them."""
+    """So that no child sees our variables."""
     cookie = _variable(os.environ.get(_COOKIE_KEY, "MINIPLUG_COOKIE"))
     for name in [name for name in os.environ if name.startswith("MINIPLUG_") or name == cookie]:
         _environment[name] = os.environ.pop(name)
@@ -4414,7 +4412,7 @@ def _take_environment() -> None:
 
 def _refuse_monkey_patches() -> None:
     """Raises RuntimeError where there are green threads instead of the system's: waiting would hang."""
-    for function in (socket.socket, threading.get_ident, time.sleep, _import("select").select):
+    for function in (socket.socket, threading.get_ident, time.sleep):
         library = str(getattr(function, "__module__", "")).partition(".")[0]
         if library in ("gevent", "eventlet"):
             raise RuntimeError(f"miniplug does not run under the monkey patches of {library}: let a process "
@@ -4433,14 +4431,13 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
     `info` is a plain dict that the host reads as `Plugin.info`. Calls run in threads, at most `max_workers`
     at once (1: one after another). A message of more than `max_message` bytes (at least 4096) is refused.
 
-    `persist=True`: stay when the host goes, for it or others to `attach` to, until one of them says stop.
-    `address` is where they attach: a path with a ``/`` in it, ``127.0.0.1:PORT`` or, on Windows, the name of
-    a pipe; by default a private place. `authkey` is the key that they have to hold: at least 16 bytes, or as
-    many in hexadecimal digits; by default a fresh one.
+    `persist=True`: stay when the host goes, for others to `attach` to, until one of them says stop. They
+    attach at `address`: a path with a ``/`` in it, ``127.0.0.1:PORT`` or, on Windows, the name of a pipe; by
+    default a private place. `authkey` is the key that they hold: at least 16 bytes, or as many in hexadecimal
+    digits; by default a fresh one.
 
     Started by hand with `persist` or an `address`, it prints what `attach` needs, as JSON, and serves until
-    Ctrl-C, or without `persist` until its last host is gone. Else, by hand or refused by the host, it says so
-    and exits with status 1 (SystemExit).
+    Ctrl-C, or without `persist` until its last host is gone. Else it exits with status 1 (SystemExit).
 
     Raises ValueError or TypeError for what cannot be served, OSError for an `address` that is not to be had,
     and RuntimeError the second time, and under the monkey patches of gevent or eventlet.
@@ -4455,13 +4452,14 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
 
 
 def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secret: bytes,
-           persist: bool, hint: str = "In Python, miniplug.launch() with its path does.") -> None:
+           persist: bool) -> None:
     """The plugin's main loop."""
     _refuse_monkey_patches()
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
     if host is None and not persist and address is None:
-        sys.exit(f"This program is a plugin: its application starts it, not a person. ({hint})")
+        sys.exit("This program is a plugin: an application starts it, with miniplug.launch(). To serve by "
+                 "hand give an address (--listen ADDRESS) or persist=True (--persist).")
     if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
@@ -4487,7 +4485,6 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
 
 
 def _checked_key(key: bytes | str) -> bytes:
-    """A key that is given as bytes or in hexadecimal digits. Raises ValueError."""
     try:
         data = bytes.fromhex(key) if isinstance(key, str) else bytes(memoryview(key))
     except (TypeError, ValueError):
@@ -4498,7 +4495,7 @@ def _checked_key(key: bytes | str) -> bytes:
 
 
 def _checked_config(config: Any) -> dict[str, Any]:
-    """What another host needs to attach. Raises ValueError, which does not tell the key."""
+    """Raises ValueError, which does not tell the key."""
     kinds = {"network": str, "address": str, "authkey": str, "pid": int, "protocol_version": int}
     if not (isinstance(config, dict) and all(type(config.get(key)) is kind for key, kind in kinds.items())):
         raise ValueError(f"it takes a dict with {', '.join(kinds)}, as Plugin.reattach_config() gives it")
@@ -4553,25 +4550,21 @@ class _Server:
             self._threads.remove(threading.current_thread())
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
-        """Serve the host that started this process. Exits with a word if there is none, or if it refuses."""
-        gone = _turn_output_away if self.stays else bool
+        """Serve the host that started this process. Exits if there is none, or if it refuses."""
         try:
             channel, terms = _come_in(
                 address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
         except (OSError, EOFError, ValueError, PluginError) as error:
-            refused = isinstance(error, HandshakeError)
-            what = "the host refused this plugin" if refused else f"no host at {address}"
-            sys.exit(f"miniplug: {what}: {type(error).__name__}: {error}")
-        cause = self.attend(channel, terms, gone)
-        orderly = EOFError, BrokenPipeError, ConnectionResetError, ConnectionAbortedError, type(None)
-        if not (self.stays or isinstance(cause, orderly)):
-            sys.exit(f"miniplug: the connection to the host has failed: {type(cause).__name__}: {cause}")
+            sys.exit(f"miniplug: no host at {address} takes this plugin: {type(error).__name__}: {error}")
+        cause = self.attend(channel, terms, launcher=True)
+        if isinstance(cause, (ProtocolError, MemoryError)) and not self.stays:
+            sys.exit(f"miniplug: the connection to the host has failed: {cause!r}")
 
-    def attend(self, channel: _Channel, terms: _Terms,
-               gone: Callable[[], Any] = bool) -> BaseException | None:
-        """Serve one host, until it says stop or is gone: then `gone` is called. Returns why it has ended."""
+    def attend(self, channel: _Channel, terms: _Terms, launcher: bool = False) -> BaseException | None:
+        """Serve one host, until it says stop or is gone. Returns why it has ended."""
         def lost(cause: BaseException) -> Callable[[list[str]], BaseException]:
-            gone()
+            if launcher and self.stays:
+                _turn_output_away()
             return lambda calls: PluginClosed("the host is gone")
 
         served = self._served.get(terms.protocol_version) or self._served[None]
@@ -4605,7 +4598,7 @@ class _Server:
             self._sessions.remove(session)
 
     def stop(self, grace: float = _GRACE) -> None:
-        """Tell the sessions, and whoever waits, that it is over; `close` does the rest."""
+        """Tell all that it is over; `close` does the rest."""
         with self._lock:
             self._grace = self._grace if self.over.is_set() else grace
             self.over.set()
@@ -4614,7 +4607,6 @@ class _Server:
             session.stop(self._grace)
 
     def close(self) -> None:
-        """Let nobody in any more, and end the sessions and what is served."""
         self.stop()
         if self._door is not None:
             self._door.close()
@@ -4624,7 +4616,6 @@ class _Server:
 
 
 def _turn_output_away() -> None:
-    """Nobody reads any more what this process writes."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -4638,10 +4629,10 @@ def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, 
     for version, mapping in versions.items():
         _checked_count(version, "protocol_version")
         if not (hasattr(mapping, "keys") and mapping and all(isinstance(name, str) for name in mapping)):
-            takes = "{name: object, ...}, or {version: {name: object, ...}, ...}, and not empty"
-            raise TypeError(f"plugins={_shown(plugins)}: what is served has a name: it is {takes}")
+            takes = "{name: object, ...} or {version: {name: object, ...}, ...}"
+            raise TypeError(f"plugins={_shown(plugins)}: it is {takes}, and not empty")
         if "system" in mapping:
-            raise ValueError("the name 'system' is reserved: give the plugin another one")
+            raise ValueError("plugins: the name 'system' is reserved: give the plugin another one")
     return versions
 
 
@@ -4651,39 +4642,28 @@ _LEVELS = {"error": 40, "warn": 30, "info": 20, "debug": 10, "trace": 5}
 
 
 def _prepare_output() -> None:
-    """Have every line leave at once, as UTF-8; a crash tell where it was; and logging speak to the host."""
+    """Every line leaves at once, as UTF-8; a crash tells where it was; logging speaks to the host."""
     stream: Any
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
         except Exception:
             pass  # there is none, it is closed, or it is the plugin's own
-    c_stack = {"c_stack": False} if sys.version_info >= (3, 14) else {}  # which is long, and tells little
-    try:
-        _import("faulthandler").enable(all_threads=False, **c_stack)
-    except Exception:
-        pass  # no stderr to write to
-    if _environment.pop(_NO_STDIN, "") and "PYTHONBREAKPOINT" not in os.environ:
-        sys.breakpointhook = _no_breakpoint
+    _quietly(partial(_import("faulthandler").enable, all_threads=False), kind=Exception)  # there is no stderr
     level = int(_environment.pop(_LOG_LEVEL, -1))
     if level < 0:  # by hand
         return
     if "logging" in sys.modules:
         _set_up_logging(sys.modules["logging"], level)
-    else:  # once somebody imports it: it is slow to import
+    else:
         sys.meta_path.insert(0, _LoggingHook(level))
     if _in_main_thread() and not _WINDOWS and _posix.getpgrp() != os.getpid():
         signal = _import("signal")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it shares the terminal, whose Ctrl-C is the host's
 
 
-def _no_breakpoint(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("breakpoint() in a plugin whose stdin is discarded: launch it with stdin='inherit', "
-                       "stdout='inherit'")
-
-
 class _LoggingHook:
-    """An import hook that sets logging up."""
+    """An import hook: logging is set up once somebody imports it, which is slow."""
 
     def __init__(self, level: int) -> None:
         self._level = level
@@ -4729,25 +4709,23 @@ def _log_line(formatter: Any, record: Any) -> str:
     fields = {"@level": next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace"),
               "@levelno": record.levelno, "@module": record.name, "@message": record.getMessage(),
               "@timestamp": when.isoformat(timespec="microseconds"),
-              "@traceback": "\n".join(filter(None, (trace, record.stack_info)))}
+              "@traceback": trace or record.stack_info}
     blank = _import("logging").makeLogRecord({"message": "", "asctime": ""})  # what formatting adds
     more = {key: value for key, value in vars(record).items() if not hasattr(blank, key)}
     try:
         return json.dumps({**more, **fields}, default=repr, skipkeys=True)
     except Exception:  # one of them holds itself, say, or its repr raises
-        return json.dumps({**{key: _import("reprlib").repr(value) for key, value in more.items()}, **fields})
+        return json.dumps(fields)
 
 
 # -- a plugin's output in the host
 
-_LINE_LIMIT = 16 << 20  # characters; a longer line is delivered in pieces
+_LINE_LIMIT = 4 << 20  # characters; a longer line is delivered in pieces
 _TAIL_LINES = 30  # how many last lines an error carries
-_RECORD_LIMIT = 1 << 20  # characters of a log record; what is longer is logged as text
 
 
 class _Lines:
-    """Bytes to lines: one output stream of a plugin, read by one thread. `deliver` takes each line; `tail`
-    keeps the last ones."""
+    """One output stream of a plugin, read by one thread: bytes to lines, which `deliver` takes."""
 
     def __init__(self, file: IO[bytes], deliver: Callable[[str], Any]) -> None:
         self.file = file
@@ -4760,17 +4738,14 @@ class _Lines:
         self._returned = False  # whether the last line has ended with a \r, which a \n may follow
 
     def read_until(self, ended: Callable[[], bool], wake: int) -> None:
-        """Deliver lines until the stream ends, or the process has: another one may hold the pipe open."""
+        """Read until the stream ends, or the process has: another one may hold the pipe open."""
         more, last = True, float("inf")
         while more and time.monotonic() < last:
             over = ended()
             last = min(last, time.monotonic() + 0.8) if over else last
             held = self._log and self._log.trace  # a traceback that may go on
             if self._await_more(0.0 if over else 0.1 if held else None, wake):
-                try:
-                    data = os.read(self.file.fileno(), 1 << 16)
-                except OSError:
-                    data = b""
+                data = os.read(self.file.fileno(), 1 << 16)
                 self._take(data)
                 more = bool(data)
             else:
@@ -4779,7 +4754,7 @@ class _Lines:
         self._flush()
 
     def _await_more(self, seconds: float | None, wake: int) -> bool:
-        """Whether there is something to read, within that time and before there is something in `wake`."""
+        """Whether there is something to read, within that time and before `wake` ends."""
         if not _WINDOWS:
             return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
         if seconds is None:
@@ -4794,7 +4769,7 @@ class _Lines:
             return True  # its end
 
     def _take(self, data: bytes) -> None:
-        """Deliver the lines of what has come; at the end, of nothing, what there is."""
+        """Deliver the lines of what has come; of nothing, at the end, what is left."""
         text = self._decoder.decode(data, final=not data)
         if text:
             text, self._returned = text[self._returned and text[0] == "\n" :], text[-1] == "\r"
@@ -4812,18 +4787,16 @@ class _Lines:
         _guard(self._deliver, text)
 
     def last(self) -> list[str]:
-        """The last lines, for people, and of a longer report of faulthandler's also the head, which tells
-        most: the latest frames come first."""
+        """The last lines, for people; of a report of faulthandler's the first, which tell most."""
         lines = [_cut(line) for text in self.tail for line in _readable(text).splitlines() or [""]]
         heads = [place for place, line in enumerate(lines) if line.startswith("Fatal Python error: ")]
-        if heads and heads[-1] < len(lines) - _TAIL_LINES:
-            return [*lines[heads[-1] :][:10], "...", *lines[-9:]]
-        return lines[-_TAIL_LINES:]
+        start = min([*heads[-1:], max(len(lines) - _TAIL_LINES, 0)])
+        return lines[start:][:_TAIL_LINES]
 
 
 def _record_of(line: str) -> dict[str, Any] | None:
-    """The fields of a log record. None for a line that is none, or too much of one."""
-    if not line.startswith("{") or len(line) > _RECORD_LIMIT:
+    """The fields of a line of hclog's JSON. None for any other."""
+    if not line.startswith("{"):
         return None
     try:
         fields = json.loads(line, parse_int=_make_integer)
@@ -4841,7 +4814,7 @@ def _clean(value: Any) -> Any:
 
 
 def _readable(line: str) -> str:
-    """A log record as text, with its traceback on lines of its own. Any other line is itself."""
+    """A log record as text. Any other line is itself."""
     fields = _record_of(line)
     if fields is None:
         return line
@@ -4851,7 +4824,7 @@ def _readable(line: str) -> str:
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
-    """Call what the host has given us. What it raises is logged, no more."""
+    """Call what the host has given us. What it raises is only logged."""
     try:
         function(*args)
     except BaseException:
@@ -4862,10 +4835,10 @@ def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a p
 
 
 class _LogSink:
-    """Lines to log records: hclog's JSON as it says, a traceback as one record, anything else as it is."""
+    """Lines to log records: hclog's JSON as it says, a traceback as one, any other line as it is."""
 
     _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
-    _LINKS = (_HEADS[0], "During handling of the above exception,", "The above exception was the direct")
+    _MORE = (" ", _HEADS[0], "During handling of the above exception,", "The above exception was the direct")
 
     def __init__(self, parent: logging.Logger, stream: str) -> None:
         self._parent = parent
@@ -4886,9 +4859,8 @@ class _LogSink:
 
     def _goes_on(self, line: str) -> bool:
         """Whether the traceback does: up to the line that names the exception, or with one of a chain."""
-        if not self.trace[-1].startswith((" ", *self._HEADS)):
-            return not line or line.startswith(self._LINKS)
-        return line.startswith(" ") or not self.trace[0].startswith(" ")
+        names_it = self.trace[0][0] != " " and self.trace[-1].startswith((" ", *self._HEADS))
+        return names_it or not line or line.startswith(self._MORE)
 
     def flush(self) -> None:
         lines, self.trace = self.trace, []
@@ -4903,7 +4875,7 @@ class _LogSink:
         level, word, module = (fields.pop(key, "") for key in ("@levelno", "@level", "@module"))
         if type(level) is not int or not 0 < level <= 100:  # a logger remembers each that it was asked for
             level = _LEVELS.get(str(word).lower(), 20)
-        named = isinstance(module, str) and module not in ("", "root") and len(module) <= 200
+        named = module not in ("", "root") and len(str(module)) <= 200
         name = f"{self._prefix}{module}" if named else self._parent.name
         logger = self._nearest(name)
         record = self._parent.makeRecord(name, level, "(plugin)", 0, fields.pop("@message"), (), None)
@@ -4922,10 +4894,10 @@ class _LogSink:
 
     def _nearest(self, name: str) -> Any:
         """The logger of that name, or the nearest above it: one that were made would stay for good."""
+        known = self._parent.manager.loggerDict
         while len(name) > len(self._prefix):
-            found = self._parent.manager.loggerDict.get(name)
-            if hasattr(found, "handlers"):  # else it only holds the place of one
-                return found
+            if hasattr(known.get(name), "handlers"):  # else there is only the place of one
+                return known[name]
             name = name.rpartition(".")[0]
         return self._parent
 
@@ -4936,9 +4908,8 @@ class _LogSink:
 # terminal's Ctrl-C does not reach (with stdin="inherit" on a terminal it does not, and is ended alone); on
 # Windows it is in a job object. When the host ends, the job does; on POSIX there is a guardian for that.
 #
-# What stands for a process has `pid`, `stdout`, `stderr`; `signal(kill)`, for any thread; `await_exit()` and
-# then `reap()`, which gives the exit code, for the one that watches it; `keep()`, so that it stays when the
-# host goes; and `disown()`, for a forked child.
+# Any thread may `signal` a process. The one that watches it calls `await_exit` and then `reap`, which gives
+# the exit code. `keep`: it stays when the host goes. `disown`: for a forked child.
 
 _PIPE, _DEVNULL = -1, -3  # as in subprocess, which is slow to import
 _SHELL = "/bin/sh"
@@ -4963,13 +4934,11 @@ class Limits(_Limits):
     - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more
       than they use; on Windows what all of them have allocated together. An allocation past it fails: in
       Python that is a MemoryError. macOS enforces none.
-    - `cpu_seconds`: on POSIX the processor time of each process, in whole seconds, rounded up; on Windows
+    - `cpu_seconds`: on POSIX the processor time of each process, rounded up to whole seconds; on Windows
       that of all of them together. What goes over it is ended, and PluginCrashed says so.
-    - `open_files` (a count): descriptors in each process; to open one more fails with OSError. Windows has
-      no such limit.
+    - `open_files` (a count): descriptors in each process; to open one more is an OSError. Not on Windows.
 
-    A stricter one that the host itself is under stays. Immutable. Raises ValueError for what is no positive
-    number.
+    A stricter one of the host's own stays. Immutable. Raises ValueError for what is no positive number.
     """
 
     __slots__ = ()
@@ -4984,7 +4953,7 @@ class Limits(_Limits):
         return super().__new__(cls, memory, cpu_seconds, open_files)
 
     def _as_job(self, stays: bool = False) -> bytes:
-        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of a job that ends with its last handle or `stays`."""
+        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION of a job, which ends with its last handle or `stays`."""
         flags = 0x4 * bool(self.cpu_seconds) | 0x200 * bool(self.memory) | 0x2000 * (not stays)
         ticks = min(int((self.cpu_seconds or 0) * 10**7), (1 << 63) - 1)  # of 100 ns
         memory = min(self.memory or 0, (1 << 8 * struct.calcsize("N")) - 1)
@@ -4993,9 +4962,7 @@ class Limits(_Limits):
     def _command(self, argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
         """A command that sets the limits and then becomes `argv`: a shell, as nothing of Python's may run
         between fork and exec."""
-        if not os.path.exists(_SHELL):
-            raise OSError(f"its limits cannot be set: there is no {_SHELL}")
-        seconds = None if self.cpu_seconds is None else int(-(-self.cpu_seconds // 1))
+        seconds = self.cpu_seconds and int(-(-self.cpu_seconds // 1))
         steps = [("-S -t", "CPU", 1, seconds), ("-H -t", "CPU", 1, seconds and seconds + 1),
                  ("-n", "NOFILE", 1, self.open_files)]
         if sys.platform != "darwin":
@@ -5011,55 +4978,41 @@ class Limits(_Limits):
         return [_SHELL, "-c", f'{script}exec "$@"', "miniplug-limits", *again, *argv]
 
 
-# The guardian is told "+PID" of a process that leads a group, "=PID" of one that leads none, "/FOLDER" of a
-# door's folder; and the same after a "!" when that is gone. When the host is gone it removes the folders, and
-# kills what has not ended by itself after some time. A process is known by when it began as well, so that no
-# later one of its number is meant. (A group's number is nobody else's: what its leader has left is killed.)
+# The guardian is told "-PID" of a process that leads a group, "PID" of one that leads none, "/FOLDER" of a
+# door's folder; and the same after a "!" when that is gone. When the host is gone it waits, so that what can
+# ends by itself; then it kills the others and removes the folders. By when a process began it knows that its
+# number is still its own. (A group's number stays while there is one: what a leader has left is killed.)
 _GUARDIAN = """
 begun() {
+    found=
     if [ -d /proc/self ]; then
-        read -r stat 2>/dev/null <"/proc/$1/stat" || return 1
-        set -- ${stat##*) }
-        found=${20}
+        read -r stat 2>/dev/null <"/proc/$1/stat" && set -- ${stat##*) } && found=${20}
     else
-        set -- $(ps -o lstart= -p "$1")
-        [ $# -gt 0 ] && found=$2-$3-$4-$5
+        found=$(ps -o lstart= -p "$1" | tr " " -)
     fi
+    [ "$found" ]
 }
-runs() {
-    begun "${1##*[+=]}" && [ "$found" = "${1%%[+=]*}" ]
-}
-rounds=$1
+pause=$1
 shift
 while IFS= read -r line; do
     case $line in
     !*) for each; do
             shift
-            [ "${each#"${each%%[+=/]*}"}" = "${line#!}" ] || set -- "$@" "$each"
+            [ "${each#*@}" = "${line#!}" ] || set -- "$@" "$each"
         done ;;
-    /*) set -- "$@" "$line" ;;
-    *) begun "${line#?}" && set -- "$@" "$found$line" ;;
+    /*) set -- "$@" "@$line" ;;
+    *) begun "${line#-}" && set -- "$@" "$found@$line" ;;
     esac
 done
+sleep "$pause"
 for each; do
-    case $each in
-    /*) [ -h "$each" ] || { rm -f -- "$each/s" && rmdir -- "$each"; } ;;
-    *) others="$others $each" ;;
-    esac
-done 2>/dev/null
-set -- $others
-while [ "$rounds" -gt 0 ] && [ $# -gt 0 ]; do
-    for each; do
-        runs "$each" && break
-    done || break
-    sleep .1 2>/dev/null || sleep 1
-    rounds=$((rounds - 1))
-done
-for each; do
-    pid=${each##*[+=]}
-    case $each in
-    *+*) runs "$each" || ! begun "$pid" && kill -s KILL -- "-$pid" ;;
-    *) runs "$each" && kill -s KILL "$pid" ;;
+    target=${each#*@}
+    case $target in
+    /*) [ -h "$target" ] || { rm -f -- "$target/s" && rmdir -- "$target"; } ;;
+    *) begun "${target#-}"
+       case $found$target in
+       "${each%%@*}$target" | -*) kill -s KILL -- "$target" ;;
+       esac ;;
     esac
 done 2>/dev/null
 exit 0
@@ -5067,8 +5020,8 @@ exit 0
 
 
 class _Guardian:
-    """A process that outlives this host by a moment, and ends what the host was to end. There is one while
-    there is anything to tell it. Any thread may call this; `_lock` protects all of it; no write waits."""
+    """A process that outlives this host by a moment, and ends what the host was to end. It is there while it
+    is told of anything. Any thread may call this; `_lock` protects all of it; no write waits."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -5078,35 +5031,30 @@ class _Guardian:
 
     def tell(self, line: str) -> None:
         """Add what a line names, or after a "!" drop it: a process while its number is still its own."""
-        if "\n" in line:
-            return None  # in the name of a folder: no line can say that
         with self._lock:
             if line.startswith("!"):
                 self._told.discard(line[1:])
             else:
                 self._told.add(line)
-            if not self._told:
-                return self._part()
-            if self._process is None or self._process.poll() is not None:  # or somebody has killed it
-                self._part()
-                self._begin()
+            if not self._told or self._process is None or self._process.poll() is not None:
+                self._part()  # nothing is left; or it is the first, or somebody has killed it
                 line = "\n".join(self._told)
+            if self._told and self._process is None:
+                self._begin()
             try:
                 os.write(self._pipe[1], os.fsencode(line) + b"\n")
             except (OSError, IndexError):
                 pass  # somebody has stopped it; or there is none
-        return None
 
     def _begin(self) -> None:
-        """Where there is no shell, a plugin still ends by itself when its connection does."""
         nested = _ADDRESS in {**_environment, **os.environ}  # another guardian waits for this host
-        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", "5" if nested else "30"]  # tenths of a second
+        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", ".5" if nested else "3"]  # seconds
         try:
             self._pipe.extend(os.pipe())
             _posix.set_blocking(self._pipe[1], False)
             self._process = _popen(argv, stdin=self._pipe[0], stdout=_DEVNULL, stderr=_DEVNULL, cwd="/",
                                    env={"PATH": os.defpath}, start_new_session=True)
-        except OSError:
+        except OSError:  # no shell: a plugin still ends by itself when its connection does
             self._part()
 
     def _part(self) -> None:
@@ -5130,8 +5078,8 @@ _guardian = _Guardian()
 
 
 class _PosixProcess:
-    """A process, and the group that it leads unless it shares the terminal. `_lock` protects `_reaped`: then
-    the number may be another's, and nobody is signalled."""
+    """A process, and the group that it leads unless it shares the terminal. `_lock` protects `_reaped`: after
+    that its number may be another's, who is not signalled."""
 
     def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         self._leads = not terminal
@@ -5142,16 +5090,13 @@ class _PosixProcess:
         self._popen = _popen(argv, start_new_session=self._leads, **popen)
         self.pid: int = self._popen.pid
         self.stdout, self.stderr = self._popen.stdout, self._popen.stderr
-        self._name = f"{'+' if self._leads else '='}{self.pid}"
+        self._name = f"{'-' if self._leads else ''}{self.pid}"
         _guardian.tell(self._name)
 
     def signal(self, kill: bool) -> None:
         with self._lock:
-            try:
-                if not self._reaped:
-                    (_posix.killpg if self._leads else os.kill)(self.pid, 9 if kill else 15)
-            except OSError:
-                pass  # there is nobody left
+            if not self._reaped:
+                _quietly(_posix.killpg if self._leads else os.kill, self.pid, 9 if kill else 15)
 
     def await_exit(self) -> None:
         """It stays unreaped, so that its number stays its own."""
@@ -5182,8 +5127,8 @@ class _PosixProcess:
 
 
 class _WindowsProcess:
-    """A process in a job object, which ends with the host's handle of it. `_lock` protects `_job`: nothing is
-    done to whatever has the number of a closed handle."""
+    """A process in a job object, which ends with the host's handle of it. `_lock` protects `_job`: what has
+    the number of a closed handle is left alone."""
 
     def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         suspended, new_group, no_window = 0x4, 0x200, 0x08000000
@@ -5200,11 +5145,11 @@ class _WindowsProcess:
         handle = ctypes.c_void_p(int(self._popen._handle))  # an int would be cut to 32 bits
         self._job = ctypes.c_void_p(self._system.CreateJobObjectW(None, None))
         held = self._limit() and self._system.AssignProcessToJobObject(self._job, handle)
-        unlimited = limits and not held  # without limits it runs without a job, too
-        if unlimited or ctypes.WinDLL("ntdll").NtResumeProcess(handle) < 0:
+        fails = limits and not held  # without limits it runs without a job, too
+        if fails or ctypes.WinDLL("ntdll").NtResumeProcess(handle) < 0:
             self.signal(kill=True)
             self.reap()
-            raise OSError(f"Windows refuses to {'limit it' if unlimited else 'let it run'}")
+            raise OSError("Windows refuses to limit it or to let it run")
 
     def _limit(self, stays: bool = False) -> bool:
         settings = self._limits._as_job(stays)
@@ -5218,10 +5163,7 @@ class _WindowsProcess:
         with self._lock:
             if self._job:
                 self._system.TerminateJobObject(self._job, 1)
-        try:
-            self._popen.kill()  # in case there is no job
-        except OSError:
-            pass  # it has ended
+        _quietly(self._popen.kill)  # in case there is no job
 
     def await_exit(self) -> None:
         self._popen.wait()
@@ -5235,7 +5177,7 @@ class _WindowsProcess:
 
 
 class _NoProcess:
-    """Stands for another host's process, or for this one, where a `thread` serves. `end` lets go of it."""
+    """Stands for another host's process, or for this one, where a `thread` serves."""
 
     stdout = stderr = None
 
@@ -5254,20 +5196,18 @@ class _NoProcess:
         return None if self._thread is None else 0
 
     def keep(self) -> None:
-        """There is nothing to do."""
+        pass
 
     disown = keep
 
 
 def _end_words(code: int | None) -> tuple[str, str | None]:
-    """How a process ended, in words, and the name of the signal if it was one."""
+    """How a process ended, and the name of the signal if it was one."""
     if code is None:
         return "ended", None
-    if 0xC0000000 <= code < 0xF0000000:  # an error of Windows, or a language's own
-        return f"died of an unhandled exception (status 0x{code:08X})", None
     over = ", over its limit of cpu_seconds" if code in (-24, 1816) else ""  # SIGXCPU; no more quota
-    if code >= 0:
-        return f"exited with status {code}{over}", None
+    if code >= 0:  # Windows' own are known in hexadecimal
+        return f"exited with status {code if code < 1 << 30 else hex(code)}{over}", None
     try:
         name = _import("signal").Signals(-code).name
     except ValueError:
@@ -5414,11 +5354,8 @@ class _Recipe:
                 reason += f"; or python={self.python!r} is no Python"
         else:
             reason = f"it {_end_words(run.exit_code)[0]}"
-        tail = run.output.tail()
-        wants_input = "EOFError: EOF when reading", "bdb.BdbQuit", "Quitting pdb"  # since Python 3.14
-        if self.stdin == "discard" and "".join(tail[-1:]).startswith(wants_input):
-            reason += "; its stdin is discarded: stdin='inherit' gives it the host's"
-        return self.not_started(argv, reason, kind, **{"exit_code": run.exit_code, "output": tail, **told})
+        carried = {"exit_code": run.exit_code, "output": run.output.tail(), **told}
+        return self.not_started(argv, reason, kind, **carried)
 
     # -- and around it
 
@@ -5433,8 +5370,6 @@ class _Recipe:
                 if before or getattr(sys, "_MEIPASS", "\0") in env.get(name, ""):
                     env[name] = before  # what was there before the frozen application
         env.update((_variable(name), value) for name, value in (self.env or {}).items())
-        if self.sha256:
-            env[_SOURCE_ONLY] = "1"
         if {*self.sha256} - {self.source}:
             env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
         env[_COOKIE_KEY] = self.handshake.magic_cookie_key
@@ -5619,7 +5554,7 @@ class _Run:
         recipe, logger = self.recipe, self.recipe.log()
         env = {**recipe.environ(), _ADDRESS: listener.address, _AUTHKEY: key.hex(),
                _LOADING: json.dumps([*above, [recipe.identity(), listener.address]]),
-               _LOG_LEVEL: str(logger.getEffectiveLevel()), _NO_STDIN: "1" * (recipe.stdin == "discard")}
+               _LOG_LEVEL: str(logger.getEffectiveLevel())}
         for folder in listener.passed_over:
             logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
         stdin = {"discard": _DEVNULL, "inherit": None}.get(recipe.stdin, recipe.stdin)
@@ -6472,11 +6407,10 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
 
     `pattern` is a glob, relative to the folder: ``"*/plugin.py"`` finds one in each folder there, ``**``
     stands for any folders below. A file can be run that ends with ``.py`` or ``.pyw``, or is executable (on
-    Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Left out is what has a name that begins with ``.``
-    or ``_``, or lies in such a folder. Nothing is run or imported. For a spec add ``:Attr``.
+    Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Left out is what has, or lies in a folder that has,
+    a name that begins with ``.`` or ``_``. Nothing is run or imported. For a spec add ``:Attr``.
 
-    Raises OSError for a folder that cannot be read, and ValueError for a pattern that is empty or absolute,
-    TypeError for one that is no str.
+    Raises OSError for a folder that cannot be read, ValueError or TypeError for a pattern that is none.
     """
     _check(discover, locals())
     if _import("pathlib").PurePath(pattern).anchor or os.path.normpath(pattern) == ".":
@@ -6497,10 +6431,9 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     """The installed distributions' entry points of a group: name to spec, such as ``{"csv":
     "shop.export:Csv"}``.
 
-    With `python` those of that interpreter's environment, which is run for a moment. Nothing is imported.
-    Where two have the same name, that which comes first on ``sys.path`` counts, as it does in an import. A
-    distribution that is broken, and an entry that names no attribute of a module, is left out with a warning
-    in the log.
+    With `python` those of that interpreter's environment, which is run for a moment. Nothing is imported. Of
+    two with one name that which comes first on ``sys.path`` counts. What is broken, or names no attribute of
+    a module, is left out with a warning in the log.
 
     Raises TypeError for a `group` that is no str, and LaunchError for a `python` that does not run.
     """
@@ -6512,65 +6445,57 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     warn = _import("logging").getLogger("miniplug").warning
     for distribution in _import("importlib.metadata").distributions():
         try:
-            for name, value in _entries(distribution.read_text("entry_points.txt") or "", group):
-                spec = "".join(value.partition("[")[0].split())  # without the extras that it may name
-                _, source, attribute = _split_spec(spec)
-                if name and attribute and all(part.isidentifier() for part in source.split(".")):
-                    found.setdefault(name, spec)
-                else:
-                    warn("the entry point %r names no attribute of a module: %s", name, value)
+            text = distribution.read_text("entry_points.txt") or ""
         except Exception as error:  # whatever is wrong with it
-            where = getattr(distribution, "_path", "a distribution")
-            warn("the entry points of %s cannot be read: %s: %s", where, type(error).__name__, error)
+            text = ""
+            where = getattr(distribution, "_path", distribution)
+            warn("the entry points of %s cannot be read: %r", where, error)
+        section = ""
+        for line in map(str.strip, text.splitlines()):  # importlib's way, one bad entry may hide others
+            if line.startswith("["):
+                section = line.strip("[] ")
+            elif section == group and line and line[0] not in "#;":
+                entry = re.fullmatch(_ENTRY, line)
+                if entry:
+                    found.setdefault(entry[1], f"{entry[2]}:{entry[3]}")
+                else:
+                    warn("the entry point names no attribute of a module: %s", line)
     return found
 
 
-def _entries(text: str, group: str) -> Iterable[tuple[str, str]]:
-    """The names and values of a group. (With some Pythons one bad entry hides all others of its
-    distribution.)"""
-    section = None
-    for line in map(str.strip, text.splitlines()):
-        if line.startswith("["):
-            section = line.strip("[]").strip()
-        elif section == group and line and not line.startswith(("#", ";")):
-            name, _, value = line.partition("=")
-            yield name.strip(), value.strip()
+_ENTRY = rf"([^=]*[^=\s])\s*=\s*({_NAME}(?:\.\w+)*)\s*:\s*({_NAME}(?:\.\w+)*)\s*(?:\[.*)?"
 
 
 # === 12. command line ===================================================================================
 
 def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
-    """Be the plugin: ``serve SPEC...``, or ``run SCRIPT`` with this module as its miniplug. `name`: by which
-    a host has imported it."""
+    """Be the plugin: ``serve SPEC...``, or ``run SCRIPT``. `name`: by which a host has imported this file."""
     sys.meta_path.insert(0, _Finder(name))
-    sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
-    _run_script(*arguments) if verb == "run" else _serve_specs(*arguments, **options)
+    if verb == "run":
+        sys.argv[:] = arguments
+        _run_file(arguments[0], "__main__")
+    else:
+        _serve_specs(*arguments, **options)
 
 
-def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
-    """As sys.excepthook, without the frames of miniplug and of importing that come first."""
-    here = _show_error.__code__.co_filename
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((here, "<")):
-        frames = frames.tb_next
-    sys.__excepthook__(kind, error.with_traceback(frames), frames)
-
-
-def _run_script(path: str) -> None:
-    main: Any = type(sys)("__main__")
-    main.__file__ = path
-    sys.modules["__main__"] = main
-    sys.argv[:] = [path]
+def _run_file(path: str, name: str) -> ModuleType:
+    """Run a file as the module of that name: what is there, not what a cache of bytecode has of it."""
+    module = type(sys)(name)
+    module.__file__ = path
+    sys.modules[name] = module
     sys.path.insert(0, os.path.dirname(path))
     with open(path, "rb") as file:
-        exec(compile(file.read(), path, "exec", dont_inherit=True), vars(main))  # not this file's __future__
+        code = compile(file.read(), path, "exec", dont_inherit=True)  # not this file's __future__
+    exec(code, vars(module))
+    return module
 
 
 def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None,
                  persist: bool = False) -> None:
-    """Serve what the specs name, under whatever cookie and version the host asks for."""
+    """Under whatever cookie and version the host asks for."""
     plugins: dict[str, Any] = {}
     _environment.setdefault(_LOADING, '[[null, ""]]')
     for spec in specs:
@@ -6583,19 +6508,17 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
     try:
         secret = os.urandom(32)
         if authkey_file:
-            with open(authkey_file, encoding="ascii", errors="replace") as file:
-                secret = _checked_key(file.read(1 << 16).strip())
+            secret = _checked_key(_import("pathlib").Path(authkey_file).read_text("latin-1").strip())
         server = _Server({None: plugins}, None, 64, _MAX_MESSAGE)
-        how = "To serve it by hand, for a host to attach to, add --persist or --listen ADDRESS."
-        _serve(server, {"matches": True}, address, secret, persist, how)
+        _serve(server, {"matches": True}, address, secret, persist)
     except (OSError, ValueError) as error:
         sys.exit(f"miniplug: {error}")
 
 
 class _Finder:
     """An import hook. It gives this very module under every name that leads to its file, and under the host's
-    name for it: in a second copy nothing would be registered, served or cancelled. And for a spec's file it
-    finds the standard library first: a plugin's string.py would break what it imports."""
+    name for it: in a second copy nothing would be registered. And for a spec's file it finds the standard
+    library first: a plugin's string.py would break what it imports."""
 
     library: Sequence[str] = ()
 
@@ -6615,17 +6538,15 @@ class _Finder:
         return sys.modules["miniplug"]
 
     def exec_module(self, module: ModuleType) -> None:
-        """It has run."""
+        pass  # it has run
 
 
 def _load(source: str, attribute: str) -> Any:
-    """Import a spec's module, by path or by name, and get the attribute."""
     found = _load_file(os.path.abspath(source)) if source.endswith(".py") else _load_module(source)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            sys.exit(f"miniplug: {_no_method(part, dir(found), source, 'attribute')}")
-        found = getattr(found, part)
-    return found
+    try:
+        return operator.attrgetter(attribute)(found)
+    except AttributeError as error:
+        sys.exit(f"miniplug: {error}")
 
 
 def _load_file(path: str) -> ModuleType:
@@ -6637,42 +6558,30 @@ def _load_file(path: str) -> ModuleType:
     name = os.path.splitext(os.path.basename(path))[0]
     if name in sys.modules or name in sys.builtin_module_names or find(name, _Finder.library):
         name = f"_plugin_{name}"
-    sys.path.insert(0, os.path.dirname(path))
-    util = _import("importlib.util")
-    spec = util.spec_from_file_location(name, path)
-    module: ModuleType = util.module_from_spec(spec)
-    sys.modules[name] = module
-    if _SOURCE_ONLY in _environment:
-        exec(spec.loader.source_to_code(spec.loader.get_data(path), path), vars(module))
-    else:
-        spec.loader.exec_module(module)
-    return module
+    return _run_file(path, name)
 
 
 def _load_module(name: str) -> ModuleType:
     folder = _current_folder()
-    if folder:
-        sys.path.insert(0, folder)
+    sys.path.insert(0, folder)
     try:
         return _import(name)
     except ModuleNotFoundError as error:
-        if not error.name or not f"{name}.".startswith(f"{error.name}."):
+        if not f"{name}.".startswith(f"{error.name}."):
             raise  # it lacks something itself
-        where = folder or "the current folder"
-        sys.exit(f"miniplug: there is no module {error.name!r} in {where}, nor among the packages of "
-                 f"{sys.executable}; cwd or PYTHONPATH names another folder, and path/to/file.py:Attr a file")
+        where = f"{folder!r} or for {sys.executable}: set cwd, or PYTHONPATH in env"
+        sys.exit(f"miniplug: there is no module {error.name!r} in {where}")
 
 
 def freeze_support() -> None:
     """Let a frozen application serve its own plugins: the first statement of its main program.
 
-    Such an application starts its own executable again for a spec or a ``.py`` file. There this function is
-    the plugin's main loop, and does not return; otherwise it does nothing. The plugin can import what is
-    frozen into the application, and what lies beside its own file.
+    It starts its own executable again for a spec or a ``.py`` file. There this function is the plugin's main
+    loop, and does not return; otherwise it does nothing. The plugin can import what is frozen into the
+    application, and what lies beside its own file.
 
     With `python=` that interpreter loads this file from where ``miniplug.__file__`` says: pack it there as a
-    data file, too (PyInstaller: ``--add-data miniplug.py:.``; of a copy that is vendored as
-    ``app._vendor.miniplug``, ``--add-data app/_vendor/miniplug.py:app/_vendor``).
+    data file, too (PyInstaller: ``--add-data miniplug.py:.``).
     """
     if not hasattr(sys, "frozen"):
         return
@@ -6685,13 +6594,13 @@ def freeze_support() -> None:
 
 
 def _call_once(given: Any) -> None:
-    name, _, method = given.method.rpartition(".")
+    name, _, method = given.METHOD.rpartition(".")
     if method.startswith("_"):  # which a proxy has of its own
         raise _no_method(method, None, "a plugin")
     with _opened(given) as plugin:
         found = plugin.dispense(name or None)
         function = found if type(found) is _Method else getattr(found, method)
-        result = function(*map(_argument, given.arguments))
+        result = function(*map(_argument, given.ARG))
         for each in result if isinstance(result, Stream) else (result,):
             print(_printable(each), flush=True)
 
@@ -6706,53 +6615,54 @@ def _argument(text: str) -> Any:
 def _printable(value: Any) -> str:
     """A value as JSON if it is JSON, else as Python writes it."""
     try:
-        if not _portable.dumps(value, "it")[2]:
-            return json.dumps(value, ensure_ascii=sys.stdout.encoding.lower() != "utf-8", allow_nan=False)
-    except NotSerializable:
-        pass
-    return repr(value)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return text if json.loads(text) == value else repr(value)
+    except (TypeError, ValueError):
+        return repr(value)
 
 
 def _inspect(given: Any) -> None:
+    indent = _import("textwrap").indent
     with _opened(given) as plugin:
         for key, value in plugin.info.items():
             print(f"{key}: {_printable(value)}")
         for name, methods in sorted(plugin.describe().items()):
             print(name)
             for method in methods.values():
-                print(_import("textwrap").indent(_outline(*method), "    "))
-
-
-def _outline(name: str, signature: str | None, doc: str | None) -> str:
-    """A method, and what it says about itself below it."""
-    return name + (signature or "(...)") + (_import("textwrap").indent(f"\n{doc}", "    ") if doc else "")
+                print(f"    {method.name}{method.signature or '(...)'}")
+                print(indent(f"{method.doc}\n", " " * 8) if method.doc else "", end="")
 
 
 def _opened(given: Any) -> Plugin:
-    """The plugin that a verb names, started, whatever version it speaks."""
+    """The plugin, started, whatever version it speaks."""
     sink = "log" if given.verbose else "discard"
     if given.verbose:
-        _import("logging").basicConfig(format="%(name)s %(levelname)s: %(message)s")
-        _import("logging").getLogger("miniplug").setLevel("DEBUG")
-    return launch(given.plugin, protocol_versions=range(100), python=given.python, stdout=sink, stderr=sink)
+        _import("logging").basicConfig(level="DEBUG")
+    return launch(given.PLUGIN, protocol_versions=range(100), python=given.python, stdout=sink, stderr=sink)
 
 
 def _one_line(error: BaseException) -> str:
-    """An error's most telling line."""
     if isinstance(error, RemoteError):
         return f"{error.type_name}: {error.message}".partition("\n")[0].rstrip(": ")
     output = [line for line in getattr(error, "output", ()) if line.strip()]
-    fatal = [line for line in output if line.startswith("Fatal Python error: ")]  # no later line says more
-    return " ".join([str(error).partition("\n")[0], *(fatal or output)[-1:]])
+    return " ".join([str(error).partition("\n")[0], *output[-1:]])
 
 
 def _doctor(given: Any) -> int:
-    """What this machine allows, each as a line. The last is whether a plugin runs here, and that counts."""
+    """What this machine allows, each as a line. The last counts: whether a plugin runs here."""
+    checks = {
+        "miniplug": lambda: f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}",
+        "transport": _check_listening,
+        "loopback TCP": partial(_check_listening, "127.0.0.1:0"),
+        "FIPS mode": _check_fips,
+        "process tree": lambda: f"a {'job object' if _WINDOWS else 'group'} for each plugin",
+        "a plugin": partial(_check_plugin, given.python),
+    }
     rows = []
-    for what, check in _CHECKS.items():
+    for what, check in checks.items():
         try:
-            works, detail = True, check(given.python or sys.executable)
-        except (OSError, PluginError) as error:
+            works, detail = True, check()
+        except (OSError, ValueError, PluginError) as error:
             works, detail = False, _one_line(error)
         rows.append({"check": what, "ok": works, "detail": detail})
         if not given.json:
@@ -6762,42 +6672,25 @@ def _doctor(given: Any) -> int:
     return 0 if works else 1
 
 
-def _check_transport(python: str) -> str:
-    listener = _Listener()
-    kind = "a named pipe" if _WINDOWS else "a Unix socket" if listener.folder else "TCP: the key alone guards"
+def _check_listening(address: str = "") -> str:
+    listener = _Listener(address)
     listener.close()
-    return "; not in ".join([f"{kind}, {listener.address}", *listener.passed_over])
+    return "; not in ".join([listener.address, *listener.passed_over])
 
 
-def _check_loopback(python: str) -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        socket.create_connection(server.getsockname(), 2.0).close()
-    return "127.0.0.1"
-
-
-def _check_fips(python: str) -> str:
+def _check_fips() -> str:
     try:
         _import("hashlib").md5(b"")
         return "off"
     except ValueError:
-        return "on: no MD5, and miniplug needs none"
+        return "on; miniplug needs no MD5"
 
 
-def _check_plugin(python: str) -> str:
+def _check_plugin(python: str | None) -> str:
     start = time.monotonic()
-    with launch("os:path", python=python, start_timeout=20.0, stdout="discard", stderr="discard") as plugin:
-        plugin.dispense(timeout=20.0).basename("a/b")
+    with launch("os:path", python=python, call_timeout=20.0, stdout="discard", stderr="discard") as plugin:
+        plugin.dispense().basename("a/b")
         return f"runs: {(time.monotonic() - start) * 1e3:.0f} ms to the first answer"
-
-
-_CHECKS: dict[str, Callable[[str], str]] = {
-    "miniplug": lambda python: f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}",
-    "transport": _check_transport,
-    "loopback TCP": _check_loopback,
-    "FIPS mode": _check_fips,
-    "process tree": lambda python: f"a {'job object' if _WINDOWS else 'group'} for each plugin",
-    "a plugin": _check_plugin,
-}
 
 
 def _parser(argparse: Any) -> Any:
@@ -6805,27 +6698,26 @@ def _parser(argparse: Any) -> Any:
         def error(self, message: str) -> None:
             self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
 
-    what = "Plugins that run as subprocesses and are called like local objects."
-    parser = Parser(prog="python -m miniplug", description=what)
+    parser = Parser(prog="python -m miniplug", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    add = verbs.add_parser("serve", help="be a plugin: serve what the specs name").add_argument
-    add("specs", metavar="SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
-    add("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
-    add("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
-    add("--persist", action="store_true", help="stay when the last host is gone")
-
-    call = verbs.add_parser("call", help="run a plugin, call it once, print the result").add_argument
-    inspect = verbs.add_parser("inspect", help="run a plugin, and tell what it can do").add_argument
+    serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name").add_argument
+    call = verbs.add_parser("call", help="call a plugin once, print the result").add_argument
+    inspect = verbs.add_parser("inspect", help="tell what a plugin can do").add_argument
     doctor = verbs.add_parser("doctor", help="what this machine allows; whether a plugin runs").add_argument
+
+    serve("SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
+    serve("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
+    serve("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
+    serve("--persist", action="store_true", help="stay when the last host is gone")
     for add in (call, inspect, doctor):
         add("--python", metavar="PATH", help="the interpreter for the plugin")
     for add in (call, inspect):
         add("--verbose", "-v", action="store_true", help="what the plugin writes goes to stderr")
-        add("plugin", metavar="PLUGIN", help="a program, a .py file or a spec such as path/to/file.py:Attr")
-    call("method", metavar="METHOD", help="METHOD, or NAME.METHOD if it serves several plugins")
-    call("arguments", metavar="ARG", nargs="*", help="JSON, or else a string; after -- also with a dash")
+        add("PLUGIN", help="a program, a .py file, or a spec such as path/to/file.py:Attr")
+    call("METHOD", help="or NAME.METHOD, if it serves several")
+    call("ARG", nargs="*", help="JSON, or else a string; after -- also with a dash")
     doctor("--json", action="store_true")
     return parser
 
@@ -6833,7 +6725,7 @@ def _parser(argparse: Any) -> Any:
 def _main(arguments: Sequence[str] | None = None) -> None:
     given = _parser(_import("argparse")).parse_args(arguments)
     if given.verb == "serve":  # whose errors are the plugin's own
-        _run_plugin(__name__, "serve", *given.specs, address=given.listen, persist=given.persist,
+        _run_plugin(__name__, "serve", *given.SPEC, address=given.listen, persist=given.persist,
                     authkey_file=given.authkey_file)
         return
     try:

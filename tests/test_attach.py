@@ -217,7 +217,7 @@ def test_no_guardian_waits_for_its_hosts_end(owner):
     assert miniplug._guardian._process is None
     with miniplug.launch(WORKSHOP) as plugin:
         guardian = miniplug._guardian._process.pid
-        assert alive(guardian) and [*miniplug._guardian._told] == [f"+{plugin.pid}"]
+        assert alive(guardian) and [*miniplug._guardian._told] == [f"-{plugin.pid}"]
     assert not alive(guardian)
 
 

@@ -191,14 +191,6 @@ def test_the_last_words_are_short(lines):
 # -- what the command line prints of what a plugin says of itself
 
 @SETTINGS
-@given(ODD_TEXT, st.one_of(st.none(), ODD_TEXT), ODD_TEXT)
-def test_what_inspect_prints_of_a_method(name, signature, doc):
-    with Quiet():
-        text = miniplug._outline(name, signature, doc)
-    assert (name.splitlines() or [""])[0].strip() in text
-
-
-@SETTINGS
 @given(VALUES)
 def test_what_is_printed_of_a_value(value):
     with Quiet():

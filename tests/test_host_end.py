@@ -144,7 +144,7 @@ def test_killed_before_there_is_a_plugin(write):
 def test_there_is_one_guardian_and_it_goes_with_the_last_plugin():
     plugins = [miniplug.launch(WORKSHOP) for _ in range(3)]
     guardian = miniplug._guardian._process.pid
-    assert alive(guardian) and miniplug._guardian._told == {f"+{plugin.pid}" for plugin in plugins}
+    assert alive(guardian) and miniplug._guardian._told == {f"-{plugin.pid}" for plugin in plugins}
     for plugin in plugins:
         assert alive(guardian)
         plugin.close()
@@ -154,12 +154,12 @@ def test_there_is_one_guardian_and_it_goes_with_the_last_plugin():
 class Told:
     """A guardian's script, run by hand with a /proc of our making: a number cannot be made to come again at will."""
 
-    def __init__(self, folder, rounds=5):
+    def __init__(self, folder):
         self.proc = folder / "proc"
         self.proc.mkdir()
         script = miniplug._GUARDIAN.replace('"/proc/$1/stat"', f'"{self.proc}/$1"').replace("/proc/self", str(self.proc))
         assert script.count(str(self.proc)) == 2
-        self.process = subprocess.Popen(["/bin/sh", "-c", script, "guardian", str(rounds)], stdin=subprocess.PIPE)
+        self.process = subprocess.Popen(["/bin/sh", "-c", script, "guardian", ".3"], stdin=subprocess.PIPE)
 
     def say(self, line):
         self.process.stdin.write(line)
@@ -179,10 +179,10 @@ class Told:
 def test_a_guardian_kills_whom_it_was_told_of(tmp_path):
     told = Told(tmp_path)
     sleepers = [subprocess.Popen(["sleep", "600"], start_new_session=True) for _ in range(3)]
-    for sleeper, sign in zip(sleepers, (b"+", b"=", b"+")):
+    for sleeper, sign in zip(sleepers, (b"-", b"", b"-")):
         told.started(sleeper.pid, 111)
         told.say(b"%s%d\n" % (sign, sleeper.pid))
-    told.say(b"!+%d\n" % sleepers[2].pid)
+    told.say(b"!-%d\n" % sleepers[2].pid)
     told.end()
     assert [sleeper.wait(10) for sleeper in sleepers[:2]] == [-9, -9] and sleepers[2].poll() is None
     sleepers[2].kill()
@@ -197,10 +197,10 @@ def test_a_guardian_kills_nobody_who_has_the_number_now(tmp_path):
     told = Told(tmp_path)
     for each in (bystander, fence):
         told.started(each.pid, 111)
-        told.say(b"+%d\n" % each.pid)
-    told.say(b"!+%d\n" % fence.pid)
+        told.say(b"-%d\n" % each.pid)
+    told.say(b"!-%d\n" % fence.pid)
     os.mkfifo(str(told.proc / "1"))  # once this has a reader, what was said before has been heard
-    told.say(b"+1\n")
+    told.say(b"-1\n")
     with open(str(told.proc / "1"), "w"):
         pass
     told.started(bystander.pid, 222)

@@ -37,7 +37,7 @@ class Maker:
 @pytest.mark.parametrize("plugins", [
     Greeter(), Greeter, [Greeter], "greeter", None, {1: Greeter()}, {1: {}}, {}, {1: {"a": 1}, "b": 2}, {"a": 1, None: 2}])
 def test_what_is_no_mapping_of_names_is_told(plugins):
-    with pytest.raises(TypeError, match=r"plugins=.*: what is served has a name: it is \{name: object, ...\}, or "):
+    with pytest.raises(TypeError, match=r"plugins=.*: it is \{name: object, ...\} or \{version: "):
         miniplug.serve(plugins)
 
 
@@ -282,7 +282,7 @@ def test_a_plugin_called_like_a_module_in_c(name, write):
 def test_a_module_that_is_not_there_is_told_with_where_it_is_looked_for(spec, missing, tmp_path):
     with pytest.raises(miniplug.LaunchError) as caught:
         miniplug.launch(spec, cwd=tmp_path)
-    assert f"there is no module '{missing}' in " in str(caught.value) and "cwd or PYTHONPATH" in str(caught.value)
+    assert f"there is no module '{missing}' in " in str(caught.value) and "set cwd, or PYTHONPATH" in str(caught.value)
     assert os.path.basename(tmp_path) in caught.value.output[-1]
 
 
