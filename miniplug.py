@@ -1469,9 +1469,9 @@ class _Channel:
             message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags | tagged, 0, number, parent) + body]
         self.write(message, lent, wait, deadline)
 
-    def check_size(self, content: _Content) -> int:
-        """The size of a message. Raises MessageTooLarge for what the other side does not take."""
-        size, limit = len(content[0]) + sum(map(len, content[1])), self.send_limit
+    def check_size(self, content: _Content, more: int = 0) -> int:
+        """The size of a message. Raises MessageTooLarge for what, with so many bytes more, is none."""
+        size, limit = len(content[0]) + sum(map(len, content[1])) + more, self.send_limit
         if size > limit:
             text = f"a message of {size} bytes, where the other side takes {limit}: raise its max_message"
             raise MessageTooLarge(text, size=size, limit=limit)
@@ -3106,7 +3106,7 @@ class _Producer:
         lent: list[int] = []
         try:
             content = session.codec.dumps(item, "an item", lent)
-            session.channel.check_size(content)
+            session.channel.check_size(content, len("[]"))
         except PluginError:
             session.references.unlend(lent)
             raise
@@ -3379,9 +3379,7 @@ def _method_names(obj: Any) -> list[str] | None:
 
 def _no_method(name: str, names: Iterable[str] | None, where: str, what: str = "method") -> MethodNotFound:
     matches = _import("difflib").get_close_matches(name, list(names or ()), cutoff=0.5)
-    hint = ": attributes stay in the plugin" if what == "method" else ""
-    if matches:
-        hint = f"; did you mean {' or '.join(map(repr, matches))}?"
+    hint = f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
     if name.startswith("_"):
         hint = ": names that begin with an underscore are private to the plugin"
     text = f"has no {what} {name!r}{hint}" if name else "cannot be called, only its methods"
@@ -3399,11 +3397,9 @@ def _signature(function: Any) -> Any:
 def _makes_instances(served: Any) -> bool:
     """Whether what is served is a class, or a function that needs no argument, and not the object itself. One
     that may take any number, or in C any, is there to be called."""
-    inspect, is_partial = _import("inspect"), type(served) is partial
-    if isinstance(served.func if is_partial else served, type):
-        return True
-    if not (is_partial or inspect.isroutine(served)):
-        return False
+    inspect = _import("inspect")
+    if isinstance(served, type) or not inspect.isroutine(served):
+        return isinstance(served, type)
     try:
         parameters = _signature(served).parameters.values()
     except ValueError:
@@ -3422,7 +3418,6 @@ class _Loop:
         self._thread = _start_thread("miniplug-loop", self._run)
 
     def call(self, function: Callable[[], Any]) -> bool:
-        """Have the loop call a function. False if it is closed."""
         return _call_on(self._loop, function)
 
     def _run(self) -> None:
@@ -3454,14 +3449,14 @@ class _Loop:
 
 
 class _Served:
-    """What this process serves, to all who connect: plugins by name, and what their callers share."""
+    """What this process serves to all who connect: plugins by name. For any thread."""
 
     def __init__(self, plugins: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> None:
         self.plugins = plugins
         self.info = dict(info or {})
         self.config: dict[str, Any] | None = None  # what another host needs to attach, if one can
-        self._entering: dict[str, Any] = {}  # a lock for each name, held while that is entered, once
-        self._shared: dict[str, tuple[Any, Any]] = {}  # what all callers share: (object, context manager)
+        self._entering: dict[str, Any] = {}  # a lock for each name, held while that is entered
+        self._shared: dict[str, tuple[Any, Any]] = {}  # by name: (object, context manager)
         self._lock = threading.Lock()  # protects the following two
         self._loop: _Loop | None = None
         self._closed = False
@@ -3477,17 +3472,17 @@ class _Served:
         return name, self.plugins[name]
 
     def shared(self, name: str) -> Any:
-        """The object that all callers share; of a class or factory the instance that describe() looks at."""
+        """The object that all callers share; of a factory the instance that is described."""
         served = self.find(name)[1]
         with self._entering.setdefault(name, threading.RLock()):
             if self._closed:
                 raise PluginClosed("the plugin is shutting down")
             if name not in self._shared:
-                self._shared[name] = _enter(_made(served) if _makes_instances(served) else served)
+                self._shared[name] = _enter(served() if _makes_instances(served) else served)
             return self._shared[name][0]
 
     def on_loop(self, function: Callable[[], Any]) -> bool:
-        """Have the event loop that all async methods share call a function. False if it is closed."""
+        """Have the event loop of the async methods call a function. False if it is closed."""
         with self._lock:
             if self._loop is None and not self._closed:
                 self._loop = _Loop()
@@ -3503,25 +3498,14 @@ class _Served:
             _exit(self._shared.popitem()[1][1])
 
 
-def _made(factory: Any) -> Any:
-    try:
-        return factory()
-    except TypeError as error:
-        if error.__traceback__ and not error.__traceback__.tb_next:  # it has not begun
-            how = "serve an instance, or a function that makes one"
-            error.args = (f"{error}; it is called without arguments at each dispense: {how}",)
-        raise
-
-
 def _enter(obj: Any) -> tuple[Any, Any]:
-    """(what a context manager serves, the manager); or of any other object (object, None)."""
+    """(what a context manager serves, the manager), or (any other object, None)."""
     if hasattr(type(obj), "__enter__") and hasattr(type(obj), "__exit__"):
         return type(obj).__enter__(obj), obj
     return obj, None
 
 
 def _exit(manager: Any) -> None:
-    """What that raises goes to stderr, and so to the host's log."""
     try:
         if manager is not None:
             type(manager).__exit__(manager, None, None, None)
@@ -3532,7 +3516,7 @@ def _exit(manager: Any) -> None:
 # -- references: objects that stay where they are, and are called from the other side
 
 class _Ref:
-    """An object to be passed by reference. A dispensed one has a context manager, or None."""
+    """An object to be passed by reference; a dispensed one with its context manager, or None."""
 
     def __init__(self, obj: Any, *manager: Any) -> None:
         self.object = obj
@@ -3542,15 +3526,14 @@ class _Ref:
 def ref(obj: Any) -> Any:
     """Pass `obj` by reference, in an argument or a return value: the other side gets a proxy for it.
 
-    The object stays here and is called from there, until the other side has released it or let go of its last
-    proxy for it, or the connection ends. Sent back, it arrives as itself. Functions need no `ref`.
+    The object stays here and is called from there, until the other side has let go of its last proxy for it
+    or released it, or the connection ends. Sent back, it arrives as itself. Functions need no `ref`.
     """
     return _Ref(obj)
 
 
 class _Target:
-    """What a proxy and its methods share: where the object is. What a plugin serves has another kind, which
-    finds it again in another session (_Dispensed)."""
+    """What a proxy and its methods share: where the object is. What is dispensed has a _Dispensed."""
 
     released = False
     label = "the object"
@@ -3573,7 +3556,7 @@ class _Target:
         return self.number if session is self.session and not self.released else None
 
     def find(self, asked: _Call) -> tuple[_Session, int]:
-        """Where to call. Raises DeadReference, and what a plugin that cannot be called raises."""
+        """Where to call. Raises DeadReference, or what a plugin that cannot be called raises."""
         if self.released:
             raise DeadReference(f"{self.label} was released")
         if self.session.ended is not None:
@@ -3597,8 +3580,7 @@ class _Target:
 
 def _reach(find: Callable[[_Call], tuple[_Session, int]], act: Callable[..., Any], method: str, args: Any,
            kwargs: Any, seconds: float | None) -> Any:
-    """Call `act` with the session and number that `find` gives, or gives next if that takes no calls by then:
-    all within the deadline."""
+    """Call `act` with the session and number that `find` gives, once more if that is sealed by then."""
     asked = _Call(0, method, seconds)
     while True:
         try:
@@ -3636,17 +3618,15 @@ class _Remote:
 
 
 def release(proxy: Any) -> None:
-    """Give back what the other side has lent; a call on `proxy` raises DeadReference from then on.
-
-    By itself it is given back when its last proxy is collected. Raises TypeError for what is no proxy.
-    """
+    """Give back what the other side has lent, before its last proxy is collected. A call on `proxy` raises
+    DeadReference from then on. Raises TypeError for what is no proxy."""
     if not issubclass(type(proxy), _Remote):
         raise TypeError(f"{type(proxy).__name__} is no proxy: there is nothing to give back")
     proxy._target.release()
 
 
 class _Loan:
-    """An object lent to the other side, and the context manager to exit with the loan, if any."""
+    """An object lent to the other side, and the context manager to exit with it."""
 
     def __init__(self, obj: Any, key: Any, manager: Any = None) -> None:
         self.object = obj
@@ -3654,7 +3634,7 @@ class _Loan:
         self.manager = manager
         self.methods = _method_names(obj)
         self.known = {name: name for name in self.methods or ()}
-        self.sent: deque[None] = deque()  # as long as how often it was sent, and not given back
+        self.sent: deque[None] = deque()  # as long as how often it is out
 
 
 class _Held(tuple):
@@ -3671,7 +3651,7 @@ class _References:
         self._lock = threading.RLock()  # protects the following three
         self._loans: dict[int, _Loan] = {0: _Loan(_System(self), None)}
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
-        self._latest: deque[int] = deque(maxlen=1000)  # new numbers: a handler may have left one half lent
+        self._latest: deque[int] = deque(maxlen=1000)  # new numbers: one may be half lent
         self.lends = False  # whether anything is lent
         self._held: dict[int, Any] = {}  # weak references to those given back, that a message may hold
         self._parting: list[_Loan] = []  # those to be exited
@@ -3702,7 +3682,7 @@ class _References:
         return loan
 
     def lend(self, session: _Session, value: Any, lent: list[int]) -> tuple[str, Any] | None:
-        """The tag and state of what goes by reference, or None. The number of a loan is added to `lent`."""
+        """The tag and state of what goes by reference, or None. A loan's number is added to `lent`."""
         kind = type(value)
         obj, manager = (value.object, value.manager) if kind is _Ref else (value, ())
         if issubclass(type(obj), _Remote):
@@ -3729,7 +3709,7 @@ class _References:
         return "$ref", [number, loan.methods, callable(obj)]
 
     def held(self, message: _Message) -> _Message:
-        """The message, holding what comes home in it: a release that follows is done before it is decoded."""
+        """The message, holding what comes home in it: it is decoded after a release that follows."""
         *head, body, buffers = message
         if type(buffers) is _Held:
             return message
@@ -3739,7 +3719,7 @@ class _References:
         return (*head, body, held)
 
     def own(self, number: Any, method: Any) -> Any:
-        """What comes home. Raises DeadReference, MethodNotFound."""
+        """What comes home. Raises DeadReference, MethodNotFound, ProtocolError."""
         if method is not None and type(method) is not str:
             raise ProtocolError(f"a method named {_shown(method)}")
         return self.resolve(number, method) if method else self.loan(number).object
@@ -3770,7 +3750,7 @@ class _References:
                 _exit(self._parting.pop().manager)
 
     def release_unless_busy(self, number: int) -> None:
-        """For who reads: a finalizer that calls in the midst of `lend` waits for that one."""
+        """For who reads: a finalizer that calls in the midst of `lend` may wait for that one."""
         if not self._lock.acquire(False):
             return _pool.put((self.release, number))
         try:
@@ -3779,16 +3759,15 @@ class _References:
             self._lock.release()
 
     def unlend(self, lent: Any) -> None:
-        """Take back what was lent for a message that was not sent, and what a handler has left half lent."""
+        """Take back what was lent for a message that was not sent, and what is half lent."""
         _holding(self._lock, self._unlend, lent)
 
     def _unlend(self, lent: Any) -> None:
-        new = [number for number in self._latest if number in self._loans]
-        half = [number for number in new if not self._loans[number].sent]
+        for number in list(self._latest):
+            if number in self._loans and not self._loans[number].sent:
+                self._release(number)
         while lent:
-            half.append(lent.pop())
-        for number in half:
-            self._release(number)
+            self._release(lent.pop())
 
     def close(self) -> None:
         """The connection has ended: exit the context managers, the latest first."""
@@ -3807,12 +3786,12 @@ class _System:
         self._served = references.served
 
     def dispense(self, name: str | None = None) -> Any:
-        """A reference to the plugin of that name, or to the only one."""
+        """A reference to the plugin of that name, or to the only one there is."""
         if name == "system":
             return _Ref(self)
         name, served = self._served.find(name)
         if _makes_instances(served):
-            return _Ref(*_enter(_made(served)))
+            return _Ref(*_enter(served()))
         return _Ref(self._served.shared(name), None)
 
     def info(self) -> dict[str, Any]:
@@ -3836,8 +3815,7 @@ class _System:
         return self._described(name)[0]
 
     def describe(self, target: str | int | None = None) -> dict[str, Any]:
-        """{method: [signature, doc, parameters]} of a plugin, or of the reference of that number; or that of
-        each plugin."""
+        """{method: [signature, doc, parameters]} of a plugin or the reference of a number, or of each plugin."""
         if target is None:
             return {plugin: self.describe(plugin) for plugin in ("system", *sorted(self._served.plugins))}
         if type(target) is int:
@@ -3864,13 +3842,14 @@ def _describe(function: Any) -> list[Any]:
         signature = _signature(function)
     except (TypeError, ValueError):
         return [None, doc, None]
-    rows = [[each.name, int(each.kind), each.default, each.annotation]
+
+    def row(name: str, kind: int, default: Any, annotation: Any) -> list[Any]:
+        told = None if annotation is signature.empty else inspect.formatannotation(annotation)
+        return [name, kind, None if default is signature.empty else repr(default), told]
+
+    rows = [row(each.name, int(each.kind), each.default, each.annotation)
             for each in signature.parameters.values()]
-    rows.append(["return", 0, signature.empty, signature.return_annotation])
-    for row in rows:
-        row[2:] = [None if value is signature.empty else show(value)
-                   for value, show in zip(row[2:], (repr, inspect.formatannotation))]
-    return [str(signature), doc, rows]
+    return [str(signature), doc, [*rows, row("return", 0, signature.empty, signature.return_annotation)]]
 
 
 # === 7. proxies =========================================================================================
@@ -3890,7 +3869,7 @@ def _act_at(act: Callable[..., Any], session: _Session, *what: Any) -> Any:
 
 
 class _Method(_Remote):
-    # A method of the other side's, or with an empty name what can only be called itself, a function: call it.
+    # A method of the other side's; with an empty name the object itself, which is called.
 
     __slots__ = ("_name", "_target", "_timeout")
 
@@ -3903,7 +3882,7 @@ class _Method(_Remote):
         return self._act(_Caller.call, args, kwargs)
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:
-        """Call, and do not wait: returns a Call, a concurrent.futures.Future that asyncio can await."""
+        """Call without waiting: returns a Call, a concurrent.futures.Future that asyncio can await."""
         call: Call = _on_first_use("Call")()
         try:
             self._act(call._begin, args, kwargs, call)
@@ -3917,7 +3896,7 @@ class _Method(_Remote):
         self._act(_Caller.notify, args, kwargs)
 
     def timeout(self, seconds: float | None) -> _Method:
-        """The same method with a deadline: past `seconds` it raises CallTimeout. None: the default one."""
+        """The same method with a deadline: past `seconds` it raises CallTimeout. None: the default."""
         return type(self)(self._target, self._name, _checked_timeout(seconds))
 
     def _act(self, act: Callable[..., Any], args: Any, kwargs: Any, call: Any = None) -> Any:
@@ -3963,23 +3942,17 @@ def _checked_count(count: Any, name: str, least: int = 0) -> int:
 
 
 def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
-    if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
+    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds >= 0):
         raise ValueError(f"{name}={seconds!r}: it is a number of seconds, or None for no limit")
-    return None if seconds is None else float(seconds)
-
-
-def _is_output(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in ("discard", "inherit", "log")
-    return callable(value) or (hasattr(value, "write") and "b" not in str(getattr(value, "mode", "")))
+    return seconds
 
 
 def _are_digests(value: Any) -> bool:
-    digests = [value] if isinstance(value, str) else value.values() if hasattr(value, "values") else [None]
+    digests = value.values() if hasattr(value, "values") else [value]
     return all(isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each) for each in digests)
 
 
-# What the options of functions take, by their types in the signature: the error, in words, and as a test.
+# What options take, by their types in the signature: the error, in words, and as a test.
 _TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
     "str": (TypeError, "a str", lambda value: isinstance(value, str)),
     "bool": (TypeError, "True or False", lambda value: isinstance(value, bool)),
@@ -3991,17 +3964,16 @@ _TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
                           and all(isinstance(part, str) for item in value.items() for part in item)),
     "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
                       lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
-    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", _is_output),
+    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", lambda value:
+                value in ("log", "inherit", "discard") or callable(value) or hasattr(value, "encoding")),
     "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", _are_digests),
-    "logging.Logger": (TypeError, "a logging.Logger (that of a LoggerAdapter is its .logger)",
-                       lambda value: hasattr(value, "getChild")),
+    "logging.Logger": (TypeError, "a logging.Logger", lambda value: hasattr(value, "getChild")),
     "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
     "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
 
 
 def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
-    """Check the options that a function was given by the types in its signature. Raises TypeError and
-    ValueError."""
+    """Check what a function was given by its signature. Raises TypeError and ValueError."""
     for name, annotation in function.__annotations__.items():
         wanted, none, _ = annotation.partition(" | None")
         if wanted == "int":
@@ -4016,7 +3988,7 @@ def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
 
 
 class _Proxy(_Remote):
-    # An object of the other side's: it has the object's public methods.
+    # An object of the other side's, with its public methods.
 
     def __init__(self, target: _Target, names: Sequence[str] | None) -> None:
         vars(self).update(_target=target, _names=names, _interface=_Proxy)
@@ -4030,7 +4002,7 @@ class _Proxy(_Remote):
         return method
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{self._target.label} has methods only: {name!r} set here would not reach it")
+        raise AttributeError(f"{self._target.label} has methods only: {name!r} cannot be set")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _Method(self._target, "")(*args, **kwargs)
@@ -4043,8 +4015,7 @@ class _Proxy(_Remote):
         return self.__dict__["_interface"]  # what isinstance() believes, also of an ABC
 
     def _adopt(self, interface: type) -> None:
-        """Be an instance of the interface. Raises InterfaceMismatch unless all of it is there, and takes its
-        arguments."""
+        """Be an instance of the interface. Raises InterfaceMismatch."""
         differences = _differences(interface, self._target, self._names)
         if differences:
             text = f"{self._target.label} is no {interface.__name__}: " + "; ".join(differences)
@@ -4059,8 +4030,7 @@ class _Proxy(_Remote):
 
 
 def _borrow(session: _Session, tag: str, state: Any) -> Any:
-    """What a reference that has come stands for. Raises ProtocolError for what is none, DeadReference and
-    MethodNotFound."""
+    """What a reference that has come stands for. Raises ProtocolError, DeadReference, MethodNotFound."""
     number, second, *rest = state if type(state) is list and len(state) > 1 else (None, None)
     if tag == "$own":
         return session.references.own(number, second)
@@ -4073,7 +4043,7 @@ def _borrow(session: _Session, tag: str, state: Any) -> Any:
 
 def _open_session(channel: _Channel, terms: _Terms, max_message: int, served: _Served,
                   *others: Any) -> _Session:
-    """A session that serves to the other side, and makes proxies for what that one lends."""
+    """A session that serves the other side, and makes proxies for what that one lends."""
     return _Session(channel, terms, max_message, _References(served), _borrow, *others)
 
 
@@ -4093,12 +4063,12 @@ def _ask_description(target: _Target) -> dict[str, Any]:
 def _checked_description(found: Any) -> dict[str, Any]:
     """As much of what `describe` told as is what it should be."""
     methods, texts = found if type(found) is dict else {}, {str, type(None)}
-    return {name: each for name, each in methods.items() if type(name) is str and type(each) is list
-            and len(each) == 3 and texts.issuperset(map(type, each[:2]))}
+    return {name: each for name, each in methods.items()
+            if type(each) is list and len(each) == 3 and texts.issuperset(map(type, each[:2]))}
 
 
 def _differences(interface: type, target: _Target, names: Sequence[str] | None) -> list[str]:
-    """In which ways an object with methods of these names (None: all) is not the interface, in words."""
+    """In words, what keeps an object with methods of these names (None: all) from being the interface."""
     inspect = _import("inspect")
     abstract = getattr(interface, "__abstractmethods__", ())
     described = {} if names is None else _ask_description(target)
@@ -4123,10 +4093,10 @@ def _refusals(interface: type, name: str, shown: str, doc: str, parameters: Any)
     inspect = _import("inspect")
     try:
         mine = _signature(getattr(interface, name))
-        *others, (_, _, _, _) = parameters
-        kinds, make = inspect._ParameterKind, inspect.Parameter
-        theirs = inspect.Signature([make(each, kinds(kind), default=mine.empty if default is None else 0)
-                                    for each, kind, default, _ in others])
+        *others, (_, _, _, _) = parameters  # the last is the result
+        theirs = inspect.Signature(
+            [inspect.Parameter(each, kind, default=mine.empty if default is None else default)
+             for each, kind, default, _ in others])
     except (TypeError, ValueError):
         return []  # one of the two is not known
     if inspect.isfunction(inspect.getattr_static(interface, name)):
@@ -4140,8 +4110,8 @@ def _refusals(interface: type, name: str, shown: str, doc: str, parameters: Any)
 
 
 def _allowed_calls(parameters: Iterable[Any]) -> Iterable[tuple[int, list[str]]]:
-    """The calls to try, as (how many by position, names of the others): for each count that without optional
-    names, and that with all. What takes those takes all between."""
+    """The calls to try, as (how many by position, names of the others): for each count without optional names,
+    and with all. What takes those takes all between."""
     only, either, more, named, others = ([each for each in parameters if each.kind == kind]
                                          for kind in range(5))
     positional = only + either
@@ -4161,6 +4131,11 @@ class _Awaitable:
         _condition: Any
         _state: str
         _done_callbacks: list[Any]
+        set_result: Callable[[Any], Any]
+        set_exception: Callable[[Any], Any]
+
+        def cancelled(self) -> bool: ...
+        def done(self) -> bool: ...
     _call: _Call | None = None
 
     def _begin(self, caller: _Caller, *what: Any) -> None:
@@ -4171,8 +4146,8 @@ class _Awaitable:
             _pool.put((caller.give_up, call))
 
     def _arrive(self, call: _Call, come: deque[_Message], attends: bool) -> None:
-        """Called by who reads, once the answer has come. Callbacks may take long: a thread of the pool runs
-        them, and does it all where the reader may be interrupted."""
+        """As the reader: the answer has come. Where callbacks may take long, or a handler may strike, a thread
+        of the pool does the rest."""
         if attends and self._condition.acquire(False):  # whoever was struck in `result` may hold it for ever
             try:  # no callback is added meanwhile
                 if all(map(_is_asyncios, self._done_callbacks)):
@@ -4182,7 +4157,6 @@ class _Awaitable:
         return _move(come.popleft, self._settle, call)
 
     def _settle(self, call: _Call, message: _Message) -> None:
-        future: Any = self
         call.session.reader.unattended.discard(call.number)  # should who read have been struck before that
         if not call.streams:
             call.session.calls.pop(call.number, None)
@@ -4194,44 +4168,35 @@ class _Awaitable:
         except BaseException as error:
             return self._fail(error)
         call.future = None  # which may have a stream, that shall go when nobody wants it
-        return self._end(future.set_result, value)
+        return self._end(self.set_result, value)
 
     def _fail(self, error: BaseException) -> None:
-        future: Any = self
-        self._end(future.set_exception, error)
+        self._end(self.set_exception, error)
 
     def _attempt(self, function: Callable[..., Any], *args: Any) -> None:
-        """Do what it is made of; what that raises is the answer."""
+        """Call a function; what that raises is the answer."""
         try:
             function(*args)
         except BaseException as error:
             self._fail(error)
 
     def _end(self, settle: Callable[[Any], Any], outcome: Any) -> None:
-        """It may have been cancelled meanwhile, or settled before."""
+        """Settle it, unless it was cancelled meanwhile, or settled before."""
         _quietly(settle, outcome, kind=_import("concurrent.futures").InvalidStateError)
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
         base: Any = super()
-        with self._condition:
-            if self.done():
-                return self.cancelled()
-            callbacks, self._done_callbacks = self._done_callbacks, []  # a reader may want the lock
-            base.cancel()
-            base.set_running_or_notify_cancel()
         call = self._call
+        was_done = self.done()
         try:
-            if call is not None and call.session is not None:
-                _in_pool(call.session.caller.give_up, call)  # where no handler strikes
+            return base.cancel()
         finally:
-            for callback in callbacks:
-                base.add_done_callback(callback)
-        return True
-
-    if TYPE_CHECKING:
-        def cancelled(self) -> bool: ...
-        def done(self) -> bool: ...
+            with self._condition:
+                if self._state == "CANCELLED":
+                    base.set_running_or_notify_cancel()
+            if not was_done and self.cancelled() and call is not None and call.session is not None:
+                _in_pool(call.session.caller.give_up, call)  # where no handler strikes
 
     def __await__(self) -> Any:
         return _import("asyncio").wrap_future(self).__await__()
@@ -4251,9 +4216,9 @@ if TYPE_CHECKING:
 class Stream:
     """What a method gives that returns a generator or an iterator: iterate with ``for`` or ``async for``.
 
-    Few items wait here unread, however slow the reader is. `close()` (or `aclose()`, or the end of ``with``)
-    gives the rest up and closes the plugin's generator; so does letting go of the stream. An exception of the
-    generator's is raised where it happened. Each item has the deadline that the call had.
+    At most 64 items wait here unread. `close()`, `aclose()`, the end of ``with`` and letting go of the stream
+    give the rest up and close the plugin's generator. What that raises is raised where it happened. Each item
+    has the deadline that the call had.
     """
 
     def __init__(self, session: _Session, call: _Call) -> None:
@@ -4279,13 +4244,6 @@ class Stream:
             _holding(self._lock, self._advance, True)
 
     __aiter__ = __iter__
-
-    if not TYPE_CHECKING:  # which finds by itself that there are no such
-        def __getitem__(self, index: Any) -> Any:
-            raise TypeError("a stream has no index: read it with for or next(), or take list(stream)")
-
-        def __await__(self) -> Any:
-            raise TypeError("a stream is not awaited: read it with async for; await m.submit(...) opens one")
 
     async def __anext__(self) -> Any:
         while True:
@@ -4357,7 +4315,7 @@ class Stream:
         self._session.borrowed.discard(id(self))
 
     def close(self) -> None:
-        """Give the rest up: the plugin's generator is closed. Closing what has ended does nothing."""
+        """Give the rest up: the plugin's generator is closed."""
         if not self._over:
             _pool.put((self._session.caller.give_up, self._call))
             self._finish()
@@ -4379,7 +4337,7 @@ class Stream:
 
 
 def _wake(waiters: list[Any]) -> None:
-    """Something has come: every task looks. Called by who reads."""
+    """As the reader: something has come, every task looks."""
     for loop, event in list(waiters):
         _call_on(loop, event.set)
 
@@ -5221,7 +5179,7 @@ def _last_words(lines: Sequence[str]) -> str:
 
 # === 10. plugin =======================================================================================
 #
-# Four rooms. The recipe: what was asked for, checked once. A run: one process, from its start to its end. The
+# Four rooms. The recipe: what was asked for, checked once. A run: one process, from start to end. The
 # supervisor: which run calls go to, and when another is started. Plugin: what the user holds. Nothing is
 # started, ended, sent or called back under the supervisor's lock, `news`.
 
@@ -5234,14 +5192,70 @@ def _or_forever(seconds: float | None) -> float:
     return _FOREVER if seconds is None else min(seconds, _FOREVER)
 
 
-_HINT = ("what is in a file or module is named after a colon: 'path/to/file.py:Attr' or 'module:Attr'; "
-         "a program of the PATH, or with arguments, is a list")
+# Without these a Windows program does not start; on POSIX there are none such.
+_SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if _WINDOWS else "").split()
+
+# Run by the plugin's interpreter: this very file is miniplug there, from the bytecode cache, or the zip file
+# that the host is packed in. The first lines are for any Python at all.
+_BOOTSTRAP = """
+import sys
+if sys.path[:1] == [""]:  # a json.py in the current folder is not what is imported here
+    del sys.path[0]
+if sys.version_info < (3, 8):
+    sys.exit("miniplug needs Python 3.8 or newer: " + sys.executable + " is " + sys.version.split()[0])
+import os
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+folder, name = os.path.split(sys.argv[1])
+spec = PathFinder.find_spec(name.partition(".")[0], [folder])
+if spec is None:
+    lack = " is not there for " + sys.executable + " to load: pack it there as a data file"
+    sys.exit(sys.argv[1] + lack + " (freeze_support tells how)")
+module = sys.modules["miniplug"] = module_from_spec(spec)
+module.__name__ = "miniplug"
+exec(spec.loader.get_code(spec.name), vars(module))
+module._run_plugin(*sys.argv[2:])
+"""
+_FROZEN = "--miniplug-plugin"  # the first argument of a frozen application that is to be a plugin
+_frozen_mains: list[bool] = []  # not empty: it looks for that
+
+
+def _current_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""  # it is gone
+
+
+_NAME = r"[^\W\d]\w*"
+_SPEC = rf"(?:({_NAME})=)?(.+\.py|{_NAME}(?:[.-]\w+)*):({_NAME}(?:\.{_NAME})*)"
+
+
+def _split_spec(command: str) -> tuple[str, str, str]:
+    """``name=source:Attr`` to its parts. The attribute is empty if it is no spec."""
+    match = re.fullmatch(_SPEC, command, re.DOTALL)
+    if match is None or match[3].endswith(".py") or (_WINDOWS and match.start(3) == 2):  # C:program
+        return "", command, ""
+    name, source, attribute = match.groups()
+    return name or attribute.rpartition(".")[2].lower(), source, attribute
+
+
+def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
+    """What takes the lines of an output stream, or None if they go where the host's own go."""
+    if isinstance(output, str):
+        return {"inherit": None, "log": _LogSink(logger, stream), "discard": bool}[output]
+    if callable(output):
+        return output
+    write, encoding = output.write, getattr(output, "encoding", None) or "utf-8"
+    return lambda line: write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 class _Recipe:
-    """What a plugin is made from: the options, checked once, as attributes; what is to be run; where its
-    paths start. It does not change, so any thread may read it. `process` starts one; `config` is of one to
-    attach to."""
+    """What a plugin is made from: the options, checked once, as attributes, and what is to be run. It does not
+    change: any thread may read it."""
+
+    config: Any = None  # of a process to attach to
+    process = _Process  # what starts one
 
     def __init__(self, command: Any, **options: Any) -> None:
         versions = options["protocol_versions"]
@@ -5249,16 +5263,12 @@ class _Recipe:
             versions = [getattr(options["handshake"], "protocol_version", 1)]
         options["protocol_versions"] = [*versions] if hasattr(versions, "__iter__") else versions
         _check(Plugin.__init__, options)
-        for name in ("start_timeout", "restart_window"):
-            options[name] = _or_forever(options[name])
         vars(self).update(options)
-        self.config: Any = None
-        self.process = _Process
         self.folder = _current_folder()  # what is relative starts there
         if self.cwd is not None:
             self.folder = os.path.join(self.folder, os.fsdecode(self.cwd))
         python = os.fsdecode(self.python or sys.executable or "")
-        self.is_own = python == (sys.executable or "")  # whether that is this interpreter
+        self.is_own = python == (sys.executable or "")  # this very interpreter
         self.interpreter = os.path.join(self.folder, python) if os.path.dirname(python) else python
         self.is_list = not isinstance(command, (str, bytes, os.PathLike))
         try:
@@ -5300,7 +5310,7 @@ class _Recipe:
     # -- what to run
 
     def argv(self) -> list[str]:
-        """What to run. Raises LaunchError if that can be told to fail, OSError for a file not to be read."""
+        """What to run. Raises LaunchError, and OSError for a file that cannot be read."""
         if self.command in ([], [""]):
             raise self.not_started([], "the command is empty")
         argv = [*self.command] if self.is_list else [self.source]
@@ -5309,7 +5319,8 @@ class _Recipe:
         elif self._whole(argv[0]) in self.sha256:
             argv[0] = self._whole(argv[0])  # and not one of that name on the PATH
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
-            raise self.not_started(argv, f"there is no such file as {self.source}; {_HINT}")
+            how = "a spec is 'path/to/file.py:Attr' or 'module:Attr', a program of the PATH a list"
+            raise self.not_started(argv, f"there is no such file as {self.source}; {how}")
         for path, expected in self.sha256.items():
             digest = _import("hashlib").sha256()
             with open(path, "rb") as file:
@@ -5338,7 +5349,7 @@ class _Recipe:
         return os.path.normpath(os.path.join(self.folder, path))
 
     def failure(self, run: _Run, argv: list[str], refusal: Any, strangers: int | None) -> LaunchError:
-        """Why a process did not come up. `strangers`: so many came in its time instead."""
+        """Why a process did not come up. `strangers`: how many came instead, once its time is over."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
             run.ended.wait(1.0)  # it says on stderr that it was refused
@@ -5348,10 +5359,7 @@ class _Recipe:
             others = f" ({strangers} callers without the key did)" if strangers else ""
             reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
         elif run.exit_code == 0:
-            kind = HandshakeError
-            reason = f"it exited without connecting: it is no plugin, or does not call serve(); {_HINT}"
-            if self.python is not None:
-                reason += f"; or python={self.python!r} is no Python"
+            kind, reason = HandshakeError, "it exited without connecting: it does not call serve()"
         else:
             reason = f"it {_end_words(run.exit_code)[0]}"
         carried = {"exit_code": run.exit_code, "output": run.output.tail(), **told}
@@ -5379,8 +5387,8 @@ class _Recipe:
         return env
 
     def above(self) -> list[Any]:
-        """What is being started, from the first host down to this process, if that does not serve yet: [[the
-        program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin must not
+        """What is being started, from the first host down to this process, if that does not serve yet:
+        [[program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin is not to
         be launched there: a module that launches what imports it would go on for ever."""
         if self.process is not _Process:
             return []
@@ -5398,7 +5406,7 @@ class _Recipe:
         return above
 
     def identity(self) -> str | None:
-        """By which a program knows itself, whatever its arguments. (A spec's process launches nothing.)"""
+        """By which a program knows itself, whatever its arguments; None for a spec."""
         if self.task[:1] == ["serve"]:
             return None
         if not self.is_list or self.source.endswith((".py", ".pyw")):
@@ -5424,7 +5432,7 @@ class _Recipe:
 
 
 class _Voice:
-    """What a process says: a thread for each of its output streams delivers the lines, and keeps the last."""
+    """What a process says: a thread for each of its output streams delivers the lines."""
 
     def __init__(self, process: Any, sinks: Sequence[_Sink | None]) -> None:
         files = (process.stdout, process.stderr)
@@ -5439,12 +5447,12 @@ class _Voice:
             self._threads.append(_start_thread("miniplug-output", *what))
 
     def stop(self) -> None:
-        """Have the threads end, once nothing more comes."""
+        """Have the threads end once nothing more comes."""
         if self._wake:
             os.close(self._wake.pop())
 
     def close(self, seconds: float | None = None) -> None:
-        """Close all, unless a thread does not end in that time."""
+        """Close all, unless a thread goes on for longer."""
         for thread in self._threads:
             thread.join(seconds)
         if not any(thread.is_alive() for thread in self._threads):
@@ -5461,11 +5469,11 @@ class _Voice:
 class _Run:
     """One process of a plugin, from the wish to have it to its end. Any thread may call the methods.
 
-    The thread of the number `thread` brings it up, and may alone call on it until on_start has returned; one
+    The thread of the number `thread` brings it up, and alone may call on it until on_start has returned; one
     waits for the process and reaps it; another minds it. The supervisor's `news` protects `settled`, set when
-    it serves or will not, and `failure`, which says why not. When `gone` is set the last line is delivered,
-    the process reaped; when `ended` is set its calls have failed, too. An end that was not `asked` for is a
-    crash. `_claim` is held for good by who ends the run: who waits for the process, or who detaches.
+    it serves or will not, and `failure`, why not. Once `gone` the last line is delivered and the process
+    reaped; once `ended` its calls have failed, too. An end that was not `asked` for is a crash. `_claim` is
+    held for good by who ends the run: who waits for the process, or who detaches.
     """
 
     thread = 0
@@ -5474,7 +5482,7 @@ class _Run:
     process: Any = None
     output: Any = None
     session: Any = None
-    config: dict[str, Any] | None = None  # of a process that stays: what a host needs to attach
+    config: dict[str, Any] | None = None  # of a process that stays: what attach() takes
     owned = True  # whether the process is this host's
     exit_code: int | None = None
     _why = ""  # it had to be killed
@@ -5521,7 +5529,7 @@ class _Run:
             raise
 
     def _launch(self, argv: list[str], above: list[Any]) -> None:
-        """Start a process, and wait until it has connected, was refused, or has ended."""
+        """Start a process, and wait until it has connected, or will not."""
         key = os.urandom(32)
         came: list[Any] = []
 
@@ -5535,7 +5543,7 @@ class _Run:
             if folder:
                 _guardian.tell(folder)
             self._spawn(argv, above, door.listener, key)
-            in_time = self._arrival.wait(self.recipe.start_timeout)
+            in_time = self._arrival.wait(_or_forever(self.recipe.start_timeout))
             if self.gone.is_set():
                 door.settle()  # it may have been refused just before
             if came and isinstance(came[1], _Terms):
@@ -5555,8 +5563,6 @@ class _Run:
         env = {**recipe.environ(), _ADDRESS: listener.address, _AUTHKEY: key.hex(),
                _LOADING: json.dumps([*above, [recipe.identity(), listener.address]]),
                _LOG_LEVEL: str(logger.getEffectiveLevel())}
-        for folder in listener.passed_over:
-            logger.info("its socket is in %s, not in %s", listener.folder or listener.address, folder)
         stdin = {"discard": _DEVNULL, "inherit": None}.get(recipe.stdin, recipe.stdin)
         sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
         stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
@@ -5600,7 +5606,7 @@ class _Run:
         return session is not None and session.ended is None and not (self.asked or self.gone.is_set())
 
     def _mind(self, session: _Session) -> None:
-        """See that it answers, and is used; in rounds, as this host may have stood still for once."""
+        """See that it answers, and is used; in rounds, as this host may have stood still."""
         heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
         pause = min(heartbeat / 4, idle / 8)
         silent = unused = 0.0
@@ -5617,7 +5623,7 @@ class _Run:
     # -- how it ends
 
     def ask(self, grace: float | None) -> None:
-        """Ask it to end, without a grace kill it. Another host's is let go of, without a grace asked."""
+        """Ask it to end, or without a grace kill it; another host's let go, or without a grace ask."""
         self.asked = True
         if self.owned == (grace is None):
             self.process.signal(kill=True)
@@ -5636,7 +5642,7 @@ class _Run:
             self._over()
 
     def drain(self, seconds: float) -> None:
-        """End it, whose place another has taken, when it is not busy, or after so many seconds."""
+        """Another has taken its place: end it when it is not busy, or after so many seconds."""
         deadline = time.monotonic() + seconds
         while not self.session.seal() and time.monotonic() < deadline:
             self.ended.wait(0.02)
@@ -5664,7 +5670,7 @@ class _Run:
         self.output.close()  # somebody's callable may hang
 
     def _over(self) -> None:
-        """It is gone, or let go of: end the session, tell who waits, give back, dispose."""
+        """It is gone, or let go of: end the session, and tell who waits."""
         self.gone.set()
         _runs.discard(self)
         self.supervisor.notice()
@@ -5683,7 +5689,7 @@ class _Run:
         self.output.close()
 
     def _lost(self, cause: BaseException) -> Callable[[Sequence[str]], BaseException]:
-        """The connection has ended: find out why, and give what makes the error."""
+        """The connection has ended: find out why. Returns what makes the error."""
         if not self.asked:
             if not self.owned or isinstance(cause, ProtocolError) or not self.gone.wait(0.5):
                 self.process.signal(kill=True)
@@ -5692,7 +5698,7 @@ class _Run:
         return self.error
 
     def error(self, calls: Sequence[str] = (), verdict: str = "") -> BaseException:
-        """What calls raise that it has cut off, by name, or does not take any more."""
+        """What calls raise that it has cut off, or does not take any more."""
         name, tail = self.recipe.label, self.output.tail()
         if self.asked:
             return PluginClosed(f"{name} was closed")
@@ -5716,14 +5722,14 @@ class _Supervisor:
         down --call, start()--> starting --it serves--> up --crash, idle--> down (or starting, with a `start`)
         starting --it fails--> down      any --close(), kill(), detach(), exit--> closed --start()--> starting
 
-    `news` protects all fields, for any thread. Who waits for it looks again within a second, should a signal
-    handler have changed something between look and sleep.
+    `news` protects all fields, for any thread. Who waits for it looks again within a second, as a signal
+    handler may change something between look and sleep.
     """
 
     state = "down"
     start: _Run | None = None  # comes up
     run: Any = None  # the latest that has, or had, a process
-    open: _Session | None = None  # that of `run`, if any thread may call on it just now
+    open: _Session | None = None  # that of `run`, if any thread may call on it
     crash: _Run | None = None  # has crashed, until another serves
     restarts = 0
     down_at = not_before = 0.0  # on the monotonic clock; a start waits for the latter
@@ -5740,7 +5746,7 @@ class _Supervisor:
         return isinstance(self._seek(), _Run)
 
     def session(self, asked: _Call | None = None) -> _Session:
-        """The session that this thread is to call on, after a start if need be. Raises why there is none."""
+        """The session that this thread is to call on, after a start if need be."""
         while True:
             found = self._seek()
             if isinstance(found, _Session):
@@ -5748,8 +5754,8 @@ class _Supervisor:
             self._await(found, asked)
 
     def own_start(self) -> _Run | None:
-        """The start that this thread takes part in: it runs on_start, or what the calls of that call back.
-        Comes before any lock, which in a forked child a thread that is not there may hold."""
+        """The start that this thread takes part in, as it runs on_start or what that has called back. Asked
+        before any lock, which in a forked child a thread that is not there may hold."""
         if self.owner != os.getpid():
             where = "belongs to the process that this one was forked from: launch another here"
             raise PluginError(f"{self.recipe.label} {where}")
@@ -5780,7 +5786,7 @@ class _Supervisor:
     def _start_for_calls(self) -> _Run:
         if self.crash is None:
             return self._begin()
-        most, window = self.recipe.max_restarts, self.recipe.restart_window
+        most, window = self.recipe.max_restarts, _or_forever(self.recipe.restart_window)
         self.tries = [each for each in self.tries if self.down_at - each < window]
         if len(self.tries) >= most:
             why = f", and is not started again (max_restarts={most} in {window:g} s): start() it"
@@ -5790,8 +5796,8 @@ class _Supervisor:
         return self._begin(pause=pause)
 
     def _begin(self, drain: float | None = None, pause: float | None = None) -> _Run:
-        """Start another run; after a crash, when a `pause` is over. With `drain` it takes the place of one
-        that is up, which then has so many seconds."""
+        """Start another run, after a crash with a `pause`. With `drain` it takes the place of one that is up,
+        which then has so many seconds."""
         start = self.start = _Run(self)
         self.not_before = self.down_at + (pause or 0.0)
         self.state = self.state if self.state == "up" else "starting"
@@ -5803,8 +5809,8 @@ class _Supervisor:
         return start
 
     def start_up(self, drain: float | None = None) -> None:
-        """Start it, unless it is up; with `drain` replace what is up. Who is interrupted while it waits for
-        its start closes the plugin."""
+        """Start it, unless it is up; with `drain` replace what is up. Who is interrupted in its own start closes
+        the plugin."""
         replace = drain is not None
         if self.own_start() is not None:
             if replace:
@@ -5905,7 +5911,7 @@ class _Supervisor:
             _end_runs([run], _GRACE)
 
     def close(self) -> list[_Run]:
-        """Start nothing more, and let go who waits for that. Returns the runs to end."""
+        """Start nothing more, and let go who waits. Returns the runs to end."""
         if self.owner != os.getpid():
             return []  # a thread that is not here may hold the lock
         with self.news:
@@ -5926,8 +5932,8 @@ _runs: set[_Run] = set()  # all that have a process which has not ended
 
 
 def _end_runs(runs: Sequence[_Run], grace: float | None) -> None:
-    """End runs side by side: ask them, after `grace` seconds terminate, a second later kill; without a grace
-    kill at once. Returns when they are gone."""
+    """End runs side by side: ask, after `grace` seconds terminate, a second later kill; without a grace kill at
+    once. Returns when they are gone."""
     for run in runs:
         run.ask(grace)
     seconds = 1.0 if grace is None else grace if any(run.session for run in runs) else 0.0
@@ -5939,7 +5945,7 @@ def _end_runs(runs: Sequence[_Run], grace: float | None) -> None:
 
 
 def _close_all() -> None:
-    """At interpreter exit: end what is managed, and let go of what stays."""
+    """At interpreter exit: let go of what stays, and end what is managed."""
     managed = []
     for run in list(_runs):
         stays = run.config is not None and run is run.supervisor.run  # else another has taken its place
@@ -5966,8 +5972,8 @@ if hasattr(os, "register_at_fork"):
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
-    """Call what blocks in a thread of its own: those of the loop may all wait for the plugin. Cancelled, it
-    calls `undo` before and after that has returned: so nothing is left half done."""
+    """Call what blocks in a thread of its own: the loop's may all be waiting. Cancelled, it calls `undo` before
+    and after that has returned, so that nothing is left half done."""
     asyncio, call = _import("asyncio"), _on_first_use("Call")()
     _aside("miniplug-async", call._attempt, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
@@ -5990,8 +5996,8 @@ def _ask(kind: type, session: _Session, *what: Any) -> Any:
 
 
 class _Dispensed(_Target):
-    """What a plugin serves under a name: an object of the session of each run in turn, `at` which number.
-    `_lock` is for the one thread that dispenses it anew in another run."""
+    """What a plugin serves under a name: an object of each run's session in turn, in `at`. `_lock` is held by
+    who dispenses it anew."""
 
     def __init__(self, supervisor: _Supervisor, name: str | None, first: _Target) -> None:
         self.at: dict[_Session, _Target] = {}
@@ -6040,11 +6046,11 @@ class _Dispensed(_Target):
 
 
 class Plugin:
-    """A plugin, as its host holds it: something to start, call and end, as often as you like.
+    """A plugin, as its host holds it: to start, call and end, as often as you like, from any thread.
 
-    The parameters are those of `launch`, which makes one and starts it; one that was only made starts on
-    first use. ``with`` starts and closes it. Any thread may use it. After `close()` calls raise PluginClosed,
-    after a crash PluginCrashed, until `start()`; then the proxies work again, on fresh instances.
+    The parameters are those of `launch`; one that was only made starts on first use. ``with`` starts and
+    closes it. After `close()` calls raise PluginClosed, after a crash PluginCrashed, until `start()`; then
+    the proxies work again, on fresh instances.
     """
 
     def __init__(self, command: _Command, *, name: str | None = None, handshake: Handshake = Handshake(),
@@ -6075,20 +6081,20 @@ class Plugin:
         """Swap in a fresh process, or start one. Returns when that serves, and new calls go there.
 
         Calls in flight, streams and references finish in the old one, in at most `drain` seconds (None: no
-        limit). What is cut off raises PluginClosed, a reference DeadReference. If the new process does not
-        come up, the old one stays, and this raises what `start` does.
+        limit). What is cut off raises PluginClosed, a reference DeadReference. Raises what `start` does; the
+        old process stays then.
         """
         self._supervisor.start_up(_or_forever(_checked_timeout(drain, "drain")))
         return self
 
     def close(self, grace: float | None = _GRACE) -> None:
-        """End the plugin and all that it started: ask it, after `grace` seconds (None: never) terminate it,
-        within 2 more kill it. Calls in flight raise PluginClosed."""
+        """End the plugin and all that it started: ask it, after `grace` seconds (None: never) terminate it, a
+        second later kill it. Calls in flight raise PluginClosed."""
         seconds = _or_forever(_checked_timeout(grace, "grace"))
         _end_runs(self._supervisor.close(), seconds)
 
     def kill(self) -> None:
-        """End the plugin and all that it started at once. One that was attached to is asked to end."""
+        """End the plugin and all that it started at once. One that was attached to is asked to."""
         _end_runs(self._supervisor.close(), None)
 
     def detach(self) -> None:
@@ -6106,8 +6112,7 @@ class Plugin:
         return run.config
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until the process has ended, at most `timeout` seconds. Returns its exit code, or None if it
-        still runs."""
+        """Wait at most `timeout` seconds for the process to end. Returns its exit code, or None."""
         run = self._run
         if run is not None:
             run.ended.wait(_or_forever(timeout))
@@ -6119,7 +6124,7 @@ class Plugin:
         self.close()
 
     async def astart(self) -> Plugin:
-        """As `start`, without blocking the event loop. Cancelled, it leaves no plugin that was not there."""
+        """As `start`, without blocking the event loop. Cancelled, it leaves none that was not there."""
         await _in_thread(self.start, undo=bool if self.running else self.kill)
         return self
 
@@ -6137,7 +6142,7 @@ class Plugin:
 
     @property
     def _run(self) -> Any:
-        """The one that this thread has to do with; none in a forked child."""
+        """The one that this thread has to do with."""
         supervisor = self._supervisor
         return (supervisor.own_start() or supervisor.run) if supervisor.owner == os.getpid() else None
 
@@ -6155,18 +6160,18 @@ class Plugin:
 
     @property
     def exit_code(self) -> int | None:
-        """How the last process ended: its exit status, negative for a signal; None if none has ended."""
+        """How the last process ended: negative for a signal; None if none has."""
         run = self._run
         return None if run is None else run.exit_code
 
     @property
     def restarts(self) -> int:
-        """How often it was started anew because it had crashed."""
+        """How often it was started anew after a crash."""
         return self._supervisor.restarts
 
     @property
     def protocol_version(self) -> int:
-        """The version of the interface that host and plugin have agreed on."""
+        """The version that host and plugin have agreed on."""
         return self._supervisor.session().protocol_version
 
     @property
@@ -6178,8 +6183,8 @@ class Plugin:
 
     def dispense(self, name: str | None = None, interface: Callable[..., _I] | None = None, *,
                  timeout: float | None = None) -> _I:
-        """A proxy for the plugin of that name, or for the only one there is. It has the plugin's public
-        methods, not its attributes and properties. The name "system" gives the introspection.
+        """A proxy for the plugin of that name, or for the only one there is, with its public methods (not its
+        attributes and properties). The name "system" gives the introspection.
 
         `interface`: an ABC, Protocol or class, whose public methods the plugin must have, and take every call
         that they allow. The proxy is an instance of it, for type checkers and (not a Protocol) for
@@ -6187,17 +6192,14 @@ class Plugin:
 
         Raises PluginNotFound, InterfaceMismatch, and whatever the plugin's factory raised.
         """
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"name={name!r}: it is a str; an interface is given as dispense(interface=...)")
+        _check(Plugin.dispense, locals())
         wanted: Any = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
         if wanted is not None and not isinstance(wanted, type):
             raise TypeError(f"interface={interface!r}: it is an ABC, a Protocol or another class")
-
-        seconds = _checked_timeout(timeout)
         found = self._ask_system("dispense", (name,), _Remote)
         target = _Dispensed(self._supervisor, name, found._target)
         target.label = f"the plugin {name or self.name!r}"
-        target.timeout = target.timeout if seconds is None else seconds
+        target.timeout = target.timeout if timeout is None else timeout
         proxy: Any = _Proxy(target, found._names if type(found) is _Proxy else [])
         if wanted is not None:
             proxy._adopt(wanted)
@@ -6214,85 +6216,23 @@ class Plugin:
 
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
-        MethodNotFound for a plugin in another language that does not say."""
+        MethodNotFound if the plugin, in another language, does not say."""
         found = self._ask_system("describe", (), dict)
         found.pop("system", None)
         return {plugin: {name: MethodInfo(name, *each[:2])
                          for name, each in _checked_description(methods).items()}
-                for plugin, methods in found.items() if type(plugin) is str}
+                for plugin, methods in found.items()}
 
     def reattach_config(self) -> dict[str, Any]:
-        """What another host needs to `attach`, as a plain dict that json can store. Who has it can call the
-        plugin. Raises PluginError for one that does not persist."""
+        """What another host needs to `attach`, as a dict that json can store. Who has it can call the plugin.
+        Raises PluginError for one that does not persist."""
         session = self._supervisor.session()
         return {**self._config_of(self._run), "protocol_version": session.protocol_version}
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
-        def ping(session: _Session, *what: Any) -> float:
-            return session.ping(what[-1])
-
-        return float(_reach(self._find, ping, "ping", (), {}, timeout))
-
-
-# Without these a Windows program does not start; on POSIX there are none such.
-_SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if _WINDOWS else "").split()
-
-# Run by the plugin's interpreter: this very file is miniplug there. Loaded like this it comes from the
-# bytecode cache, or the zip file that the host is packed in. The first lines are for any Python at all.
-_BOOTSTRAP = """
-import sys
-if sys.path[:1] == [""]:  # what lies in the current folder, a json.py say, is not what is imported here
-    del sys.path[0]
-if sys.version_info < (3, 8):
-    sys.exit("miniplug needs Python 3.8 or newer: " + sys.executable + " is " + sys.version.split()[0])
-import os
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
-folder, name = os.path.split(sys.argv[1])
-spec = PathFinder.find_spec(name.partition(".")[0], [folder])
-if spec is None:
-    lack = " is not there for " + sys.executable + " to load: pack it there as a data file"
-    sys.exit(sys.argv[1] + lack + " (freeze_support tells how)")
-module = sys.modules["miniplug"] = module_from_spec(spec)
-module.__name__ = "miniplug"
-exec(spec.loader.get_code(spec.name), vars(module))
-module._run_plugin(*sys.argv[2:])
-"""
-
-
-_FROZEN = "--miniplug-plugin"  # the first argument of a frozen application that is to be a plugin
-_frozen_mains: list[bool] = []  # not empty: it looks for that
-
-
-def _current_folder() -> str:
-    try:
-        return os.getcwd()
-    except OSError:
-        return ""  # it is gone
-
-
-_NAME = r"[^\W\d]\w*"
-_SPEC = rf"(?:({_NAME})=)?(.+\.py|{_NAME}(?:[.-]\w+)*):({_NAME}(?:\.{_NAME})*)"
-
-
-def _split_spec(command: str) -> tuple[str, str, str]:
-    """``name=source:Attr`` to its parts. The attribute is empty if it is no spec."""
-    match = re.fullmatch(_SPEC, command, re.DOTALL)
-    if match is None or match[3].endswith(".py") or (_WINDOWS and match.start(3) == 2):  # C:program
-        return "", command, ""
-    name, source, attribute = match.groups()
-    return name or attribute.rpartition(".")[2].lower(), source, attribute
-
-
-def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
-    """What takes the lines of an output stream; None for one that goes where the host's own goes."""
-    if isinstance(output, str):
-        return {"inherit": None, "log": _LogSink(logger, stream), "discard": bool}[output]
-    if callable(output):
-        return output
-    write, encoding = output.write, getattr(output, "encoding", None) or "utf-8"
-    return lambda line: write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        seconds = _reach(self._find, lambda session, *what: session.ping(what[-1]), "ping", (), {}, timeout)
+        return float(seconds)
 
 
 def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callable[_P, Plugin]]:
@@ -6302,40 +6242,40 @@ def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callabl
 
 @_like(Plugin)
 def launch(command: _Command, **options: Any) -> Plugin:
-    """Start a plugin and return it, ready to `dispense`. ``with launch(...) as plugin`` closes it at the end.
+    """Start a plugin and return it. ``with launch(...) as plugin`` closes it at the end.
 
-    `command`: an argument list, run as it is; or a program's path, a ``.py`` file being run under `python`;
-    or a spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``, which this
-    very file serves under `python`. The options:
+    `command`: an argument list, run as it is; a program's path, a ``.py`` file being run under `python`; or a
+    spec, ``"module:Attr"``, ``"path/to/file.py:Attr"`` or ``"name=path/to/file.py:Attr"``, which this very
+    file serves under `python`. The options:
 
     - `name`: what logs and errors call it; by default made from the command.
     - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
       version that both can is used.
-    - `python`: the interpreter, where miniplug need not be installed; by default this one, with its flags.
-      Another one gets none of this one's own variables. A spec or ``.py`` file imports what lies beside
-      it, or for a module in `cwd`; for more give a ``PYTHONPATH`` in `env`.
-    - `env`: added to the environment, and wins over it; with `inherit_env=False` to what the system needs
-      alone. `cwd`: where it runs, and where relative paths start.
-    - `start_timeout`, `call_timeout`: seconds to connect in, and for a call that has no deadline of its own.
+    - `python`: the interpreter, by default this one, with its flags. Another one needs no miniplug, and gets
+      none of this one's own variables. A spec or ``.py`` file imports what lies beside it, or for a module in
+      `cwd`; for more give a ``PYTHONPATH`` in `env`.
+    - `env`: added to the environment, or with `inherit_env=False` to what the system needs alone. `cwd`:
+      where it runs, and where relative paths start.
+    - `start_timeout`, `call_timeout`: seconds to connect in, and for a call without a deadline of its own.
     - `stdin`: ``"discard"``, ``"inherit"`` (a terminal too: then it shares the host's process group) or a
       file. `stdout`, `stderr`: ``"log"``, ``"inherit"``, ``"discard"``, a callable that takes each line, or a
       text file.
-    - `logger` (default ``miniplug.NAME``): the parent of those that its records and lines go to: its own
-      loggers' names, ``stdout`` at INFO, ``stderr`` at WARNING, tracebacks at ERROR.
+    - `logger` (default ``miniplug.NAME``): the parent of the loggers of its records and lines: ``stdout`` at
+      INFO, ``stderr`` at WARNING, tracebacks at ERROR.
     - `max_restarts` in any `restart_window` seconds: the next call after a crash starts it anew, after a
-      pause of 0.1 seconds, and of twice as long each time. Proxies stay good; calls wait, their deadlines
-      running. Those in flight raise PluginCrashed and never run again; past the limit all calls do.
+      pause of 0.1 seconds, and of twice as long each time, in which calls wait. Those in flight raise
+      PluginCrashed and never run again; past the limit all do.
     - `heartbeat`: seconds without an answer to a ping that count as a crash. `idle_timeout`: seconds without
-      a call, stream or reference after which it is closed, to start again on the next call.
-    - `on_start(plugin)` runs after every start; until it returns only its own calls get through, and what
-      those call back. If it raises, the process is ended, and whoever started it gets that.
-      `on_exit(plugin)` runs in a thread of miniplug's, once for each time that the process ends unasked.
+      a call, stream or reference after which it is closed, until the next call.
+    - `on_start(plugin)` runs after every start; until it returns only its own calls get through. If it
+      raises, the process is ended, and whoever started it gets that. `on_exit(plugin)` runs in a thread of
+      miniplug's, each time that the process ends unasked.
     - `sha256`: the hex digest of the program, script or spec's file (not of the interpreter), or ``{path:
-      digest}``, for what it imports too. They are checked before anything runs, and what is checked
-      does not come from a bytecode cache.
+      digest}``, checked before anything runs (it can still be swapped after that). No bytecode cache is used
+      for what is checked.
     - `limits`: what it may use at most. `max_message`: bytes of the longest message that the host takes, at
-      least 4096. `managed`: closed at interpreter exit at the latest. `persist`: it stays when this host
-      goes, unless this one closes it, and can be attached to.
+      least 4096. `managed`: closed at interpreter exit. `persist`: it stays when this host goes, unless that
+      closes it, and can be attached to.
 
     Raises LaunchError, HandshakeError, ChecksumError, PluginClosed, and what `on_start` raises; TypeError or
     ValueError for an option; RuntimeError in a plugin that is still being started: a host's module that it
@@ -6348,15 +6288,14 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
            protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
            heartbeat: float | None = None, logger: logging.Logger | None = None,
            max_message: int = _MAX_MESSAGE) -> Plugin:
-    """Connect to a plugin that runs already, and return it. `config` is what its `reattach_config` gave; the
-    options are those of `launch`, which attaches as well where the environment variable ``MINIPLUG_ATTACH``
-    is ``{NAME: config}`` as JSON, and has its `name`.
+    """Connect to a plugin that runs already. `config` is what its `reattach_config` gave; the options are those
+    of `launch`, which attaches as well where the environment variable ``MINIPLUG_ATTACH`` is ``{NAME:
+    config}`` as JSON, and has its `name`.
 
     The process is not this host's: `close`, the end of a ``with`` and interpreter exit disconnect; `kill`
-    asks it to end first. What it prints does not come here. After a `close` `start` connects again.
+    asks it to end first; `start` connects again. What it prints does not come here.
 
-    Raises LaunchError if there is no such plugin (any more), or its kinds HandshakeError and
-    AuthenticationError.
+    Raises LaunchError if there is no such plugin, and its kinds HandshakeError and AuthenticationError.
     """
     options = dict(locals())
     del options["config"]
@@ -6371,7 +6310,7 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
           protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
           heartbeat: float | None = None, logger: logging.Logger | None = None,
           max_message: int = _MAX_MESSAGE) -> Plugin:
-    """Serve plugins in this very process, for tests: over the same session and codec, started.
+    """Serve plugins in this very process, for tests, over the same session and codec.
 
     `plugins`, `info` and `max_workers` are those of `serve`, the other options those of `launch`. What a
     plugin prints or logs goes where the process's own does, and what ends a process ends this one. Raises

@@ -176,6 +176,9 @@ class Source:
         yield b"x" * size
         yield "never"
 
+    def lends(self, size):
+        yield [self.many, "x" * size]
+
     def many(self, count, size):
         item = b"x" * size
         for _ in range(count):
@@ -546,6 +549,19 @@ def test_an_item_that_is_too_large_ends_the_stream_by_name(both, proxy, after):
     assert found == list(range(after))
     assert proxy.echo(1) == 1
     settled(both)
+
+
+def test_an_item_that_is_just_too_large_lends_nothing(both, proxy):
+    """The brackets around an item count too."""
+    fits = []
+    for size in range(LIMIT - 80, LIMIT):
+        try:
+            fits += [size for _ in proxy.lends(size)]
+        except miniplug.MessageTooLarge:
+            continue
+    assert fits and fits[-1] < LIMIT - 20
+    settled(both)
+    until(lambda: not any(loan.sent for number, loan in both.there.references._loans.items() if number > 1), 10)
 
 
 @pytest.mark.parametrize("method", ["endless", "a_endless", "a_slow", "stuck", "a_stuck"])
