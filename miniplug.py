@@ -77,7 +77,7 @@ The map of this file; each section uses only those above it:
 #   _Producer._lock, while a message is sent
 #   _References._lock
 #   _Supervisor.news; at interpreter exit _close_all keeps it, and all others may be taken under it
-#   under which no other is taken: _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
+#   under which no other is taken: _Slots._lock, _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
 #       those of the processes, and the condition of a Call
 #
 # `_Pool._lead` is held by the thread that waits for tasks, and while that runs one which does not wait.
@@ -2327,40 +2327,28 @@ def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> boo
 
 class _Slots:
     """How many calls may run at once, of all sessions of a plugin. For threads in which no handler strikes;
-    no lock: who adds to one of the two queues looks at the other one after that."""
+    `_lock` protects both fields."""
 
     def __init__(self, count: int) -> None:
+        self._lock = threading.Lock()
         self.free = [None] * count  # as long as how many more calls may run
         self._queue: deque[_Request] = deque()  # calls that wait for a slot
 
     def take(self, request: _Request) -> bool:
         """Whether a call may run now; else it runs when there is a slot."""
-        if not self._queue:
-            try:
+        with self._lock:
+            if self.free:
                 self.free.pop()
                 return True
-            except IndexError:
-                pass
-        self._queue.append(request)
-        self._go_on()
-        return False
+            self._queue.append(request)
+            return False
 
     def give_back(self) -> None:
-        self.free.append(None)
-        if self._queue:
-            self._go_on()
-
-    def _go_on(self) -> None:
-        while self._queue and self.free:
-            try:
-                self.free.pop()
-            except IndexError:
-                return  # who has taken it looks at the queue when it is given back
-            try:
-                request = self._queue.popleft()
-                _pool.put((request.session.runner.run_with_slot, request))
-            except IndexError:
-                self.free.append(None)
+        with self._lock:
+            if not self._queue:
+                return self.free.append(None)
+            request = self._queue.popleft()
+        return _pool.put((request.session.runner.run_with_slot, request))
 
 
 class _Reader:
@@ -2847,8 +2835,8 @@ class _Runner:
     # -- which thread
 
     def run_message(self, message: _Message) -> None:
-        """Have the pool run the call that a message is, once there is a slot; unless a thread has left it
-        half run. This does not wait."""
+        """Have the pool run the call that a message is, once there is a slot. One that a thread has left half
+        run fails. This does not wait."""
         request = self._requests.get(message[2])
         if request is not None and request.begun:
             self.fail(request, KeyboardInterrupt(), wait=False)
