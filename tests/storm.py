@@ -33,7 +33,7 @@ import miniplug
 STUCK = 20.0  # seconds after which a call counts as never to return
 ENOUGH = 3.0  # in which what was given up must be gone, with --each
 WORKERS = 6
-MOST = 3 if sys.version_info >= (3, 11) else 1  # strikes at one operation: there a second may fall before a finally's first step
+MOST = 3  # strikes at one operation
 PROGRAM = [sys.executable, os.path.abspath(__file__), "serve"]
 PATIENCE = 5.0  # seconds that a call waits for being given up: a wake-up that is lost heals within one, and machines are busy
 

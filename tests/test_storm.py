@@ -316,7 +316,7 @@ def test_sigpipe_does_not_end_the_host(write, way):
 
 @pytest.mark.timeout(STRIKES * 0.5 + 60)
 @pytest.mark.parametrize("threads", [[], pytest.param(["--threads"], marks=pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="there a strike may fall before the first step of a finally"))], ids=["alone", "threads"])
+    sys.version_info < (3, 10), reason="there a strike may fall before the first step of a finally"))], ids=["alone", "threads"])
 @pytest.mark.parametrize(("how", "what"), [
     pytest.param("timer", "KeyboardInterrupt", marks=posix), pytest.param("timer", "Late", marks=posix),
     ("async", "KeyboardInterrupt"), ("async", "Struck")])
