@@ -48,25 +48,21 @@ The map of this file; each section uses only those above it:
     12  command line  python -m miniplug serve ...
 """
 
-# One call, `greeter.greet("world")`, there and back (docs/review.md has a route through the whole):
+# One call, `greeter.greet("world")`, there and back (docs/review.md has a route through the whole file):
 #
-#   host    _Method.__call__ -> _act  asks its _Target where the object is now; the _Supervisor starts the
-#                                     plugin if it has to
-#           _Caller.call              makes a _Call, with a number of its own and an inbox
-#           _Codec.dumps              makes its content: bytes, buffers beside them, what is lent
-#           _Channel.send -> write    a message: header, body, buffers
-#           _Reader.wait              takes the seat and reads, or sleeps while another thread reads
-#   plugin  _Channel.receive          bytes become messages
-#           _Reader.read              a new call becomes a _Request
-#           _Attendant._attend        runs it, if such are quick; else first has another thread read
-#           _Runner.run -> decode     [target, method, args, kwargs]
-#           _References.resolve       to the bound method, which is called
-#           _Runner.answer, or fail   the result, or the error, goes back the same way
-#   host    _Reader.read              puts the message into the inbox of that _Call
-#           _Caller.value             decodes it, in the thread that called, and returns or raises
+# In the host `_Method.__call__` asks its `_Target` where the object is now; the `_Supervisor` starts the
+# plugin if it has to. `_Caller.call` makes a `_Call`, with a number and an inbox. `_Codec.dumps` makes bytes
+# of what is called, `_Channel.send` a message of these. Then `_Reader.wait` takes the seat and reads, or
+# sleeps while another thread reads.
 #
-# A callback is the same with the sides exchanged; it names the call on whose behalf it is made, and
-# `_Runner.run_nested` runs it in the thread that waits for that one.
+# In the plugin `_Channel.receive` makes messages of bytes, and `_Reader.read` a `_Request` of a call.
+# `_Attendant._attend` runs it, if such are quick; else it first has another thread read. `_Runner.run`
+# decodes it; `_References.resolve` finds the bound method, which is called; `_Runner.answer` or `fail` sends
+# what came of it back in the same way.
+#
+# In the host `_Reader.read` puts that into the inbox of the `_Call`, and `_Caller.value` decodes it, in the
+# thread that called. A callback is the same with the sides exchanged; it names the call on whose behalf it is
+# made, and `_Runner.run_nested` runs it in the thread that waits for that one.
 #
 # The states of a plugin are drawn at `_Supervisor`, of a connection at `_Session`; who reads, at `_Reader`.
 #
@@ -597,7 +593,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
       for what it does not expect. With ``encode=miniplug.ref`` instances are lent: `decode` gets a proxy.
 
     Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that
-    another class has, a class in ``__main__`` without `name`, and a type that travels anyway.
+    another class has, and a class in ``__main__`` without `name`.
     """
     if cls is None:
         return partial(register, name=name, encode=encode, decode=decode)
@@ -607,8 +603,6 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
         raise ValueError(f"{cls.__qualname__} is in __main__, which the other side does not have: give name=")
     if (encode is None) != (decode is None):
         raise TypeError("encode and decode go together")
-    if _WAYS[cls][0] not in ("", "$type"):
-        raise ValueError(f"{cls.__qualname__} travels by itself")
     name = name or f"{cls.__module__}.{cls.__qualname__}"
     former = _registered.get(name, (cls,))[0]
     if _name_of(former) != _name_of(cls):
@@ -621,7 +615,6 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
 
 
 def _own_state(cls: Any) -> tuple[Any, Any]:
-    """What gives the state of a class's instances, and makes one of it."""
     if issubclass(cls, _found("enum.Enum")):
         # a member goes by its name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
@@ -845,7 +838,7 @@ class _Packer:
             place, state_of = f"{place}.{part}" if is_field else f"{place}[{_shown(part)}]", None
         why, cause = str(error), error.__cause__
         if type(error) is not NotSerializable:
-            why, cause = f"its state could not be told: {_shown(error)}", error
+            why, cause = _shown(error), error
         name = _name_of(type(self.trail[0][0]))
         raise NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name) from cause
 
@@ -1096,7 +1089,6 @@ def _make_error(cls: Any, state: Any) -> Any:
 
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
-    """The type that is an exception's own and RemoteError at once."""
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
     return type(kind)(kind.__name__, (RemoteError, kind), body)
 
@@ -1150,7 +1142,6 @@ def _told_builtin(body: dict[str, Any]) -> Any:
 
 
 def _decode_parts(parts: Any) -> list[Any]:
-    """The exceptions of a group."""
     count, level = 0, parts
     for _ in range(_MAX_LEVELS):
         count += len(level)
@@ -1829,7 +1820,6 @@ class _Hello:
         self.say(proof=self._mac(self._role))
 
     def check(self) -> None:
-        """Hear the other side's proof."""
         expected = self._mac(self._other)
         proof = ascii(self.hear().get("proof"))
         if not _import("hmac").compare_digest(ascii(expected), proof):
@@ -1957,7 +1947,6 @@ class _Door:
             time.sleep(0.005)
 
     def close(self) -> None:
-        """Let nobody in any more."""
         with self._lock:
             self._open = False
             for channel in self._callers:
