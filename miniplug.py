@@ -36,16 +36,16 @@ The map of this file; each section uses only those above it:
 
      1  errors        what can go wrong, by name
      2  codec         values to bytes and back
-     3  channel       whole frames over a socket or a named pipe
+     3  channel       whole frames over a socket or a pipe
      4  handshake     who are you, which version, do you hold the key
-     5  session       calls and answers, both ways, over one channel
+     5  session       calls and answers, both ways
      6  dispatcher    names to methods
      7  proxies       what the user of a plugin holds
      8  serve         the plugin's main loop, its output and its logging
-     9  process       start, watch, limit and end a process tree, per platform
+     9  process       start, watch, limit and end a process tree
     10  plugin        launch, and what becomes of it
     11  discovery     what there is to launch
-    12  command line  python -m miniplug serve ...
+    12  command line  python -m miniplug
 """
 
 # One call, `greeter.greet("world")`, there and back (docs/review.md has a route through the whole file):
@@ -91,10 +91,12 @@ if _AS_PROGRAM:
 
 import binascii
 import builtins
+import enum
 import io
 import itertools
 import json
 import json.encoder
+import multiprocessing
 import operator
 import os
 import re
@@ -109,7 +111,6 @@ from functools import lru_cache, partial, reduce
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing itself is slow to import
     import logging
-    import multiprocessing
     from pathlib import Path
     from types import ModuleType
     from typing import IO, Any, Callable, Iterable, Mapping, NamedTuple, NoReturn, Sequence, Union, overload
@@ -259,7 +260,7 @@ class _RemoteTraceback(Exception):
         return f"\n{self.args[0]}"
 
 
-class _Unauthenticated(LaunchError):
+class AuthenticationError(LaunchError, multiprocessing.AuthenticationError):
     """The other side does not hold the key."""
 
 
@@ -271,7 +272,6 @@ class _Overdue(PluginError, TimeoutError):
 
 
 if TYPE_CHECKING:
-    class AuthenticationError(_Unauthenticated, multiprocessing.AuthenticationError): ...
     class CallTimeout(_Overdue): ...
 
 
@@ -279,10 +279,8 @@ def _on_first_use(name: str) -> Any:
     """What has bases that are slow to import is made when it is first asked for."""
     if name in globals():
         return globals()[name]
-    if name == "AuthenticationError":
-        bases = [_Unauthenticated, _import("multiprocessing").AuthenticationError]
-    elif name == "CallTimeout":
-        bases = [_Overdue]
+    if name == "CallTimeout":
+        bases: list[Any] = [_Overdue]
         if sys.version_info < (3, 11):  # where asyncio and concurrent.futures have timeouts of their own
             bases += [_import("asyncio").TimeoutError, _import("concurrent.futures").TimeoutError]
     elif name == "Call":
@@ -615,7 +613,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
 
 
 def _own_state(cls: Any) -> tuple[Any, Any]:
-    if issubclass(cls, _found("enum.Enum")):
+    if issubclass(cls, enum.Enum):
         # a member goes by its name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
                 partial(_make_member, cls))
@@ -638,7 +636,7 @@ def _make_member(cls: Any, state: Any) -> Any:
     if type(state) is str:
         return cls[state]
     known, member = cls._value2member_map_, None
-    if type(state) is int and issubclass(cls, _found("enum.Flag")):
+    if type(state) is int and issubclass(cls, enum.Flag):
         if state in known or len(known) < _MAX_COMBINATIONS:
             member = cls(state)
     if member is None or member._value_ != state:  # some enums, and Pythons, leave out flags without a name
@@ -1823,8 +1821,7 @@ class _Hello:
         expected = self._mac(self._other)
         proof = ascii(self.hear().get("proof"))
         if not _import("hmac").compare_digest(ascii(expected), proof):
-            error = _on_first_use("AuthenticationError")
-            raise error(f"the {self._other} at {self._address} does not hold the key")
+            raise AuthenticationError(f"the {self._other} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
         parts = role.encode(), os.fsencode(self._address), *self._said
