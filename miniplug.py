@@ -36,37 +36,33 @@ The map of this file; each section uses only those above it:
 
      1  errors        what can go wrong, by name
      2  codec         values to bytes and back
-     3  channel       whole frames over a socket or a named pipe
+     3  channel       whole frames over a socket or a pipe
      4  handshake     who are you, which version, do you hold the key
-     5  session       calls and answers, both ways, over one channel
+     5  session       calls and answers, both ways
      6  dispatcher    names to methods
      7  proxies       what the user of a plugin holds
      8  serve         the plugin's main loop, its output and its logging
-     9  process       start, watch, limit and end a process tree, per platform
+     9  process       start, watch, limit and end a process tree
     10  plugin        launch, and what becomes of it
     11  discovery     what there is to launch
-    12  command line  python -m miniplug serve ...
+    12  command line  python -m miniplug
 """
 
-# One call, `greeter.greet("world")`, there and back (docs/review.md has a route through the whole):
+# One call, `greeter.greet("world")`, there and back (docs/review.md has a route through the whole file):
 #
-#   host    _Method.__call__ -> _act  asks its _Target where the object is now; the _Supervisor starts the
-#                                     plugin if it has to
-#           _Caller.call              makes a _Call, with a number of its own and an inbox
-#           _Codec.dumps              makes its content: bytes, buffers beside them, what is lent
-#           _Channel.send -> write    a message: header, body, buffers
-#           _Reader.wait              takes the seat and reads, or sleeps while another thread reads
-#   plugin  _Channel.receive          bytes become messages
-#           _Reader.read              a new call becomes a _Request
-#           _Attendant._attend        runs it, if such are quick; else first has another thread read
-#           _Runner.run -> decode     [target, method, args, kwargs]
-#           _References.resolve       to the bound method, which is called
-#           _Runner.answer, or fail   the result, or the error, goes back the same way
-#   host    _Reader.read              puts the message into the inbox of that _Call
-#           _Caller.value             decodes it, in the thread that called, and returns or raises
+# In the host `_Method.__call__` asks its `_Target` where the object is now; the `_Supervisor` starts the
+# plugin if it has to. `_Caller.call` makes a `_Call`, with a number and an inbox. `_Codec.dumps` makes bytes
+# of what is called, `_Channel.send` a message of these. Then `_Reader.wait` takes the seat and reads, or
+# sleeps while another thread reads.
 #
-# A callback is the same with the sides exchanged; it names the call on whose behalf it is made, and
-# `_Runner.run_nested` runs it in the thread that waits for that one.
+# In the plugin `_Channel.receive` makes messages of bytes, and `_Reader.read` a `_Request` of a call.
+# `_Attendant._attend` runs it, if such are quick; else it first has another thread read. `_Runner.run`
+# decodes it; `_References.resolve` finds the bound method, which is called; `_Runner.answer` or `fail` sends
+# what came of it back in the same way.
+#
+# In the host `_Reader.read` puts that into the inbox of the `_Call`, and `_Caller.value` decodes it, in the
+# thread that called. A callback is the same with the sides exchanged; it names the call on whose behalf it is
+# made, and `_Runner.run_nested` runs it in the thread that waits for that one.
 #
 # The states of a plugin are drawn at `_Supervisor`, of a connection at `_Session`; who reads, at `_Reader`.
 #
@@ -95,11 +91,13 @@ if _AS_PROGRAM:
 
 import binascii
 import builtins
+import enum
 import io
 import itertools
 import json
 import json.encoder
 import json.scanner
+import multiprocessing
 import operator
 import os
 import re
@@ -114,7 +112,6 @@ from functools import lru_cache, partial, reduce
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing itself is slow to import
     import logging
-    import multiprocessing
     from pathlib import Path
     from types import ModuleType
     from typing import IO, Any, Callable, Iterable, Mapping, NamedTuple, NoReturn, Sequence, Union, overload
@@ -264,7 +261,7 @@ class _RemoteTraceback(Exception):
         return f"\n{self.args[0]}"
 
 
-class _Unauthenticated(LaunchError):
+class AuthenticationError(LaunchError, multiprocessing.AuthenticationError):
     """The other side does not hold the key."""
 
 
@@ -276,7 +273,6 @@ class _Overdue(PluginError, TimeoutError):
 
 
 if TYPE_CHECKING:
-    class AuthenticationError(_Unauthenticated, multiprocessing.AuthenticationError): ...
     class CallTimeout(_Overdue): ...
 
 
@@ -284,10 +280,8 @@ def _on_first_use(name: str) -> Any:
     """What has bases that are slow to import is made when it is first asked for."""
     if name in globals():
         return globals()[name]
-    if name == "AuthenticationError":
-        bases = [_Unauthenticated, _import("multiprocessing").AuthenticationError]
-    elif name == "CallTimeout":
-        bases = [_Overdue]
+    if name == "CallTimeout":
+        bases: list[Any] = [_Overdue]
         if sys.version_info < (3, 11):  # where asyncio and concurrent.futures have timeouts of their own
             bases += [_import("asyncio").TimeoutError, _import("concurrent.futures").TimeoutError]
     elif name == "Call":
@@ -598,7 +592,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
       for what it does not expect. With ``encode=miniplug.ref`` instances are lent: `decode` gets a proxy.
 
     Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that
-    another class has, a class in ``__main__`` without `name`, and a type that travels anyway.
+    another class has, and a class in ``__main__`` without `name`.
     """
     if cls is None:
         return partial(register, name=name, encode=encode, decode=decode)
@@ -608,8 +602,6 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
         raise ValueError(f"{cls.__qualname__} is in __main__, which the other side does not have: give name=")
     if (encode is None) != (decode is None):
         raise TypeError("encode and decode go together")
-    if _WAYS[cls][0] not in ("", "$type"):
-        raise ValueError(f"{cls.__qualname__} travels by itself")
     name = name or f"{cls.__module__}.{cls.__qualname__}"
     former = _registered.get(name, (cls,))[0]
     if _name_of(former) != _name_of(cls):
@@ -622,8 +614,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
 
 
 def _own_state(cls: Any) -> tuple[Any, Any]:
-    """What gives the state of a class's instances, and makes one of it."""
-    if issubclass(cls, _found("enum.Enum")):
+    if issubclass(cls, enum.Enum):
         # a member goes by its name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
                 partial(_make_member, cls))
@@ -646,7 +637,7 @@ def _make_member(cls: Any, state: Any) -> Any:
     if type(state) is str:
         return cls[state]
     known, member = cls._value2member_map_, None
-    if type(state) is int and issubclass(cls, _found("enum.Flag")):
+    if type(state) is int and issubclass(cls, enum.Flag):
         if state in known or len(known) < _MAX_COMBINATIONS:
             member = cls(state)
     if member is None or member._value_ != state:  # some enums, and Pythons, leave out flags without a name
@@ -846,7 +837,7 @@ class _Packer:
             place, state_of = f"{place}.{part}" if is_field else f"{place}[{_shown(part)}]", None
         why, cause = str(error), error.__cause__
         if type(error) is not NotSerializable:
-            why, cause = f"its state could not be told: {_shown(error)}", error
+            why, cause = _shown(error), error
         name = _name_of(type(self.trail[0][0]))
         raise NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name) from cause
 
@@ -1102,7 +1093,6 @@ def _make_error(cls: Any, state: Any) -> Any:
 
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
-    """The type that is an exception's own and RemoteError at once."""
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
     return type(kind)(kind.__name__, (RemoteError, kind), body)
 
@@ -1156,7 +1146,6 @@ def _told_builtin(body: dict[str, Any]) -> Any:
 
 
 def _decode_parts(parts: Any) -> list[Any]:
-    """The exceptions of a group."""
     count, level = 0, parts
     for _ in range(_MAX_LEVELS):
         count += len(level)
@@ -1856,12 +1845,10 @@ class _Hello:
         self.say(proof=self._mac(self._role))
 
     def check(self) -> None:
-        """Hear the other side's proof."""
         expected = self._mac(self._other)
         proof = ascii(self.hear().get("proof"))
         if not _import("hmac").compare_digest(ascii(expected), proof):
-            error = _on_first_use("AuthenticationError")
-            raise error(f"the {self._other} at {self._address} does not hold the key")
+            raise AuthenticationError(f"the {self._other} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
         parts = role.encode(), os.fsencode(self._address), *self._said
@@ -1984,7 +1971,6 @@ class _Door:
             time.sleep(0.005)
 
     def close(self) -> None:
-        """Let nobody in any more."""
         with self._lock:
             self._open = False
             for channel in self._callers:
