@@ -6698,7 +6698,7 @@ def _one_line(error: BaseException) -> str:
 
 def _doctor(given: Any) -> int:
     """What this machine allows, each as a line. The last counts: whether a plugin runs here."""
-    checks = {
+    checks: dict[str, Callable[[], str]] = {
         "miniplug": lambda: f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}",
         "transport": _check_listening,
         "loopback TCP": partial(_check_listening, "127.0.0.1:0"),
