@@ -3831,7 +3831,7 @@ class _System:
         self._served = references.served
 
     def dispense(self, name: str | None = None) -> Any:
-        """A reference to the plugin of that name, or to the only one."""
+        """A reference to that plugin, or to the only one."""
         if name == "system":
             return _Ref(self)
         name, served = self._served.find(name)
@@ -4003,7 +4003,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
-    """Check what a function was given by its signature. Raises TypeError and ValueError."""
+    """Check what a function was given by its signature. Raises TypeError, ValueError."""
     for name, value in given.items():
         wanted, none, _ = function.__annotations__.get(name, "").partition(" | None")
         if value is None and none:
@@ -4016,7 +4016,7 @@ def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
             words, is_right = _TYPES[wanted]
             if not is_right(value):
                 raise ValueError(f"{name}={value!r}: it is {words}")
-        elif wanted.replace(".", "").isidentifier():  # of another copy of this file it will do, too
+        elif wanted.replace(".", "").isidentifier():  # of another copy of this file, too
             if wanted.rpartition(".")[2] not in [each.__name__ for each in type(value).__mro__]:
                 raise TypeError(f"{name}={value!r}: it is a {wanted}")
 
@@ -4110,7 +4110,7 @@ def _differences(interface: type, target: _Target, names: Sequence[str] | None) 
         if is_private or isinstance(inspect.getattr_static(interface, name), property):
             if name in abstract or (not is_private and getattr(interface, "_is_protocol", False)):
                 what = "private" if is_private else "a property"
-                found.append(f"{name!r} is {what}, and a plugin has public methods only")
+                found.append(f"{name!r} is {what}, and no public method")
         elif names is not None and callable(getattr(interface, name)):
             if name not in names:
                 found.append(f"it has no method {name!r}")
@@ -4160,7 +4160,7 @@ if TYPE_CHECKING:
 
     _Future = concurrent.futures.Future[Any]
 else:
-    _Future = object  # as long as there is no Call
+    _Future = object  # until Call is made
 
 
 class _Awaitable(_Future):
@@ -4215,7 +4215,7 @@ class _Awaitable(_Future):
             self._fail(error)
 
     def _end(self, settle: Callable[[Any], Any], outcome: Any) -> None:
-        """Settle it, unless it was cancelled meanwhile, or settled before."""
+        """Settle it, unless it is by now."""
         _quietly(settle, outcome, kind=_import("concurrent.futures").InvalidStateError)
 
     def cancel(self) -> bool:
@@ -5565,7 +5565,7 @@ class _Run:
     output: Any = None
     session: Any = None
     config: dict[str, Any] | None = None  # of a process that stays
-    owned = True  # whether the process is this host's
+    owned = True  # by this host
     exit_code: int | None = None
     _why = ""  # it had to be killed
 
@@ -5819,7 +5819,7 @@ class _Supervisor:
         self.tries: list[float] = []  # when calls have had it started after a crash
 
     def session(self, asked: _Call | None = None) -> _Session:
-        """The session that this thread is to call on, after a start if need be."""
+        """That which this thread is to call on, after a start if need be."""
         while True:
             found = self.seek()
             if isinstance(found, _Session):
@@ -5878,7 +5878,7 @@ class _Supervisor:
         return start
 
     def start_up(self, drain: float | None = None) -> None:
-        """Start it, unless it is up; with `drain` replace that. Interrupted, close what was not there."""
+        """Start it, unless it is up; with `drain` replace that. Interrupted in its start, it is closed."""
         replace = drain is not None
         if self.own_start() is not None:
             if replace:

@@ -166,7 +166,7 @@ def test_an_error_past_the_limit_says_what_to_do(shop):
     with miniplug.launch(shop, stderr="discard") as plugin:
         proxy = plugin.dispense()
         crash(proxy)
-        with pytest.raises(miniplug.PluginCrashed, match=r"not started again \(max_restarts=0 in 60 s\): start\(\) it"):
+        with pytest.raises(miniplug.PluginCrashed, match=r"start\(\) it again \(max_restarts=0 in 60 s\)"):
             proxy.pid()
 
 
