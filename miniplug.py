@@ -3337,14 +3337,14 @@ class _Session:
 # begins with "_"; and an object with its own _dispatch(method, args, kwargs) answers every name itself.
 
 def _method_names(obj: Any) -> list[str] | None:
-    """The public methods of an object, sorted; None if it answers every name. No property is run for that."""
+    """The public methods of an object, sorted; None if it answers every name. Runs no property."""
     kind = obj if isinstance(obj, type) else type(obj)
     if issubclass(type(obj), _Remote):
         return None if obj._names is None else list(obj._names)
     if callable(getattr(kind, "_dispatch", None)):
         return None
     if hasattr(type(obj), "__code__") or hasattr(type(obj), "__self__"):
-        return []  # a function: there is nothing to it but to be called
+        return []  # a function
     found = {name: getattr(kind, name, None) for name in dir(kind)}
     if kind is not obj:
         found.update(getattr(obj, "__dict__", {}))
@@ -3355,58 +3355,53 @@ def _no_method(name: str, names: Iterable[str] | None, where: str, what: str = "
     matches = _import("difflib").get_close_matches(name, list(names or ()), cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
     if name.startswith("_"):
-        hint = ": names that begin with an underscore are private to the plugin"
+        hint = ": it is private"
     text = f"has no {what} {name!r}{hint}" if name else "cannot be called, only its methods"
     return MethodNotFound(f"{where} {text}", name=name, matches=matches)
 
 
 def _signature(function: Any) -> Any:
     """inspect.signature(), also where a name in an annotation is missing: Python 3.14 looks for it."""
-    if sys.version_info < (3, 14):
-        return _import("inspect").signature(function)
-    names = _import("annotationlib").Format.FORWARDREF
-    return _import("inspect").signature(function, annotation_format=names)
+    how: dict[str, Any] = {}
+    if sys.version_info >= (3, 14):
+        how["annotation_format"] = _import("annotationlib").Format.FORWARDREF
+    return _import("inspect").signature(function, **how)
 
 
 def _makes_instances(served: Any) -> bool:
     """Whether what is served is a class, or a function that needs no argument, and not the object itself. One
-    that may take any number, or in C any, is there to be called."""
+    that may take any number is there to be called."""
     inspect = _import("inspect")
     if isinstance(served, type) or not inspect.isroutine(served):
         return isinstance(served, type)
     try:
         parameters = _signature(served).parameters.values()
     except ValueError:
-        return False  # a C function that does not tell
-    if inspect.isbuiltin(served):
-        return not parameters
+        return False  # it does not tell
     return all(each.default is not each.empty for each in parameters)
 
 
 class _Loop:
-    """An event loop on a thread of its own. `call` and `close` are for any thread."""
+    """An event loop on a thread of its own. Any thread may close it."""
 
     def __init__(self) -> None:
-        self._loop = _import("asyncio").new_event_loop()
+        self.loop = _import("asyncio").new_event_loop()
         self._closing = False
         self._thread = _start_thread("miniplug-loop", self._run)
 
-    def call(self, function: Callable[[], Any]) -> bool:
-        return _call_on(self._loop, function)
-
     def _run(self) -> None:
-        _import("asyncio").set_event_loop(self._loop)
+        _import("asyncio").set_event_loop(self.loop)
         _loop_threads.add(threading.get_ident())
         try:
             while not self._closing:
                 try:
-                    self._loop.run_forever()
-                except BaseException as error:  # some task that the plugin has started calls sys.exit()
+                    self.loop.run_forever()
+                except BaseException as error:  # a task calls sys.exit()
                     _print_error(error)
-            self._loop.run_until_complete(self._cancel_all())
+            self.loop.run_until_complete(self._cancel_all())
         finally:
             _loop_threads.discard(threading.get_ident())
-            self._loop.close()
+            self.loop.close()
 
     async def _cancel_all(self) -> None:
         asyncio = _import("asyncio")
@@ -3414,11 +3409,11 @@ class _Loop:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._loop.shutdown_asyncgens()
+        await self.loop.shutdown_asyncgens()
 
     def close(self) -> None:
         self._closing = True
-        if self.call(self._loop.stop):
+        if _call_on(self.loop, self.loop.stop):
             self._thread.join(1.0)  # a task may refuse to end
 
 
@@ -3428,7 +3423,7 @@ class _Served:
     def __init__(self, plugins: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> None:
         self.plugins = plugins
         self.info = dict(info or {})
-        self.config: dict[str, Any] | None = None  # what another host needs to attach, if one can
+        self.config: dict[str, Any] | None = None  # what attach() takes, if a host can
         self._entering: dict[str, Any] = {}  # a lock for each name, held while that is entered
         self._shared: dict[str, tuple[Any, Any]] = {}  # by name: (object, context manager)
         self._lock = threading.Lock()  # protects the following two
@@ -3439,14 +3434,13 @@ class _Served:
         """What is served under a name, or the only plugin. Raises PluginNotFound."""
         names = sorted(self.plugins)
         if name is None and len(names) == 1:
-            (name,) = names
+            name = names[0]
         if name is None or name not in names:
-            problem = "several plugins are served:" if name is None else f"no plugin {name!r} is served, only"
-            raise PluginNotFound(f"{problem} {', '.join(names)}", names=names)
+            raise PluginNotFound(f"name={name!r}: what is served is {', '.join(names)}", names=names)
         return name, self.plugins[name]
 
     def shared(self, name: str) -> Any:
-        """The object that all callers share; of a factory the instance that is described."""
+        """The object that all share; of a factory the instance that is described."""
         served = self.find(name)[1]
         with self._entering.setdefault(name, threading.RLock()):
             if self._closed:
@@ -3456,14 +3450,14 @@ class _Served:
             return self._shared[name][0]
 
     def on_loop(self, function: Callable[[], Any]) -> bool:
-        """Have the event loop of the async methods call a function. False if it is closed."""
+        """Have the loop of the async methods call a function. False if it is closed."""
         with self._lock:
             if self._loop is None and not self._closed:
                 self._loop = _Loop()
-        return self._loop is not None and self._loop.call(function)
+        return self._loop is not None and _call_on(self._loop.loop, function)
 
     def close(self) -> None:
-        """End the event loop, and exit the context managers, the latest first."""
+        """End the event loop; exit the context managers, the latest first."""
         with self._lock:
             self._closed = True
         if self._loop is not None:
@@ -3487,7 +3481,7 @@ def _exit(manager: Any) -> None:
         _print_error(error)
 
 
-# -- references: objects that stay where they are, and are called from the other side
+# -- references: objects that stay where they are
 
 class _Ref:
     """An object to be passed by reference; a dispensed one with its context manager, or None."""
@@ -3500,14 +3494,14 @@ class _Ref:
 def ref(obj: Any) -> Any:
     """Pass `obj` by reference, in an argument or a return value: the other side gets a proxy for it.
 
-    The object stays here and is called from there, until the other side has let go of its last proxy for it
-    or released it, or the connection ends. Sent back, it arrives as itself. Functions need no `ref`.
+    The object stays here and is called from there, until the other side has let go of its last proxy or
+    released it, or the connection ends. Sent back, it arrives as itself. Functions need no `ref`.
     """
     return _Ref(obj)
 
 
 class _Target:
-    """What a proxy and its methods share: where the object is. What is dispensed has a _Dispensed."""
+    """What a proxy and its methods share: where the object is."""
 
     released = False
     label = "the object"
@@ -3584,18 +3578,17 @@ class _Remote:
         return hash(self._target.identity)
 
     def __reduce__(self) -> NoReturn:
-        text = "a proxy cannot be copied or pickled: it stays in its process"
-        raise NotSerializable(text, type_name="proxy")
+        raise NotSerializable("a proxy cannot be copied or pickled", type_name="proxy")
 
     def __repr__(self) -> str:
-        return f"<{f'method {self._name}' if self._name else 'proxy'} of {self._target.label}>"
+        return f"<{self._name or 'proxy'} of {self._target.label}>"
 
 
 def release(proxy: Any) -> None:
     """Give back what the other side has lent, before its last proxy is collected. A call on `proxy` raises
     DeadReference from then on. Raises TypeError for what is no proxy."""
     if not issubclass(type(proxy), _Remote):
-        raise TypeError(f"{type(proxy).__name__} is no proxy: there is nothing to give back")
+        raise TypeError(f"{type(proxy).__name__} is no proxy")
     proxy._target.release()
 
 
@@ -3627,8 +3620,8 @@ class _References:
         self._lent: dict[Any, int] = {}  # the numbers of what may be lent again, by identity
         self._latest: deque[int] = deque(maxlen=1000)  # new numbers: one may be half lent
         self.lends = False  # whether anything is lent
-        self._held: dict[int, Any] = {}  # weak references to those given back, that a message may hold
-        self._parting: list[_Loan] = []  # those to be exited
+        self._held: dict[int, Any] = {}  # weak references to loans given back, which a message may hold
+        self._parting: list[_Loan] = []  # to be exited
         self._exit_lock = threading.RLock()  # held while they are
 
     def resolve(self, target: Any, method: str) -> Callable[..., Any]:
@@ -3699,7 +3692,7 @@ class _References:
         return self.resolve(number, method) if method else self.loan(number).object
 
     def release(self, number: int) -> None:
-        """Take one count of a loan back. A thread of the pool exits it, which may take long."""
+        """Take one count of a loan back. The pool exits it, as that may take long."""
         _holding(self._lock, self._release, number)
 
     def _release(self, number: int) -> None:
@@ -3753,14 +3746,14 @@ class _References:
 
 
 class _System:
-    """The reserved target ``system``: what a plugin tells about itself (docs/protocol.md, section 7)."""
+    """The target ``system``: what a plugin tells about itself (docs/protocol.md, section 7)."""
 
     def __init__(self, references: _References) -> None:
         self._references = references
         self._served = references.served
 
     def dispense(self, name: str | None = None) -> Any:
-        """A reference to the plugin of that name, or to the only one there is."""
+        """A reference to that plugin, or to the only one."""
         if name == "system":
             return _Ref(self)
         name, served = self._served.find(name)
@@ -3769,19 +3762,15 @@ class _System:
         return _Ref(self._served.shared(name), None)
 
     def info(self) -> dict[str, Any]:
-        """The dict that the plugin was served with."""
         return self._served.info
 
     def reattachConfig(self) -> dict[str, Any] | None:
-        """What another host needs to attach, or None."""
         return self._served.config
 
     def listMethods(self) -> list[str]:
-        """The names of all methods, as ``plugin.method``."""
         return [f"{plugin}.{name}" for plugin, methods in self.describe().items() for name in methods]
 
     def methodHelp(self, name: str) -> str:
-        """A method's docstring, or ``""``."""
         return self._described(name)[1] or ""
 
     def methodSignature(self, name: str) -> str | None:
@@ -3789,7 +3778,7 @@ class _System:
         return self._described(name)[0]
 
     def describe(self, target: str | int | None = None) -> dict[str, Any]:
-        """{method: [signature, doc, parameters]} of a plugin or the reference of a number, or of each plugin."""
+        """{method: [signature, doc, parameters]} of a plugin, of a reference's number, or of each plugin."""
         if target is None:
             return {plugin: self.describe(plugin) for plugin in ("system", *sorted(self._served.plugins))}
         if type(target) is int:
@@ -3799,7 +3788,7 @@ class _System:
         methods = {name: _describe(getattr(obj, name)) for name in _method_names(obj) or ()}
         return {"": _describe(obj), **methods} if type(target) is int and callable(obj) else methods
 
-    def _described(self, name: str) -> list[Any]:
+    def _described(self, name: str) -> Any:
         plugin, _, method = name.rpartition(".")
         methods = self.describe(plugin)
         if method not in methods:
@@ -3808,22 +3797,21 @@ class _System:
 
 
 def _describe(function: Any) -> list[Any]:
-    """A function as [signature, doc, parameters], None for what is not known. A parameter is [name, kind,
-    default, annotation]; the last one is the result."""
+    """A function as [signature, doc, [[name, kind, default, annotation], ...]], None for what is not known.
+    The last row is the result."""
     inspect = _import("inspect")
     doc = inspect.getdoc(function)
     try:
         signature = _signature(function)
     except (TypeError, ValueError):
         return [None, doc, None]
-
-    def row(name: str, kind: int, default: Any, annotation: Any) -> list[Any]:
-        told = None if annotation is signature.empty else inspect.formatannotation(annotation)
-        return [name, kind, None if default is signature.empty else repr(default), told]
-
-    rows = [row(each.name, int(each.kind), each.default, each.annotation)
+    rows = [[each.name, int(each.kind), each.default, each.annotation]
             for each in signature.parameters.values()]
-    return [str(signature), doc, [*rows, row("return", 0, signature.empty, signature.return_annotation)]]
+    rows.append(["return", 0, signature.empty, signature.return_annotation])
+    for row in rows:
+        for place, show in ((2, repr), (3, inspect.formatannotation)):
+            row[place] = None if row[place] is signature.empty else show(row[place])
+    return [str(signature), doc, rows]
 
 
 # === 7. proxies =========================================================================================
@@ -3888,10 +3876,6 @@ class _Method(_Remote):
             return _aside("miniplug-submit", call._attempt, begin, seconds)
         return begin(seconds)
 
-    @property
-    def __name__(self) -> str:
-        return self._name or "function"
-
 
 class _AsyncMethod(_Method):
     # One that the interface declares ``async def``.
@@ -3921,44 +3905,40 @@ def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
     return seconds
 
 
-def _are_digests(value: Any) -> bool:
-    digests = value.values() if hasattr(value, "values") else [value]
-    return all(isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each) for each in digests)
-
-
-# What options take, by their types in the signature: the error, in words, and as a test.
-_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
-    "str": (TypeError, "a str", lambda value: isinstance(value, str)),
-    "bool": (TypeError, "True or False", lambda value: isinstance(value, bool)),
-    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
-    "Handshake": (TypeError, "a miniplug.Handshake", lambda value: hasattr(value, "magic_cookie_value")),
-    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
+# What options take whose type in the signature is no class, in words and as a test.
+_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "_Path": ("a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
+    "Iterable[int]": ("a list of whole numbers, each at least 0", lambda value: value and
                       isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
-    "Mapping[str, str]": (TypeError, "a dict; names and values are str", lambda value: hasattr(value, "items")
-                          and all(isinstance(part, str) for item in value.items() for part in item)),
-    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
+    "Mapping[str, str]": ("a dict of str to str", lambda value: hasattr(value, "items") and
+                          all(isinstance(part, str) for item in value.items() for part in item)),
+    "str | IO[Any]": ("'discard', 'inherit', or a file",
                       lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
-    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", lambda value:
+    "_Output": ("'log', 'inherit', 'discard', a function, or a text file", lambda value:
                 value in ("log", "inherit", "discard") or callable(value) or hasattr(value, "encoding")),
-    "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", _are_digests),
-    "logging.Logger": (TypeError, "a logging.Logger", lambda value: hasattr(value, "getChild")),
-    "Limits": (TypeError, "a miniplug.Limits", lambda value: isinstance(value, Limits)),
-    "Callable[[Plugin], Any]": (TypeError, "a function, which is called with the plugin", callable)}
+    "str | Mapping[_Path, str]": ("64 hexadecimal digits, or {path: digest}", lambda value: all(
+        isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each)
+        for each in (value.values() if hasattr(value, "values") else [value]))),
+    "Callable[[Plugin], Any]": ("a function", callable)}
 
 
 def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
-    """Check what a function was given by its signature. Raises TypeError and ValueError."""
-    for name, annotation in function.__annotations__.items():
-        wanted, none, _ = annotation.partition(" | None")
+    """Check what a function was given by its signature. Raises TypeError, ValueError."""
+    for name, value in given.items():
+        wanted, none, _ = function.__annotations__.get(name, "").partition(" | None")
+        if value is None and none:
+            continue
         if wanted == "int":
-            least = {"max_message": _HELLO_LIMIT, "max_workers": 1}
-            _checked_count(given[name], name, least.get(name, 0))
+            _checked_count(value, name, {"max_message": _HELLO_LIMIT, "max_workers": 1}.get(name, 0))
         elif wanted == "float":
-            _checked_timeout(given[name], name)
-        elif wanted in _TYPES and not (none and given[name] is None):
-            kind, words, is_right = _TYPES[wanted]
-            if not is_right(given[name]):
-                raise kind(f"{name}={given[name]!r}: it is {words}")
+            _checked_timeout(value, name)
+        elif wanted in _TYPES:
+            words, is_right = _TYPES[wanted]
+            if not is_right(value):
+                raise ValueError(f"{name}={value!r}: it is {words}")
+        elif wanted.replace(".", "").isidentifier():  # of another copy of this file, too
+            if wanted.rpartition(".")[2] not in [each.__name__ for each in type(value).__mro__]:
+                raise TypeError(f"{name}={value!r}: it is a {wanted}")
 
 
 class _Proxy(_Remote):
@@ -3968,15 +3948,13 @@ class _Proxy(_Remote):
         vars(self).update(_target=target, _names=names, _interface=_Proxy)
 
     def __getattr__(self, name: str) -> Any:
-        if "_target" not in self.__dict__:
-            raise AttributeError(name)
         if name.startswith("_") or (self._names is not None and name not in self._names):
             raise _no_method(name, self._names, self._target.label)
         method = self.__dict__[name] = _Method(self._target, name)  # found there the next time
         return method
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{self._target.label} has methods only: {name!r} cannot be set")
+        raise AttributeError(f"{self._target.label} has methods only, no {name!r} to set")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _Method(self._target, "")(*args, **kwargs)
@@ -3992,14 +3970,15 @@ class _Proxy(_Remote):
         """Be an instance of the interface. Raises InterfaceMismatch."""
         differences = _differences(interface, self._target, self._names)
         if differences:
-            text = f"{self._target.label} is no {interface.__name__}: " + "; ".join(differences)
+            text = f"{self._target.label} is no {interface.__name__}: {'; '.join(differences)}"
             raise InterfaceMismatch(text, differences=differences)
         vars(self)["_interface"] = interface
         inspect = _import("inspect")
         for name in _method_names(interface) or ():
-            if inspect.iscoroutinefunction(getattr(interface, name)):
+            declared = getattr(interface, name)
+            if inspect.iscoroutinefunction(declared):
                 vars(self)[name] = _AsyncMethod(self._target, name)
-            elif inspect.isasyncgenfunction(getattr(interface, name)):
+            elif inspect.isasyncgenfunction(declared):
                 vars(self)[name] = _AsyncStream(self._target, name)
 
 
@@ -4017,16 +3996,15 @@ def _borrow(session: _Session, tag: str, state: Any) -> Any:
 
 def _open_session(channel: _Channel, terms: _Terms, max_message: int, served: _Served,
                   *others: Any) -> _Session:
-    """A session that serves the other side, and makes proxies for what that one lends."""
     return _Session(channel, terms, max_message, _References(served), _borrow, *others)
 
 
-# -- what interfaces and descriptions are made of
+# -- interfaces
 
 def _ask_description(target: _Target) -> dict[str, Any]:
     """{method: [signature, doc, parameters]}, as far as the other side tells."""
-    def ask(session: _Session, number: int, method: str, *others: Any) -> Any:
-        return session.call(0, method, (number,), *others[1:])
+    def ask(session: _Session, number: int, *others: Any) -> Any:
+        return session.call(0, "describe", (number,), {}, others[-1])
 
     try:
         return _checked_description(_reach(target.find, ask, "describe", (), {}, target.session.call_timeout))
@@ -4035,25 +4013,24 @@ def _ask_description(target: _Target) -> dict[str, Any]:
 
 
 def _checked_description(found: Any) -> dict[str, Any]:
-    """As much of what `describe` told as is what it should be."""
+    """As much of it as is what it should be."""
     methods, texts = found if type(found) is dict else {}, {str, type(None)}
     return {name: each for name, each in methods.items()
             if type(each) is list and len(each) == 3 and texts.issuperset(map(type, each[:2]))}
 
 
 def _differences(interface: type, target: _Target, names: Sequence[str] | None) -> list[str]:
-    """In words, what keeps an object with methods of these names (None: all) from being the interface."""
+    """What keeps an object with methods of these names (None: all) from being the interface, in words."""
     inspect = _import("inspect")
     abstract = getattr(interface, "__abstractmethods__", ())
     described = {} if names is None else _ask_description(target)
     found = []
     for name in sorted({*dir(interface), *abstract}):
-        if name.startswith("_"):
-            if name in abstract:
-                found.append(f"{name!r} is private, and a plugin's cannot be called")
-        elif isinstance(inspect.getattr_static(interface, name), property):
-            if name in abstract or getattr(interface, "_is_protocol", False):
-                found.append(f"{name!r} is a property, and a plugin has methods only")
+        is_private = name.startswith("_")
+        if is_private or isinstance(inspect.getattr_static(interface, name), property):
+            if name in abstract or (not is_private and getattr(interface, "_is_protocol", False)):
+                what = "private" if is_private else "a property"
+                found.append(f"{name!r} is {what}, and no public method")
         elif names is not None and callable(getattr(interface, name)):
             if name not in names:
                 found.append(f"it has no method {name!r}")
@@ -4063,7 +4040,7 @@ def _differences(interface: type, target: _Target, names: Sequence[str] | None) 
 
 
 def _refusals(interface: type, name: str, shown: str, doc: str, parameters: Any) -> list[str]:
-    """In words, what the plugin's method does not take of the calls that the interface's allows."""
+    """What the plugin's method does not take of the calls that the interface's allows, in words."""
     inspect = _import("inspect")
     try:
         mine = _signature(getattr(interface, name))
@@ -4084,8 +4061,8 @@ def _refusals(interface: type, name: str, shown: str, doc: str, parameters: Any)
 
 
 def _allowed_calls(parameters: Iterable[Any]) -> Iterable[tuple[int, list[str]]]:
-    """The calls to try, as (how many by position, names of the others): for each count without optional names,
-    and with all. What takes those takes all between."""
+    """The calls to try, as (how many by position, names of the others): for each count without optional
+    names, and with all. What takes those takes all between."""
     only, either, more, named, others = ([each for each in parameters if each.kind == kind]
                                          for kind in range(5))
     positional = only + either
@@ -4098,51 +4075,54 @@ def _allowed_calls(parameters: Iterable[Any]) -> Iterable[tuple[int, list[str]]]
 
 # -- calls and streams
 
-class _Awaitable:
+if TYPE_CHECKING:
+    import concurrent.futures
+
+    _Future = concurrent.futures.Future[Any]
+else:
+    _Future = object  # until Call is made
+
+
+class _Awaitable(_Future):
     """A call that was submitted: a concurrent.futures.Future that can also be awaited in asyncio."""
 
-    if TYPE_CHECKING:
-        _condition: Any
-        _state: str
-        _done_callbacks: list[Any]
-        set_result: Callable[[Any], Any]
-        set_exception: Callable[[Any], Any]
-
-        def cancelled(self) -> bool: ...
-        def done(self) -> bool: ...
     _call: _Call | None = None
+    _done_callbacks: list[Any]
 
     def _begin(self, caller: _Caller, *what: Any) -> None:
-        if self._state != "PENDING":  # cancelled before it could be sent, or failed with a session
+        if self._state != "PENDING":  # cancelled, or failed with a session
             return
         call = caller.submit(self, *what)
         if self._state[:9] == "CANCELLED":  # meanwhile, by a signal handler
             _pool.put((caller.give_up, call))
 
     def _arrive(self, call: _Call, come: deque[_Message], attends: bool) -> None:
-        """As the reader: the answer has come. Where callbacks may take long, or a handler may strike, a thread
-        of the pool does the rest."""
-        if attends and self._condition.acquire(False):  # whoever was struck in `result` may hold it for ever
-            try:  # no callback is added meanwhile
-                if all(map(_is_asyncios, self._done_callbacks)):
+        """As the reader: the answer has come. Where callbacks may take long, or a handler strike, the pool
+        does the rest."""
+        if attends and self._condition.acquire(False):  # who was struck in `result` may hold it for ever
+            try:  # no callback is added meanwhile; asyncio's only send word to a loop
+                modules = [str(getattr(each, "__module__", "")) for each in self._done_callbacks]
+                if all(module.startswith("asyncio.") for module in modules):
                     return self._settle(call, come.popleft())
             finally:
                 self._condition.release()
         return _move(come.popleft, self._settle, call)
 
     def _settle(self, call: _Call, message: _Message) -> None:
-        call.session.reader.unattended.discard(call.number)  # should who read have been struck before that
+        call.session.reader.unattended.discard(call.number)  # the reader may have been struck before that
         if not call.streams:
             call.session.calls.pop(call.number, None)
         if self.done():
-            return call.session.drop(message)
+            call.session.drop(message)
+            return
         try:
             call.inbox.appendleft(message)  # items may have come already
             value = call.session.caller.value(call)
         except BaseException as error:
-            return self._fail(error)
-        call.future = None  # which may have a stream, that shall go when nobody wants it
-        return self._end(self.set_result, value)
+            self._fail(error)
+        else:
+            call.future = None  # a stream in it is to go when nobody wants it
+            self._end(self.set_result, value)
 
     def _fail(self, error: BaseException) -> None:
         self._end(self.set_exception, error)
@@ -4155,20 +4135,18 @@ class _Awaitable:
             self._fail(error)
 
     def _end(self, settle: Callable[[Any], Any], outcome: Any) -> None:
-        """Settle it, unless it was cancelled meanwhile, or settled before."""
+        """Settle it, unless it is by now."""
         _quietly(settle, outcome, kind=_import("concurrent.futures").InvalidStateError)
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
-        base: Any = super()
-        call = self._call
-        was_done = self.done()
+        call, was_done = self._call, self.done()
         try:
-            return base.cancel()
+            return super().cancel()
         finally:
             with self._condition:
                 if self._state == "CANCELLED":
-                    base.set_running_or_notify_cancel()
+                    self.set_running_or_notify_cancel()
             if not was_done and self.cancelled() and call is not None and call.session is not None:
                 _in_pool(call.session.caller.give_up, call)  # where no handler strikes
 
@@ -4176,23 +4154,16 @@ class _Awaitable:
         return _import("asyncio").wrap_future(self).__await__()
 
 
-def _is_asyncios(callback: Any) -> bool:
-    """Those only send word to a loop."""
-    return str(getattr(callback, "__module__", "")).split(".")[0] == "asyncio"  # None for those written in C
-
-
 if TYPE_CHECKING:
-    import concurrent.futures
-
-    class Call(_Awaitable, concurrent.futures.Future[Any]): ...
+    class Call(_Awaitable): ...
 
 
 class Stream:
     """What a method gives that returns a generator or an iterator: iterate with ``for`` or ``async for``.
 
-    At most 64 items wait here unread. `close()`, `aclose()`, the end of ``with`` and letting go of the stream
-    give the rest up and close the plugin's generator. What that raises is raised where it happened. Each item
-    has the deadline that the call had.
+    At most 64 items wait here unread. `close()`, `aclose()`, the end of ``with`` and letting go of it give
+    the rest up and close the plugin's generator, whose exceptions are raised here. Each item has the deadline
+    that the call had.
     """
 
     def __init__(self, session: _Session, call: _Call) -> None:
@@ -4200,7 +4171,6 @@ class Stream:
         self._call = call
         self._lock = threading.Lock()  # held by who goes on to the next message
         self._batch: Any = (iter(()), 0)  # the items of the latest message; how many have come in all
-        self._credited = 0  # for how many of those credit was given
         self._waiters: list[Any] = []  # (loop, event) of the tasks that wait for items
         self._over = False
         call.watcher = partial(_wake, self._waiters)
@@ -4238,11 +4208,10 @@ class Stream:
         if self._over or batch[0].__length_hint__():
             return
         try:
-            count = batch[1] - self._credited
+            count = batch[1] + _WINDOW - call.granted
             if count >= _WINDOW // 2 and call.number in self._session.calls:
-                call.granted += count  # first: should a handler raise, all this is done again
+                call.granted += count
                 self._session.post(_CREDIT, call.number, count)
-                self._credited += count
             if wait:
                 self._session.caller.next(call)
             if call.inbox and not self._over:
@@ -4261,8 +4230,8 @@ class Stream:
             return
         received = self._batch[1] + len(values) if type(values) is list else 0
         if not values or not 0 < received <= call.granted:
-            text = "items of a stream are a list, of one at least, and no more than there is credit for"
-            raise self._session.failed(ProtocolError(text), call)
+            problem = ProtocolError("a stream's items are a list, no longer than there is credit for")
+            raise self._session.failed(problem, call)
         self._batch = (iter(values), received)
 
     async def _news(self) -> None:
@@ -5146,12 +5115,10 @@ def _last_words(lines: Sequence[str]) -> str:
 
 # === 10. plugin =======================================================================================
 #
-# Four rooms. The recipe: what was asked for, checked once. A run: one process, from start to end. The
-# supervisor: which run calls go to, and when another is started. Plugin: what the user holds. Nothing is
-# started, ended, sent or called back under the supervisor's lock, `news`.
+# Four rooms: _Recipe, _Run, _Supervisor, and Plugin, which the user holds. Nothing is started, ended, sent or
+# called back under the supervisor's lock, `news`.
 
-_PAUSE = 0.1  # seconds between a crash and the next start; twice that after another one, and so on
-_LONGEST_PAUSE = 10.0
+_PAUSE = 0.1  # seconds between a crash and the next start; twice as long each time, up to 128 times
 _Process: Any = _WindowsProcess if _WINDOWS else _PosixProcess
 
 
@@ -5159,25 +5126,24 @@ def _or_forever(seconds: float | None) -> float:
     return _FOREVER if seconds is None else min(seconds, _FOREVER)
 
 
-# Without these a Windows program does not start; on POSIX there are none such.
+# Without these a Windows program does not start.
 _SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if _WINDOWS else "").split()
 
 # Run by the plugin's interpreter: this very file is miniplug there, from the bytecode cache, or the zip file
 # that the host is packed in. The first lines are for any Python at all.
 _BOOTSTRAP = """
 import sys
-if sys.path[:1] == [""]:  # a json.py in the current folder is not what is imported here
+if sys.path[:1] == [""]:  # a json.py that lies there is not meant
     del sys.path[0]
 if sys.version_info < (3, 8):
-    sys.exit("miniplug needs Python 3.8 or newer: " + sys.executable + " is " + sys.version.split()[0])
+    sys.exit("miniplug needs Python 3.8 or newer: this is " + sys.version)
 import os
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 folder, name = os.path.split(sys.argv[1])
 spec = PathFinder.find_spec(name.partition(".")[0], [folder])
 if spec is None:
-    lack = " is not there for " + sys.executable + " to load: pack it there as a data file"
-    sys.exit(sys.argv[1] + lack + " (freeze_support tells how)")
+    sys.exit(sys.argv[1] + " is not there: pack it as a data file")
 module = sys.modules["miniplug"] = module_from_spec(spec)
 module.__name__ = "miniplug"
 exec(spec.loader.get_code(spec.name), vars(module))
@@ -5218,8 +5184,8 @@ def _sink(output: _Output, logger: logging.Logger, stream: str) -> _Sink | None:
 
 
 class _Recipe:
-    """What a plugin is made from: the options, checked once, as attributes, and what is to be run. It does not
-    change: any thread may read it."""
+    """What a plugin is made from: the options, checked once, as attributes, and what is to be run. Any thread
+    may read it: it does not change."""
 
     config: Any = None  # of a process to attach to
     process = _Process  # what starts one
@@ -5235,13 +5201,13 @@ class _Recipe:
         if self.cwd is not None:
             self.folder = os.path.join(self.folder, os.fsdecode(self.cwd))
         python = os.fsdecode(self.python or sys.executable or "")
-        self.is_own = python == (sys.executable or "")  # this very interpreter
+        self.is_own = python == (sys.executable or "")
         self.interpreter = os.path.join(self.folder, python) if os.path.dirname(python) else python
         self.is_list = not isinstance(command, (str, bytes, os.PathLike))
         try:
             self.command = [os.fsdecode(part) for part in (command if self.is_list else [command])]
         except TypeError:
-            wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of str and paths"
+            wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of them"
             raise TypeError(f"command={command!r}: it is {wanted}") from None
         scripts = [part for part in self.command if part.endswith((".py", ".pyw"))]
         name, source, attribute = "", (scripts or self.command or [""])[0], ""
@@ -5256,10 +5222,12 @@ class _Recipe:
             self.task = ["serve", f"{name}={self.source}:{attribute}"]
         elif scripts and not self.is_list:
             self.task = ["run", self.source]
+        elif not self.is_list:
+            self.command = [self.source]
         digests: Any = options["sha256"] or {}
+        if isinstance(digests, str) and self.is_module:
+            raise ValueError(f"sha256={digests!r}: of a module it is {{path: digest}}")
         if isinstance(digests, str):
-            if self.is_module:
-                raise ValueError(f"sha256={digests!r}: of a module it is {{path: digest}}")
             digests = {self.source: digests}
         self.sha256 = {self._whole(os.fsdecode(path)): digest.lower() for path, digest in digests.items()}
 
@@ -5278,15 +5246,13 @@ class _Recipe:
 
     def argv(self) -> list[str]:
         """What to run. Raises LaunchError, and OSError for a file that cannot be read."""
-        if self.command in ([], [""]):
+        if not self.command:
             raise self.not_started([], "the command is empty")
-        argv = [*self.command] if self.is_list else [self.source]
-        if self.task:
-            argv = [*self._loader(), *self.task]
-        elif self._whole(argv[0]) in self.sha256:
+        argv = [*self._loader(), *self.task] if self.task else [*self.command]
+        if not self.task and self._whole(argv[0]) in self.sha256:
             argv[0] = self._whole(argv[0])  # and not one of that name on the PATH
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
-            how = "a spec is 'path/to/file.py:Attr' or 'module:Attr', a program of the PATH a list"
+            how = "a spec is 'path/to/file.py:Attr' or 'module:Attr'; a program of the PATH is a list"
             raise self.not_started(argv, f"there is no such file as {self.source}; {how}")
         for path, expected in self.sha256.items():
             digest = _import("hashlib").sha256()
@@ -5295,20 +5261,20 @@ class _Recipe:
                     digest.update(block)
             actual = digest.hexdigest()
             if actual != expected:
-                reason = f"{path} is not the file expected: its SHA-256 is {actual}, not {expected}"
-                found = {"path": path, "expected": expected, "actual": actual}
-                raise self.not_started(argv, reason, ChecksumError, **found)
+                reason = f"the SHA-256 of {path} is {actual}, not {expected}"
+                raise self.not_started(argv, reason, ChecksumError,
+                                       path=path, expected=expected, actual=actual)
         return argv
 
     def _loader(self) -> list[str]:
         """What runs Python code by this very file."""
         python, frozen = self.interpreter, hasattr(sys, "frozen")
-        if self.python is None and _frozen_mains:
-            return [python, _FROZEN]
-        known = re.match("python|pypy|graalpy", os.path.basename(python), re.IGNORECASE)
-        if self.python is None and (frozen or not known):
-            how = "pass python='/path/to/python', or call miniplug.freeze_support() first in its main program"
-            raise self.not_started([], f"this application ({python}) has no interpreter to run it: {how}")
+        if self.python is None:
+            if _frozen_mains:
+                return [python, _FROZEN]
+            if frozen or not re.match("python|pypy|graalpy", os.path.basename(python), re.IGNORECASE):
+                how = "pass python='/path/to/python', or call miniplug.freeze_support() in its main program"
+                raise self.not_started([], f"{python} is no interpreter to run it: {how}")
         flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
         return [python, *flags, "-c", _BOOTSTRAP, _FILE.rstrip("c"), __name__]  # .pyc, says PyInstaller
 
@@ -5316,7 +5282,7 @@ class _Recipe:
         return os.path.normpath(os.path.join(self.folder, path))
 
     def failure(self, run: _Run, argv: list[str], refusal: Any, strangers: int | None) -> LaunchError:
-        """Why a process did not come up. `strangers`: how many came instead, once its time is over."""
+        """Why a process did not come up. `strangers`: how many came instead, if it is overdue."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
             run.ended.wait(1.0)  # it says on stderr that it was refused
@@ -5332,8 +5298,6 @@ class _Recipe:
         carried = {"exit_code": run.exit_code, "output": run.output.tail(), **told}
         return self.not_started(argv, reason, kind, **carried)
 
-    # -- and around it
-
     def environ(self) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items()
                if (self.inherit_env or name in _SYSTEM_VARIABLES) and not name.startswith("MINIPLUG_")}
@@ -5346,7 +5310,7 @@ class _Recipe:
                     env[name] = before  # what was there before the frozen application
         env.update((_variable(name), value) for name, value in (self.env or {}).items())
         if {*self.sha256} - {self.source}:
-            env["PYTHONPYCACHEPREFIX"] = os.devnull  # no bytecode cache for what it imports either
+            env["PYTHONPYCACHEPREFIX"] = os.devnull  # nor a bytecode cache for what it imports
         env[_COOKIE_KEY] = self.handshake.magic_cookie_key
         env[_variable(self.handshake.magic_cookie_key)] = self.handshake.magic_cookie_value
         if self.persist:
@@ -5355,21 +5319,20 @@ class _Recipe:
 
     def above(self) -> list[Any]:
         """What is being started, from the first host down to this process, if that does not serve yet:
-        [[program, None for a spec; where its host listens], ...]. Raises RuntimeError if this plugin is not to
-        be launched there: a module that launches what imports it would go on for ever."""
+        [[identity, where its host listens], ...]. Raises RuntimeError if this plugin must not be launched
+        there: a module that launches what imports it would go on for ever."""
         if self.process is not _Process:
             return []
         above: list[Any] = json.loads(_environment.get(_LOADING) or os.environ.get(_LOADING) or "[]")
         for program, address in above:
             if program in (None, self.identity()):
-                what = f"{self.label} is not launched: this process is still being started as one"
-                how = "a host's module that it imports has to have what launches plugins under"
-                raise RuntimeError(f'{what}; {how}  if __name__ == "__main__":')
+                why = "this process is still being started as one; what launches plugins stands under"
+                raise RuntimeError(f'{self.label} is not launched: {why}  if __name__ == "__main__":')
             try:
                 if not _WINDOWS and address:
                     _connect(address, _HELLO_SECONDS).close()
             except OSError:
-                raise RuntimeError("a host above this process, which does not serve yet, is gone") from None
+                raise RuntimeError("a host above this process is gone") from None
         return above
 
     def identity(self) -> str | None:
@@ -5383,17 +5346,17 @@ class _Recipe:
 
     def attaches_to(self) -> Any:
         """The config of the process to attach to, instead of starting one. Raises ValueError."""
-        text = os.environ.get(_ATTACH)
         if self.config is not None:
             return _checked_config(self.config)
+        text = os.environ.get(_ATTACH)
         if not text or self.process is not _Process:
             return None
         try:
             configs = {name: _checked_config(config) for name, config in json.loads(text).items()}
         except (ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"the variable {_ATTACH} is not {{NAME: config}} as JSON: {error}") from None
+            raise ValueError(f"{_ATTACH} is not {{NAME: config}} as JSON: {error}") from None
         config = configs.get(self.name)
-        what = f"attached to: it is the process {config['pid']}" if config else "launched"
+        what = f"attached to, process {config['pid']}" if config else "launched"
         self.log().info("%s names %s: %r is %s", _ATTACH, [*configs], self.name, what)
         return config
 
@@ -5436,11 +5399,11 @@ class _Voice:
 class _Run:
     """One process of a plugin, from the wish to have it to its end. Any thread may call the methods.
 
-    The thread of the number `thread` brings it up, and alone may call on it until on_start has returned; one
-    waits for the process and reaps it; another minds it. The supervisor's `news` protects `settled`, set when
-    it serves or will not, and `failure`, why not. Once `gone` the last line is delivered and the process
-    reaped; once `ended` its calls have failed, too. An end that was not `asked` for is a crash. `_claim` is
-    held for good by who ends the run: who waits for the process, or who detaches.
+    The thread `thread` brings it up, and alone may call on it until on_start has returned; one waits for the
+    process and reaps it; another minds it. The supervisor's `news` protects `settled`, set when it serves or
+    will not, and `failure`, why not. Once `gone` the last line is delivered and the process reaped; once
+    `ended` its calls have failed, too. An end that was not `asked` for is a crash. `_claim` is held for good
+    by who ends the run: who waits for the process, or who detaches.
     """
 
     thread = 0
@@ -5449,21 +5412,21 @@ class _Run:
     process: Any = None
     output: Any = None
     session: Any = None
-    config: dict[str, Any] | None = None  # of a process that stays: what attach() takes
-    owned = True  # whether the process is this host's
+    config: dict[str, Any] | None = None  # of a process that stays
+    owned = True  # by this host
     exit_code: int | None = None
     _why = ""  # it had to be killed
 
     def __init__(self, supervisor: _Supervisor) -> None:
         self.supervisor, self.recipe = supervisor, supervisor.recipe
         self.gone, self.ended = threading.Event(), threading.Event()
-        self._arrival = threading.Event()  # it has connected, was refused, or has ended
+        self._arrival = threading.Event()  # of its connection, or its end
         self._claim = threading.Lock()
 
     # -- how it comes up
 
     def open(self) -> None:
-        """Raises LaunchError, PluginClosed, or RuntimeError where nothing may be launched."""
+        """Raises LaunchError, PluginClosed, RuntimeError."""
         recipe, above, argv = self.recipe, self.recipe.above(), []
         try:
             config = recipe.attaches_to()
@@ -5550,7 +5513,7 @@ class _Run:
             raise
         if self.supervisor.state != "up":
             self.supervisor.run = self
-        if self.settled:  # nobody wants it any more
+        if self.settled:  # it came too late
             _end_runs([self], 0.0)
 
     def _meet(self, channel: _Channel, terms: _Terms) -> None:
@@ -5558,10 +5521,10 @@ class _Run:
         self.session = session = _open_session(channel, terms, recipe.max_message, _Served({}), self._lost)
         session.call_timeout = recipe.call_timeout
         if not self.owned:
-            session.keep_reading()  # so that the end is seen though nobody calls
+            session.keep_reading()  # or the end would not be seen
         if self.gone.is_set():
-            self._over()  # once more: it was so before there was a session
-        elif self.owned and "persist" in terms.features:  # it stays when this host goes: nothing is to end it
+            self._over()  # once more, now that there is a session
+        elif self.owned and "persist" in terms.features:  # it stays: nothing is to end it
             self.config = _checked_config(session.call(0, "reattachConfig", (), {}, _HELLO_SECONDS))
             self.process.keep()
         if recipe.heartbeat or recipe.idle_timeout:
@@ -5573,19 +5536,19 @@ class _Run:
         return session is not None and session.ended is None and not (self.asked or self.gone.is_set())
 
     def _mind(self, session: _Session) -> None:
-        """See that it answers, and is used; in rounds, as this host may have stood still."""
+        """See that it answers, and is used. (In rounds: this host may have stood still.)"""
         heartbeat, idle = self.recipe.heartbeat or _FOREVER, self.recipe.idle_timeout or _FOREVER
         pause = min(heartbeat / 4, idle / 8)
         silent = unused = 0.0
-        while not self.gone.wait(pause) and session.ended is None and silent < heartbeat:
+        while not self.gone.wait(pause) and session.ended is None:
             silent = 0.0 if heartbeat == _FOREVER or session.probe() else silent + pause
             unused = unused + pause if session.unused() else 0.0
             if unused >= idle:
                 self.supervisor.retire(self)
-        if silent >= heartbeat:
-            fate = "killed" if self.owned else "given up"
-            self._why = f"answered no ping for {heartbeat:g} s and was {fate}"
-            self.process.signal(kill=True)
+            if silent >= heartbeat:
+                self._why = f"answered no ping for {heartbeat:g} s"
+                self.process.signal(kill=True)
+                return
 
     # -- how it ends
 
@@ -5605,11 +5568,11 @@ class _Run:
             self.session.channel.shutdown()  # at which it turns its output away
             self.output.close(0.3)
             self.output.stop()
-            self.output.close(0.3)  # on Windows its threads may read on
+            self.output.close(0.3)  # on Windows it may read on
             self._over()
 
     def drain(self, seconds: float) -> None:
-        """Another has taken its place: end it when it is not busy, or after so many seconds."""
+        """End it, as soon as it is not busy, or after so many seconds."""
         deadline = time.monotonic() + seconds
         while not self.session.seal() and time.monotonic() < deadline:
             self.ended.wait(0.02)
@@ -5623,7 +5586,7 @@ class _Run:
             self.output.stop()
             self.output.close(1.0)
             if self.config is not None and self.owned:
-                deadline = time.monotonic() + 1.0  # a child that has the socket, too, may not be gone yet
+                deadline = time.monotonic() + 1.0  # a child may have the socket, too, and end later
                 while not _remove_stale(self.config["address"]) and time.monotonic() < deadline:
                     time.sleep(0.02)
             crashed = self.session is not None and not self.asked
@@ -5646,14 +5609,10 @@ class _Run:
             session.end(EOFError())
         self._arrival.set()
         self.ended.set()
-        if session is not None:  # last: a handler that waits here may have interrupted who reads
+        if session is not None:  # last: a handler that waits here may have struck who reads
             session.references.close()
             session.references.served.close()
             session.dispose()
-
-    def disown(self) -> None:
-        self.process.disown()
-        self.output.close()
 
     def _lost(self, cause: BaseException) -> Callable[[Sequence[str]], BaseException]:
         """The connection has ended: find out why. Returns what makes the error."""
@@ -5671,10 +5630,10 @@ class _Run:
             return PluginClosed(f"{name} was closed")
         during = f" during {', '.join(f'{method}()' for method in calls[:5])}" if calls else verdict
         words, signal_name = _end_words(self.exit_code)
-        kind, text = PluginCrashed, f"{name} {self._why or words}{during}{_last_words(tail)}"
+        kind, why = PluginCrashed, self._why or words
         if isinstance(self.session.cause, ProtocolError):
-            kind = ProtocolError
-            text = f"{name} broke the protocol and was ended{during}: {self.session.cause}"
+            kind, why = ProtocolError, f"broke the protocol and was ended ({self.session.cause})"
+        text = f"{name} {why}{during}{_last_words(tail)}"
         return kind(text, exit_code=self.exit_code, signal_name=signal_name, output=tail, calls=[*calls])
 
 
@@ -5689,8 +5648,8 @@ class _Supervisor:
         down --call, start()--> starting --it serves--> up --crash, idle--> down (or starting, with a `start`)
         starting --it fails--> down      any --close(), kill(), detach(), exit--> closed --start()--> starting
 
-    `news` protects all fields, for any thread. Who waits for it looks again within a second, as a signal
-    handler may change something between look and sleep.
+    `news` protects all fields, for any thread. Who waits for it looks again within a second: a signal handler
+    may change something before it sleeps.
     """
 
     state = "down"
@@ -5704,39 +5663,31 @@ class _Supervisor:
     def __init__(self, recipe: _Recipe, plugin: Plugin) -> None:
         self.recipe, self.plugin = recipe, plugin
         self.owner = os.getpid()
-        self.news = threading.Condition()  # with an RLock: a signal handler may close the plugin
-        self.tries: list[float] = []  # when calls have had it started after a crash, within the window
-
-    # -- for calls
-
-    def waits(self) -> bool:
-        return isinstance(self._seek(), _Run)
+        self.news = threading.Condition()  # of an RLock: a signal handler may close the plugin
+        self.tries: list[float] = []  # when calls have had it started after a crash
 
     def session(self, asked: _Call | None = None) -> _Session:
-        """The session that this thread is to call on, after a start if need be."""
+        """That which this thread is to call on, after a start if need be."""
         while True:
-            found = self._seek()
+            found = self.seek()
             if isinstance(found, _Session):
                 return found
             self._await(found, asked)
 
     def own_start(self) -> _Run | None:
-        """The start that this thread takes part in, as it runs on_start or what that has called back. Asked
-        before any lock, which in a forked child a thread that is not there may hold."""
+        """The start that this thread takes part in, as it runs on_start or what that has called back. Comes
+        before any lock: in a forked child that may be held for ever."""
         if self.owner != os.getpid():
-            where = "belongs to the process that this one was forked from: launch another here"
-            raise PluginError(f"{self.recipe.label} {where}")
+            raise PluginError(f"{self.recipe.label} belongs to the process that has forked this one")
         start = self.start
         if start is None or start.thread == threading.get_ident():
             return start
-        request = _current.get()
-        while request is not None and request.session is not start.session:
-            request = request.outer
-        return start if request is not None else None
+        calls_back = start.session is not None and start.session.caller._parent()
+        return start if calls_back else None
 
     # -- starting
 
-    def _seek(self) -> Any:
+    def seek(self) -> Any:
         """The session that this thread may call on, or the start to wait for, which may begin now."""
         own = self.own_start()
         with self.news:
@@ -5747,7 +5698,7 @@ class _Supervisor:
             if self.state == "closed":
                 raise self.is_closed()
             if own is not None:
-                raise own.error()  # it has crashed while on_start runs
+                raise own.error()  # it has crashed in on_start
             return self.start or self._start_for_calls()
 
     def _start_for_calls(self) -> _Run:
@@ -5756,18 +5707,17 @@ class _Supervisor:
         most, window = self.recipe.max_restarts, _or_forever(self.recipe.restart_window)
         self.tries = [each for each in self.tries if self.down_at - each < window]
         if len(self.tries) >= most:
-            why = f", and is not started again (max_restarts={most} in {window:g} s): start() it"
-            raise self.crash.error(verdict=why)
-        pause = min(_PAUSE * 2 ** min(len(self.tries), 10), _LONGEST_PAUSE)
+            raise self.crash.error(verdict=f"; start() it again (max_restarts={most} in {window:g} s)")
+        pause = _PAUSE * 2 ** min(len(self.tries), 7)
         self.tries.append(time.monotonic())
         return self._begin(pause=pause)
 
     def _begin(self, drain: float | None = None, pause: float | None = None) -> _Run:
-        """Start another run, after a crash with a `pause`. With `drain` it takes the place of one that is up,
-        which then has so many seconds."""
+        """Start another run, after a crash with a `pause`; to replace one that is up, with a `drain`."""
         start = self.start = _Run(self)
         self.not_before = self.down_at + (pause or 0.0)
-        self.state = self.state if self.state == "up" else "starting"
+        if self.state != "up":
+            self.state = "starting"
         self.open = None
         try:
             _start_thread("miniplug-start", self._bring_up, start, drain, pause is not None)
@@ -5776,8 +5726,7 @@ class _Supervisor:
         return start
 
     def start_up(self, drain: float | None = None) -> None:
-        """Start it, unless it is up; with `drain` replace what is up. Who is interrupted in its own start closes
-        the plugin."""
+        """Start it, unless it is up; with `drain` replace that. Interrupted in its start, it is closed."""
         replace = drain is not None
         if self.own_start() is not None:
             if replace:
@@ -5791,7 +5740,7 @@ class _Supervisor:
             if is_up and not replace:
                 return
             if is_up and not self.run.owned:
-                raise PluginError(f"{self.recipe.label} belongs to another host: that can restart it")
+                raise PluginError(f"{self.recipe.label} belongs to another host")
             begins = self.start is None and not is_up
             if begins:
                 self.tries.clear()
@@ -5807,10 +5756,10 @@ class _Supervisor:
     def _await(self, start: _Run, asked: _Call | None = None) -> None:
         with self.news:
             while not start.settled:
-                left = asked.left() if asked is not None else None
-                if left == 0.0:
-                    raise _too_late(asked)  # type: ignore[arg-type]
-                self.news.wait(1.0 if left is None else min(left, 1.0))
+                left = _FOREVER if asked is None else _or_forever(asked.left())
+                if asked is not None and left == 0.0:
+                    raise _too_late(asked)
+                self.news.wait(min(left, 1.0))
         if start.failure is not None:
             raise start.failure
 
@@ -5859,7 +5808,7 @@ class _Supervisor:
     def notice(self) -> None:
         """Look whether the run that serves has ended."""
         if self.state != "up":
-            return  # without the lock, which is held for good at interpreter exit
+            return  # without the lock: at interpreter exit it is held for good
         with self.news:
             run = self.run
             if self.state == "up" and not run.takes_calls:
@@ -5871,16 +5820,16 @@ class _Supervisor:
     def retire(self, run: _Run) -> None:
         """End a run that nobody uses, unless somebody does just now."""
         with self.news:
-            idle = self.open is run.session is not None and run.takes_calls and run.session.seal()
-            run.asked = run.asked or idle
+            if self.open != run.session or not run.takes_calls or not run.session.seal():
+                return
+            run.asked = True
             self.notice()
-        if idle:
-            _end_runs([run], _GRACE)
+        _end_runs([run], _GRACE)
 
     def close(self) -> list[_Run]:
         """Start nothing more, and let go who waits. Returns the runs to end."""
         if self.owner != os.getpid():
-            return []  # a thread that is not here may hold the lock
+            return []
         with self.news:
             self.state, self.open, start = "closed", None, self.start
             if start is not None and not start.settled:
@@ -5895,11 +5844,11 @@ class _Supervisor:
         return PluginClosed(f"{self.recipe.label} is closed: start() it again")
 
 
-_runs: set[_Run] = set()  # all that have a process which has not ended
+_runs: set[_Run] = set()  # those with a process that has not ended
 
 
 def _end_runs(runs: Sequence[_Run], grace: float | None) -> None:
-    """End runs side by side: ask, after `grace` seconds terminate, a second later kill; without a grace kill at
+    """End runs side by side: ask, after `grace` seconds terminate, a second later kill; without a grace at
     once. Returns when they are gone."""
     for run in runs:
         run.ask(grace)
@@ -5917,7 +5866,7 @@ def _close_all() -> None:
     for run in list(_runs):
         stays = run.config is not None and run is run.supervisor.run  # else another has taken its place
         if stays or run.recipe.managed:
-            run.supervisor.news.acquire()  # for good: what waits for a start has no one to tell any more
+            run.supervisor.news.acquire()  # for good: nothing is started any more
             run.supervisor.close()
             if stays:
                 run.detach()
@@ -5929,7 +5878,9 @@ def _close_all() -> None:
 def _disown_all() -> None:
     """In a forked child."""
     while _runs:
-        _runs.pop().disown()
+        run = _runs.pop()
+        run.process.disown()
+        run.output.close()
     _guardian.disown()
 
 
@@ -5939,8 +5890,8 @@ if hasattr(os, "register_at_fork"):
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
-    """Call what blocks in a thread of its own: the loop's may all be waiting. Cancelled, it calls `undo` before
-    and after that has returned, so that nothing is left half done."""
+    """Call what blocks in a thread of its own: the loop's may all wait. Cancelled, it calls `undo` before and
+    after that returns."""
     asyncio, call = _import("asyncio"), _on_first_use("Call")()
     _aside("miniplug-async", call._attempt, lambda: call.set_result(function(*args)))
     future = asyncio.wrap_future(call)
@@ -6003,7 +5954,7 @@ class _Dispensed(_Target):
         return session, self.at[session].number
 
     def waits(self) -> bool:
-        return self._supervisor.waits()
+        return isinstance(self._supervisor.seek(), _Run)
 
     def release(self) -> None:
         self.released = True
@@ -6015,9 +5966,9 @@ class _Dispensed(_Target):
 class Plugin:
     """A plugin, as its host holds it: to start, call and end, as often as you like, from any thread.
 
-    The parameters are those of `launch`; one that was only made starts on first use. ``with`` starts and
-    closes it. After `close()` calls raise PluginClosed, after a crash PluginCrashed, until `start()`; then
-    the proxies work again, on fresh instances.
+    The parameters are those of `launch`. One that was only made starts on first use; ``with`` starts and
+    closes it. After `close()` calls raise PluginClosed, after a crash PluginCrashed, until `start()`: then
+    proxies work again, on fresh instances.
     """
 
     def __init__(self, command: _Command, *, name: str | None = None, handshake: Handshake = Handshake(),
@@ -6068,18 +6019,12 @@ class Plugin:
         """Leave it running, for a host to `attach` to. Raises PluginError for one that cannot stay."""
         run = self._run
         if run in _runs:
-            self._config_of(run)
+            self.reattach_config()
             self._supervisor.close()
             run.detach()
 
-    def _config_of(self, run: _Run) -> dict[str, Any]:
-        if run.config is None:
-            what = self._supervisor.recipe.label
-            raise PluginError(f"{what} does not stay without its host: launch it with persist=True")
-        return run.config
-
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait at most `timeout` seconds for the process to end. Returns its exit code, or None."""
+        """Wait for the process to end, at most `timeout` seconds. Returns its exit code, or None."""
         run = self._run
         if run is not None:
             run.ended.wait(_or_forever(timeout))
@@ -6104,9 +6049,6 @@ class Plugin:
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
-    def __repr__(self) -> str:
-        return f"<Plugin {self.name!r}, {f'pid {self.pid}' if self.running else 'not running'}>"
-
     @property
     def _run(self) -> Any:
         """The one that this thread has to do with."""
@@ -6115,13 +6057,13 @@ class Plugin:
 
     @property
     def running(self) -> bool:
-        """Whether the plugin has started and its process has not ended."""
+        """Whether it has started, and its process has not ended."""
         run = self._run
         return run is not None and run.session is not None and not run.gone.is_set()
 
     @property
     def pid(self) -> int | None:
-        """The number of the plugin's process, or None without one."""
+        """The number of its process, or None without one."""
         run = self._run
         return None if run is None or run.gone.is_set() else run.process.pid
 
@@ -6150,8 +6092,8 @@ class Plugin:
 
     def dispense(self, name: str | None = None, interface: Callable[..., _I] | None = None, *,
                  timeout: float | None = None) -> _I:
-        """A proxy for the plugin of that name, or for the only one there is, with its public methods (not its
-        attributes and properties). The name "system" gives the introspection.
+        """A proxy for the plugin of that name, or for the only one there is, with its public methods.
+        "system" is the introspection.
 
         `interface`: an ABC, Protocol or class, whose public methods the plugin must have, and take every call
         that they allow. The proxy is an instance of it, for type checkers and (not a Protocol) for
@@ -6162,12 +6104,12 @@ class Plugin:
         _check(Plugin.dispense, locals())
         wanted: Any = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
         if wanted is not None and not isinstance(wanted, type):
-            raise TypeError(f"interface={interface!r}: it is an ABC, a Protocol or another class")
+            raise TypeError(f"interface={interface!r}: it is a class")
         found = self._ask_system("dispense", (name,), _Remote)
         target = _Dispensed(self._supervisor, name, found._target)
         target.label = f"the plugin {name or self.name!r}"
         target.timeout = target.timeout if timeout is None else timeout
-        proxy: Any = _Proxy(target, found._names if type(found) is _Proxy else [])
+        proxy: Any = _Proxy(target, found._names)
         if wanted is not None:
             proxy._adopt(wanted)
         elif type(found) is _Method:
@@ -6191,10 +6133,12 @@ class Plugin:
                 for plugin, methods in found.items()}
 
     def reattach_config(self) -> dict[str, Any]:
-        """What another host needs to `attach`, as a dict that json can store. Who has it can call the plugin.
-        Raises PluginError for one that does not persist."""
-        session = self._supervisor.session()
-        return {**self._config_of(self._run), "protocol_version": session.protocol_version}
+        """What another host needs to `attach`, as a dict for json. Who has it can call the plugin. Raises
+        PluginError for one that does not persist."""
+        session, config = self._supervisor.session(), self._run.config
+        if config is None:
+            raise PluginError(f"the plugin {self.name!r} ends with its host: launch it with persist=True")
+        return {**config, "protocol_version": session.protocol_version}
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
@@ -6203,7 +6147,7 @@ class Plugin:
 
 
 def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callable[_P, Plugin]]:
-    """For help(), editors and type checkers: the decorated function takes what `other` takes."""
+    """For help() and type checkers: the decorated function takes what `other` takes."""
     return lambda function: vars(function).update(__wrapped__=other) or function
 
 
@@ -6218,28 +6162,26 @@ def launch(command: _Command, **options: Any) -> Plugin:
     - `name`: what logs and errors call it; by default made from the command.
     - `handshake`, `protocol_versions` (default: the handshake's): what the host can speak. The highest
       version that both can is used.
-    - `python`: the interpreter, by default this one, with its flags. Another one needs no miniplug, and gets
-      none of this one's own variables. A spec or ``.py`` file imports what lies beside it, or for a module in
-      `cwd`; for more give a ``PYTHONPATH`` in `env`.
-    - `env`: added to the environment, or with `inherit_env=False` to what the system needs alone. `cwd`:
-      where it runs, and where relative paths start.
+    - `python`: the interpreter, by default this one, with its flags. Another one gets none of this one's own
+      variables. A spec or ``.py`` file imports what lies beside it, a module what is in `cwd`; for more give
+      a ``PYTHONPATH`` in `env`.
+    - `env`: added to the environment, or with `inherit_env=False` to what the system needs. `cwd`: where it
+      runs, and where relative paths start.
     - `start_timeout`, `call_timeout`: seconds to connect in, and for a call without a deadline of its own.
     - `stdin`: ``"discard"``, ``"inherit"`` (a terminal too: then it shares the host's process group) or a
-      file. `stdout`, `stderr`: ``"log"``, ``"inherit"``, ``"discard"``, a callable that takes each line, or a
-      text file.
-    - `logger` (default ``miniplug.NAME``): the parent of the loggers of its records and lines: ``stdout`` at
-      INFO, ``stderr`` at WARNING, tracebacks at ERROR.
+      file. `stdout`, `stderr`: ``"log"``, ``"inherit"``, ``"discard"``, a callable for each line, or a text
+      file. `logger` (default ``miniplug.NAME``): the parent of its loggers; those of ``stdout`` (INFO) and
+      ``stderr`` (WARNING, tracebacks ERROR) are among them.
     - `max_restarts` in any `restart_window` seconds: the next call after a crash starts it anew, after a
-      pause of 0.1 seconds, and of twice as long each time, in which calls wait. Those in flight raise
-      PluginCrashed and never run again; past the limit all do.
+      pause of 0.1 seconds, and of twice as long each time. Calls in flight raise PluginCrashed and never run
+      again; past the limit all do.
     - `heartbeat`: seconds without an answer to a ping that count as a crash. `idle_timeout`: seconds without
       a call, stream or reference after which it is closed, until the next call.
     - `on_start(plugin)` runs after every start; until it returns only its own calls get through. If it
       raises, the process is ended, and whoever started it gets that. `on_exit(plugin)` runs in a thread of
       miniplug's, each time that the process ends unasked.
     - `sha256`: the hex digest of the program, script or spec's file (not of the interpreter), or ``{path:
-      digest}``, checked before anything runs (it can still be swapped after that). No bytecode cache is used
-      for what is checked.
+      digest}``, checked before anything runs (it can be swapped after that). No bytecode cache is used then.
     - `limits`: what it may use at most. `max_message`: bytes of the longest message that the host takes, at
       least 4096. `managed`: closed at interpreter exit. `persist`: it stays when this host goes, unless that
       closes it, and can be attached to.
@@ -6255,12 +6197,12 @@ def attach(config: Mapping[str, Any], *, name: str | None = "attached", handshak
            protocol_versions: Iterable[int] | None = None, call_timeout: float | None = None,
            heartbeat: float | None = None, logger: logging.Logger | None = None,
            max_message: int = _MAX_MESSAGE) -> Plugin:
-    """Connect to a plugin that runs already. `config` is what its `reattach_config` gave; the options are those
-    of `launch`, which attaches as well where the environment variable ``MINIPLUG_ATTACH`` is ``{NAME:
-    config}`` as JSON, and has its `name`.
+    """Connect to a plugin that runs. `config` is what its `reattach_config` gave; the options are those of
+    `launch`, which attaches as well where the environment variable ``MINIPLUG_ATTACH`` is ``{NAME: config}``
+    as JSON, and has its `name`.
 
-    The process is not this host's: `close`, the end of a ``with`` and interpreter exit disconnect; `kill`
-    asks it to end first; `start` connects again. What it prints does not come here.
+    The process is not this host's: `close`, the end of ``with`` and interpreter exit disconnect; `kill` asks
+    it to end first; `start` connects again. What it prints does not come here.
 
     Raises LaunchError if there is no such plugin, and its kinds HandshakeError and AuthenticationError.
     """
@@ -6280,8 +6222,7 @@ def local(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None, 
     """Serve plugins in this very process, for tests, over the same session and codec.
 
     `plugins`, `info` and `max_workers` are those of `serve`, the other options those of `launch`. What a
-    plugin prints or logs goes where the process's own does, and what ends a process ends this one. Raises
-    what `serve` and `launch` raise.
+    plugin prints or logs goes where this process's own does. Raises what `serve` and `launch` raise.
     """
     options = {key: value for key, value in locals().items() if key not in ("plugins", "info", "max_workers")}
     plugin = Plugin(["local"], **options)

@@ -552,8 +552,8 @@ def test_commands_of_every_type(write, tmp_path):
                     [python, os.fsencode(path)]):
         with miniplug.launch(command, cwd=os.fsencode(str(tmp_path)), python=python) as plugin:
             assert plugin.dispense().hello() == "hello"
-    for command in ("", []):
-        with pytest.raises(miniplug.LaunchError, match="the command is empty"):
+    for command, words in (("", "there is no such file"), ([], "the command is empty")):
+        with pytest.raises(miniplug.LaunchError, match=words):
             miniplug.launch(command)
 
 

@@ -201,7 +201,7 @@ def test_another_interpreter(write, tmp_path):
     ([WORKSHOP + "2", "x"], "has no attribute 'Workshop2'"),
     ([WORKSHOP, "gret", "x"], "did you mean 'greet'"),
     ([WORKSHOP, "_private"], "_private"),
-    ([WORKSHOP, "_target"], "has no method '_target': names that begin with an underscore are private"),
+    ([WORKSHOP, "_target"], "has no method '_target': it is private"),
     ([WORKSHOP, "__class__"], "__class__"),
     ([WORKSHOP, "workshop.__repr__"], "__repr__"),
     ([WORKSHOP, ""], "only its methods"),

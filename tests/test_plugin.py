@@ -200,10 +200,10 @@ def test_factories_make_an_instance_each_and_objects_are_shared(write):
         assert [plugin.dispense("shared").up() for _ in range(3)] == [1, 2, 3]
         assert [plugin.dispense("own").up() for _ in range(3)] == [1, 1, 1]
         assert [plugin.dispense("made").up() for _ in range(3)] == [1, 1, 1]
-        with pytest.raises(miniplug.PluginNotFound, match="several plugins are served") as caught:
+        with pytest.raises(miniplug.PluginNotFound, match="name=None: what is served is made, own, shared") as caught:
             plugin.dispense()
         assert caught.value.names == ["made", "own", "shared"]
-        with pytest.raises(miniplug.PluginNotFound, match="no plugin 'no' is served, only made, own, shared"):
+        with pytest.raises(miniplug.PluginNotFound, match="name='no': what is served is made, own, shared"):
             plugin.dispense("no")
 
 
@@ -323,7 +323,7 @@ def fails(command, kind=miniplug.LaunchError, **options):
 
 
 def test_a_command_line_is_told_to_be_a_list():
-    assert "a program of the PATH, or with arguments, is a list" in str(fails("python x.py"))
+    assert "a program of the PATH is a list" in str(fails("python x.py"))
 
 
 def test_no_such_program(tmp_path):
@@ -425,7 +425,7 @@ def test_it_never_connects(write):
 
 def test_no_plugin_at_all(write):
     error = fails([sys.executable, "-c", "print('hello')"], miniplug.HandshakeError)
-    assert "without connecting: it is no plugin" in str(error) and error.output == ["hello"] and error.exit_code == 0
+    assert "without connecting: it does not call serve()" in str(error) and error.output == ["hello"] and error.exit_code == 0
 
 
 def test_started_by_hand(write):
@@ -478,14 +478,14 @@ def test_bad_options():
                           ("handshake", miniplug.Handshake(1.0))):
         with pytest.raises(ValueError, match=r"whole numbers?, (each )?at least"):
             miniplug.Plugin(WORKSHOP, **{option: value})
-    with pytest.raises(TypeError, match=r"handshake=3: it is a miniplug\.Handshake"):
+    with pytest.raises(TypeError, match="handshake=3: it is a Handshake"):
         miniplug.Plugin("x", handshake=3)
-    with pytest.raises(TypeError, match=r"env=\{'A': 1\}: it is a dict; names and values are str"):
+    with pytest.raises(ValueError, match=r"env=\{'A': 1\}: it is a dict of str to str"):
         miniplug.Plugin("x", env={"A": 1})
     for command in (None, dict, ["python", 3]):
-        with pytest.raises(TypeError, match=r"it is a path, a spec such as 'path/to/file\.py:Attr', or a list"):
+        with pytest.raises(TypeError, match=r"it is a path, a spec such as 'path/to/file\.py:Attr', or a list of them"):
             miniplug.Plugin(command)
-    with pytest.raises(TypeError, match="LoggerAdapter"):
+    with pytest.raises(TypeError, match=r"it is a logging\.Logger"):
         miniplug.Plugin(WORKSHOP, logger=logging.LoggerAdapter(logging.getLogger("x"), {}))
     with pytest.raises(TypeError):
         miniplug.launch(WORKSHOP, no_such_option=1)
@@ -630,12 +630,11 @@ def test_closing_while_it_starts(write):
 def test_state_over_a_life():
     plugin = miniplug.Plugin(WORKSHOP)
     assert (plugin.running, plugin.pid, plugin.exit_code, plugin.wait(0)) == (False, None, None, None)
-    assert "not running" in repr(plugin)
     plugin.start()
     assert plugin.start() is plugin
     assert plugin.running and plugin.exit_code is None and plugin.wait(0) is None
     shop = plugin.dispense()
-    assert shop.pid() == plugin.pid and str(plugin.pid) in repr(plugin)
+    assert shop.pid() == plugin.pid
     assert 0 < plugin.ping() < 5
     plugin.close()
     plugin.close()
@@ -1192,24 +1191,15 @@ def test_an_interpreter_and_a_temp_folder_with_spaces_and_other_letters(tmp_path
 
 
 @posix
-@pytest.mark.parametrize("folder, problem", [("deep", "AF_UNIX path too long"),
-                                             ("nothing", "No such file or directory"), ("/proc", "")])
-def test_a_temp_folder_that_is_too_deep_or_missing_or_read_only(monkeypatch, tmp_path, caplog, folder, problem):
-    """It takes another one, and says so."""
-    folder = str(tmp_path / ("x" * 90) / ("y" * 90)) if folder == "deep" else os.path.join(TEMPORARY, folder)
-    if problem.startswith("AF_UNIX"):
+@pytest.mark.parametrize("folder", ["deep", "nothing", "/proc"])
+def test_a_temp_folder_that_is_too_deep_or_missing_or_read_only(monkeypatch, tmp_path, folder):
+    """It takes another one."""
+    if folder == "deep":
+        folder = str(tmp_path / ("x" * 90) / ("y" * 90))
         os.makedirs(folder)
-    monkeypatch.setenv("TMPDIR", folder)
-    with caplog.at_level(logging.INFO), miniplug.launch(WORKSHOP) as plugin:
+    monkeypatch.setenv("TMPDIR", os.path.join(TEMPORARY, folder))
+    with miniplug.launch(WORKSHOP) as plugin:
         assert plugin.dispense().greet("x") == "Hello, x!"
-    (said,) = [record for record in caplog.records if folder in record.getMessage()]
-    assert said.name == "miniplug.workshop" and problem in said.getMessage() and "its socket is in /tmp/" in said.getMessage()
-
-
-@posix
-def test_nobody_is_told_of_a_temp_folder_that_will_do(caplog):
-    with caplog.at_level(logging.DEBUG), miniplug.launch(WORKSHOP):
-        assert not [record for record in caplog.records if "socket" in record.getMessage()]
 
 
 @posix
@@ -1273,7 +1263,7 @@ def test_freeze_support_does_nothing_elsewhere(monkeypatch):
     monkeypatch.setattr(miniplug, "_frozen_mains", [])
     assert miniplug.freeze_support() is None and not miniplug._frozen_mains
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    assert "call miniplug.freeze_support() first" in str(fails(WORKSHOP))
+    assert "call miniplug.freeze_support()" in str(fails(WORKSHOP))
     assert miniplug.freeze_support() is None and miniplug._frozen_mains
     monkeypatch.setattr(sys, "executable", "/no/such/app")
     program, *arguments = fails(WORKSHOP).command
@@ -1420,7 +1410,7 @@ def test_proxies_are_not_copied(workshop):
     import copy
 
     for way in (copy.copy, copy.deepcopy):
-        with pytest.raises(miniplug.NotSerializable, match="stays in its process"):
+        with pytest.raises(miniplug.NotSerializable, match="cannot be copied"):
             way(workshop)
 
 

@@ -161,12 +161,12 @@ def test_an_error_past_the_limit_says_what_to_do(shop):
     with miniplug.launch(shop, max_restarts=1, restart_window=50, stderr="discard") as plugin:
         proxy = plugin.dispense()
         assert "start()" not in str(crash(proxy)) + str(crash(proxy))
-        with pytest.raises(miniplug.PluginCrashed, match=r"max_restarts=1 in 50 s\): start\(\) it"):
+        with pytest.raises(miniplug.PluginCrashed, match=r"start\(\) it again \(max_restarts=1 in 50 s\)"):
             proxy.pid()
     with miniplug.launch(shop, stderr="discard") as plugin:
         proxy = plugin.dispense()
         crash(proxy)
-        with pytest.raises(miniplug.PluginCrashed, match=r"not started again \(max_restarts=0 in 60 s\): start\(\) it"):
+        with pytest.raises(miniplug.PluginCrashed, match=r"start\(\) it again \(max_restarts=0 in 60 s\)"):
             proxy.pid()
 
 
@@ -215,7 +215,7 @@ def test_what_follows_from_an_end_holds_when_wait_returns(shop, monkeypatch):
         until(lambda: not plugin.running)
         assert plugin.wait(0.05) == plugin.exit_code and not plugin._supervisor.run.ended.is_set()
         plugin._supervisor.notice()
-        with pytest.raises(miniplug.PluginCrashed, match="exited with status 7, and is not started again"):
+        with pytest.raises(miniplug.PluginCrashed, match=r"exited with status 7; start\(\) it again"):
             plugin._supervisor.session()
         held.set()
         assert plugin.wait() == 7 and plugin._supervisor.state == "down"
@@ -265,7 +265,6 @@ def test_pauses_grow(shop, monkeypatch):
 
 def test_calls_made_in_the_pause_wait_with_their_deadlines_running(shop, monkeypatch):
     monkeypatch.setattr(miniplug, "_PAUSE", 600.0)
-    monkeypatch.setattr(miniplug, "_LONGEST_PAUSE", 600.0)
     with miniplug.launch(shop, max_restarts=3, stderr="discard") as plugin:
         proxy = plugin.dispense()
         crash(proxy)
@@ -290,7 +289,6 @@ def test_calls_made_in_the_pause_wait_with_their_deadlines_running(shop, monkeyp
 
 def test_close_cuts_the_pause_short(shop, monkeypatch):
     monkeypatch.setattr(miniplug, "_PAUSE", 600.0)
-    monkeypatch.setattr(miniplug, "_LONGEST_PAUSE", 600.0)
     with miniplug.launch(shop, max_restarts=3, stderr="discard") as plugin:
         proxy = plugin.dispense()
         crash(proxy)
@@ -613,13 +611,13 @@ def test_what_does_not_answer_is_killed_and_starts_again(shop, moment):
         if moment == "idle":
             freeze(pid)
         elif moment == "holding the GIL":
-            with pytest.raises(miniplug.PluginCrashed, match=r"no ping for 0\.6 s and was killed during stick") as caught:
+            with pytest.raises(miniplug.PluginCrashed, match=r"no ping for 0\.6 s during stick") as caught:
                 proxy.stick()
             assert (caught.value.signal_name, plugin.exit_code) == ((None, 1) if WINDOWS else ("SIGKILL", -9))
         elif moment == "in a call":
             call = proxy.work.submit(60)
             freeze(pid)
-            with pytest.raises(miniplug.PluginCrashed, match=r"no ping for 0\.6 s and was killed"):
+            with pytest.raises(miniplug.PluginCrashed, match=r"no ping for 0\.6 s"):
                 proxy.pid()
             assert isinstance(call.exception(1), miniplug.PluginCrashed)
         else:
@@ -1027,7 +1025,7 @@ def test_the_host_may_exit_at_any_of_these_moments(write, shop):
         import sys, threading
         import miniplug
 
-        miniplug._PAUSE = miniplug._LONGEST_PAUSE = 600
+        miniplug._PAUSE = 600
         plugin = miniplug.launch({shop!r}, max_restarts=3, heartbeat=1, idle_timeout=600, stderr="discard")
         proxy = plugin.dispense()
         print(plugin.pid)
@@ -1093,7 +1091,7 @@ def test_what_is_no_number_of_restarts_is_refused(shop, restarts):
 
 @pytest.mark.parametrize("option", ["on_start", "on_exit"])
 def test_what_is_no_function_is_refused(shop, option):
-    with pytest.raises(TypeError, match=option):
+    with pytest.raises(ValueError, match=f"{option}='configure': it is a function"):
         miniplug.Plugin(shop, **{option: "configure"})
 
 
