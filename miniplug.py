@@ -1254,9 +1254,9 @@ _ALONE = _count_alone()
 class _Seat(dict):
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
-    One step takes it, `setdefault(0, mine)`, and a `finally` gives it back. `mine` is a list with the thread's
-    ident, made for this very taking: so a finalizer or handler knows a seat that its own thread has, further
-    down. If a handler strikes in the `finally`, the seat is lost: then nothing but it refers to `mine`.
+    One step takes it, `setdefault(0, mine)`, and a `finally` gives it back. `mine` is a list with the
+    thread's ident, made for this very taking: so a finalizer or handler knows a seat that its own thread has,
+    further down. If one strikes in the `finally`, the seat is lost: then nothing but it refers to `mine`.
     """
 
     __slots__ = ()
@@ -1994,19 +1994,20 @@ class _Door:
 #     _Producer   one of their calls that is answered by a stream
 #     _Session    what these share, and the end
 #
-# Reading. Whoever holds the seat reads, and only routes: an answer to its call's inbox, for who waits to decode
-# it; a call made on behalf of one of ours to the thread, or the loop, that waits for that one; any other to
-# the pool. A thread that waits takes the seat if it is free, else it sleeps.
+# Reading. Whoever holds the seat reads, and only routes: an answer to its call's inbox, for who waits to
+# decode it; a call made on behalf of one of ours to the thread, or the loop, that waits for that one; any
+# other to the pool. A thread that waits takes the seat if it is free, else it sleeps.
 #
-# Sleeping. A sleeper first announces itself, then looks again; a waker first acts, then looks for sleepers. So
-# no wake-up is lost, unless a handler raises in between: a sleeper looks again after a second.
+# Sleeping. A sleeper first announces itself, then looks again; a waker first acts, then looks for sleepers.
+# So no wake-up is lost, unless a handler raises in between: a sleeper looks again after a second.
 #
 # What a signal handler raises strikes the main thread between any two steps. What must not be struck a thread
 # of the pool does. It is told by one call of C (`_pool.put`, `_move`), mostly the first thing in an `except`,
 # where nothing strikes before it (from Python 3.11 on). Every other step may be repeated.
 #
-# Streams. A call may be answered by items, several to a message, until an end or an error. The caller may leave
-# _WINDOW of them unread, and gives credit for what it has read. A producer without credit holds no thread.
+# Streams. A call may be answered by items, several to a message, until an end or an error. The caller may
+# leave _WINDOW of them unread, and gives credit for what it has read. A producer without credit holds no
+# thread.
 
 _CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END = 1, 2, 3, 4, 5, 6
 _CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = 7, 8, 9, 10, 11, 12
@@ -2070,8 +2071,8 @@ class _Pool:
 
     `put((function, *arguments))` has a thread call the function, in one step: for any thread, finalizers and
     signal handlers too. After a leading None the function may not wait: the leader calls it, so that such
-    keep their order. The leader holds `_lead`, which protects `_alarms`, and waits for tasks; before it leaves
-    with one it sees to it that another thread waits.
+    keep their order. The leader holds `_lead`, which protects `_alarms`, and waits for tasks; before it
+    leaves with one it sees to it that another thread waits.
     """
 
     def __init__(self) -> None:
