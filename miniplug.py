@@ -34,31 +34,31 @@ arrives is ever run as code. A program can also serve plugins by itself: see `se
 
 The map of this file; each section uses only those above it:
 
-     1  errors        what can go wrong, by name
-     2  codec         values to bytes and back
-     3  channel       whole frames over a socket or a pipe
-     4  handshake     who are you, which version, do you hold the key
-     5  session       calls and answers, both ways
-     6  dispatcher    names to methods
-     7  proxies       what the user of a plugin holds
-     8  serve         the plugin's main loop, its output and its logging
-     9  process       start, watch, limit and end a process tree
-    10  plugin        launch, and what becomes of it
-    11  discovery     what there is to launch
-    12  command line  python -m miniplug
+     1 errors: what can go wrong, by name
+     2 codec: values to bytes and back
+     3 channel: whole frames over a socket or a pipe
+     4 handshake: who are you, which version, do you hold the key
+     5 session: calls and answers, both ways
+     6 dispatcher: names to methods
+     7 proxies: what the user of a plugin holds
+     8 serve: the plugin's main loop, its output and its logging
+     9 process: start, watch, limit and end a process tree
+    10 plugin: launch, and what becomes of it
+    11 discovery: what there is to launch
+    12 command line: python -m miniplug
 """
 
 # One call, `greeter.greet("world")`, there and back (docs/review.md has a route through the whole file):
 #
 # In the host `_Method.__call__` asks its `_Target` where the object is now; the `_Supervisor` starts the
-# plugin if it has to. `_Caller.call` makes a `_Call`, with a number and an inbox. `_Codec.dumps` makes bytes
-# of what is called, `_Channel.send` a message of these. Then `_Reader.wait` takes the seat and reads, or
-# sleeps while another thread reads.
+# plugin if it has to. `_Caller.call` makes a `_Call`, with a number and an inbox; `_Codec.dumps` makes bytes
+# of it, and `_Channel.send` a message. `_Reader.wait` takes the seat and reads, or sleeps while another
+# thread reads.
 #
 # In the plugin `_Channel.receive` makes messages of bytes, and `_Reader.read` a `_Request` of a call.
 # `_Attendant._attend` runs it, if such are quick; else it first has another thread read. `_Runner.run`
 # decodes it; `_References.resolve` finds the bound method, which is called; `_Runner.answer` or `fail` sends
-# what came of it back in the same way.
+# back what came of it.
 #
 # In the host `_Reader.read` puts that into the inbox of the `_Call`, and `_Caller.value` decodes it, in the
 # thread that called. A callback is the same with the sides exchanged; it names the call on whose behalf it is
@@ -76,10 +76,9 @@ The map of this file; each section uses only those above it:
 #   under which no other is taken: _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
 #       those of the processes, and the condition of a Call
 #
-# `_Pool._lead` is held by the thread that waits for tasks, and while that runs one which does not wait.
-# Nobody waits for `_Producer._turn` and `_Run._claim`: who finds one taken leaves the work to its holder.
-# A seat (`_Seat`) is no lock; a gate (`_gate`) is one that is used as a wake-up. Code of the user may run in
-# any thread that waits for a call, and a finalizer anywhere: so those only append to a queue.
+# Who holds `_Pool._lead`, `_Producer._turn` or `_Run._claim` has a work to do that others leave to it. Code
+# of the user may run in any thread that waits for a call, and a finalizer anywhere: so those only append to a
+# queue.
 
 from __future__ import annotations
 
@@ -238,8 +237,8 @@ class MessageTooLarge(PluginError, ValueError):
 
 class RemoteError(PluginError):
     """A method raised. `type_name`: the exception's type. `message`: its text; this error's own begins with
-    the type. `remote_traceback`: the plugin's own, as text. A builtin or registered exception is of its own
-    type too: ``except ValueError`` and ``except RemoteError`` both catch a plugin's ValueError."""
+    the type. `remote_traceback`: the plugin's own, as text. If it is builtin or registered, ``except`` of its
+    own type catches it, too."""
 
     type_name: str
     message: str
@@ -331,13 +330,13 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 # that does not know, or would change without a word, and copies with tags only there.
 
 _SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps: RFC 8259, section 6
-_MAX_BITS = 1 << 15  # of an integer: to print or convert one takes a millisecond or two
+_MAX_BITS = 1 << 15  # of an integer: to print it takes a millisecond or two
 _MAX_DIGITS = 10000  # of a Decimal, and its exponent either way
-_MAX_ALIKE = 16  # values of a set, or keys, with one hash: each is compared with each
+_MAX_ALIKE = 16  # values with one hash: each is compared with each
 _MAX_COMBINATIONS = 1 << 14  # of an enum's flags: Python keeps each for ever
 _MANY = 32  # items of a list that may go in a shorter form
-_INLINE = 2048  # bytes up to this many go in base64, longer ones in a frame beside the message
-_MAX_BUFFERS = 1 << 16  # such frames of one message; more go in base64 again
+_INLINE = 2048  # bytes that go in base64; longer ones go in a frame beside the message
+_MAX_BUFFERS = 1 << 16  # such frames of one message
 _PLAIN = frozenset((str, bool, type(None), float))  # the encoder may trip over one, but changes none
 _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
@@ -360,10 +359,6 @@ def _found(path: Any) -> Any:
         return path
     module, *names = path.split(".")
     return reduce(getattr, names, _import(module))
-
-
-def _call(path: str, *arguments: Any) -> Any:
-    return _found(path)(*arguments)
 
 
 def _cut(text: str) -> str:
@@ -434,12 +429,16 @@ def _make_each(tag: str, states: list[Any]) -> list[Any]:
 def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
     if type(data) is not bytes or order not in ("little", "big"):
         raise ValueError("an array is a letter, a size, a byte order, and bytes")
-    if code not in _found("array.typecodes") or _call("array.array", code).itemsize != size:
+    if code not in _found("array.typecodes") or _found("array.array")(code).itemsize != size:
         raise NotSerializable(f"an array of {code!r} with items of {size} bytes is not to be had here")
-    array = _call("array.array", code, data)
+    array = _found("array.array")(code, data)
     if order != sys.byteorder:
         array.byteswap()
     return array
+
+
+def _bounds(held: Any) -> list[Any]:
+    return [held.start, held.stop, held.step]
 
 
 def _moment(value: Any) -> Any:
@@ -453,12 +452,12 @@ def _moment(value: Any) -> Any:
 
 
 def _make_moment(name: str, text: str, fold: int, zone: Any) -> Any:
-    return _call(f"datetime.{name}.fromisoformat", text).replace(fold=fold, tzinfo=zone)
+    return _found(f"datetime.{name}.fromisoformat")(text).replace(fold=fold, tzinfo=zone)
 
 
 def _make_zone(key: str) -> Any:
     try:
-        return _call("zoneinfo.ZoneInfo", key)
+        return _found("zoneinfo.ZoneInfo")(key)
     except (ImportError, LookupError, OSError) as error:  # Python 3.8, or no tzdata
         raise NotSerializable(f"the time zone {_shown(key)} is not to be had here: {_shown(error)}") from None
 
@@ -471,7 +470,7 @@ def _decimal(value: Any, text: str = "") -> str:
 
 
 def _make_decimal(text: str) -> Any:
-    value = _call("decimal.Decimal", text)
+    value = _found("decimal.Decimal")(text)
     _decimal(value, text)
     return value
 
@@ -489,8 +488,7 @@ def _make_registered(name: str, held: Any) -> Any:
 
 
 # By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; the way back,
-# by the type of the state on the wire: _ITEMS is a list, with whose items it is called. Names are looked up
-# on first use.
+# by the type of the state on the wire: _ITEMS is a list, whose items it takes. Names are found on first use.
 _ITEMS = "items"
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
 _Row = namedtuple("_Row", "type state make")
@@ -511,8 +509,8 @@ _TAGS = {tag: _Row(*row) for tag, row in {
     "$frozenset": (frozenset, _told_apart, {list: lambda held: frozenset(_told_apart(held))}),
     "$complex": (complex, lambda z: [z.real, z.imag], {_ITEMS: complex}),
     "$ellipsis": (type(...), lambda _: [], {_ITEMS: lambda: ...}),
-    "$range": (range, lambda held: [held.start, held.stop, held.step], {_ITEMS: range}),
-    "$slice": (slice, lambda held: [held.start, held.stop, held.step], {_ITEMS: slice}),
+    "$range": (range, _bounds, {_ITEMS: range}),
+    "$slice": (slice, _bounds, {_ITEMS: slice}),
     "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, a.tobytes()],
                {_ITEMS: _make_array}),
     "$date": ("datetime.date", "datetime.date.isoformat", {str: "datetime.date.fromisoformat"}),
@@ -527,7 +525,7 @@ _TAGS = {tag: _Row(*row) for tag, row in {
     "$zone": ("zoneinfo.ZoneInfo", lambda zone: zone.__reduce__()[1][0], {str: _make_zone}),
     "$decimal": ("decimal.Decimal", _decimal, {str: _make_decimal}),
     "$fraction": ("fractions.Fraction", lambda f: [f.numerator, f.denominator],
-                  {_ITEMS: lambda *pair: _call("fractions.Fraction", *map(int.__index__, pair))}),
+                  {_ITEMS: lambda *pair: _found("fractions.Fraction")(*map(int.__index__, pair))}),
     "$uuid": ("uuid.UUID", lambda value: f"{value.int:032x}", {str: "uuid.UUID"}),
     **{f"${name.lower()}": (f"pathlib.{name}", str, {str: f"pathlib.{'Pure' * (name == _FOREIGN)}{name}"})
        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
@@ -624,8 +622,8 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
         fields = getattr(cls, "_fields", None)
     elif all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
         fields = getattr(cls, "__dataclass_fields__", None) and [
-            field.name for field in _call("dataclasses.fields", cls)]
-    if fields is None or not {*_call("copyreg._slotnames", cls)} <= {*fields}:
+            field.name for field in _found("dataclasses.fields")(cls)]
+    if fields is None or not {*_found("copyreg._slotnames")(cls)} <= {*fields}:
         raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
     if issubclass(cls, BaseException):
         return _error_state, partial(_make_error, cls)
@@ -982,7 +980,7 @@ class _Codec:
 
 # -- exceptions
 
-_MAX_PARTS = 1000  # of an exception group, all together: they take more here than on the wire
+_MAX_PARTS = 1000  # of an exception group, all together
 _MAX_LEVELS = 30  # of groups in groups
 _TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
 _FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # of a builtin
@@ -998,7 +996,7 @@ def _is_ending(kind: type) -> bool:
 
 
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this as itself: ours would say that the plugin is in trouble."""
+    """Whether a call may raise this as itself: ours would tell of the plugin."""
     is_ours = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
     return issubclass(kind, Exception) and not is_ours and not _is_ending(kind)
 
@@ -1043,13 +1041,13 @@ def _format_traceback(error: BaseException) -> str:
     while frames is not None and frames.tb_frame.f_globals is globals():  # miniplug's own
         frames = frames.tb_next
     try:
-        return "".join(_call("traceback.format_exception", type(error), error, frames))
+        return "".join(_found("traceback.format_exception")(type(error), error, frames))
     except BaseException:  # such as a __repr__ that calls sys.exit()
         return "(its traceback could not be made)"
 
 
 def _print_error(error: BaseException) -> None:
-    """In one piece, so that it is one record of the host's log under any load."""
+    """In one piece, so that it is one record of the host's log."""
     print(_format_traceback(error), end="", file=sys.stderr)
 
 
@@ -1058,7 +1056,7 @@ def _builtin_of(kind: type) -> Any:
 
 
 def _error_state(error: Any) -> dict[str, Any]:
-    """An exception's arguments and attributes, without those that it has for being a RemoteError."""
+    """An exception's arguments and attributes, but for those of a RemoteError."""
     base, state = _builtin_of(type(error)), {**vars(error), "args": [*error.args]}
     if isinstance(error, RemoteError):
         for name in ("type_name", "remote_traceback", "_body", "_origin"):
@@ -1068,8 +1066,8 @@ def _error_state(error: Any) -> dict[str, Any]:
 
 
 def _make_error(cls: Any, state: Any) -> Any:
-    """An exception from its state, by the __init__ of its builtin base alone. What would make it impossible
-    or costly to raise, print or copy is left out."""
+    """An exception from its state, by the __init__ of its builtin base alone, without what would make it
+    impossible or costly to raise, print or copy."""
     base, args = _builtin_of(cls), [*state["args"]]
     known = args[:1] if issubclass(base, SyntaxError) else args  # it is printed with a mark at its column
     error = base.__new__(cls, *known)
@@ -1153,8 +1151,8 @@ _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # with
 
 
 def _reduce_error(error: RemoteError) -> Any:
-    """What copy and pickle keep of an error: the body that it was made from, as on the wire; of one that
-    holds a reference its texts."""
+    """What copy and pickle keep: the body that it was made from, as on the wire; if that holds a reference,
+    its texts."""
     body = error._body or {"message": str(error)}
     try:
         content, buffers, tagged, _ = _portable.dumps(body, "it")
@@ -1743,8 +1741,8 @@ def _remove_stale(path: str) -> bool:
 #
 # Three passes, mutual, after ISO/IEC 9798-4: the host's greeting; the plugin's, and its proof; what the host
 # chooses, or a refusal, and its proof. A proof is an HMAC-SHA256 over the role's name, the address and all
-# messages before it, nonces among them: nothing can be changed, replayed, reflected, or relayed to another
-# address. Until the other side's was right, nothing is read but short JSON in UTF-8.
+# messages before it: nothing can be changed, replayed, reflected or relayed. Until the other side's was
+# right, nothing is read but short JSON.
 
 _HELLO_SECONDS = 5.0
 _KNOCK_SECONDS = 0.5  # for one try in a crowd; the system itself would try again after 1, 3 and 7 seconds
@@ -1763,10 +1761,9 @@ else:
 class Handshake(_Handshake):
     """What a host and its plugins agree on beforehand. Immutable.
 
-    `protocol_version` (int, default 1) is the version of the interface that they share; count it up when that
-    changes. `magic_cookie_key` and `magic_cookie_value` (str) are an environment variable that the host sets:
-    it tells a person who starts a plugin by hand, or a host that starts the wrong program, what is wrong. It
-    is no security measure.
+    - `protocol_version` (int, default 1): of the interface that they share; count it up when that changes.
+    - `magic_cookie_key`, `magic_cookie_value` (str): an environment variable that the host sets. It tells who
+      starts a plugin by hand, or the wrong program, what is wrong. It is no security measure.
     """
 
     __slots__ = ()
@@ -1879,8 +1876,8 @@ def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channe
 
 
 class _Door:
-    """Where the other side comes in, if it holds the key. Each caller is greeted on a thread of its own: a
-    wrong, slow or silent one holds up nobody.
+    """Where the other side comes in, if it holds the key. Each caller is greeted on a thread of its own, and
+    holds up nobody.
 
     `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or, for one
     that is refused, the HandshakeError. Unless it `stays` open, the door closes before the first comes in.
@@ -1910,15 +1907,13 @@ class _Door:
                 time.sleep(0.01)
                 continue
             with self._lock:
-                welcome = self._open
-                if welcome:
-                    self._callers.append(channel)
+                if not self._open:
+                    channel.close()
+                    return
+                self._callers.append(channel)
                 if len(self._callers) > self._CROWD:  # by chance: the oldest would be just proving the key
                     self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
-            if welcome:
-                _aside("miniplug-hello", self._meet, channel)
-            else:
-                channel.close()
+            _aside("miniplug-hello", self._meet, channel)
 
     def _meet(self, channel: _Channel) -> None:
         terms: Any = None
