@@ -663,18 +663,10 @@ def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
 
 # -- encoding
 
-_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)  # None: not CPython
-_quote = json.encoder.encode_basestring
-
-
 def _writer() -> Any:
-    """What writes JSON, in pieces; the second argument is 0."""
-    if _make_encoder is None:
-        encoder = json.JSONEncoder(ensure_ascii=False, check_circular=False, allow_nan=False)
-        encoder.item_separator, encoder.key_separator = ",", ":"
-        return lambda value, level: (encoder.encode(value),)
-    # json's own setup for every value costs more than its work
-    return _make_encoder(None, None, _quote, None, ":", ",", False, False, False)
+    """What writes JSON, in pieces; the second argument is 0. To have json make one costs more than it does."""
+    encoder: Any = json.encoder
+    return encoder.c_make_encoder(None, None, encoder.encode_basestring, None, ":", ",", False, False, False)
 
 
 _encode = _writer()
@@ -758,8 +750,7 @@ class _Packer:
                 loan = self._codec.lend(value, self._lent)
                 if loan is None:
                     raise NotSerializable(
-                        "register it with miniplug.register, lend it with miniplug.ref(...), or send a str, "
-                        "int, list or dict instead")
+                        "register it with miniplug.register, lend it with miniplug.ref, or send plain data")
                 self.tagged = 1
                 return dict((loan,))
             state = tell(value)
