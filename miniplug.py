@@ -24,13 +24,13 @@ What `dispense` gives is a proxy, with the plugin's public methods. Each can be 
     m(...)             waits for the result, and raises what the method raised
     m.submit(...)      gives a Call: a concurrent.futures.Future that asyncio can await too
     m.notify(...)      wants no answer
-    m.timeout(5)(...)  waits at most 5 seconds; m.timeout(5).submit(...) and .notify(...) likewise
+    m.timeout(5)(...)  waits at most 5 seconds; so do m.timeout(5).submit(...) and .notify(...)
 
-Whatever the plugin does in its process (raise, leak, call ``os._exit``, die of a segmentation fault) is an
-exception in the host, with the exit code and the last lines it wrote. However the host ends, the plugin and
-all that it started end too. What it prints and logs goes to the host's ``logging``. The two talk over a
-private socket or pipe, with a fresh key for every launch, in JSON that keeps Python's types. Nothing that
-arrives is ever run as code. A program can also serve plugins by itself: see `serve`.
+Whatever the plugin does in its process (raise, leak, exit, crash) is an exception in the host, with the exit
+code and the last lines it wrote. However the host ends, the plugin and all that it started end too. What it
+prints and logs goes to the host's ``logging``. The two talk over a private socket or pipe, with a fresh key
+for every launch, in JSON that keeps Python's types. Nothing that arrives is ever run as code. A program can
+also serve plugins by itself: see `serve`.
 
 The map of this file; each section uses only those above it:
 
@@ -348,8 +348,7 @@ _flatten = itertools.chain.from_iterable
 
 
 class _Undecodable(Exception):
-    """What arrived is well-formed, and cannot be made here, for the reason that is its argument: that fails
-    one call."""
+    """What arrived is well-formed, and cannot be made here: why is its argument. That fails one call."""
 
 
 @lru_cache(None)
@@ -380,10 +379,6 @@ def _name_of(kind: type) -> str:
 
 def _base64(data: _Bytes) -> str:
     return binascii.b2a_base64(data, newline=False).decode()
-
-
-def _surrogates(text: str) -> str | None:
-    return _base64(text.encode("utf-8", "surrogatepass")) if _SURROGATE.search(text) else None
 
 
 def _bounded(value: int) -> int:
@@ -496,7 +491,7 @@ _TAGS = {tag: _Row(*row) for tag, row in {
     "$int": (int, lambda value: hex(_bounded(value)) if abs(value) > _SAFE_INTEGER else None,
              {str: lambda text: _bounded(int(text, 16))}),
     "$float": (float, lambda value: None if value - value == 0.0 else repr(value), {str: float}),
-    "$str": (str, _surrogates,
+    "$str": (str, lambda text: _SURROGATE.search(text) and _base64(text.encode("utf-8", "surrogatepass")),
              {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
     "$tuple": (tuple, list, {list: tuple}),
     "$dict": (dict, _pairs, {list: _make_dict}),
@@ -548,8 +543,7 @@ def _maker(tag: str, kind: type) -> Any:
 
 
 class _Ways(dict):
-    """By the type of a value: its tag, and what gives its state. Of others "" and None: they may be
-    registered later."""
+    """By the type of a value: its tag, and what gives its state; or "" and None: it may be registered yet."""
 
     def __missing__(self, kind: Any) -> Any:
         name = f"{kind.__module__}.".partition(".")[0] + "." + kind.__qualname__
@@ -612,7 +606,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
 
 def _own_state(cls: Any) -> tuple[Any, Any]:
     if issubclass(cls, enum.Enum):
-        # a member goes by its name; a combination of flags, which need not have one, by its number
+        # by name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
                 partial(_make_member, cls))
     fields: Any = None
@@ -664,7 +658,7 @@ def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
 # -- encoding
 
 def _writer() -> Any:
-    """What writes JSON, in pieces; the second argument is 0. To have json make one costs more than it does."""
+    """What writes JSON, in pieces; the second argument is 0. json would make one for each value."""
     encoder: Any = json.encoder
     return encoder.c_make_encoder(None, None, encoder.encode_basestring, None, ":", ",", False, False, False)
 
@@ -1076,7 +1070,7 @@ def _make_error(cls: Any, state: Any) -> Any:
 
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
-    body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
+    body = {key: getattr(kind, key) for key in ("__module__", "__qualname__")}
     return type(kind)(kind.__name__, (RemoteError, kind), body)
 
 
@@ -1093,7 +1087,7 @@ def _decode_error(body: Any) -> Any:
                                if type(state.get(key)) is (list if kind is tuple else kind)})
     body = {**body, **texts, "state": state}
     error = _raised_error(body)
-    known = {"type_name": name or "unknown", "message": message, "remote_traceback": traceback, **vars(error)}
+    known = {"type_name": name, "message": message, "remote_traceback": traceback, **vars(error)}
     vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
     cause = _RemoteTraceback(traceback) if traceback else None
     BaseException.__setattr__(error, "__cause__", cause)  # it may be frozen
@@ -1101,8 +1095,8 @@ def _decode_error(body: Any) -> Any:
 
 
 def _raised_error(body: dict[str, Any]) -> Any:
-    """The RemoteError for a body: a registered exception too, or else a builtin one; or neither, if that
-    cannot be made, raised and printed."""
+    """The RemoteError for a body: a registered exception too, else a builtin one, else a plain one: it has to
+    be raised and printed."""
     for tell in (_told_registered, _told_builtin):
         try:
             kind, state = tell(body)
@@ -1736,7 +1730,7 @@ def _remove_stale(path: str) -> bool:
 # right, nothing is read but short JSON.
 
 _HELLO_SECONDS = 5.0
-_KNOCK_SECONDS = 0.5  # for one try in a crowd; the system itself would try again after 1, 3 and 7 seconds
+_KNOCK_SECONDS = 0.5  # for one try in a crowd, where the system itself would wait for seconds
 
 
 if TYPE_CHECKING:
@@ -1760,7 +1754,7 @@ class Handshake(_Handshake):
     __slots__ = ()
 
 
-# What a handshake settles: the version, the other side's limit in bytes, and its features.
+# What a handshake settles.
 _Terms = namedtuple("_Terms", "protocol_version max_message features")
 
 
