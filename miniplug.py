@@ -64,8 +64,6 @@ The map of this file; each section uses only those above it:
 # thread that called. A callback is the same with the sides exchanged; it names the call on whose behalf it is
 # made, and `_Runner.run_nested` runs it in the thread that waits for that one.
 #
-# The states of a plugin are drawn at `_Supervisor`, of a connection at `_Session`; who reads, at `_Reader`.
-#
 # Locks, outermost first. One is taken only under those of a line above it:
 #
 #   held while code of the user runs, or a call is waited for, so each is for one thing alone:
@@ -246,14 +244,14 @@ class RemoteError(PluginError):
     _body: Any = None  # what it was made from
 
     def __init_subclass__(cls) -> None:
-        """What an exception does to its subclasses is not done to `_remote_type`."""
+        """An exception's own is not called for `_remote_type`."""
 
     def __reduce__(self) -> Any:
         return _reduce_error(self)
 
 
 class _RemoteTraceback(Exception):
-    """The cause of a RemoteError: what prints the plugin's own traceback above the host's."""
+    """The cause of a RemoteError: it prints the plugin's own traceback."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -414,7 +412,7 @@ def _make_numbers(code: str, data: bytes) -> list[Any]:
 
 def _make_each(tag: str, states: list[Any]) -> list[Any]:
     if tag not in _EACH or type(states) is not list:
-        raise ValueError("each has a tag that it may have, and states")
+        raise ValueError("each is a tag, and states")
     kinds = set(map(type, states))
     if len(kinds) == 1:
         return [*map(_maker(tag, kinds.pop()), states)]
@@ -453,8 +451,8 @@ def _make_moment(name: str, text: str, fold: int, zone: Any) -> Any:
 def _make_zone(key: str) -> Any:
     try:
         return _found("zoneinfo.ZoneInfo")(key)
-    except (ImportError, LookupError, OSError) as error:  # Python 3.8, or no tzdata
-        raise NotSerializable(f"the time zone {_shown(key)} is not to be had here: {_shown(error)}") from None
+    except (ImportError, LookupError, OSError):  # Python 3.8, or no tzdata
+        raise NotSerializable(f"the time zone {_shown(key)} is not to be had here") from None
 
 
 def _decimal(value: Any, text: str = "") -> str:
@@ -574,7 +572,7 @@ if TYPE_CHECKING:  # a decorated class keeps its type
 def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, decode: _Step = None) -> Any:
     """Let instances of `cls` travel by value. Both sides call it, usually in a module that they share.
     Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``. To register a class
-    again is harmless, also after ``importlib.reload``.
+    again is harmless.
 
     - `cls` (a class, without its subclasses): dataclasses, enums, named tuples and exceptions know their own
       state, and come back without a call of ``__init__``. Any other class needs `encode` and `decode`.
@@ -1042,12 +1040,13 @@ def _builtin_of(kind: type) -> Any:
 
 def _error_state(error: Any) -> dict[str, Any]:
     """An exception's arguments and attributes, but for those of a RemoteError."""
-    base, state = _builtin_of(type(error)), {**vars(error), "args": [*error.args]}
+    base = _builtin_of(type(error))
+    state = {name: getattr(base, name).__get__(error) for name in _FIELDS if hasattr(base, name)}
+    state.update(vars(error), args=[*error.args])
     if isinstance(error, RemoteError):
         for name in ("type_name", "remote_traceback", "_body", "_origin"):
             state.pop(name, None)
-    fields = {name: getattr(base, name).__get__(error) for name in _FIELDS if hasattr(base, name)}
-    return {**{name: held for name, held in fields.items() if held is not None}, **state}
+    return state
 
 
 def _make_error(cls: Any, state: Any) -> Any:
@@ -1128,7 +1127,7 @@ def _decode_parts(parts: Any) -> list[Any]:
         count += len(level)
         level = [part for held in level if type(held) is dict for part in held.get("parts", ())]
     if level or count > _MAX_PARTS:
-        raise ValueError("a group of too many exceptions")
+        raise ValueError("too many exceptions")
     return [*map(_decode_error, parts)]
 
 
@@ -1136,18 +1135,22 @@ _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # with
 
 
 def _reduce_error(error: RemoteError) -> Any:
-    """What copy and pickle keep: the body that it was made from, as on the wire; if that holds a reference,
-    its texts."""
+    """What copy and pickle keep: the body that it was made from, as on the wire; and its texts, if that holds
+    a reference, or is decoded where a type in it is not registered."""
     body = error._body or {"message": str(error)}
+    texts = {key: body[key] for key in _TEXT_KEYS if key in body}
     try:
         content, buffers, tagged, _ = _portable.dumps(body, "it")
     except NotSerializable:
-        return _decode_error, ({key: body[key] for key in _TEXT_KEYS},)
-    return _restore_error, (content, [*map(bytes, buffers)], tagged)
+        return _decode_error, (texts,)
+    return _restore_error, (texts, content, [*map(bytes, buffers)], tagged)
 
 
-def _restore_error(*content: Any) -> Any:
-    return _decode_error(_portable.loads(*content))
+def _restore_error(texts: dict[str, str], *content: Any) -> Any:
+    try:
+        return _decode_error(_portable.loads(*content))
+    except _Undecodable:
+        return _decode_error(texts)
 
 
 # === 3. channel =========================================================================================
@@ -1754,7 +1757,6 @@ class Handshake(_Handshake):
     __slots__ = ()
 
 
-# What a handshake settles.
 _Terms = namedtuple("_Terms", "protocol_version max_message features")
 
 
@@ -1843,8 +1845,7 @@ class _Hello:
 
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake; at a TCP port, which is everybody's and may be crowded, again
-    and again. Raises what `greet` does."""
+    """Connect to a door and run the handshake; at a TCP port, which strangers may crowd, again and again."""
     limit, patience = (_KNOCK_SECONDS, 30.0) if _transport(address) == "tcp" else (_HELLO_SECONDS, 0.0)
     deadline = time.monotonic() + patience
     while True:

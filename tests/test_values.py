@@ -605,6 +605,14 @@ def test_one_that_has_no_text_arrives_with_one_that_was_told():
     assert isinstance(back, KeyError) and back.type_name.endswith("Textless") and back.args == ("k",)
 
 
+def test_one_that_is_unpickled_where_a_type_in_it_is_not_registered_keeps_its_texts():
+    data = pickle.dumps(raised(ValueError(Point(1), "why")))
+    assert pickle.loads(data).args == (Point(1), "why")  # noqa: S301
+    miniplug._registered.pop("test_values.Point")
+    back = pickle.loads(data)  # noqa: S301
+    assert isinstance(back, ValueError) and "why" in str(back) and "Traceback" in back.remote_traceback
+
+
 def test_where_an_error_came_from_does_not_travel_with_it():
     back = raised(AppError(7))
     vars(back)["_origin"] = threading.Lock(), 5  # the session's
