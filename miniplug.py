@@ -24,47 +24,45 @@ What `dispense` gives is a proxy, with the plugin's public methods. Each can be 
     m(...)             waits for the result, and raises what the method raised
     m.submit(...)      gives a Call: a concurrent.futures.Future that asyncio can await too
     m.notify(...)      wants no answer
-    m.timeout(5)(...)  waits at most 5 seconds; m.timeout(5).submit(...) and .notify(...) likewise
+    m.timeout(5)(...)  waits at most 5 seconds; so do m.timeout(5).submit(...) and .notify(...)
 
-Whatever the plugin does in its process (raise, leak, call ``os._exit``, die of a segmentation fault) is an
-exception in the host, with the exit code and the last lines it wrote. However the host ends, the plugin and
-all that it started end too. What it prints and logs goes to the host's ``logging``. The two talk over a
-private socket or pipe, with a fresh key for every launch, in JSON that keeps Python's types. Nothing that
-arrives is ever run as code. A program can also serve plugins by itself: see `serve`.
+Whatever the plugin does in its process (raise, leak, exit, crash) is an exception in the host, with the exit
+code and the last lines it wrote. However the host ends, the plugin and all that it started end too. What it
+prints and logs goes to the host's ``logging``. The two talk over a private socket or pipe, with a fresh key
+for every launch, in JSON that keeps Python's types. Nothing that arrives is ever run as code. A program can
+also serve plugins by itself: see `serve`.
 
 The map of this file; each section uses only those above it:
 
-     1  errors        what can go wrong, by name
-     2  codec         values to bytes and back
-     3  channel       whole frames over a socket or a pipe
-     4  handshake     who are you, which version, do you hold the key
-     5  session       calls and answers, both ways
-     6  dispatcher    names to methods
-     7  proxies       what the user of a plugin holds
-     8  serve         the plugin's main loop, its output and its logging
-     9  process       start, watch, limit and end a process tree
-    10  plugin        launch, and what becomes of it
-    11  discovery     what there is to launch
-    12  command line  python -m miniplug
+     1 errors: what can go wrong, by name
+     2 codec: values to bytes and back
+     3 channel: whole frames over a socket or a pipe
+     4 handshake: who are you, which version, do you hold the key
+     5 session: calls and answers, both ways
+     6 dispatcher: names to methods
+     7 proxies: what the user of a plugin holds
+     8 serve: the plugin's main loop, its output and its logging
+     9 process: start, watch, limit and end a process tree
+    10 plugin: launch, and what becomes of it
+    11 discovery: what there is to launch
+    12 command line: python -m miniplug
 """
 
 # One call, `greeter.greet("world")`, there and back (docs/review.md has a route through the whole file):
 #
 # In the host `_Method.__call__` asks its `_Target` where the object is now; the `_Supervisor` starts the
-# plugin if it has to. `_Caller.call` makes a `_Call`, with a number and an inbox. `_Codec.dumps` makes bytes
-# of what is called, `_Channel.send` a message of these. Then `_Reader.wait` takes the seat and reads, or
-# sleeps while another thread reads.
+# plugin if it has to. `_Caller.call` makes a `_Call`, with a number and an inbox; `_Codec.dumps` makes bytes
+# of it, and `_Channel.send` a message. `_Reader.wait` takes the seat and reads, or sleeps while another
+# thread reads.
 #
 # In the plugin `_Channel.receive` makes messages of bytes, and `_Reader.read` a `_Request` of a call.
 # `_Attendant._attend` runs it, if such are quick; else it first has another thread read. `_Runner.run`
 # decodes it; `_References.resolve` finds the bound method, which is called; `_Runner.answer` or `fail` sends
-# what came of it back in the same way.
+# back what came of it.
 #
 # In the host `_Reader.read` puts that into the inbox of the `_Call`, and `_Caller.value` decodes it, in the
 # thread that called. A callback is the same with the sides exchanged; it names the call on whose behalf it is
 # made, and `_Runner.run_nested` runs it in the thread that waits for that one.
-#
-# The states of a plugin are drawn at `_Supervisor`, of a connection at `_Session`; who reads, at `_Reader`.
 #
 # Locks, outermost first. One is taken only under those of a line above it:
 #
@@ -76,10 +74,9 @@ The map of this file; each section uses only those above it:
 #   under which no other is taken: _Slots._lock, _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
 #       those of the processes, and the condition of a Call
 #
-# `_Pool._lead` is held by the thread that waits for tasks, and while that runs one which does not wait.
-# Nobody waits for `_Producer._turn` and `_Run._claim`: who finds one taken leaves the work to its holder.
-# A seat (`_Seat`) is no lock; a gate (`_gate`) is one that is used as a wake-up. Code of the user may run in
-# any thread that waits for a call, and a finalizer anywhere: so those only append to a queue.
+# Who holds `_Pool._lead`, `_Producer._turn` or `_Run._claim` has a work to do that others leave to it. Code
+# of the user may run in any thread that waits for a call, and a finalizer anywhere: so those only append to a
+# queue.
 
 from __future__ import annotations
 
@@ -239,8 +236,8 @@ class MessageTooLarge(PluginError, ValueError):
 
 class RemoteError(PluginError):
     """A method raised. `type_name`: the exception's type. `message`: its text; this error's own begins with
-    the type. `remote_traceback`: the plugin's own, as text. A builtin or registered exception is of its own
-    type too: ``except ValueError`` and ``except RemoteError`` both catch a plugin's ValueError."""
+    the type. `remote_traceback`: the plugin's own, as text. If it is builtin or registered, ``except`` of its
+    own type catches it, too."""
 
     type_name: str
     message: str
@@ -248,14 +245,14 @@ class RemoteError(PluginError):
     _body: Any = None  # what it was made from
 
     def __init_subclass__(cls) -> None:
-        """What an exception does to its subclasses is not done to `_remote_type`."""
+        """An exception's own is not called for `_remote_type`."""
 
     def __reduce__(self) -> Any:
         return _reduce_error(self)
 
 
 class _RemoteTraceback(Exception):
-    """The cause of a RemoteError: what prints the plugin's own traceback above the host's."""
+    """The cause of a RemoteError: it prints the plugin's own traceback."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -332,13 +329,13 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 # that does not know, or would change without a word, and copies with tags only there.
 
 _SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps: RFC 8259, section 6
-_MAX_BITS = 1 << 15  # of an integer: to print or convert one takes a millisecond or two
+_MAX_BITS = 1 << 15  # of an integer: to print it takes a millisecond or two
 _MAX_DIGITS = 10000  # of a Decimal, and its exponent either way
-_MAX_ALIKE = 16  # values of a set, or keys, with one hash: each is compared with each
+_MAX_ALIKE = 16  # values with one hash: each is compared with each
 _MAX_COMBINATIONS = 1 << 14  # of an enum's flags: Python keeps each for ever
 _MANY = 32  # items of a list that may go in a shorter form
-_INLINE = 2048  # bytes up to this many go in base64, longer ones in a frame beside the message
-_MAX_BUFFERS = 1 << 16  # such frames of one message; more go in base64 again
+_INLINE = 2048  # bytes that go in base64; longer ones go in a frame beside the message
+_MAX_BUFFERS = 1 << 16  # such frames of one message
 _PLAIN = frozenset((str, bool, type(None), float))  # the encoder may trip over one, but changes none
 _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
@@ -350,8 +347,7 @@ _flatten = itertools.chain.from_iterable
 
 
 class _Undecodable(Exception):
-    """What arrived is well-formed, and cannot be made here, for the reason that is its argument: that fails
-    one call."""
+    """What arrived is well-formed, and cannot be made here: why is its argument. That fails one call."""
 
 
 @lru_cache(None)
@@ -361,10 +357,6 @@ def _found(path: Any) -> Any:
         return path
     module, *names = path.split(".")
     return reduce(getattr, names, _import(module))
-
-
-def _call(path: str, *arguments: Any) -> Any:
-    return _found(path)(*arguments)
 
 
 def _cut(text: str) -> str:
@@ -386,10 +378,6 @@ def _name_of(kind: type) -> str:
 
 def _base64(data: _Bytes) -> str:
     return binascii.b2a_base64(data, newline=False).decode()
-
-
-def _surrogates(text: str) -> str | None:
-    return _base64(text.encode("utf-8", "surrogatepass")) if _SURROGATE.search(text) else None
 
 
 def _bounded(value: int) -> int:
@@ -425,7 +413,7 @@ def _make_numbers(code: str, data: bytes) -> list[Any]:
 
 def _make_each(tag: str, states: list[Any]) -> list[Any]:
     if tag not in _EACH or type(states) is not list:
-        raise ValueError("each has a tag that it may have, and states")
+        raise ValueError("each is a tag, and states")
     kinds = set(map(type, states))
     if len(kinds) == 1:
         return [*map(_maker(tag, kinds.pop()), states)]
@@ -435,12 +423,16 @@ def _make_each(tag: str, states: list[Any]) -> list[Any]:
 def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
     if type(data) is not bytes or order not in ("little", "big"):
         raise ValueError("an array is a letter, a size, a byte order, and bytes")
-    if code not in _found("array.typecodes") or _call("array.array", code).itemsize != size:
+    if code not in _found("array.typecodes") or _found("array.array")(code).itemsize != size:
         raise NotSerializable(f"an array of {code!r} with items of {size} bytes is not to be had here")
-    array = _call("array.array", code, data)
+    array = _found("array.array")(code, data)
     if order != sys.byteorder:
         array.byteswap()
     return array
+
+
+def _bounds(held: Any) -> list[Any]:
+    return [held.start, held.stop, held.step]
 
 
 def _moment(value: Any) -> Any:
@@ -454,14 +446,14 @@ def _moment(value: Any) -> Any:
 
 
 def _make_moment(name: str, text: str, fold: int, zone: Any) -> Any:
-    return _call(f"datetime.{name}.fromisoformat", text).replace(fold=fold, tzinfo=zone)
+    return _found(f"datetime.{name}.fromisoformat")(text).replace(fold=fold, tzinfo=zone)
 
 
 def _make_zone(key: str) -> Any:
     try:
-        return _call("zoneinfo.ZoneInfo", key)
-    except (ImportError, LookupError, OSError) as error:  # Python 3.8, or no tzdata
-        raise NotSerializable(f"the time zone {_shown(key)} is not to be had here: {_shown(error)}") from None
+        return _found("zoneinfo.ZoneInfo")(key)
+    except (ImportError, LookupError, OSError):  # Python 3.8, or no tzdata
+        raise NotSerializable(f"the time zone {_shown(key)} is not to be had here") from None
 
 
 def _decimal(value: Any, text: str = "") -> str:
@@ -472,7 +464,7 @@ def _decimal(value: Any, text: str = "") -> str:
 
 
 def _make_decimal(text: str) -> Any:
-    value = _call("decimal.Decimal", text)
+    value = _found("decimal.Decimal")(text)
     _decimal(value, text)
     return value
 
@@ -490,8 +482,7 @@ def _make_registered(name: str, held: Any) -> Any:
 
 
 # By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; the way back,
-# by the type of the state on the wire: _ITEMS is a list, with whose items it is called. Names are looked up
-# on first use.
+# by the type of the state on the wire: _ITEMS is a list, whose items it takes. Names are found on first use.
 _ITEMS = "items"
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
 _Row = namedtuple("_Row", "type state make")
@@ -499,7 +490,7 @@ _TAGS = {tag: _Row(*row) for tag, row in {
     "$int": (int, lambda value: hex(_bounded(value)) if abs(value) > _SAFE_INTEGER else None,
              {str: lambda text: _bounded(int(text, 16))}),
     "$float": (float, lambda value: None if value - value == 0.0 else repr(value), {str: float}),
-    "$str": (str, _surrogates,
+    "$str": (str, lambda text: _SURROGATE.search(text) and _base64(text.encode("utf-8", "surrogatepass")),
              {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
     "$tuple": (tuple, list, {list: tuple}),
     "$dict": (dict, _pairs, {list: _make_dict}),
@@ -512,8 +503,8 @@ _TAGS = {tag: _Row(*row) for tag, row in {
     "$frozenset": (frozenset, _told_apart, {list: lambda held: frozenset(_told_apart(held))}),
     "$complex": (complex, lambda z: [z.real, z.imag], {_ITEMS: complex}),
     "$ellipsis": (type(...), lambda _: [], {_ITEMS: lambda: ...}),
-    "$range": (range, lambda held: [held.start, held.stop, held.step], {_ITEMS: range}),
-    "$slice": (slice, lambda held: [held.start, held.stop, held.step], {_ITEMS: slice}),
+    "$range": (range, _bounds, {_ITEMS: range}),
+    "$slice": (slice, _bounds, {_ITEMS: slice}),
     "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, a.tobytes()],
                {_ITEMS: _make_array}),
     "$date": ("datetime.date", "datetime.date.isoformat", {str: "datetime.date.fromisoformat"}),
@@ -528,7 +519,7 @@ _TAGS = {tag: _Row(*row) for tag, row in {
     "$zone": ("zoneinfo.ZoneInfo", lambda zone: zone.__reduce__()[1][0], {str: _make_zone}),
     "$decimal": ("decimal.Decimal", _decimal, {str: _make_decimal}),
     "$fraction": ("fractions.Fraction", lambda f: [f.numerator, f.denominator],
-                  {_ITEMS: lambda *pair: _call("fractions.Fraction", *map(int.__index__, pair))}),
+                  {_ITEMS: lambda *pair: _found("fractions.Fraction")(*map(int.__index__, pair))}),
     "$uuid": ("uuid.UUID", lambda value: f"{value.int:032x}", {str: "uuid.UUID"}),
     **{f"${name.lower()}": (f"pathlib.{name}", str, {str: f"pathlib.{'Pure' * (name == _FOREIGN)}{name}"})
        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
@@ -551,8 +542,7 @@ def _maker(tag: str, kind: type) -> Any:
 
 
 class _Ways(dict):
-    """By the type of a value: its tag, and what gives its state. Of others "" and None: they may be
-    registered later."""
+    """By the type of a value: its tag, and what gives its state; or "" and None: it may be registered yet."""
 
     def __missing__(self, kind: Any) -> Any:
         name = f"{kind.__module__}.".partition(".")[0] + "." + kind.__qualname__
@@ -583,7 +573,7 @@ if TYPE_CHECKING:  # a decorated class keeps its type
 def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, decode: _Step = None) -> Any:
     """Let instances of `cls` travel by value. Both sides call it, usually in a module that they share.
     Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``. To register a class
-    again is harmless, also after ``importlib.reload``.
+    again is harmless.
 
     - `cls` (a class, without its subclasses): dataclasses, enums, named tuples and exceptions know their own
       state, and come back without a call of ``__init__``. Any other class needs `encode` and `decode`.
@@ -615,7 +605,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
 
 def _own_state(cls: Any) -> tuple[Any, Any]:
     if issubclass(cls, enum.Enum):
-        # a member goes by its name; a combination of flags, which need not have one, by its number
+        # by name; a combination of flags, which need not have one, by its number
         return (lambda member: member._name_ if member._name_ in cls.__members__ else member._value_,
                 partial(_make_member, cls))
     fields: Any = None
@@ -625,8 +615,8 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
         fields = getattr(cls, "_fields", None)
     elif all(base.__flags__ & 1 << 9 for base in cls.__mro__[:-1]):  # each is made by a class statement
         fields = getattr(cls, "__dataclass_fields__", None) and [
-            field.name for field in _call("dataclasses.fields", cls)]
-    if fields is None or not {*_call("copyreg._slotnames", cls)} <= {*fields}:
+            field.name for field in _found("dataclasses.fields")(cls)]
+    if fields is None or not {*_found("copyreg._slotnames")(cls)} <= {*fields}:
         raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
     if issubclass(cls, BaseException):
         return _error_state, partial(_make_error, cls)
@@ -666,18 +656,10 @@ def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
 
 # -- encoding
 
-_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)  # None: not CPython
-_quote = json.encoder.encode_basestring
-
-
 def _writer() -> Any:
-    """What writes JSON, in pieces; the second argument is 0."""
-    if _make_encoder is None:
-        encoder = json.JSONEncoder(ensure_ascii=False, check_circular=False, allow_nan=False)
-        encoder.item_separator, encoder.key_separator = ",", ":"
-        return lambda value, level: (encoder.encode(value),)
-    # json's own setup for every value costs more than its work
-    return _make_encoder(None, None, _quote, None, ":", ",", False, False, False)
+    """What writes JSON, in pieces; the second argument is 0. json would make one for each value."""
+    encoder: Any = json.encoder
+    return encoder.c_make_encoder(None, None, encoder.encode_basestring, None, ":", ",", False, False, False)
 
 
 _encode = _writer()
@@ -761,8 +743,7 @@ class _Packer:
                 loan = self._codec.lend(value, self._lent)
                 if loan is None:
                     raise NotSerializable(
-                        "register it with miniplug.register, lend it with miniplug.ref(...), or send a str, "
-                        "int, list or dict instead")
+                        "register it with miniplug.register, lend it with miniplug.ref, or send plain data")
                 self.tagged = 1
                 return dict((loan,))
             state = tell(value)
@@ -988,7 +969,7 @@ class _Codec:
 
 # -- exceptions
 
-_MAX_PARTS = 1000  # of an exception group, all together: they take more here than on the wire
+_MAX_PARTS = 1000  # of an exception group, all together
 _MAX_LEVELS = 30  # of groups in groups
 _TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
 _FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # of a builtin
@@ -1004,7 +985,7 @@ def _is_ending(kind: type) -> bool:
 
 
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this as itself: ours would say that the plugin is in trouble."""
+    """Whether a call may raise this as itself: ours would tell of the plugin."""
     is_ours = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
     return issubclass(kind, Exception) and not is_ours and not _is_ending(kind)
 
@@ -1049,13 +1030,13 @@ def _format_traceback(error: BaseException) -> str:
     while frames is not None and frames.tb_frame.f_globals is globals():  # miniplug's own
         frames = frames.tb_next
     try:
-        return "".join(_call("traceback.format_exception", type(error), error, frames))
+        return "".join(_found("traceback.format_exception")(type(error), error, frames))
     except BaseException:  # such as a __repr__ that calls sys.exit()
         return "(its traceback could not be made)"
 
 
 def _print_error(error: BaseException) -> None:
-    """In one piece, so that it is one record of the host's log under any load."""
+    """In one piece, so that it is one record of the host's log."""
     print(_format_traceback(error), end="", file=sys.stderr)
 
 
@@ -1064,18 +1045,19 @@ def _builtin_of(kind: type) -> Any:
 
 
 def _error_state(error: Any) -> dict[str, Any]:
-    """An exception's arguments and attributes, without those that it has for being a RemoteError."""
-    base, state = _builtin_of(type(error)), {**vars(error), "args": [*error.args]}
+    """An exception's arguments and attributes, but for those of a RemoteError."""
+    base = _builtin_of(type(error))
+    state = {name: getattr(base, name).__get__(error) for name in _FIELDS if hasattr(base, name)}
+    state.update(vars(error), args=[*error.args])
     if isinstance(error, RemoteError):
         for name in ("type_name", "remote_traceback", "_body", "_origin"):
             state.pop(name, None)
-    fields = {name: getattr(base, name).__get__(error) for name in _FIELDS if hasattr(base, name)}
-    return {**{name: held for name, held in fields.items() if held is not None}, **state}
+    return state
 
 
 def _make_error(cls: Any, state: Any) -> Any:
-    """An exception from its state, by the __init__ of its builtin base alone. What would make it impossible
-    or costly to raise, print or copy is left out."""
+    """An exception from its state, by the __init__ of its builtin base alone, without what would make it
+    impossible or costly to raise, print or copy."""
     base, args = _builtin_of(cls), [*state["args"]]
     known = args[:1] if issubclass(base, SyntaxError) else args  # it is printed with a mark at its column
     error = base.__new__(cls, *known)
@@ -1093,7 +1075,7 @@ def _make_error(cls: Any, state: Any) -> Any:
 
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
-    body = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
+    body = {key: getattr(kind, key) for key in ("__module__", "__qualname__")}
     return type(kind)(kind.__name__, (RemoteError, kind), body)
 
 
@@ -1110,7 +1092,7 @@ def _decode_error(body: Any) -> Any:
                                if type(state.get(key)) is (list if kind is tuple else kind)})
     body = {**body, **texts, "state": state}
     error = _raised_error(body)
-    known = {"type_name": name or "unknown", "message": message, "remote_traceback": traceback, **vars(error)}
+    known = {"type_name": name, "message": message, "remote_traceback": traceback, **vars(error)}
     vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
     cause = _RemoteTraceback(traceback) if traceback else None
     BaseException.__setattr__(error, "__cause__", cause)  # it may be frozen
@@ -1118,8 +1100,8 @@ def _decode_error(body: Any) -> Any:
 
 
 def _raised_error(body: dict[str, Any]) -> Any:
-    """The RemoteError for a body: a registered exception too, or else a builtin one; or neither, if that
-    cannot be made, raised and printed."""
+    """The RemoteError for a body: a registered exception too, else a builtin one, else a plain one: it has to
+    be raised and printed."""
     for tell in (_told_registered, _told_builtin):
         try:
             kind, state = tell(body)
@@ -1151,7 +1133,7 @@ def _decode_parts(parts: Any) -> list[Any]:
         count += len(level)
         level = [part for held in level if type(held) is dict for part in held.get("parts", ())]
     if level or count > _MAX_PARTS:
-        raise ValueError("a group of too many exceptions")
+        raise ValueError("too many exceptions")
     return [*map(_decode_error, parts)]
 
 
@@ -1159,18 +1141,22 @@ _portable = _Codec(lambda value, lent: None, lambda lent: None, _refuse)  # with
 
 
 def _reduce_error(error: RemoteError) -> Any:
-    """What copy and pickle keep of an error: the body that it was made from, as on the wire; of one that
-    holds a reference its texts."""
+    """What copy and pickle keep: the body that it was made from, as on the wire; and its texts, if that holds
+    a reference, or is decoded where a type in it is not registered."""
     body = error._body or {"message": str(error)}
+    texts = {key: body[key] for key in _TEXT_KEYS if key in body}
     try:
         content, buffers, tagged, _ = _portable.dumps(body, "it")
     except NotSerializable:
-        return _decode_error, ({key: body[key] for key in _TEXT_KEYS},)
-    return _restore_error, (content, [*map(bytes, buffers)], tagged)
+        return _decode_error, (texts,)
+    return _restore_error, (texts, content, [*map(bytes, buffers)], tagged)
 
 
-def _restore_error(*content: Any) -> Any:
-    return _decode_error(_portable.loads(*content))
+def _restore_error(texts: dict[str, str], *content: Any) -> Any:
+    try:
+        return _decode_error(_portable.loads(*content))
+    except _Undecodable:
+        return _decode_error(texts)
 
 
 # === 3. channel =========================================================================================
@@ -1770,11 +1756,11 @@ def _remove_stale(path: str) -> bool:
 #
 # Three passes, mutual, after ISO/IEC 9798-4: the host's greeting; the plugin's, and its proof; what the host
 # chooses, or a refusal, and its proof. A proof is an HMAC-SHA256 over the role's name, the address and all
-# messages before it, nonces among them: nothing can be changed, replayed, reflected, or relayed to another
-# address. Until the other side's was right, nothing is read but short JSON in UTF-8.
+# messages before it: nothing can be changed, replayed, reflected or relayed. Until the other side's was
+# right, nothing is read but short JSON.
 
 _HELLO_SECONDS = 5.0
-_KNOCK_SECONDS = 0.5  # for one try in a crowd; the system itself would try again after 1, 3 and 7 seconds
+_KNOCK_SECONDS = 0.5  # for one try in a crowd, where the system itself would wait for seconds
 
 
 if TYPE_CHECKING:
@@ -1790,16 +1776,14 @@ else:
 class Handshake(_Handshake):
     """What a host and its plugins agree on beforehand. Immutable.
 
-    `protocol_version` (int, default 1) is the version of the interface that they share; count it up when that
-    changes. `magic_cookie_key` and `magic_cookie_value` (str) are an environment variable that the host sets:
-    it tells a person who starts a plugin by hand, or a host that starts the wrong program, what is wrong. It
-    is no security measure.
+    - `protocol_version` (int, default 1): of the interface that they share; count it up when that changes.
+    - `magic_cookie_key`, `magic_cookie_value` (str): an environment variable that the host sets. It tells who
+      starts a plugin by hand, or the wrong program, what is wrong. It is no security measure.
     """
 
     __slots__ = ()
 
 
-# What a handshake settles: the version, the other side's limit in bytes, and its features.
 _Terms = namedtuple("_Terms", "protocol_version max_message features")
 
 
@@ -1888,8 +1872,7 @@ class _Hello:
 
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
-    """Connect to a door and run the handshake; at a TCP port, which is everybody's and may be crowded, again
-    and again. Raises what `greet` does."""
+    """Connect to a door and run the handshake; at a TCP port, which strangers may crowd, again and again."""
     limit, patience = (_KNOCK_SECONDS, 30.0) if _transport(address) == "tcp" else (_HELLO_SECONDS, 0.0)
     deadline = time.monotonic() + patience
     while True:
@@ -1906,8 +1889,8 @@ def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channe
 
 
 class _Door:
-    """Where the other side comes in, if it holds the key. Each caller is greeted on a thread of its own: a
-    wrong, slow or silent one holds up nobody.
+    """Where the other side comes in, if it holds the key. Each caller is greeted on a thread of its own, and
+    holds up nobody.
 
     `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or, for one
     that is refused, the HandshakeError. Unless it `stays` open, the door closes before the first comes in.
@@ -1937,15 +1920,13 @@ class _Door:
                 time.sleep(0.01)
                 continue
             with self._lock:
-                welcome = self._open
-                if welcome:
-                    self._callers.append(channel)
+                if not self._open:
+                    channel.close()
+                    return
+                self._callers.append(channel)
                 if len(self._callers) > self._CROWD:  # by chance: the oldest would be just proving the key
                     self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
-            if welcome:
-                _aside("miniplug-hello", self._meet, channel)
-            else:
-                channel.close()
+            _aside("miniplug-hello", self._meet, channel)
 
     def _meet(self, channel: _Channel) -> None:
         terms: Any = None
