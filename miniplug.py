@@ -1060,7 +1060,8 @@ def _make_error(cls: Any, state: Any) -> Any:
     impossible or costly to raise, print or copy."""
     base, args = _builtin_of(cls), [*state["args"]]
     known = args[:1] if issubclass(base, SyntaxError) else args  # it is printed with a mark at its column
-    error = base.__new__(cls, *known)
+    make = BaseException if base is MemoryError else base  # which has a store of its own
+    error = make.__new__(cls, *known)
     base.__init__(error, *known)
     BaseException.__setattr__(error, "args", tuple(args))
     for name, held in state.items():
@@ -2948,7 +2949,7 @@ class _Runner:
     def _is_more(self, request: _Request, value: Any) -> bool:
         """Whether what a method has returned is not its answer yet: a coroutine, or a stream."""
         kind = type(value)
-        if hasattr(kind, "__await__") and kind is not Stream:
+        if hasattr(kind, "__await__"):
             self.run_as_task(request, partial(self._await, request, value))
         elif hasattr(kind, "__next__") or hasattr(kind, "__anext__"):
             request.producer = _Producer(request, value)
@@ -2996,8 +2997,7 @@ class _Producer:
         self._session = request.session
         self._iterator = iterator
         self._is_async = hasattr(type(iterator), "__anext__")
-        self._credit = deque((_WINDOW,))  # what has come of it
-        self._left = 0  # for how many more items there was credit
+        self._credit = deque([None] * _WINDOW, _WINDOW)  # as long as how many more items may leave
         self._over = False  # whether the end has been told
         self._turn = threading.Lock()
         self._lock = threading.Lock()
@@ -3007,7 +3007,7 @@ class _Producer:
         self._alarmed = False  # whether those that wait are seen to
 
     def grant(self, message: _Message) -> None:
-        self._credit.append(int(message[4]))
+        self._credit.extend([None] * int(message[4]))
         self.resume()
 
     def resume(self) -> None:
@@ -3027,22 +3027,17 @@ class _Producer:
         except StopIteration:
             pass
 
-    def _has_credit(self) -> bool:
-        while self._credit:
-            self._left += self._credit.popleft()
-        return self._left > 0
-
     async def _produce(self) -> None:
         request, iterator = self._request, self._iterator
         end = StopAsyncIteration if self._is_async else StopIteration
-        while not self._over and (request.cancelled or self._credit or self._left > 0):
+        while not self._over and (request.cancelled or self._credit):
             if not self._turn.acquire(False):
                 return
             ended, error = True, None
             try:
-                while self._has_credit() and not request.cancelled:
+                while self._credit and not request.cancelled:
                     self._put(await iterator.__anext__() if self._is_async else next(iterator))
-                    self._left -= 1
+                    self._credit.popleft()
                 ended = request.cancelled
                 if ended and hasattr(iterator, "aclose"):
                     await iterator.aclose()
@@ -3887,21 +3882,21 @@ def _checked_timeout(seconds: Any, name: str = "timeout") -> float | None:
     return seconds
 
 
-# What options take whose type in the signature is no class, in words and as a test.
-_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "_Path": ("a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
-    "Iterable[int]": ("a list of whole numbers, each at least 0", lambda value: value and
+# What options take whose type in the signature is no class: the error, in words, as a test.
+_TYPES: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
+    "_Path": (TypeError, "a path", lambda value: isinstance(value, (str, bytes, os.PathLike))),
+    "Iterable[int]": (ValueError, "a list of whole numbers, each at least 0", lambda value: value and
                       isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)),
-    "Mapping[str, str]": ("a dict of str to str", lambda value: hasattr(value, "items") and
+    "Mapping[str, str]": (TypeError, "a dict of str to str", lambda value: hasattr(value, "items") and
                           all(isinstance(part, str) for item in value.items() for part in item)),
-    "str | IO[Any]": ("'discard', 'inherit', or a file",
+    "str | IO[Any]": (ValueError, "'discard', 'inherit', or a file",
                       lambda value: value in ("discard", "inherit") or hasattr(value, "fileno")),
-    "_Output": ("'log', 'inherit', 'discard', a function, or a text file", lambda value:
+    "_Output": (ValueError, "'log', 'inherit', 'discard', a function, or a text file", lambda value:
                 value in ("log", "inherit", "discard") or callable(value) or hasattr(value, "encoding")),
-    "str | Mapping[_Path, str]": ("64 hexadecimal digits, or {path: digest}", lambda value: all(
+    "str | Mapping[_Path, str]": (ValueError, "64 hexadecimal digits, or {path: digest}", lambda value: all(
         isinstance(each, str) and re.fullmatch("[0-9a-fA-F]{64}", each)
         for each in (value.values() if hasattr(value, "values") else [value]))),
-    "Callable[[Plugin], Any]": ("a function", callable)}
+    "Callable[[Plugin], Any]": (TypeError, "a function", callable)}
 
 
 def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
@@ -3915,9 +3910,9 @@ def _check(function: Callable[..., Any], given: dict[str, Any]) -> None:
         elif wanted == "float":
             _checked_timeout(value, name)
         elif wanted in _TYPES:
-            words, is_right = _TYPES[wanted]
+            kind, words, is_right = _TYPES[wanted]
             if not is_right(value):
-                raise ValueError(f"{name}={value!r}: it is {words}")
+                raise kind(f"{name}={value!r}: it is {words}")
         elif wanted.replace(".", "").isidentifier():  # of another copy of this file, too
             if wanted.rpartition(".")[2] not in [each.__name__ for each in type(value).__mro__]:
                 raise TypeError(f"{name}={value!r}: it is a {wanted}")
@@ -4763,6 +4758,13 @@ class _LogSink:
         logger = self._nearest(name)
         record = self._parent.makeRecord(name, level, "(plugin)", 0, fields.pop("@message"), (), None)
         record.exc_text = str(fields.pop("@traceback", "")) or None  # formatters print it below the message
+        when = str(fields.pop("@timestamp", "")).replace("Z", "+00:00")
+        try:
+            created = _import("datetime").datetime.fromisoformat(when).timestamp()
+            time.localtime(created)  # formatters do that, and no platform can for every time
+            record.created, record.msecs = created, created % 1 * 1000
+        except (ValueError, OverflowError, OSError):
+            pass  # then it is the time of its arrival
         vars(record).update((key, value) for key, value in fields.items() if not hasattr(record, key))
         if logger.isEnabledFor(level):
             logger.handle(record)
@@ -6030,6 +6032,9 @@ class Plugin:
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<Plugin {self.name!r}, {f'pid {self.pid}' if self.running else 'not running'}>"
 
     @property
     def _run(self) -> Any:

@@ -480,7 +480,7 @@ def test_bad_options():
             miniplug.Plugin(WORKSHOP, **{option: value})
     with pytest.raises(TypeError, match="handshake=3: it is a Handshake"):
         miniplug.Plugin("x", handshake=3)
-    with pytest.raises(ValueError, match=r"env=\{'A': 1\}: it is a dict of str to str"):
+    with pytest.raises(TypeError, match=r"env=\{'A': 1\}: it is a dict of str to str"):
         miniplug.Plugin("x", env={"A": 1})
     for command in (None, dict, ["python", 3]):
         with pytest.raises(TypeError, match=r"it is a path, a spec such as 'path/to/file\.py:Attr', or a list of them"):
