@@ -4935,7 +4935,9 @@ class _LogSink:
         logger = self._nearest(name)
         record = self._parent.makeRecord(name, level, "(plugin)", 0, fields.pop("@message"), (), None)
         record.exc_text = str(fields.pop("@traceback", "")) or None  # formatters print it below the message
-        vars(record).update((key, value) for key, value in fields.items() if not hasattr(record, key))
+        for key, value in fields.items():
+            if not (key.startswith("@") or hasattr(record, key)):
+                setattr(record, key, value)
         if logger.isEnabledFor(level):
             logger.handle(record)
         return True
