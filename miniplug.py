@@ -4882,10 +4882,8 @@ def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a p
     try:
         function(*args)
     except BaseException:
-        try:
-            _import("logging").getLogger("miniplug").exception("%s raised", what)
-        except Exception:
-            pass  # a log handler is what raises
+        log = _import("logging").getLogger("miniplug").exception
+        _quietly(log, "%s raised", what, kind=Exception)  # a log handler may be what raises
 
 
 class _LogSink:
