@@ -4637,12 +4637,10 @@ class _Lines:
             return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
         if seconds is None:
             return True  # reading itself is what waits
+        time.sleep(seconds)
         handle = _import("msvcrt").get_osfhandle(self.file.fileno())
-        peek = partial(_import("_winapi").PeekNamedPipe, handle, 0)
         try:
-            if not peek()[0]:
-                time.sleep(seconds)
-            return bool(peek()[0])
+            return bool(_import("_winapi").PeekNamedPipe(handle, 0)[0])
         except OSError:
             return True  # its end
 
@@ -4665,11 +4663,12 @@ class _Lines:
         _guard(self._deliver, text)
 
     def last(self) -> list[str]:
-        """The last lines, for people; of a report of faulthandler's the first, which tell most."""
+        """The last lines, for people; of a long report of faulthandler's the first, too, which tell most."""
         lines = [_cut(line) for text in self.tail for line in _readable(text).splitlines() or [""]]
         heads = [place for place, line in enumerate(lines) if line.startswith("Fatal Python error: ")]
-        start = min([*heads[-1:], max(len(lines) - _TAIL_LINES, 0)])
-        return lines[start:][:_TAIL_LINES]
+        lines = lines[min([*heads[-1:], max(len(lines) - _TAIL_LINES, 0)]) :]
+        half = _TAIL_LINES // 2
+        return lines if len(lines) <= _TAIL_LINES else [*lines[:half], *lines[-half:]]
 
 
 def _record_of(line: str) -> dict[str, Any] | None:
@@ -4706,10 +4705,8 @@ def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a p
     try:
         function(*args)
     except BaseException:
-        try:
-            _import("logging").getLogger("miniplug").exception("%s raised", what)
-        except Exception:
-            pass  # a log handler is what raises
+        log = _import("logging").getLogger("miniplug").exception
+        _quietly(log, "%s raised", what, kind=Exception)  # a log handler may be what raises
 
 
 class _LogSink:

@@ -48,6 +48,7 @@ class Greedy:
             files.append(open(os.devnull))
 
     def threads(self, wait=threading.Event()):
+        threading.stack_size(256 << 20)  # with little room left one may start, and fail before Python knows of it
         while True:
             threading.Thread(target=wait.wait, daemon=True).start()
 
