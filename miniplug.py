@@ -41,7 +41,7 @@ The map of this file; each section uses only those above it:
      5 session: calls and answers, both ways
      6 dispatcher: names to methods
      7 proxies: what the user of a plugin holds
-     8 serve: the plugin's main loop, its output and its logging
+     8 serve: the plugin's main loop, output and logging
      9 process: start, watch, limit and end a process tree
     10 plugin: launch, and what becomes of it
     11 discovery: what there is to launch
@@ -66,7 +66,7 @@ The map of this file; each section uses only those above it:
 #
 # Locks, outermost first. One is taken only under those of a line above it:
 #
-#   held while code of the user runs, or a call is waited for, so each is for one thing alone:
+#   held while code of the user runs or a call is waited for, each for one thing alone:
 #       _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock
 #   _Producer._lock, while a message is sent
 #   _References._lock
@@ -140,7 +140,7 @@ __all__ = [
 ]
 
 _WINDOWS = os.name == "nt"
-_posix: Any = os  # untyped: for what Windows lacks, as type checkers know
+_posix: Any = os  # for what Windows lacks, as type checkers know
 _FILE = os.path.abspath(__file__)
 
 
@@ -238,13 +238,10 @@ class RemoteError(PluginError):
     the type. `remote_traceback`: the plugin's own, as text. If it is builtin or registered, ``except`` of its
     own type catches it, too."""
 
-    type_name: str
-    message: str
-    remote_traceback: str
+    type_name: str = ""
+    message: str = ""
+    remote_traceback: str = ""
     _body: Any = None  # what it was made from
-
-    def __init_subclass__(cls) -> None:
-        """An exception's own is not called for `_remote_type`."""
 
     def __reduce__(self) -> Any:
         return _reduce_error(self)
@@ -298,7 +295,7 @@ def _import(name: str) -> Any:
 
 
 def _in_main_thread() -> bool:
-    """Whether signal handlers run in this thread."""
+    """Where signal handlers run."""
     return threading.get_ident() == threading.main_thread().ident
 
 
@@ -327,7 +324,7 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 # one key, which begins with "$" (docs/protocol.md lists them). Before the encoder runs, `fit` looks for what
 # that does not know, or would change without a word, and copies with tags only there.
 
-_SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps: RFC 8259, section 6
+_SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps (RFC 8259)
 _MAX_BITS = 1 << 15  # of an integer: to print it takes a millisecond or two
 _MAX_DIGITS = 10000  # of a Decimal, and its exponent either way
 _MAX_ALIKE = 16  # values with one hash: each is compared with each
@@ -369,7 +366,7 @@ def _shown(value: Any) -> str:
         return "'?'"
 
 
-# -- what gives the state of a value, and what makes one of it
+# -- values and their states
 
 def _name_of(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
@@ -965,8 +962,8 @@ class _Codec:
 
 _MAX_PARTS = 1000  # of an exception group, all together
 _MAX_LEVELS = 30  # of groups in groups
-_TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
-_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # of a builtin
+_TEXT_KEYS = "type", "message", "traceback", "kind"  # of an error's body
+_FIELDS = "errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path"  # of a builtin
 _GROUPS: Any = getattr(builtins, "BaseExceptionGroup", ())  # new in Python 3.11
 
 
@@ -979,7 +976,7 @@ def _is_ending(kind: type) -> bool:
 
 
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this as itself: ours would tell of the plugin."""
+    """Whether a call may raise this as itself; ours tell of the plugin."""
     is_ours = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
     return issubclass(kind, Exception) and not is_ours and not _is_ending(kind)
 
@@ -994,7 +991,7 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
     kind = type(error)
     try:
         message = str(error)
-    except BaseException:  # a __str__ of its own that fails
+    except BaseException:  # a __str__ that fails
         message = "(its text could not be made)"
     if own and not bare and kind in _OWN_ERRORS.values():
         return {"type": kind.__name__, "message": message, "own": True, "state": vars(error)}
@@ -1067,10 +1064,20 @@ def _make_error(cls: Any, state: Any) -> Any:
     return error
 
 
+class _First:
+    """The first base of a type that is made here: what an exception does to its subclasses is not done."""
+
+    __slots__ = ()
+    __reduce__ = RemoteError.__reduce__
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__")}
-    return type(kind)(kind.__name__, (RemoteError, kind), body)
+    return type(kind)(kind.__name__, (_First, kind, RemoteError), body)
 
 
 def _decode_error(body: Any) -> Any:
@@ -1099,7 +1106,7 @@ def _raised_error(body: dict[str, Any]) -> Any:
     for tell in (_told_registered, _told_builtin):
         try:
             kind, state = tell(body)
-            if kind is not Exception and _can_be_raised(kind):
+            if _can_be_raised(kind):
                 error = _make_error(_remote_type(kind), state)
                 str(error), repr(error)
                 return error
