@@ -29,8 +29,7 @@ What `dispense` gives is a proxy, with the plugin's public methods. Each can be 
 Whatever the plugin does in its process (raise, leak, exit, crash) is an exception in the host, with the exit
 code and the last lines it wrote. However the host ends, the plugin and all that it started end too. What it
 prints and logs goes to the host's ``logging``. The two talk over a private socket or pipe, with a fresh key
-for every launch, in JSON that keeps Python's types. Nothing that arrives is ever run as code. A program can
-also serve plugins by itself: see `serve`.
+for every launch, in JSON that keeps Python's types. Nothing that arrives is ever run as code.
 
 The map of this file; each section uses only those above it:
 
@@ -48,7 +47,7 @@ The map of this file; each section uses only those above it:
     12 command line: python -m miniplug
 """
 
-# One call, `greeter.greet("world")`, there and back (docs/review.md has a route through the whole file):
+# One call, `greeter.greet("world")`, there and back (docs/review.md has a longer route):
 #
 # In the host `_Method.__call__` asks its `_Target` where the object is now; the `_Supervisor` starts the
 # plugin if it has to. `_Caller.call` makes a `_Call`, with a number and an inbox; `_Codec.dumps` makes bytes
@@ -311,7 +310,7 @@ def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threadin
 
 
 def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
-    """Call a function in a thread of its own, or here if there is none to be had."""
+    """Call a function in a thread of its own, or here if there is none."""
     try:
         _start_thread(name, function, *args)
     except RuntimeError:
@@ -324,7 +323,7 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 # one key, which begins with "$" (docs/protocol.md lists them). Before the encoder runs, `fit` looks for what
 # that does not know, or would change without a word, and copies with tags only there.
 
-_SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps (RFC 8259)
+_SAFE_INTEGER = 2**53 - 1  # what each JSON reader keeps (RFC 8259)
 _MAX_BITS = 1 << 15  # of an integer: to print it takes a millisecond or two
 _MAX_DIGITS = 10000  # of a Decimal, and its exponent either way
 _MAX_ALIKE = 16  # values with one hash: each is compared with each
@@ -613,7 +612,7 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
         fields = getattr(cls, "__dataclass_fields__", None) and [
             field.name for field in _found("dataclasses.fields")(cls)]
     if fields is None or not {*_found("copyreg._slotnames")(cls)} <= {*fields}:
-        raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
+        raise TypeError(f"the state of {cls.__qualname__} is not known: give encode and decode")
     if issubclass(cls, BaseException):
         return _error_state, partial(_make_error, cls)
     return partial(_record_state, fields), partial(_make_record, cls, fields)
@@ -1095,14 +1094,13 @@ def _decode_error(body: Any) -> Any:
     error = _raised_error(body)
     known = {"type_name": name, "message": message, "remote_traceback": traceback, **vars(error)}
     vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
-    cause = _RemoteTraceback(traceback) if traceback else None
-    BaseException.__setattr__(error, "__cause__", cause)  # it may be frozen
+    if traceback:
+        BaseException.__setattr__(error, "__cause__", _RemoteTraceback(traceback))  # it may be frozen
     return error
 
 
 def _raised_error(body: dict[str, Any]) -> Any:
-    """The RemoteError for a body: a registered exception too, else a builtin one, else a plain one: it has to
-    be raised and printed."""
+    """The RemoteError for a body: a registered exception too, else a builtin one; else it is plain."""
     for tell in (_told_registered, _told_builtin):
         try:
             kind, state = tell(body)
@@ -1740,7 +1738,7 @@ def _remove_stale(path: str) -> bool:
 # right, nothing is read but short JSON.
 
 _HELLO_SECONDS = 5.0
-_KNOCK_SECONDS = 0.5  # for one try in a crowd, where the system itself would wait for seconds
+_KNOCK_SECONDS = 0.5  # for one try in a crowd: one of the system's takes seconds
 
 
 if TYPE_CHECKING:
