@@ -29,8 +29,7 @@ What `dispense` gives is a proxy, with the plugin's public methods. Each can be 
 Whatever the plugin does in its process (raise, leak, exit, crash) is an exception in the host, with the exit
 code and the last lines it wrote. However the host ends, the plugin and all that it started end too. What it
 prints and logs goes to the host's ``logging``. The two talk over a private socket or pipe, with a fresh key
-for every launch, in JSON that keeps Python's types. Nothing that arrives is ever run as code. A program can
-also serve plugins by itself: see `serve`.
+for every launch, in JSON that keeps Python's types. Nothing that arrives is ever run as code.
 
 The map of this file; each section uses only those above it:
 
@@ -41,14 +40,14 @@ The map of this file; each section uses only those above it:
      5 session: calls and answers, both ways
      6 dispatcher: names to methods
      7 proxies: what the user of a plugin holds
-     8 serve: the plugin's main loop, its output and its logging
+     8 serve: the plugin's main loop, output and logging
      9 process: start, watch, limit and end a process tree
     10 plugin: launch, and what becomes of it
     11 discovery: what there is to launch
     12 command line: python -m miniplug
 """
 
-# One call, `greeter.greet("world")`, there and back (docs/review.md has a route through the whole file):
+# One call, `greeter.greet("world")`, there and back (docs/review.md has a longer route):
 #
 # In the host `_Method.__call__` asks its `_Target` where the object is now; the `_Supervisor` starts the
 # plugin if it has to. `_Caller.call` makes a `_Call`, with a number and an inbox; `_Codec.dumps` makes bytes
@@ -66,7 +65,7 @@ The map of this file; each section uses only those above it:
 #
 # Locks, outermost first. One is taken only under those of a line above it:
 #
-#   held while code of the user runs, or a call is waited for, so each is for one thing alone:
+#   held while code of the user runs or a call is waited for, each for one thing alone:
 #       _Served._entering (for each name), _References._exit_lock, Stream._lock, _Dispensed._lock
 #   _Producer._lock, while a message is sent
 #   _References._lock
@@ -141,7 +140,7 @@ __all__ = [
 ]
 
 _WINDOWS = os.name == "nt"
-_posix: Any = os  # untyped: for what Windows lacks, as type checkers know
+_posix: Any = os  # for what Windows lacks, as type checkers know
 _FILE = os.path.abspath(__file__)
 
 
@@ -239,13 +238,10 @@ class RemoteError(PluginError):
     the type. `remote_traceback`: the plugin's own, as text. If it is builtin or registered, ``except`` of its
     own type catches it, too."""
 
-    type_name: str
-    message: str
-    remote_traceback: str
+    type_name: str = ""
+    message: str = ""
+    remote_traceback: str = ""
     _body: Any = None  # what it was made from
-
-    def __init_subclass__(cls) -> None:
-        """An exception's own is not called for `_remote_type`."""
 
     def __reduce__(self) -> Any:
         return _reduce_error(self)
@@ -299,7 +295,7 @@ def _import(name: str) -> Any:
 
 
 def _in_main_thread() -> bool:
-    """Whether signal handlers run in this thread."""
+    """Where signal handlers run."""
     return threading.get_ident() == threading.main_thread().ident
 
 
@@ -315,7 +311,7 @@ def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threadin
 
 
 def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
-    """Call a function in a thread of its own, or here if there is none to be had."""
+    """Call a function in a thread of its own, or here if there is none."""
     try:
         _start_thread(name, function, *args)
     except RuntimeError:
@@ -328,7 +324,7 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 # one key, which begins with "$" (docs/protocol.md lists them). Before the encoder runs, `fit` looks for what
 # that does not know, or would change without a word, and copies with tags only there.
 
-_SAFE_INTEGER = 2**53 - 1  # what every JSON reader keeps: RFC 8259, section 6
+_SAFE_INTEGER = 2**53 - 1  # what each JSON reader keeps (RFC 8259)
 _MAX_BITS = 1 << 15  # of an integer: to print it takes a millisecond or two
 _MAX_DIGITS = 10000  # of a Decimal, and its exponent either way
 _MAX_ALIKE = 16  # values with one hash: each is compared with each
@@ -370,7 +366,7 @@ def _shown(value: Any) -> str:
         return "'?'"
 
 
-# -- what gives the state of a value, and what makes one of it
+# -- values and their states
 
 def _name_of(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
@@ -617,7 +613,7 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
         fields = getattr(cls, "__dataclass_fields__", None) and [
             field.name for field in _found("dataclasses.fields")(cls)]
     if fields is None or not {*_found("copyreg._slotnames")(cls)} <= {*fields}:
-        raise TypeError(f"how to take {cls.__qualname__} apart is not known: give encode and decode")
+        raise TypeError(f"the state of {cls.__qualname__} is not known: give encode and decode")
     if issubclass(cls, BaseException):
         return _error_state, partial(_make_error, cls)
     return partial(_record_state, fields), partial(_make_record, cls, fields)
@@ -971,8 +967,8 @@ class _Codec:
 
 _MAX_PARTS = 1000  # of an exception group, all together
 _MAX_LEVELS = 30  # of groups in groups
-_TEXT_KEYS = ("type", "message", "traceback", "kind")  # of an error's body
-_FIELDS = ("errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path")  # of a builtin
+_TEXT_KEYS = "type", "message", "traceback", "kind"  # of an error's body
+_FIELDS = "errno", "strerror", "filename", "filename2", "winerror", "lineno", "name", "path"  # of a builtin
 _GROUPS: Any = getattr(builtins, "BaseExceptionGroup", ())  # new in Python 3.11
 
 
@@ -985,7 +981,7 @@ def _is_ending(kind: type) -> bool:
 
 
 def _can_be_raised(kind: type) -> bool:
-    """Whether a call may raise this as itself: ours would tell of the plugin."""
+    """Whether a call may raise this as itself; ours tell of the plugin."""
     is_ours = issubclass(kind, PluginError) and not issubclass(kind, RemoteError)
     return issubclass(kind, Exception) and not is_ours and not _is_ending(kind)
 
@@ -1000,7 +996,7 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
     kind = type(error)
     try:
         message = str(error)
-    except BaseException:  # a __str__ of its own that fails
+    except BaseException:  # a __str__ that fails
         message = "(its text could not be made)"
     if own and not bare and kind in _OWN_ERRORS.values():
         return {"type": kind.__name__, "message": message, "own": True, "state": vars(error)}
@@ -1074,10 +1070,20 @@ def _make_error(cls: Any, state: Any) -> Any:
     return error
 
 
+class _First:
+    """The first base of a type that is made here: what an exception does to its subclasses is not done."""
+
+    __slots__ = ()
+    __reduce__ = RemoteError.__reduce__
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 @lru_cache(None)
 def _remote_type(kind: type) -> Any:
     body = {key: getattr(kind, key) for key in ("__module__", "__qualname__")}
-    return type(kind)(kind.__name__, (RemoteError, kind), body)
+    return type(kind)(kind.__name__, (_First, kind, RemoteError), body)
 
 
 def _decode_error(body: Any) -> Any:
@@ -1095,18 +1101,17 @@ def _decode_error(body: Any) -> Any:
     error = _raised_error(body)
     known = {"type_name": name, "message": message, "remote_traceback": traceback, **vars(error)}
     vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
-    cause = _RemoteTraceback(traceback) if traceback else None
-    BaseException.__setattr__(error, "__cause__", cause)  # it may be frozen
+    if traceback:
+        BaseException.__setattr__(error, "__cause__", _RemoteTraceback(traceback))  # it may be frozen
     return error
 
 
 def _raised_error(body: dict[str, Any]) -> Any:
-    """The RemoteError for a body: a registered exception too, else a builtin one, else a plain one: it has to
-    be raised and printed."""
+    """The RemoteError for a body: a registered exception too, else a builtin one; else it is plain."""
     for tell in (_told_registered, _told_builtin):
         try:
             kind, state = tell(body)
-            if kind is not Exception and _can_be_raised(kind):
+            if _can_be_raised(kind):
                 error = _make_error(_remote_type(kind), state)
                 str(error), repr(error)
                 return error
@@ -1761,7 +1766,7 @@ def _remove_stale(path: str) -> bool:
 # right, nothing is read but short JSON.
 
 _HELLO_SECONDS = 5.0
-_KNOCK_SECONDS = 0.5  # for one try in a crowd, where the system itself would wait for seconds
+_KNOCK_SECONDS = 0.5  # for one try in a crowd: one of the system's takes seconds
 
 
 if TYPE_CHECKING:

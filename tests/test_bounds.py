@@ -442,7 +442,7 @@ class TestGroups:
             assert str(back) == "outer (3 sub-exceptions)" and back.type_name == "ExceptionGroup" and back.__notes__ == ["noted"]
             first, second, third = back.exceptions
             assert isinstance(first, ValueError) and isinstance(first, miniplug.RemoteError) and first.args == ("v",)
-            assert [type(part).__mro__[3] for part in second.exceptions] == [KeyError, AppError]
+            assert [type(part).__mro__[2] for part in second.exceptions] == [KeyError, AppError]
             assert second.exceptions[1].code == 5
             assert type(third) is miniplug.RemoteError and str(third) == "MyError: m"
             matched, rest = back.split(ValueError)
