@@ -3333,12 +3333,12 @@ def _method_names(obj: Any) -> list[str] | None:
     return sorted(name for name in found if not name.startswith("_") and callable(found[name]))
 
 
-def _no_method(name: str, names: Iterable[str] | None, where: str, what: str = "method") -> MethodNotFound:
+def _no_method(name: str, names: Iterable[str] | None, where: str) -> MethodNotFound:
     matches = _import("difflib").get_close_matches(name, list(names or ()), cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
     if name.startswith("_"):
         hint = ": it is private"
-    text = f"has no {what} {name!r}{hint}" if name else "cannot be called, only its methods"
+    text = f"has no method {name!r}{hint}" if name else "cannot be called, only its methods"
     return MethodNotFound(f"{where} {text}", name=name, matches=matches)
 
 
