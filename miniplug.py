@@ -1288,7 +1288,7 @@ class _Channel:
     send_limit = _short = 0  # bytes of one that goes, without; and of one that is a single chunk
 
     def __init__(self, connection: Any) -> None:
-        self.state: tuple[deque[_Message], Any, bytes, list[Any], Any] = (deque(), None, b"", [], None)
+        self.state: Any = deque(), None, b"", [], None
         self.posted: deque[list[_Bytes]] = deque()  # messages to be written, in chunks
         self.batch: Any = None  # chunks that are being written, and what each step has done
         self.writer = _Seat()
@@ -2038,10 +2038,7 @@ def _gate() -> Any:
 
 
 def _open(gate: Any) -> None:
-    try:
-        gate.release()
-    except RuntimeError:
-        pass  # it is open
+    _quietly(gate.release, kind=RuntimeError)  # it may be open
 
 
 def _holding(lock: Any, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -2097,10 +2094,7 @@ class _Pool:
                     function(*arguments)
             except BaseException as error:
                 failed = type(error)
-                try:
-                    _import("traceback").print_exc()
-                except BaseException:
-                    pass  # there may be no memory
+                _quietly(lambda: _import("traceback").print_exc(), kind=BaseException)  # without memory
             function = arguments = None
 
     def _mend(self, failed: Any) -> None:
@@ -2127,10 +2121,8 @@ class _Pool:
             return bool(_sessions and not self._waiting)
         if not (taken or _sessions or not self._tasks.empty()):
             return False
-        try:
-            self.check()  # last: who begins a session, or needs a task done, has looked whether one waits
-        except (RuntimeError, MemoryError):
-            pass  # tasks wait until a thread can be started, or is done
+        # last: who begins a session, or needs a task done, has looked whether one waits
+        _quietly(self.check, kind=(RuntimeError, MemoryError))
         return True
 
     def _next(self, taken: list[Any]) -> None:
@@ -2277,7 +2269,7 @@ class _Request:
         self.begun = self.cancelled = False
         self.lent: list[int] = []  # references in the answer, until that is sent
         self.body: Any = None  # [target, method, args, kwargs], from when it is decoded until it has run
-        self.producer: _Producer | None = None  # of the stream that is its answer
+        self.producer: Any = None  # the _Producer of the stream that is its answer
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -2402,7 +2394,7 @@ class _Reader:
             return self._channel.close()
         return self._session.attendant.come()
 
-    def read(self, waiting: _Call | None = None) -> _Request | None:
+    def read(self, waiting: Any = None) -> _Request | None:
         """Hand on what comes, until there is something for the call that is `waiting`. Without one, as the
         attendant, until there is a call to be run, which is returned, or a caller may read."""
         channel = self._channel
@@ -2415,7 +2407,7 @@ class _Reader:
                 if flags & _TAGGED and body.find(b'"$own"') >= 0:  # `in` is slow
                     message = come[0] = self._references.held(message)
                 if its == number and kind == _RESULT and not flags & _STREAM:
-                    waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))  # type: ignore[union-attr]
+                    waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))
                     if not come:
                         return None
                 elif 0 < kind <= _NOTIFY:
@@ -2728,7 +2720,7 @@ class _Caller:
         if kind == _ERROR and expected != _PONG:
             raise self._raised(call, value)
         if message is _ENDED:
-            raise self._session.ended(self._session.lost_calls)  # type: ignore[misc]
+            raise self._session.ended(self._session.lost_calls)
         if kind == _END and expected == _ITEM:
             raise StopIteration
         raise self._session.failed(ProtocolError(f"a message of kind {kind} answers {call.method}()"), call)
@@ -2874,7 +2866,7 @@ class _Runner:
         try:
             _current.set(request)
             if request.begun:
-                request.producer.go_on()  # type: ignore[union-attr]
+                request.producer.go_on()
                 return
             request.begun, request.outer = True, outer
             if request.body is None:
@@ -3030,10 +3022,7 @@ class _Producer:
 
     def go_on(self) -> None:
         """Produce in this thread, until the end or until there is no credit. (Nothing is awaited then.)"""
-        try:
-            self._produce().send(None)
-        except StopIteration:
-            pass
+        _quietly(self._produce().send, None, kind=StopIteration)
 
     async def _produce(self) -> None:
         request, iterator = self._request, self._iterator
@@ -3146,7 +3135,7 @@ class _Session:
         self.requests: dict[int, _Request] = {}  # theirs, open
         self.borrowed: set[int] = set()  # ids of what stands here for the other side's objects
         self.sealed = False
-        self.ended: Callable[[list[str]], BaseException] | None = None  # makes the error, once it has
+        self.ended: Any = None  # once it has, makes the error of calls, from their methods' names
         self.cause: BaseException | None = None  # why it has
         self.lost_calls: list[str] = []  # the methods that were being called then
         self.is_abandoned = False  # in a forked child
@@ -3230,10 +3219,7 @@ class _Session:
         if message[0] in (_CALL, _NOTIFY):
             self.runner.run_message(message)
         elif message[1] & _TAGGED and self.ended is None:
-            try:
-                self.decode([message], True)
-            except (_Undecodable, ProtocolError):
-                pass  # it does not matter any more
+            _quietly(self.decode, [message], True, kind=(_Undecodable, ProtocolError))
 
     # -- the end
 
@@ -3277,7 +3263,7 @@ class _Session:
     def failed(self, error: BaseException, call: _Call) -> BaseException:
         """End the connection for what the other side should not have sent; returns what the call raises."""
         self.end(error)
-        return self.ended([*dict.fromkeys([call.method, *self.lost_calls])])  # type: ignore[misc]
+        return self.ended([*dict.fromkeys([call.method, *self.lost_calls])])
 
     def end(self, cause: BaseException) -> None:
         """The connection has ended: fail every call, let every thread go. `cause`: a _Broken, or what the
@@ -5898,7 +5884,7 @@ def _ask(kind: type, session: _Session, *what: Any) -> Any:
     result = session.call(*what)
     if not issubclass(type(result), kind) or (kind is _Remote and result._target.session is not session):
         session.end(ProtocolError(f"system.{what[1]}() returned a {type(result).__name__}"))
-        raise session.ended([what[1]])  # type: ignore[misc]
+        raise session.ended([what[1]])
     return result
 
 
@@ -5907,7 +5893,7 @@ class _Dispensed(_Target):
     who dispenses it anew."""
 
     def __init__(self, supervisor: _Supervisor, name: str | None, first: _Target) -> None:
-        self.at: dict[_Session, _Target] = {}
+        self.at: dict[Any, _Target] = {}  # by session
         super().__init__(first.session, 0)  # what is given back are those
         self.identity = first.identity
         self._supervisor, self._name = supervisor, name
@@ -5921,7 +5907,7 @@ class _Dispensed(_Target):
             target.session.borrowed.discard(id(each))  # it keeps no run up
 
     def here(self) -> tuple[_Caller, int] | None:
-        target = self.at.get(self._supervisor.open)  # type: ignore[arg-type]
+        target = self.at.get(self._supervisor.open)
         return None if target is None else target.place
 
     def number_at(self, session: _Session) -> int | None:
