@@ -1059,8 +1059,7 @@ def _make_error(cls: Any, state: Any) -> Any:
     impossible or costly to raise, print or copy."""
     base, args = _builtin_of(cls), [*state["args"]]
     known = args[:1] if issubclass(base, SyntaxError) else args  # it is printed with a mark at its column
-    make = BaseException if base is MemoryError else base  # which has a store of its own
-    error = make.__new__(cls, *known)
+    error = base.__new__(cls, *known)
     base.__init__(error, *known)
     BaseException.__setattr__(error, "args", tuple(args))
     for name, held in state.items():

@@ -1091,7 +1091,7 @@ def test_what_is_no_number_of_restarts_is_refused(shop, restarts):
 
 @pytest.mark.parametrize("option", ["on_start", "on_exit"])
 def test_what_is_no_function_is_refused(shop, option):
-    with pytest.raises(ValueError, match=f"{option}='configure': it is a function"):
+    with pytest.raises(TypeError, match=f"{option}='configure': it is a function"):
         miniplug.Plugin(shop, **{option: "configure"})
 
 
