@@ -2220,7 +2220,7 @@ class _Call:
         self.method = method
         self.seconds = seconds
         self.deadline = None if seconds is None else time.monotonic() + seconds
-        self.inbox: list[_Message] = []
+        self.inbox: deque[_Message] = deque()
         self.lent: list[int] = []  # references in it, until it is sent
         self.gate: Any = None  # of the thread that waits, while it sleeps
         self.future: Any = None  # the Call that the user has
@@ -2262,7 +2262,7 @@ class _Request:
 
     def __init__(self, session: _Session, message: _Message) -> None:
         self.session = session
-        self.inbox = [message]
+        self.inbox = deque((message,))
         self.kind, _, self.number, self.parent, _, _ = message
         self.slots = session.runner.nested_slots if self.parent else session.runner.slots
         self.begun = self.cancelled = False
@@ -2753,10 +2753,10 @@ class _Caller:
 
     def forget(self, call: _Call) -> None:
         """Want nothing of what has come about a call."""
-        inbox, call.inbox = call.inbox, [_CLOSED]
+        inbox, call.inbox = call.inbox, deque((_CLOSED,))
         while inbox:
             try:
-                self._session.drop(inbox.pop(0))
+                self._session.drop(inbox.popleft())
             except IndexError:
                 return  # another thread was quicker
 
@@ -2828,7 +2828,7 @@ class _Runner:
         if request is not None:
             self.run(request)
         if inbox:  # not given up meanwhile
-            inbox.pop(0)  # not before: should this thread go, who gives the call up sees to it
+            inbox.popleft()  # not before: should this thread go, who gives the call up sees to it
 
     def run_on_loop(self, call: _Call, request: _Request) -> bool:
         """Have the loop that waits for a call run one made on its behalf. False if that is closed."""
@@ -3205,12 +3205,12 @@ class _Session:
         come.popleft()
         return None
 
-    def decode(self, inbox: list[_Message], safely: bool = False) -> Any:
+    def decode(self, inbox: deque[_Message], safely: bool = False) -> Any:
         """The value of the first message, which is taken out. References in it are borrowed where no handler
         strikes: so none gets lost halfway. Raises as the codec does."""
         if inbox[0][1] & _TAGGED and not safely and inbox[0][4].find(b'"$ref"') >= 0 and _in_main_thread():
             return _in_pool(self.decode, inbox, True)
-        _, flags, _, _, body, buffers = inbox.pop(0)
+        _, flags, _, _, body, buffers = inbox.popleft()
         return self.codec.loads(body, buffers, flags & _TAGGED) if body else None
 
     def drop(self, message: _Message) -> None:
@@ -3218,7 +3218,7 @@ class _Session:
         if message[0] in (_CALL, _NOTIFY):
             self.runner.run_message(message)
         elif message[1] & _TAGGED and self.ended is None:
-            _quietly(self.decode, [message], True, kind=(_Undecodable, ProtocolError))
+            _quietly(self.decode, deque((message,)), True, kind=(_Undecodable, ProtocolError))
 
     # -- the end
 
@@ -4086,7 +4086,7 @@ class _Awaitable(_Future):
             call.session.drop(message)
             return
         try:
-            call.inbox.insert(0, message)  # items may have come already
+            call.inbox.appendleft(message)  # items may have come already
             value = call.session.caller.value(call)
         except BaseException as error:
             self._fail(error)
