@@ -305,7 +305,9 @@ def _is_ctrl_c(error: BaseException) -> bool:
 
 
 def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threading.Thread:
-    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread: Any = threading.Thread(target=target, args=args, name=name, daemon=True)
+    # start() would wait for ever for a thread that has no memory to begin
+    thread._started.wait = partial(thread._started.wait, 1.0)
     thread.start()
     return thread
 
@@ -4847,20 +4849,20 @@ class Limits(_Limits):
 
 
 # The guardian is told "-PID" of a process that leads a group, "PID" of one that leads none, "/FOLDER" of a
-# door's folder; and the same after a "!" when that is gone. When the host is gone it waits, so that what can
-# ends by itself; then it kills the others and removes the folders. By when a process began it knows that its
-# number is still its own. (A group's number stays while there is one: what a leader has left is killed.)
+# door's folder; and the same after a "!" when that is gone. When the host is gone it gives them some time to
+# end, kills the others and removes the folders. By when a process began it knows that its number is still its
+# own. (A group's number stays while there is one: what a leader has left is killed.)
 _GUARDIAN = """
-begun() {
-    found=
+runs() {
+    target=${1#*@} found=
     if [ -d /proc/self ]; then
-        read -r stat 2>/dev/null <"/proc/$1/stat" && set -- ${stat##*) } && found=${20}
+        read -r stat 2>/dev/null <"/proc/${target#-}/stat" && set -- "$1" ${stat##*) } && found=${21}
     else
-        found=$(ps -o lstart= -p "$1")
+        found=$(ps -o lstart= -p "${target#-}")
     fi
-    [ "$found" ]
+    [ "$found" ] && [ "$found" = "${1%%@*}" ]
 }
-pause=$1
+rounds=$1
 shift
 while IFS= read -r line; do
     case $line in
@@ -4869,18 +4871,22 @@ while IFS= read -r line; do
             [ "${each#*@}" = "${line#!}" ] || set -- "$@" "$each"
         done ;;
     /*) set -- "$@" "@$line" ;;
-    *) begun "${line#-}" && set -- "$@" "$found@$line" ;;
+    *) runs "@$line"
+       [ "$found" ] && set -- "$@" "$found@$line" ;;
     esac
 done
-sleep "$pause"
+while [ "$rounds" -gt 0 ] && [ $# -gt 0 ]; do
+    for each; do
+        runs "$each" && break
+    done || break
+    sleep .1 2>/dev/null || sleep 1
+    rounds=$((rounds - 1))
+done
 for each; do
-    target=${each#*@}
-    case $target in
+    runs "$each"
+    case $found$target in
     /*) [ -h "$target" ] || { rm -f -- "$target/s" && rmdir -- "$target"; } ;;
-    *) begun "${target#-}"
-       case $found$target in
-       "${each%%@*}$target" | -*) kill -s KILL -- "$target" ;;
-       esac ;;
+    "${each%%@*}$target" | -*) kill -s KILL -- "$target" ;;
     esac
 done 2>/dev/null
 exit 0
@@ -4916,7 +4922,7 @@ class _Guardian:
 
     def _begin(self) -> None:
         nested = _ADDRESS in {**_environment, **os.environ}  # another guardian waits for this host
-        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", ".5" if nested else "3"]  # seconds
+        argv = [_SHELL, "-c", _GUARDIAN, "miniplug-guardian", "5" if nested else "30"]  # tenths of a second
         try:
             self._pipe.extend(os.pipe())
             _posix.set_blocking(self._pipe[1], False)

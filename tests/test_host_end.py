@@ -154,12 +154,12 @@ def test_there_is_one_guardian_and_it_goes_with_the_last_plugin():
 class Told:
     """A guardian's script, run by hand with a /proc of our making: a number cannot be made to come again at will."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, rounds=5):
         self.proc = folder / "proc"
         self.proc.mkdir()
-        script = miniplug._GUARDIAN.replace('"/proc/$1/stat"', f'"{self.proc}/$1"').replace("/proc/self", str(self.proc))
+        script = miniplug._GUARDIAN.replace("/proc/${target#-}/stat", f"{self.proc}/${{target#-}}").replace("/proc/self", str(self.proc))
         assert script.count(str(self.proc)) == 2
-        self.process = subprocess.Popen(["/bin/sh", "-c", script, "guardian", ".3"], stdin=subprocess.PIPE)
+        self.process = subprocess.Popen(["/bin/sh", "-c", script, "guardian", str(rounds)], stdin=subprocess.PIPE)
 
     def say(self, line):
         self.process.stdin.write(line)
