@@ -2230,7 +2230,6 @@ class _Call:
         self.over = False  # whether it was answered, and that was decoded
 
     def left(self) -> float | None:
-        """Seconds until the deadline, or None without one."""
         return None if self.deadline is None else _left(self.deadline)
 
     def wake(self) -> None:
@@ -2241,8 +2240,8 @@ class _Call:
 
 
 def _waits_for_itself(call: _Call) -> Exception:
-    return RuntimeError(f"{call.method}() would wait for ever: called by a signal handler, a __del__ or a "
-                        "decode, it has interrupted what is to bring the answer; use submit or notify there")
+    return RuntimeError(f"{call.method}() would wait for ever: a signal handler, __del__ or decode has "
+                        "interrupted what is to bring the answer; use submit or notify there")
 
 
 def _too_late(call: _Call) -> Exception:
@@ -2365,7 +2364,6 @@ class _Reader:
                 self.pass_on()
 
     def _sleep(self, call: _Call) -> None:
-        """Sleep until there may be something to do."""
         seat, left = self.seat, _left(call.deadline)
         if left == 0:
             raise _Late
@@ -2568,7 +2566,6 @@ class _Attendant:
             runner.run_with_slot(slow)
 
     def watch(self) -> None:
-        """Look now and then, until nothing happens any more."""
         if not self._watched:
             _pool.alarm(time.monotonic() + _LOOK, self._look)
             self._watched = True
@@ -3504,7 +3501,6 @@ class _Target:
         return self.session, self.number
 
     def waits(self) -> bool:
-        """Whether a call has to wait for a start."""
         return False
 
     def release(self) -> None:
