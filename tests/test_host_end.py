@@ -157,7 +157,8 @@ class Told:
     def __init__(self, folder, rounds=5):
         self.proc = folder / "proc"
         self.proc.mkdir()
-        script = miniplug._GUARDIAN.replace("/proc/${target#-}/stat", f"{self.proc}/${{target#-}}").replace("/proc/self", str(self.proc))
+        script = miniplug._GUARDIAN.replace("/proc/self", str(self.proc))
+        script = script.replace("/proc/${target#-}/stat", f"{self.proc}/${{target#-}}")
         assert script.count(str(self.proc)) == 2
         self.process = subprocess.Popen(["/bin/sh", "-c", script, "guardian", str(rounds)], stdin=subprocess.PIPE)
 
