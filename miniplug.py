@@ -3340,9 +3340,9 @@ def _signature(function: Any) -> Any:
 def _makes_instances(served: Any) -> bool:
     """Whether what is served is a class, or a function that needs no argument, and not the object itself. One
     that may take any number is there to be called."""
-    inspect = _import("inspect")
-    if isinstance(served, type) or not inspect.isroutine(served):
-        return isinstance(served, type)
+    is_class = isinstance(served, type)
+    if is_class or not callable(served) or not _import("inspect").isroutine(served):  # slow to import
+        return is_class
     try:
         parameters = _signature(served).parameters.values()
     except ValueError:
