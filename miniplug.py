@@ -1214,16 +1214,17 @@ def _left(deadline: float | None) -> float:
     return -1 if deadline is None else min(_FOREVER, max(0.0, deadline - time.monotonic()))
 
 
-def _heed(error: OSError) -> None:
-    """Return if a system call would have waited; raises _Broken if it has failed. What a signal handler has
-    raised in the midst of it, which comes from elsewhere or has no errno, is passed on."""
+def _is_strike(error: OSError) -> bool:
+    """Whether a signal handler has raised this in a system call: it comes from elsewhere, or has no errno.
+    Else raises _Broken, unless the call would only have waited."""
     trace: Any = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
     if error.errno is None or trace.tb_frame.f_globals.get("__name__") != __name__:
-        raise error
+        return True  # not raised here: a frame that holds it would be a cycle, and keep a seat
     if not isinstance(error, BlockingIOError):
         raise _Broken(error) from None
+    return False
 
 
 def _quietly(function: Callable[..., Any], *arguments: Any, kind: Any = OSError) -> None:
@@ -1334,7 +1335,8 @@ class _Channel:
                         self._await_more(deadline)
                     steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
             except OSError as error:
-                _heed(error)
+                if _is_strike(error):
+                    raise
                 continue
             if not steps[0]:
                 raise _Broken(EOFError())
@@ -1544,7 +1546,8 @@ class _Channel:
                     return True
                 counts.extend(map(self.sock.sendmsg, (rest[:1000],), ((),), (flags,)))  # IOV_MAX is 1024
         except OSError as error:
-            _heed(error)
+            if _is_strike(error):
+                raise
             return False
 
     # -- the end
@@ -1639,7 +1642,8 @@ class _PipeChannel(_Channel):
         try:
             results.extend(calls)  # one step
         except OSError as error:
-            _heed(error)
+            if _is_strike(error):
+                raise
 
     def shutdown(self) -> None:
         self._handles[0] = 0

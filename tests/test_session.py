@@ -1,6 +1,7 @@
 """Two sessions over one connection: overlap, nesting, deadlines, interruption, the end; and all of it at random."""
 
 import collections
+import contextlib
 import gc
 import os
 import random
@@ -242,6 +243,22 @@ def test_a_deadline_covers_waiting_to_send(pair):
     assert time.monotonic() - start < 5
     go_on.set()
     assert proxy.echo("after") == "after"
+
+
+def test_a_deadline_that_passes_leaves_nothing_to_the_collector(pair):
+    """A frame that is kept would keep the right to read with it, should a signal handler have struck there."""
+    go_on = threading.Event()
+    proxy = pair({"event": go_on}).dispense("event")
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with contextlib.suppress(miniplug.CallTimeout):
+                proxy.wait.timeout(0.01)()
+        assert not [each for each in gc.get_objects() if type(each) is miniplug._Late]
+    finally:
+        gc.enable()
+        go_on.set()
 
 
 @pytest.mark.skipif(WINDOWS, reason="a message of a pipe goes whole")
