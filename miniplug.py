@@ -35,7 +35,7 @@ The map of this file; each section uses only those above it:
 
      1 errors: what can go wrong, by name
      2 codec: values to bytes and back
-     3 channel: whole frames over a socket or a pipe
+     3 channel: whole messages over a socket or a pipe
      4 handshake: who are you, which version, do you hold the key
      5 session: calls and answers, both ways
      6 dispatcher: names to methods
@@ -309,6 +309,7 @@ def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threadin
     # start() would wait for ever for a thread that has no memory to begin
     thread._started.wait = partial(thread._started.wait, 1.0)
     thread.start()
+    del thread._started.wait  # which is a cycle
     return thread
 
 
@@ -468,6 +469,8 @@ def _make_decimal(text: str) -> Any:
 
 
 def _make_registered(name: str, held: Any) -> Any:
+    if type(name) is not str:
+        raise ValueError("a registered type goes by its name")
     if name not in _registered:
         raise NotSerializable(f"a {_shown(name)} has come, which is not registered here: both sides have "
                               "to call miniplug.register")
@@ -590,6 +593,8 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
         raise ValueError(f"{cls.__qualname__} is in __main__, which the other side does not have: give name=")
     if (encode is None) != (decode is None):
         raise TypeError("encode and decode go together")
+    if cls in _OF_TYPE:
+        raise ValueError(f"{cls.__qualname__} travels by itself")
     name = name or f"{cls.__module__}.{cls.__qualname__}"
     former = _registered.get(name, (cls,))[0]
     if _name_of(former) != _name_of(cls):
@@ -638,7 +643,7 @@ def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
     others = {*getattr(value, "__dict__", ())}.difference(fields)
     if others:
         raise NotSerializable(f"its attribute {min(others)!r} is no field: register it with encode, decode")
-    return {name: getattr(value, name) for name in fields}
+    return dict(zip(fields, value if isinstance(value, tuple) else [getattr(value, name) for name in fields]))
 
 
 def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
@@ -1098,23 +1103,25 @@ def _decode_error(body: Any) -> Any:
     name, message, traceback, _ = texts.values()
     if body.get("own") and name in _OWN_ERRORS:
         own = _OWN_ERRORS[name]
-        kinds = {key: type(getattr(own, key)) for key in dir(own)}  # of what it carries
+        kinds = {key: type(getattr(own, key)) for key in dir(own) if key[0] != "_"}  # of what it carries
         return own(message, **{key: state[key] for key, kind in kinds.items()
                                if type(state.get(key)) is (list if kind is tuple else kind)})
     body = {**body, **texts, "state": state}
     error = _raised_error(body)
     known = {"type_name": name, "message": message, "remote_traceback": traceback, **vars(error)}
     vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
-    if traceback:
-        BaseException.__setattr__(error, "__cause__", _RemoteTraceback(traceback))  # it may be frozen
+    cause = _RemoteTraceback(traceback) if traceback else None
+    BaseException.__setattr__(error, "__cause__", cause)  # it may be frozen
     return error
 
 
 def _raised_error(body: dict[str, Any]) -> Any:
-    """The RemoteError for a body: a registered exception too, else a builtin one; else it is plain."""
-    for tell in (_told_registered, _told_builtin):
+    """The RemoteError for a body: a registered exception too, or a builtin one, or that with no more than the
+    text; else it is plain."""
+    bare = {**body, "state": {}, "args": [body["message"]]}
+    for tell, told in ((_told_registered, body), (_told_builtin, body), (_told_builtin, bare)):
         try:
-            kind, state = tell(body)
+            kind, state = tell(told)
             if _can_be_raised(kind):
                 error = _make_error(_remote_type(kind), state)
                 str(error), repr(error)
@@ -1165,7 +1172,7 @@ def _reduce_error(error: RemoteError) -> Any:
 def _restore_error(texts: dict[str, str], *content: Any) -> Any:
     try:
         return _decode_error(_portable.loads(*content))
-    except _Undecodable:
+    except (ProtocolError, _Undecodable):
         return _decode_error(texts)
 
 
@@ -1228,7 +1235,7 @@ def _is_strike(error: OSError) -> bool:
 
 
 def _quietly(function: Callable[..., Any], *arguments: Any, kind: Any = OSError) -> None:
-    """Do what somebody else may have done already: that raises a `kind` of error."""
+    """Call a function, of which a `kind` of error does not matter."""
     try:
         function(*arguments)
     except kind:
@@ -1253,7 +1260,7 @@ class _Seat(dict):
 
     One step takes it, `setdefault(0, mine)`, and a `finally` gives it back. `mine` is a list with the
     thread's ident, made for this very taking: so a finalizer or handler knows a seat that its own thread has,
-    further down. If one strikes in the `finally`, the seat is lost: then nothing but it refers to `mine`.
+    further down. If one strikes in the `finally`, the seat is lost: nothing else refers to `mine` then.
     """
 
     __slots__ = ()
@@ -1972,7 +1979,7 @@ class _Door:
                 channel.shutdown()
         if _WINDOWS:  # where nothing else ends `accept`
             _quietly(lambda: _connect(self.listener.address, 1.0).close(), kind=(OSError, RuntimeError))
-            self._thread.join(2.0)
+            _quietly(self._thread.join, 2.0, kind=RuntimeError)  # it may never have begun
         self.listener.close()
 
 
@@ -2062,7 +2069,7 @@ class _Pool:
     """Daemon threads for all sessions, as long as there is one.
 
     `put((function, *arguments))` has a thread call the function, in one step: for any thread, finalizers and
-    signal handlers too. After a leading None the function may not wait: the leader calls it, so that such
+    signal handlers too. After a leading None the function must not wait: the leader calls it, so that such
     keep their order. The leader holds `_lead`, which protects `_alarms`, and waits for tasks; before it
     leaves with one it sees to it that another thread waits.
     """
@@ -2099,7 +2106,10 @@ class _Pool:
                     function(*arguments)
             except BaseException as error:
                 failed = type(error)
-                _quietly(lambda: _import("traceback").print_exc(), kind=BaseException)  # without memory
+                try:
+                    _import("traceback").print_exc()
+                except BaseException:
+                    pass  # there may be no memory
             function = arguments = None
 
     def _mend(self, failed: Any) -> None:
@@ -2299,11 +2309,10 @@ def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> boo
 
 
 class _Slots:
-    """How many calls may run at once, of all sessions of a plugin. For threads in which no handler strikes;
-    `_lock` protects both fields."""
+    """How many calls may run at once, of all sessions of a plugin. Any thread; `_lock` protects both."""
 
     def __init__(self, count: int) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a handler may drop a message here
         self.free = [None] * count  # as long as how many more calls may run
         self._queue: deque[_Request] = deque()  # calls that wait for a slot
 
@@ -2401,7 +2410,7 @@ class _Reader:
         """Hand on what comes, until there is something for the call that is `waiting`. Without one, as the
         attendant, until there is a call to be run, which is returned, or a caller may read."""
         channel = self._channel
-        number, deadline = (0, None) if waiting is None else (waiting.number, waiting.deadline)
+        number, deadline = (-1, None) if waiting is None else (waiting.number, waiting.deadline)
         while waiting is None or not waiting.inbox:  # who read before may have brought it
             come = channel.receive(deadline)
             while come:
@@ -2534,10 +2543,10 @@ class _Attendant:
     def _attend(self, mine: list[int]) -> None:
         """Read while no caller does, and run calls that are quick at once."""
         session, right, seat, runner = self._session, self._right, self._reader.seat, self._session.runner
-        mine[0], serves = _get_ident(), session.serving  # then it is wanted always
+        mine[0], serves = _get_ident(), session.serving  # then it is wanted until the end
         slow = None
         try:
-            while True:
+            while True:  # a condition here would keep Python 3.11 from making the loop quick
                 if right.get(0) is not mine or not (serves or self._is_wanted()):
                     break
                 if seat.setdefault(0, mine) is not mine:
@@ -3035,8 +3044,8 @@ class _Producer:
             ended, error = True, None
             try:
                 while self._credit and not request.cancelled:
+                    self._credit.popleft()  # first: what comes for this item has room then
                     self._put(await iterator.__anext__() if self._is_async else next(iterator))
-                    self._credit.popleft()
                 ended = request.cancelled
                 if ended and hasattr(iterator, "aclose"):
                     await iterator.aclose()
@@ -3387,7 +3396,7 @@ class _Loop:
     def close(self) -> None:
         self._closing = True
         if _call_on(self.loop, self.loop.stop):
-            self._thread.join(1.0)  # a task may refuse to end
+            _quietly(self._thread.join, 1.0, kind=RuntimeError)  # a task may refuse to end
 
 
 class _Served:
@@ -5364,7 +5373,7 @@ class _Voice:
     def close(self, seconds: float | None = None) -> None:
         """Close all, unless a thread goes on for longer."""
         for thread in self._threads:
-            thread.join(seconds)
+            _quietly(thread.join, seconds, kind=RuntimeError)
         if not any(thread.is_alive() for thread in self._threads):
             for stream in self._streams:
                 stream.file.close()

@@ -548,6 +548,18 @@ def test_what_may_be_ignored_is():
     theirs.close()
 
 
+def test_an_answer_to_no_call_is_ignored_by_who_attends():
+    session, theirs = raw()
+    session.keep_reading()
+    with theirs.makefile("rb") as read:
+        theirs.sendall(frame(3, b"1", number=0) + frame(10, number=5))
+        assert read.read(28)[5] == 11  # a pong
+    assert session.ended is None
+    session.end(EOFError())
+    session.dispose()
+    theirs.close()
+
+
 @pytest.mark.parametrize("body", [b"", b"7", b"{}", b'{"message":3,"type":[],"kind":{},"args":5,"state":7}',
                                   b'{"own":true,"type":"PluginError","state":{"args":1,"__class__":2,"with_traceback":3}}',
                                   b'{"own":true,"type":"serve"}', b'{"own":true,"type":"RemoteError"}',

@@ -457,6 +457,22 @@ def test_credit_is_given_for_whatever_came_in_one_message():
     theirs.close()
 
 
+def test_credit_for_a_whole_window_may_come_as_its_last_item_leaves(pair, monkeypatch):  # noqa: F811
+    put, sent = miniplug._Producer._put, []
+
+    def put_and_grant(self, item):
+        put(self, item)
+        sent.append(item)
+        if len(sent) % 64 == 0:
+            self.grant((7, 0, 1, 0, b"64", ()))
+
+    monkeypatch.setattr(miniplug._Producer, "_put", put_and_grant)
+    monkeypatch.setattr(miniplug._Session, "post", lambda self, *message: None)  # the caller gives none
+    stream = pair({"s": Source()}).dispense("s").count(192)
+    stream._call.granted = 192
+    assert list(stream) == list(range(192))
+
+
 @pytest.mark.parametrize("sent", [
     frame(5, b"[1]"),
     frame(6),

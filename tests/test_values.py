@@ -591,10 +591,10 @@ def test_one_that_is_not_registered_at_the_receiver_arrives_as_its_builtin_base(
     assert isinstance(back, FileNotFoundError) is False and isinstance(back, OSError) and back.errno == 2
 
 
-def test_one_that_has_no_text_arrives_with_one_that_was_told():
+def test_one_that_has_no_text_arrives_as_its_type_with_the_text_that_was_told():
     if hasattr(sys, "set_int_max_str_digits"):
         back = raised(OverflowError(10**5000))
-        assert type(back) is miniplug.RemoteError and back.message == "(its text could not be made)"
+        assert isinstance(back, OverflowError) and str(back) == back.message == "(its text could not be made)"
 
     @miniplug.register(name="textless")
     class Textless(KeyError):
@@ -799,3 +799,28 @@ miniplug.register(encode=5)
     revealed = [line.partition("Revealed type is ")[2].strip('"') for line in found.splitlines() if "Revealed" in line]
     assert [text.rpartition("builtins.")[2] for text in revealed] == ["int", "str", "type[typed.Three]"], found
     assert 'incompatible type "str"; expected "int"' in found and "No overload variant" in found
+
+
+@pytest.mark.parametrize("kind", [tuple, dict, bytes, int, set])
+def test_a_type_that_travels_by_itself_is_not_registered(kind):
+    with pytest.raises(ValueError, match=f"{kind.__name__} travels by itself"):
+        miniplug.register(kind, name="mine", encode=list, decode=kind)
+
+
+def test_a_named_tuple_travels_by_its_items(registry):
+    class Shadowed(collections.namedtuple("Shadowed", "a b")):
+        __slots__ = ()
+        a = property(lambda self: self[1])
+
+    miniplug.register(Shadowed, name="shadowed")
+    assert tuple(trip(Shadowed(1, 2))) == (1, 2)
+
+
+def test_an_error_that_cannot_be_read_again_keeps_its_texts():
+    error = miniplug._restore_error({"type": "KeyError", "message": "gone"}, b"[[", [], 0)
+    assert type(error) is miniplug.RemoteError and error.message == "gone"
+
+
+def test_a_builtin_error_without_arguments_is_made_of_its_text():
+    error = miniplug._decode_error({"type": "ValueError", "kind": "ValueError", "message": "bad", "args": None})
+    assert isinstance(error, ValueError) and str(error) == "bad"
