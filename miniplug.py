@@ -73,6 +73,8 @@ The map of this file; each section uses only those above it:
 #   under which no other is taken: _Slots._lock, _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
 #       those of the processes, and the condition of a Call
 #
+# The states of a plugin are drawn at `_Supervisor`, of a connection at `_Session`.
+#
 # Who holds `_Pool._lead`, `_Producer._turn` or `_Run._claim` has a work to do that others leave to it. Code
 # of the user may run in any thread that waits for a call, and a finalizer anywhere: so those only append to a
 # queue.
@@ -295,7 +297,6 @@ def _import(name: str) -> Any:
 
 
 def _in_main_thread() -> bool:
-    """Where signal handlers run."""
     return threading.get_ident() == threading.main_thread().ident
 
 
@@ -662,9 +663,6 @@ def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
 def _writer() -> Any:
     """What writes JSON, in pieces; the second argument is 0. json would make one for each value."""
     encoder: Any = json.encoder
-    if encoder.c_make_encoder is None:  # not CPython
-        slow = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return lambda value, level: slow.iterencode(value)
     return encoder.c_make_encoder(None, None, encoder.encode_basestring, None, ":", ",", False, False, False)
 
 
@@ -808,7 +806,6 @@ class _Packer:
         return {"$each": [tag, states]}
 
     def explain(self, error: Exception) -> None:
-        """Raise what names the place of what cannot travel, and why."""
         if not self.trail:
             return
         place, state_of = self.label, None
@@ -1355,7 +1352,6 @@ class _Channel:
             raise _Late(_IN_TIME)
 
     def _fill(self, partial: Any, cut: Any, deadline: float | None) -> None:
-        """Go on with a frame that is not whole."""
         file, size, counts = cut
         have = sum(counts)
         if have < size:
@@ -1441,7 +1437,6 @@ class _Channel:
 
     @staticmethod
     def frame(body: _Bytes, head: bytes = b"") -> list[_Bytes]:
-        """A frame, in chunks."""
         size = len(head) + len(body)
         length = _LENGTH.pack(size) if size <= 0x7FFFFFFF else _LONG.pack(-1, size)
         return [length + head + body] if size < _READ_SIZE else [length + head, body]
@@ -1525,7 +1520,7 @@ class _Channel:
             if self.batch is None:
                 self.batch = ([], [])
                 once = itertools.repeat((), min(len(posted), _TOGETHER))
-                self.batch[0].extend(itertools.chain.from_iterable(itertools.starmap(posted.popleft, once)))
+                self.batch[0].extend(_flatten(itertools.starmap(posted.popleft, once)))
             chunks, counts = self.batch
             if self._transmit(chunks, counts, full):
                 self.batch = None
@@ -1696,7 +1691,6 @@ def _connect(address: str, timeout: float) -> _Channel:
 
 
 def _temp_folders() -> list[str]:
-    """Where a socket may lie, the best place first."""
     bases = os.environ.get("TMPDIR"), "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")
     return [base for base in bases if base and os.path.isabs(base)]
 
@@ -1967,7 +1961,6 @@ class _Door:
             channel.close()
 
     def settle(self) -> None:
-        """Wait a moment until nobody is being greeted."""
         deadline = time.monotonic() + 0.2
         while self._callers and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -2541,7 +2534,6 @@ class _Attendant:
             _pool.put((self._attend, mine))
 
     def _attend(self, mine: list[int]) -> None:
-        """Read while no caller does, and run calls that are quick at once."""
         session, right, seat, runner = self._session, self._right, self._reader.seat, self._session.runner
         mine[0], serves = _get_ident(), session.serving  # then it is wanted until the end
         slow = None
@@ -2643,7 +2635,6 @@ class _Caller:
         self.call(*call, kind=_NOTIFY)  # type: ignore[misc]
 
     def ping(self, seconds: float) -> float:
-        """Seconds that a message takes there and back. Raises as `call` does."""
         start = time.perf_counter()
         self.call(0, "ping", (), {}, seconds, _PING)
         return time.perf_counter() - start
@@ -2653,8 +2644,8 @@ class _Caller:
         """Call; the future, a Call, has the answer when it has come. Raises what sending raises."""
         call = future._call = _Call(next(self._numbers), method, seconds)
         call.session, call.home = self._session, False
-        asyncio = sys.modules.get("asyncio")
-        call.loop = asyncio._get_running_loop() if asyncio is not None else None
+        running = getattr(sys.modules.get("asyncio"), "_get_running_loop", None)  # it may be half imported
+        call.loop = running and running()
         if call.loop is not None:
             call.context = copy_context()
         try:
@@ -2732,7 +2723,7 @@ class _Caller:
             raise self._raised(call, value)
         if message is _ENDED:
             raise self._session.ended(self._session.lost_calls)
-        if kind == _END and expected == _ITEM:
+        if kind == _END and (expected == _ITEM or call.given_up):
             raise StopIteration
         raise self._session.failed(ProtocolError(f"a message of kind {kind} answers {call.method}()"), call)
 
@@ -2764,7 +2755,6 @@ class _Caller:
         self._reader.pass_on()
 
     def forget(self, call: _Call) -> None:
-        """Want nothing of what has come about a call."""
         inbox, call.inbox = call.inbox, deque((_CLOSED,))
         while inbox:
             try:
@@ -2782,7 +2772,6 @@ class _Caller:
         return True
 
     def _ring(self, when: float) -> None:
-        """Have the deadlines of submitted calls looked at then."""
         if when < self._next_alarm or self._next_alarm <= time.monotonic():
             self._next_alarm = when
             _pool.alarm(when, self._expire)
@@ -3022,7 +3011,7 @@ class _Producer:
         self.resume()
 
     def resume(self) -> None:
-        """Have somebody go on, unless somebody does: a task if the iterator is async, else the pool."""
+        """Have a task go on, if the iterator is async, else the pool; unless somebody does."""
         runner = self._session.runner
         if self._turn.locked():
             return
@@ -3101,7 +3090,6 @@ class _Producer:
         self._last = time.monotonic()
 
     def _end(self, error: BaseException | None) -> None:
-        """Send the rest and the end, and be done with the call."""
         request, session = self._request, self._session
         self._flush()
         try:
@@ -3132,7 +3120,7 @@ class _Session:
 
     def __init__(self, channel: _Channel, terms: _Terms, max_message: int, references: Any,
                  borrow: Callable[..., Any],
-                 lost: Callable[[BaseException], Callable[[list[str]], BaseException]],
+                 lost: Callable[[BaseException], Any],
                  serving: bool = False, slots: _Slots | None = None) -> None:
         self.channel = channel
         self.protocol_version: int = terms.protocol_version
@@ -3242,7 +3230,6 @@ class _Session:
         _open(self.finished)
 
     def drain(self, seconds: float) -> None:
-        """Wait until the calls that run have ended, at most that long."""
         deadline = time.monotonic() + seconds
         while self.requests and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -3257,7 +3244,6 @@ class _Session:
         return self._last_asked == before + 1 and not self.busy()
 
     def keep_reading(self) -> None:
-        """Have somebody read from now on though nobody calls."""
         self.reader.unattended.add(-1)
         self.reader.pass_on()
 
@@ -3353,13 +3339,17 @@ def _signature(function: Any) -> Any:
 def _makes_instances(served: Any) -> bool:
     """Whether what is served is a class, or a function that needs no argument, and not the object itself. One
     that may take any number is there to be called."""
-    is_class = isinstance(served, type)
-    if is_class or not callable(served) or not _import("inspect").isroutine(served):  # slow to import
-        return is_class
+    if isinstance(served, (type, partial)) or not callable(served):
+        return isinstance(served, type)
+    inspect = _import("inspect")  # slow to import
+    if not inspect.isroutine(served):
+        return False
     try:
         parameters = _signature(served).parameters.values()
     except ValueError:
         return False  # it does not tell
+    if inspect.isbuiltin(served):
+        return not parameters
     return all(each.default is not each.empty for each in parameters)
 
 
@@ -3429,6 +3419,9 @@ class _Served:
                 raise PluginClosed("the plugin is shutting down")
             if name not in self._shared:
                 self._shared[name] = _enter(served() if _makes_instances(served) else served)
+            if self._closed:  # meanwhile
+                self.close()
+                raise PluginClosed("the plugin is shutting down")
             return self._shared[name][0]
 
     def on_loop(self, function: Callable[[], Any]) -> bool:
@@ -3529,7 +3522,7 @@ class _Target:
 
 def _reach(find: Callable[[_Call], tuple[_Session, int]], act: Callable[..., Any], method: str, args: Any,
            kwargs: Any, seconds: float | None) -> Any:
-    """Call `act` with the session and number that `find` gives, once more if that is sealed by then."""
+    """Call `act` with the session and number that `find` gives, again while that is sealed by then."""
     asked = _Call(0, method, seconds)
     while True:
         try:
@@ -3582,7 +3575,7 @@ class _Loan:
         self.manager = manager
         self.methods = _method_names(obj)
         self.known = {name: name for name in self.methods or ()}
-        self.sent: deque[None] = deque()  # as long as how often it is out
+        self.sent: deque[None] = deque()  # one for each time it is out
 
 
 class _Held(tuple):
@@ -3657,7 +3650,7 @@ class _References:
         return "$ref", [number, loan.methods, callable(obj)]
 
     def held(self, message: _Message) -> _Message:
-        """The message, holding what comes home in it: it is decoded after a release that follows."""
+        """The message, holding what comes home in it: one behind it may give it back before."""
         *head, body, buffers = message
         if type(buffers) is _Held:
             return message
@@ -3994,10 +3987,9 @@ def _ask_description(target: _Target) -> dict[str, Any]:
 
 
 def _checked_description(found: Any) -> dict[str, Any]:
-    """As much of it as is what it should be."""
     methods, texts = found if type(found) is dict else {}, {str, type(None)}
-    return {name: each for name, each in methods.items()
-            if type(each) is list and len(each) == 3 and texts.issuperset(map(type, each[:2]))}
+    return {name: each for name, each in methods.items() if type(name) is str and type(each) is list
+            and len(each) == 3 and texts.issuperset(map(type, each[:2]))}
 
 
 def _differences(interface: type, target: _Target, names: Sequence[str] | None) -> list[str]:
@@ -4116,20 +4108,24 @@ class _Awaitable(_Future):
             self._fail(error)
 
     def _end(self, settle: Callable[[Any], Any], outcome: Any) -> None:
-        """Settle it, unless it is by now."""
         _quietly(settle, outcome, kind=_import("concurrent.futures").InvalidStateError)
 
     def cancel(self) -> bool:
         """Give the call up, here and at the plugin, unless it has been answered."""
-        call, was_done = self._call, self.done()
+        with self._condition:
+            if self.done():
+                return self.cancelled()
+            callbacks, self._done_callbacks = self._done_callbacks, []
+            super().cancel()
+            self.set_running_or_notify_cancel()
+        call = self._call
         try:
-            return super().cancel()
-        finally:
-            with self._condition:
-                if self._state == "CANCELLED":
-                    self.set_running_or_notify_cancel()
-            if not was_done and self.cancelled() and call is not None and call.session is not None:
+            if call is not None and call.session is not None:
                 _in_pool(call.session.caller.give_up, call)  # where no handler strikes
+        finally:
+            for callback in callbacks:  # only now: one may wait for what the call holds
+                self.add_done_callback(callback)
+        return True
 
     def __await__(self) -> Any:
         return _import("asyncio").wrap_future(self).__await__()
@@ -4216,7 +4212,6 @@ class Stream:
         self._batch = (iter(values), received)
 
     async def _news(self) -> None:
-        """Wait until something has come."""
         asyncio, call, reader = _import("asyncio"), self._call, self._session.reader
         waiter = asyncio.get_running_loop(), asyncio.Event()
         self._waiters.append(waiter)
@@ -4286,7 +4281,6 @@ def _variable(name: str) -> str:
 
 
 def _take_environment() -> None:
-    """So that no child sees our variables."""
     cookie = _variable(os.environ.get(_COOKIE_KEY, "MINIPLUG_COOKIE"))
     for name in [name for name in os.environ if name.startswith("MINIPLUG_") or name == cookie]:
         _environment[name] = os.environ.pop(name)
@@ -4335,7 +4329,6 @@ def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
 
 def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secret: bytes,
            persist: bool) -> None:
-    """The plugin's main loop."""
     _refuse_monkey_patches()
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
@@ -4443,8 +4436,7 @@ class _Server:
             sys.exit(f"miniplug: the connection to the host has failed: {cause!r}")
 
     def attend(self, channel: _Channel, terms: _Terms, launcher: bool = False) -> BaseException | None:
-        """Serve one host, until it says stop or is gone. Returns why it has ended."""
-        def lost(cause: BaseException) -> Callable[[list[str]], BaseException]:
+        def lost(cause: BaseException) -> Any:
             if launcher and self.stays:
                 _turn_output_away()
             return lambda calls: PluginClosed("the host is gone")
@@ -4480,7 +4472,6 @@ class _Server:
             self._sessions.remove(session)
 
     def stop(self, grace: float = _GRACE) -> None:
-        """Tell all that it is over; `close` does the rest."""
         with self._lock:
             self._grace = self._grace if self.over.is_set() else grace
             self.over.set()
@@ -4591,7 +4582,7 @@ def _log_line(formatter: Any, record: Any) -> str:
     fields = {"@level": next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace"),
               "@levelno": record.levelno, "@module": record.name, "@message": record.getMessage(),
               "@timestamp": when.isoformat(timespec="microseconds"),
-              "@traceback": trace or record.stack_info}
+              "@traceback": "\n".join(filter(None, (trace, record.stack_info)))}
     blank = _import("logging").makeLogRecord({"message": "", "asctime": ""})  # what formatting adds
     more = {key: value for key, value in vars(record).items() if not hasattr(blank, key)}
     try:
@@ -4627,7 +4618,10 @@ class _Lines:
             last = min(last, time.monotonic() + 0.8) if over else last
             held = self._log and self._log.trace  # a traceback that may go on
             if self._await_more(0.0 if over else 0.1 if held else None, wake):
-                data = os.read(self.file.fileno(), 1 << 16)
+                try:
+                    data = os.read(self.file.fileno(), 1 << 16)
+                except OSError:
+                    data = b""
                 self._take(data)
                 more = bool(data)
             else:
@@ -4641,10 +4635,12 @@ class _Lines:
             return self.file in _import("multiprocessing.connection").wait([self.file, wake], seconds)
         if seconds is None:
             return True  # reading itself is what waits
-        time.sleep(seconds)
         handle = _import("msvcrt").get_osfhandle(self.file.fileno())
+        peek = partial(_import("_winapi").PeekNamedPipe, handle, 0)
         try:
-            return bool(_import("_winapi").PeekNamedPipe(handle, 0)[0])
+            if not peek()[0]:
+                time.sleep(seconds)
+            return bool(peek()[0])
         except OSError:
             return True  # its end
 
@@ -4690,7 +4686,6 @@ def _record_of(line: str) -> dict[str, Any] | None:
 
 
 def _clean(value: Any) -> Any:
-    """Text without lone surrogates, which no file takes."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
@@ -4717,7 +4712,7 @@ class _LogSink:
     """Lines to log records: hclog's JSON as it says, a traceback as one, any other line as it is."""
 
     _HEADS = ("Traceback (most recent call last):", "Exception in thread ", "  + Exception Group Traceback")
-    _MORE = (" ", _HEADS[0], "During handling of the above exception,", "The above exception was the direct")
+    _LINKS = (_HEADS[0], "During handling of the above exception,", "The above exception was the direct")
 
     def __init__(self, parent: logging.Logger, stream: str) -> None:
         self._parent = parent
@@ -4738,8 +4733,9 @@ class _LogSink:
 
     def _goes_on(self, line: str) -> bool:
         """Whether the traceback does: up to the line that names the exception, or with one of a chain."""
-        names_it = self.trace[0][0] != " " and self.trace[-1].startswith((" ", *self._HEADS))
-        return names_it or not line or line.startswith(self._MORE)
+        if not self.trace[-1].startswith((" ", *self._HEADS)):
+            return not line or line.startswith(self._LINKS)
+        return line.startswith(" ") or not self.trace[0].startswith(" ")
 
     def flush(self) -> None:
         lines, self.trace = self.trace, []
@@ -4759,14 +4755,9 @@ class _LogSink:
         logger = self._nearest(name)
         record = self._parent.makeRecord(name, level, "(plugin)", 0, fields.pop("@message"), (), None)
         record.exc_text = str(fields.pop("@traceback", "")) or None  # formatters print it below the message
-        when = str(fields.pop("@timestamp", "")).replace("Z", "+00:00")
-        try:
-            created = _import("datetime").datetime.fromisoformat(when).timestamp()
-            time.localtime(created)  # formatters do that, and no platform can for every time
-            record.created, record.msecs = created, created % 1 * 1000
-        except (ValueError, OverflowError, OSError):
-            pass  # then it is the time of its arrival
-        vars(record).update((key, value) for key, value in fields.items() if not hasattr(record, key))
+        for key, value in fields.items():
+            if not (key.startswith("@") or hasattr(record, key)):
+                setattr(record, key, value)
         if logger.isEnabledFor(level):
             logger.handle(record)
         return True
@@ -4914,6 +4905,8 @@ class _Guardian:
 
     def tell(self, line: str) -> None:
         """Add what a line names, or after a "!" drop it: a process while its number is still its own."""
+        if "\n" in line:
+            return  # in the name of a folder: no line can say that
         with self._lock:
             if line.startswith("!"):
                 self._told.discard(line[1:])
@@ -4941,8 +4934,7 @@ class _Guardian:
             self._part()
 
     def _part(self) -> None:
-        """Killed before the pipe is closed: it would take that for the host's end."""
-        if self._process is not None:
+        if self._process is not None:  # killed first: it would take the pipe's end for the host's
             self._process.kill()
             self._process.wait()
         self._process = None
@@ -5256,7 +5248,6 @@ class _Recipe:
         return argv
 
     def _loader(self) -> list[str]:
-        """What runs Python code by this very file."""
         python, frozen = self.interpreter, hasattr(sys, "frozen")
         if self.python is None:
             if _frozen_mains:
@@ -5265,6 +5256,8 @@ class _Recipe:
                 how = "pass python='/path/to/python', or call miniplug.freeze_support() in its main program"
                 raise self.not_started([], f"{python} is no interpreter to run it: {how}")
         flags = _import("subprocess")._args_from_interpreter_flags() if self.is_own and not frozen else []
+        if {*self.sha256} - {self.source}:  # -I and -E hear no variable
+            flags = [*flags, "-X", f"pycache_prefix={os.devnull}"]
         return [python, *flags, "-c", _BOOTSTRAP, _FILE.rstrip("c"), __name__]  # .pyc, says PyInstaller
 
     def _whole(self, path: str) -> str:
@@ -5366,7 +5359,6 @@ class _Voice:
             self._threads.append(_start_thread("miniplug-output", *what))
 
     def stop(self) -> None:
-        """Have the threads end once nothing more comes."""
         if self._wake:
             os.close(self._wake.pop())
 
@@ -5381,7 +5373,6 @@ class _Voice:
                 os.close(self._wake.pop())
 
     def tail(self) -> list[str]:
-        """The last lines of stderr, or else of stdout."""
         return next((stream.last() for stream in reversed(self._streams) if stream.tail), [])
 
 
@@ -5603,7 +5594,7 @@ class _Run:
             session.references.served.close()
             session.dispose()
 
-    def _lost(self, cause: BaseException) -> Callable[[Sequence[str]], BaseException]:
+    def _lost(self, cause: BaseException) -> Any:
         """The connection has ended: find out why. Returns what makes the error."""
         if not self.asked:
             if not self.owned or isinstance(cause, ProtocolError) or not self.gone.wait(0.5):
@@ -5671,8 +5662,7 @@ class _Supervisor:
         start = self.start
         if start is None or start.thread == threading.get_ident():
             return start
-        calls_back = start.session is not None and start.session.caller._parent()
-        return start if calls_back else None
+        return start if start.session and start.session.caller._parent() else None
 
     # -- starting
 
@@ -5865,7 +5855,6 @@ def _close_all() -> None:
 
 
 def _disown_all() -> None:
-    """In a forked child."""
     while _runs:
         run = _runs.pop()
         run.process.disown()
@@ -5894,7 +5883,6 @@ async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[]
 
 
 def _ask(kind: type, session: _Session, *what: Any) -> Any:
-    """Call a method of `system` that has to return a `kind`."""
     result = session.call(*what)
     if not issubclass(type(result), kind) or (kind is _Remote and result._target.session is not session):
         session.end(ProtocolError(f"system.{what[1]}() returned a {type(result).__name__}"))
@@ -6007,7 +5995,7 @@ class Plugin:
     def detach(self) -> None:
         """Leave it running, for a host to `attach` to. Raises PluginError for one that cannot stay."""
         run = self._run
-        if run in _runs:
+        if run in _runs and (run.session is None or run.takes_calls):
             self.reattach_config()
             self._supervisor.close()
             run.detach()
@@ -6043,7 +6031,6 @@ class Plugin:
 
     @property
     def _run(self) -> Any:
-        """The one that this thread has to do with."""
         supervisor = self._supervisor
         return (supervisor.own_start() or supervisor.run) if supervisor.owner == os.getpid() else None
 
@@ -6122,7 +6109,7 @@ class Plugin:
         found.pop("system", None)
         return {plugin: {name: MethodInfo(name, *each[:2])
                          for name, each in _checked_description(methods).items()}
-                for plugin, methods in found.items()}
+                for plugin, methods in found.items() if type(plugin) is str}
 
     def reattach_config(self) -> dict[str, Any]:
         """What another host needs to `attach`, as a dict for json. Who has it can call the plugin. Raises
@@ -6134,8 +6121,7 @@ class Plugin:
 
     def ping(self, timeout: float = 5.0) -> float:
         """Seconds that a message takes to the plugin and back. Raises CallTimeout after `timeout` seconds."""
-        seconds = _reach(self._find, lambda session, *what: session.ping(what[-1]), "ping", (), {}, timeout)
-        return float(seconds)
+        return _reach(self._find, lambda session, *what: session.ping(what[-1]), "ping", (), {}, timeout)
 
 
 def _like(other: Callable[_P, Any]) -> Callable[[Callable[..., Plugin]], Callable[_P, Plugin]]:
@@ -6310,6 +6296,7 @@ _ENTRY = rf"([^=]*[^=\s])\s*=\s*({_NAME}(?:\.\w+)*)\s*:\s*({_NAME}(?:\.\w+)*)\s*
 def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT``. `name`: by which a host has imported this file."""
     sys.meta_path.insert(0, _Finder(name))
+    sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
@@ -6320,10 +6307,19 @@ def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
         _serve_specs(*arguments, **options)
 
 
+def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
+    """As sys.excepthook, without the frames of miniplug and of importing that come first."""
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((__file__, "<")):
+        frames = frames.tb_next
+    sys.__excepthook__(kind, error.with_traceback(frames), frames)
+
+
 def _run_file(path: str, name: str) -> ModuleType:
     """Run a file as the module of that name: what is there, not what a cache of bytecode has of it."""
     module = type(sys)(name)
     module.__file__ = path
+    if name != "__main__":
+        module.__spec__ = _import("importlib.util").spec_from_file_location(name, path)
     sys.modules[name] = module
     sys.path.insert(0, os.path.dirname(path))
     with open(path, "rb") as file:
@@ -6334,7 +6330,6 @@ def _run_file(path: str, name: str) -> ModuleType:
 
 def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | None = None,
                  persist: bool = False) -> None:
-    """Under whatever cookie and version the host asks for."""
     plugins: dict[str, Any] = {}
     _environment.setdefault(_LOADING, '[[null, ""]]')
     for spec in specs:
@@ -6452,7 +6447,6 @@ def _argument(text: str) -> Any:
 
 
 def _printable(value: Any) -> str:
-    """A value as JSON if it is JSON, else as Python writes it."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         return text if json.loads(text) == value else repr(value)
@@ -6473,7 +6467,6 @@ def _inspect(given: Any) -> None:
 
 
 def _opened(given: Any) -> Plugin:
-    """The plugin, started, whatever version it speaks."""
     sink = "log" if given.verbose else "discard"
     if given.verbose:
         _import("logging").basicConfig(level="DEBUG")
@@ -6572,7 +6565,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
         sys.exit(status)
-    except PluginError as error:
+    except (PluginError, ValueError) as error:
         sys.exit(f"miniplug: {_one_line(error)}")
     except OSError as error:  # what is printed cannot be written; or nobody reads it, as behind ``head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter flushes at its end

@@ -478,29 +478,6 @@ class TestGroups:
         assert type(back) is miniplug.RemoteError and str(back) == "ExceptionGroup: outer (2 sub-exceptions)"
 
 
-# -- the encoder and the decoder that are not in C
-
-
-def test_without_the_c_accelerator(monkeypatch):
-    value = [1, (2, "a"), {3: b"x"}, D("1.5"), "\ud800", float("nan"), [2**60] * 40, [D(1)] * 40, {"$tuple": 1}]
-    expected = codec().dumps(value, "value")
-    monkeypatch.setattr(json.encoder, "c_make_encoder", None)
-    monkeypatch.setattr(json.scanner, "c_make_scanner", None)
-    monkeypatch.setattr(json.decoder.scanner, "make_scanner", json.scanner.py_make_scanner)
-    monkeypatch.setattr(miniplug, "_encode", miniplug._writer())
-    monkeypatch.setattr(miniplug, "_scan", miniplug._scanner(None))
-    assert codec().dumps(value, "value") == expected and pictures(trip(value)) == pictures(value)
-    assert codec().dumps((1, "m", ("a",), {}), None)[0] == b'[1,"m",["a"],{}]' and trip("a") == "a"
-    with pytest.raises(miniplug.NotSerializable, match=r"value\[0\]\['a'\] is of type object"):
-        codec().dumps([{"a": object()}], "value")
-    cycle = []
-    cycle.append(cycle)
-    with pytest.raises(miniplug.NotSerializable, match="contains itself"):
-        codec().dumps(cycle, "value")
-    with pytest.raises(miniplug.ProtocolError):
-        codec().loads(b"[" * 5000, (), 0)
-
-
 # -- objects that are lent by their type
 
 

@@ -436,3 +436,8 @@ def test_a_name_in_an_annotation_that_is_not_there(write):
     with miniplug.launch(shop + ":Shop") as plugin:
         assert "item" in plugin.describe()["shop"]["buy"].signature
         assert plugin.dispense(interface=Interface).buy("a") == ["a", 1]
+
+
+def test_names_that_are_no_text_are_left_out_of_a_description():
+    row = [None, None, []]
+    assert miniplug._checked_description({"go": row, 5: row, None: row, "bad": [None]}) == {"go": row}

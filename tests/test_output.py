@@ -612,3 +612,14 @@ def test_logging_that_comes_from_a_zip_file(write, log, tmp_path):
         value, path = plugin.dispense().log("it works")
     assert value == 5 and path.startswith(archive)
     assert log.await_message("it works").name == "host.plugins.shop.till"
+
+
+def test_a_record_that_follows_a_traceback_of_several_lines_is_one_of_its_own(caplog):
+    caplog.set_level(1)
+    take = miniplug._LogSink(logging.getLogger("after"), "stderr")
+    for line in ("Traceback (most recent call last):", '  File "x.py", line 1, in <module>', "RuntimeError: bad", "    detail: 5",
+                 '{"@level": "error", "@levelno": 50, "@module": "disk", "@message": "disk full"}', "plain"):
+        take(line)
+    take.flush()
+    assert [(record.levelname, record.getMessage()) for record in caplog.records[1:]][-2:] == [
+        ("CRITICAL", "disk full"), ("WARNING", "plain")]

@@ -548,6 +548,29 @@ def test_what_may_be_ignored_is():
     theirs.close()
 
 
+def test_a_callback_of_a_cancelled_call_finds_its_worker_free(pair):
+    class Patient:
+        def wait(self):
+            while not miniplug.cancelled():
+                time.sleep(0.001)
+
+        def get(self):
+            return 1
+
+    proxy, found = pair({"p": Patient()}, max_workers=1).dispense("p"), []
+    call = proxy.wait.submit()
+    call.add_done_callback(lambda call: found.append(proxy.get.timeout(10)()))
+    assert call.cancel() and found == [1]
+
+
+def test_a_submit_while_another_thread_imports_asyncio(pair, monkeypatch):
+    proxy = pair({"e": Echo()}).dispense("e")
+    monkeypatch.setitem(sys.modules, "asyncio", type(sys)("asyncio"))  # as it is when that has just begun
+    call = proxy.echo.submit(5)
+    monkeypatch.undo()
+    assert call.result(10) == 5
+
+
 def test_an_answer_to_no_call_is_ignored_by_who_attends():
     session, theirs = raw()
     session.keep_reading()
