@@ -577,7 +577,7 @@ def test_an_answer_to_no_call_is_ignored_by_who_attends():
     with theirs.makefile("rb") as read:
         theirs.sendall(frame(3, b"1", number=0) + frame(10, number=5))
         assert read.read(28)[5] == 11  # a pong
-    assert session.ended is None
+        assert session.ended is None
     session.end(EOFError())
     session.dispose()
     theirs.close()
