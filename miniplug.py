@@ -584,7 +584,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
       for what it does not expect. With ``encode=miniplug.ref`` instances are lent: `decode` gets a proxy.
 
     Raises TypeError for what is no class, or has no state that is known here; ValueError for a name that
-    another class has, and a class in ``__main__`` without `name`.
+    another class has, a class in ``__main__`` without `name`, and a type that travels anyway.
     """
     if cls is None:
         return partial(register, name=name, encode=encode, decode=decode)
@@ -594,7 +594,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
         raise ValueError(f"{cls.__qualname__} is in __main__, which the other side does not have: give name=")
     if (encode is None) != (decode is None):
         raise TypeError("encode and decode go together")
-    if cls in _OF_TYPE:
+    if cls in (bool, type(None), list) or _WAYS[cls][0] not in ("", "$type"):
         raise ValueError(f"{cls.__qualname__} travels by itself")
     name = name or f"{cls.__module__}.{cls.__qualname__}"
     former = _registered.get(name, (cls,))[0]
@@ -1335,7 +1335,7 @@ class _Channel:
                     self._fill(partial, cut, deadline)
                     continue
                 if not steps:
-                    if deadline is not None:
+                    if deadline is not None:  # spares every read a call
                         self._await_more(deadline)
                     steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
             except OSError as error:

@@ -8,6 +8,7 @@ import fractions
 import json
 import math
 import pickle
+import re
 import struct
 import sys
 import threading
@@ -519,3 +520,5 @@ def test_a_type_whose_instances_are_lent_by_reference(write):
         assert type(root) is Node and [*root.walk()] == ["root", "left", "right", "leaf"]
         left, right = root.proxy.children()
         assert root.proxy.parent_of(right) is True and left.proxy.parent_of(right) is False  # at home it is itself again
+        with pytest.raises(ValueError, match=re.escape("travels by itself")):
+            miniplug.register(dict, encode=miniplug.ref, decode=dict)

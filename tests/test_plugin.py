@@ -366,6 +366,8 @@ def test_an_import_error(write):
     assert error.exit_code == 1
     assert error.output[-1] == "ModuleNotFoundError: No module named 'no_such_module_anywhere'"
     assert "no_such_module_anywhere" in str(error)
+    assert "plugin.py" in error.output[1] and "miniplug.py" not in str(error.output)  # its own frames, and no others
+    assert "importlib" not in str(error.output)
 
 
 def test_a_missing_module_and_a_missing_attribute(write):
@@ -628,11 +630,12 @@ def test_closing_while_it_starts(write):
 def test_state_over_a_life():
     plugin = miniplug.Plugin(WORKSHOP)
     assert (plugin.running, plugin.pid, plugin.exit_code, plugin.wait(0)) == (False, None, None, None)
+    assert "not running" in repr(plugin)
     plugin.start()
     assert plugin.start() is plugin
     assert plugin.running and plugin.exit_code is None and plugin.wait(0) is None
     shop = plugin.dispense()
-    assert shop.pid() == plugin.pid
+    assert shop.pid() == plugin.pid and str(plugin.pid) in repr(plugin)
     assert 0 < plugin.ping() < 5
     plugin.close()
     plugin.close()

@@ -1,6 +1,7 @@
 """`serve` itself: what it takes and refuses, and what of a plugin's process is its business."""
 
 import functools
+import gc
 import importlib.util
 import json
 import math
@@ -85,7 +86,7 @@ def test_a_handshake_of_another_copy_of_the_file_will_do(write):
     (Greeter().greet, False), (functools.partial(pow, 2), False), (lambda name: name, False),
     (lambda *names: names, False), (lambda **names: names, False), (lambda name, loud=False: name, False),
     (math.hypot, False), (zlib.crc32, False), (time.sleep, False), (max, False), (print, False), (os.stat, False),
-    (json.dumps, False), (operator.itemgetter(0), False), (Greeter(), False), (5, False),
+    (json.dumps, False), (gc.collect, False), (operator.itemgetter(0), False), (Greeter(), False), (5, False),
 ])
 def test_what_needs_arguments_or_takes_any_is_there_to_be_called(served, makes):
     if served in (time.time, os.getpid):  # not every Python tells what they take: then they are not called

@@ -305,7 +305,9 @@ def test_what_register_refuses():
             (Plain, {}, TypeError, "encode and decode"), (listed, {}, TypeError, "encode and decode"),
             (Plain, {"encode": list}, TypeError, "together"),
             (5, {}, TypeError, "takes a class"), (main, {"encode": list, "decode": list}, ValueError, "name="),
-            (Plain, {"name": "point3", "encode": list, "decode": list}, ValueError, "already")):
+            (Plain, {"name": "point3", "encode": list, "decode": list}, ValueError, "already"),
+            (dict, {"encode": list, "decode": dict}, ValueError, "by itself"),
+            (datetime.date, {"encode": str, "decode": str}, ValueError, "by itself")):
         with pytest.raises(kind, match=text):
             miniplug.register(cls, **options)
     assert trip(Point3(1)) == Point3(1)
@@ -339,7 +341,7 @@ def test_what_cannot_be_made_here_fails_the_call(text):
 
 
 @pytest.mark.parametrize("text", [
-    '{"$type":"x"}', '{"$type":[]}', '{"$type":["x"]}', '{"$type":[["x"],2]}',
+    '{"$type":"x"}', '{"$type":[]}', '{"$type":["x"]}', '{"$type":[1,2]}', '{"$type":[["x"],2]}',
     '{"$set":[{"$type":["test_values.Point",{"x":1,"y":2}]}]}',
     '{"$zone":"../../etc/passwd"}', '{"$array":["i",4,"middle",{"$bytes":""}]}', '{"$array":["i",4,"little",{"$bytes":"AAA="}]}',
     '{"$array":["i",4,"little",[1]]}', '{"$fraction":[1,0]}', '{"$fraction":[1.5,2]}', '{"$fraction":["1/3"]}'])
@@ -801,7 +803,7 @@ miniplug.register(encode=5)
     assert 'incompatible type "str"; expected "int"' in found and "No overload variant" in found
 
 
-@pytest.mark.parametrize("kind", [tuple, dict, bytes, int, set])
+@pytest.mark.parametrize("kind", [tuple, dict, bytes, int, set, list, bool, datetime.date])
 def test_a_type_that_travels_by_itself_is_not_registered(kind):
     with pytest.raises(ValueError, match=f"{kind.__name__} travels by itself"):
         miniplug.register(kind, name="mine", encode=list, decode=kind)
