@@ -2350,8 +2350,10 @@ class _Reader:
         its behalf. Raises _Late past its deadline, RuntimeError if it would wait for itself."""
         seat, mine = self.seat, [_get_ident()]
         try:
-            while not call.inbox or call.inbox[0][0] <= _NOTIFY:
-                if call.inbox:
+            while True:
+                if call.inbox:  # not looked at twice: something comes at any moment
+                    if call.inbox[0][0] > _NOTIFY:
+                        return
                     self.pass_on()
                     self._session.runner.run_nested(call)
                 elif seat.setdefault(0, mine) is mine:
@@ -2675,6 +2677,8 @@ class _Caller:
             self._reader.wait(call)
         except _Late:
             raise _too_late(call) from None
+        except IndexError:
+            pass  # another thread has closed the stream, and emptied the inbox
         finally:
             call.home = False
 

@@ -774,6 +774,40 @@ def test_to_mend_a_seat_takes_it_from_nobody():
     assert not seat
 
 
+@pytest.mark.timeout(30)
+def test_an_answer_is_not_lost_that_comes_as_who_waits_looks(pair):
+    """It was taken for the call that had been there, run and dropped: threads switched all the time, once in minutes."""
+    class Inbox(collections.deque):
+        def __len__(self):  # what bool() asks
+            found = super().__len__()
+            self.extend([late.pop()] if late else [])
+            return found
+
+    here = pair({"e": Echo()}).here
+    call, answer = miniplug._Call(5, "echo", 1.0), (3, 0, 5, 0, b"1", ())
+    late, call.inbox = [answer], Inbox()
+    here.reader.wait(call)
+    assert list(call.inbox) == [answer]
+
+
+@pytest.mark.timeout(30)
+def test_a_stream_may_be_closed_as_who_waits_for_it_looks(pair):
+    class Inbox(collections.deque):
+        def __getitem__(self, place):
+            here.caller.give_up(call)  # as stream.close() in another thread
+            return super().__getitem__(place)
+
+        def __len__(self):
+            found = super().__len__()
+            self.extend([late.pop()] if late else [])
+            return found
+
+    here = pair({"e": Echo()}).here
+    call = miniplug._Call(5, "echo", 1.0)
+    late, call.streams, call.inbox = [(1, 0, 7, 5, b"", ())], True, Inbox()  # a call on its behalf
+    assert list(miniplug.Stream(here, call)) == []
+
+
 def test_an_answer_is_not_lost_if_who_waits_is_quicker_than_who_reads(pair):
     """The one who waits takes the call out as soon as the answer is there, the reader does it right behind that."""
     class Calls(dict):
