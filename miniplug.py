@@ -2267,16 +2267,19 @@ class _Request:
     method = ""
     loop: Any = None  # the host's event loop, where it runs on that
     task: Any = None  # asyncio's, where it runs as one
+    producer: Any = None  # the _Producer of the stream that is its answer
 
     def __init__(self, session: _Session, message: _Message) -> None:
         self.session = session
         self.inbox = deque((message,))
         self.kind, _, self.number, self.parent, _, _ = message
-        self.slots = session.runner.nested_slots if self.parent else session.runner.slots
         self.begun = self.cancelled = False
         self.lent: list[int] = []  # references in the answer, until that is sent
         self.body: Any = None  # [target, method, args, kwargs], from when it is decoded until it has run
-        self.producer: Any = None  # the _Producer of the stream that is its answer
+
+    def slots(self) -> _Slots:
+        runner = self.session.runner
+        return runner.nested_slots if self.parent else runner.slots
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -2302,28 +2305,38 @@ def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> boo
 
 
 class _Slots:
-    """How many calls may run at once, of all sessions of a plugin. Any thread; `_lock` protects both."""
+    """How many calls may run at once, of all sessions of a plugin. For any thread; each step is one of C."""
 
     def __init__(self, count: int) -> None:
-        self._lock = threading.RLock()  # a handler may drop a message here
         self.free = [None] * count  # as long as how many more calls may run
         self._queue: deque[_Request] = deque()  # calls that wait for a slot
 
     def take(self, request: _Request) -> bool:
         """Whether a call may run now; else it runs when there is a slot."""
-        with self._lock:
-            if self.free:
-                self.free.pop()
-                return True
+        try:
+            self.free.pop()
+            return True
+        except IndexError:
             self._queue.append(request)
+            self._share()  # one may be free by now
             return False
 
     def give_back(self) -> None:
-        with self._lock:
-            if not self._queue:
-                return self.free.append(None)
-            request = self._queue.popleft()
-        return _pool.put((request.session.runner.run_with_slot, request))
+        self.free.append(None)
+        if self._queue:
+            self._share()
+
+    def _share(self) -> None:
+        while self._queue:
+            try:
+                self.free.pop()
+            except IndexError:
+                return  # who has it gives it back
+            try:
+                request = self._queue.popleft()
+                _pool.put((request.session.runner.run, request, self))
+            except IndexError:  # another thread was quicker; but one more may wait by now
+                self.free.append(None)
 
 
 class _Reader:
@@ -2558,7 +2571,7 @@ class _Attendant:
                     self._inline = request.number
                     if not self._watched:
                         self.watch()
-                    runner.run_with_slot(request)
+                    runner.run(request, runner.slots)
                     if right.get(0) is mine:
                         self._inline = -request.number
         except BaseException as error:  # the connection's end, or there is no memory
@@ -2570,7 +2583,7 @@ class _Attendant:
                 del right[0]
             self._reader.pass_on()
         if slow is not None:
-            runner.run_with_slot(slow)
+            runner.run(slow, runner.slots)
 
     def watch(self) -> None:
         if not self._watched:
@@ -2813,18 +2826,12 @@ class _Runner:
         request = self._requests.get(message[2])
         if request is not None and request.begun:
             self.fail(request, KeyboardInterrupt(), wait=False)
-        elif request is not None and request.slots.take(request):
-            _pool.put((self.run_with_slot, request))
+        elif request is not None and request.slots().take(request):
+            _pool.put((self.run, request, request.slots()))
 
     def run_in_slot(self, request: _Request) -> None:
-        if request.slots.take(request):
-            self.run_with_slot(request)
-
-    def run_with_slot(self, request: _Request) -> None:
-        try:
-            self.run(request)
-        finally:
-            request.slots.give_back()
+        if request.slots().take(request):
+            self.run(request, request.slots())
 
     def run_nested(self, call: _Call) -> None:
         """As the thread that waits for a call: run the one in its inbox."""
@@ -2860,17 +2867,16 @@ class _Runner:
             request.begun = True
             self._session.end(error)
 
-    def run(self, request: _Request) -> None:
+    def run(self, request: _Request, slots: _Slots | None = None) -> None:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises
-        is an answer too."""
-        if request.begun and request.producer is None:
-            return
+        is an answer too. `slots`: where the slot that it has is given back."""
         outer, returned = _current.get(), False
         own = True  # whether an error of ours would be about this call itself
         try:
             _current.set(request)
             if request.begun:
-                request.producer.go_on()
+                if request.producer is not None:
+                    request.producer.go_on()
                 return
             request.begun, request.outer = True, outer
             if request.body is None:
@@ -2899,6 +2905,8 @@ class _Runner:
         finally:
             _current.set(outer)
             request.body = args = kwargs = None  # not kept alive by a frame that lingers
+            if slots is not None:
+                slots.give_back()
 
     def _took(self, method: str, seconds: float) -> None:
         if len(self.quick) > 1000:
