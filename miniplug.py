@@ -1369,27 +1369,16 @@ class _Channel:
         """What `state` is with these bytes."""
         come: deque[Any] = deque()
         at, size = 0, len(data)
-        while partial is None and size - at >= 28:  # the usual case: a short frame that begins a message
-            length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
-            end = at + 4 + length
-            if end > size or version != _WIRE_VERSION or not _HEAD <= length <= self.limit:
-                break
-            message: Any = kind, flags, number, parent, data[at + 28 : end], [] if count else ()
-            if not count:
-                come.append(message)
-            elif count <= _MAX_BUFFERS:
-                partial = message, count, 0, self.limit - length
-            else:
-                break
-            if end == size:
-                return come, partial, b"", [], None
-            at = end
-        return self._parse_any(come, data, at, partial)
-
-    def _parse_any(self, come: deque[Any], data: bytes, at: int, partial: Any) -> Any:
-        """The same of all frames, from an index on."""
-        size = len(data)
         while size - at >= 4:
+            if partial is None and size - at >= 28:  # the usual case: a short message without buffers
+                length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
+                end = at + 4 + length
+                if end <= size and not count and version == _WIRE_VERSION and _HEAD <= length <= self.limit:
+                    come.append((kind, flags, number, parent, data[at + 28 : end], ()))
+                    if end == size:
+                        return come, None, b"", [], None
+                    at = end
+                    continue
             start, (length,) = at + 4, _LENGTH.unpack_from(data, at)
             if length == -1:
                 start = at + 12
@@ -2471,7 +2460,7 @@ class _Reader:
     def _route_call(self, come: deque[_Message], message: _Message, number: int, parent: int,
                     attends: bool) -> _Request | None:
         """Give a call to who runs it. One on behalf of none the attendant runs itself: it is returned."""
-        request, runner = self._requests.get(number), self._session.runner
+        request = self._requests.get(number)
         if request is None:
             request = self._requests[number] = _Request(self._session, message)
         elif not request.inbox or request.inbox[0] is not message:
@@ -2479,7 +2468,7 @@ class _Reader:
         if attends and not parent:
             come.popleft()
             return request
-        call = self._calls.get(parent)
+        call, runner = self._calls.get(parent), self._session.runner
         if call is not None and call.home and not call.inbox:  # that thread runs one, and no more
             call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
             if call.given_up:  # meanwhile
@@ -2549,21 +2538,21 @@ class _Attendant:
             _pool.put((self._attend, mine))
 
     def _attend(self, mine: list[int]) -> None:
-        session, right, seat, runner = self._session, self._right, self._reader.seat, self._session.runner
+        session, right, reader, runner = self._session, self._right, self._reader, self._session.runner
         mine[0], serves = _get_ident(), session.serving  # then it is wanted until the end
-        slow = None
+        seat, slots, slow = reader.seat, runner.slots, None
         try:
             while True:  # a condition here would keep Python 3.11 from making the loop quick
                 if right.get(0) is not mine or not (serves or self._is_wanted()):
                     break
                 if seat.setdefault(0, mine) is not mine:
                     break
-                request = self._reader.read()
+                request = reader.read()
                 del seat[0]
                 if request is None:
-                    if not self._reader.unattended:
+                    if not reader.unattended:
                         break  # the caller that was woken reads better
-                elif runner.slots.take(request):
+                elif slots.take(request):
                     runner.decode(request)
                     if runner.quick.get(request.method, 0) < 3:
                         slow = request
@@ -2571,7 +2560,7 @@ class _Attendant:
                     self._inline = request.number
                     if not self._watched:
                         self.watch()
-                    runner.run(request, runner.slots)
+                    runner.run(request, slots)
                     if right.get(0) is mine:
                         self._inline = -request.number
         except BaseException as error:  # the connection's end, or there is no memory
@@ -2581,9 +2570,9 @@ class _Attendant:
                 del seat[0]
             if right.get(0) is mine:
                 del right[0]
-            self._reader.pass_on()
+            reader.pass_on()
         if slow is not None:
-            runner.run(slow, runner.slots)
+            runner.run(slow, slots)
 
     def watch(self) -> None:
         if not self._watched:
