@@ -1304,6 +1304,7 @@ class _Channel:
         with connection:
             sock = socket.socket(fileno=os.dup(connection.fileno()))
         self.sock: Any = sock
+        self._recv, self._send = sock.recv, sock.send
         try:
             self._end = sock.dup()  # ends the connection when somebody else has closed that number
         except OSError:
@@ -1337,7 +1338,7 @@ class _Channel:
                 if not steps:
                     if deadline is not None:  # spares every read a call
                         self._await_more(deadline)
-                    steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
+                    steps.extend(map(self._recv, (_READ_SIZE,)))  # one step
             except OSError as error:
                 if _is_strike(error):
                     raise
@@ -1524,7 +1525,7 @@ class _Channel:
         flags = _NO_SIGNAL if blocking else _DONT_WAIT
         try:
             if len(chunks) == 1 and not counts:  # the usual case
-                counts.extend(map(self.sock.send, chunks, (flags,)))  # one step
+                counts.extend(map(self._send, chunks, (flags,)))  # one step
                 if counts[0] == len(chunks[0]):
                     return True
             while True:
@@ -2207,6 +2208,8 @@ class _Call:
     home = True  # whether a thread waits, which runs calls on its behalf
     loop: Any = None  # the event loop that does, if it was submitted where one runs
     context: Any = None  # contextvars.Context, of the submit
+    future: Any = None  # the Call that the user has
+    gate: Any = None  # of the thread that waits, while it sleeps
     raised: Any = ()  # by calls on its behalf: (number, exception)
     given_up = False
     granted = _WINDOW  # for how many items there was credit
@@ -2220,8 +2223,6 @@ class _Call:
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.inbox: deque[_Message] = deque()
         self.lent: list[int] = []  # references in it, until it is sent
-        self.gate: Any = None  # of the thread that waits, while it sleeps
-        self.future: Any = None  # the Call that the user has
         self.streams = False  # whether it is answered by a stream
         self.over = False  # whether it was answered, and that was decoded
 
@@ -2253,7 +2254,6 @@ class _Request:
     """A call of the other side's, to be answered. `inbox` is its message, until that is decoded."""
 
     outer: _Request | None = None  # the call in which this one is run
-    method = ""
     loop: Any = None  # the host's event loop, where it runs on that
     task: Any = None  # asyncio's, where it runs as one
     producer: Any = None  # the _Producer of the stream that is its answer
@@ -2264,7 +2264,6 @@ class _Request:
         self.kind, _, self.number, self.parent, _, _ = message
         self.begun = self.cancelled = False
         self.lent: list[int] = []  # references in the answer, until that is sent
-        self.body: Any = None  # [target, method, args, kwargs], from when it is decoded until it has run
 
     def slots(self) -> _Slots:
         runner = self.session.runner
@@ -2540,7 +2539,7 @@ class _Attendant:
     def _attend(self, mine: list[int]) -> None:
         session, right, reader, runner = self._session, self._right, self._reader, self._session.runner
         mine[0], serves = _get_ident(), session.serving  # then it is wanted until the end
-        seat, slots, slow = reader.seat, runner.slots, None
+        seat, slots = reader.seat, runner.slots
         try:
             while True:  # a condition here would keep Python 3.11 from making the loop quick
                 if right.get(0) is not mine or not (serves or self._is_wanted()):
@@ -2553,14 +2552,10 @@ class _Attendant:
                     if not reader.unattended:
                         break  # the caller that was woken reads better
                 elif slots.take(request):
-                    runner.decode(request)
-                    if runner.quick.get(request.method, 0) < 3:
-                        slow = request
-                        break
                     self._inline = request.number
                     if not self._watched:
                         self.watch()
-                    runner.run(request, slots)
+                    runner.run(request, slots, mine)
                     if right.get(0) is mine:
                         self._inline = -request.number
         except BaseException as error:  # the connection's end, or there is no memory
@@ -2568,11 +2563,14 @@ class _Attendant:
         finally:
             if seat.get(0) is mine:
                 del seat[0]
-            if right.get(0) is mine:
-                del right[0]
-            reader.pass_on()
-        if slow is not None:
-            runner.run(slow, slots)
+            self.leave(mine)
+
+    def leave(self, mine: list[int]) -> None:
+        """Have another thread attend, in place of the one with this right."""
+        if self._right.get(0) is mine:
+            self._inline = 0
+            del self._right[0]
+        self._reader.pass_on()
 
     def watch(self) -> None:
         if not self._watched:
@@ -2710,8 +2708,7 @@ class _Caller:
         """What the first message of the inbox stands for: the answer, or items. Raises what it says, and
         StopIteration at the end of a stream."""
         try:
-            message = call.inbox[0]
-            value = self._session.decode(call.inbox)
+            message, value = self._session.decode(call.inbox)
         except _Undecodable as error:
             raise error.args[0] from None
         except ProtocolError as error:
@@ -2840,25 +2837,25 @@ class _Runner:
 
     # -- running
 
-    def decode(self, request: _Request) -> None:
-        """Make the call of what has come: `request.body`. Without one it has been answered."""
+    def _decode(self, request: _Request) -> Any:
+        """The call that has come: [target, method, args, kwargs]. Without one it has been answered."""
         try:
-            call = self._session.decode(request.inbox)
+            _, call = self._session.decode(request.inbox)
             if type(call) is not list or [*map(type, call[1:4])] != _CALL_TYPES:
                 raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
             if self._session.closing is not None:
                 raise _Undecodable(PluginClosed("the plugin is shutting down"))
-            request.body, request.method = call, call[1]
+            return call[:4]
         except _Undecodable as error:
-            request.begun = True
             self.fail(request, error.args[0], own=True)
         except ProtocolError as error:
-            request.begun = True
             self._session.end(error)
+        return None
 
-    def run(self, request: _Request, slots: _Slots | None = None) -> None:
+    def run(self, request: _Request, slots: _Slots | None = None, attends: Any = None) -> None:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises
-        is an answer too. `slots`: where the slot that it has is given back."""
+        is an answer too. `slots`: where a slot is given back. `attends`: the right of the attendant, who
+        leaves with a method that may take long."""
         outer, returned = _current.get(), False
         own = True  # whether an error of ours would be about this call itself
         try:
@@ -2868,19 +2865,21 @@ class _Runner:
                     request.producer.go_on()
                 return
             request.begun, request.outer = True, outer
-            if request.body is None:
-                self.decode(request)
-                if request.body is None:
-                    return
+            call = self._decode(request)
+            if call is None:
+                return
+            target, method, args, kwargs = call
+            quick = self.quick.get(method, 0)
+            if attends and quick < 3:
+                self._session.attendant.leave(attends)
             start = time.monotonic()
-            target, method, args, kwargs = request.body[:4]
             function = self._session.references.resolve(target, method)
             own = target == 0
             value = function(*args, **kwargs)
             own = returned = True
             seconds = time.monotonic() - start
-            if seconds > _QUICK or self.quick.get(method, 0) < 3:
-                self._took(method, seconds)
+            if seconds > _QUICK or quick < 3:
+                self._took(method, quick + 1 if seconds <= _QUICK else 0)
             if type(value) in _ANSWER_TYPES or not self._is_more(request, value):
                 self.answer(request, value)
         except BaseException as error:
@@ -2893,14 +2892,14 @@ class _Runner:
                 raise
         finally:
             _current.set(outer)
-            request.body = args = kwargs = None  # not kept alive by a frame that lingers
+            call = args = kwargs = None  # not kept alive by a frame that lingers
             if slots is not None:
                 slots.give_back()
 
-    def _took(self, method: str, seconds: float) -> None:
+    def _took(self, method: str, quick: int) -> None:
         if len(self.quick) > 1000:
             self.quick.clear()  # an object that answers every name
-        self.quick[method] = 0 if seconds > _QUICK else self.quick.get(method, 0) + 1
+        self.quick[method] = quick
 
     def answer(self, request: _Request, value: Any) -> None:
         if request.kind == _CALL and not request.cancelled:
@@ -3207,12 +3206,13 @@ class _Session:
         return None
 
     def decode(self, inbox: deque[_Message], safely: bool = False) -> Any:
-        """The value of the first message, which is taken out. References in it are borrowed where no handler
-        strikes: so none gets lost halfway. Raises as the codec does."""
+        """Take the first message out, and give it and its value. References in it are borrowed where no
+        handler strikes: so none gets lost halfway. Raises as the codec does, IndexError if there is none."""
         if inbox[0][1] & _TAGGED and not safely and inbox[0][4].find(b'"$ref"') >= 0 and _in_main_thread():
             return _in_pool(self.decode, inbox, True)
-        _, flags, _, _, body, buffers = inbox.popleft()
-        return self.codec.loads(body, buffers, flags & _TAGGED) if body else None
+        message = inbox.popleft()
+        _, flags, _, _, body, buffers = message
+        return message, self.codec.loads(body, buffers, flags & _TAGGED) if body else None
 
     def drop(self, message: _Message) -> None:
         """A message that nobody waits for any more: a call is run all the same, references are given back."""

@@ -264,14 +264,13 @@ def test_a_deadline_that_passes_leaves_nothing_to_the_collector(pair):
 @pytest.mark.skipif(WINDOWS, reason="a message of a pipe goes whole")
 def test_a_small_call_of_which_only_a_part_goes_at_once_is_finished_behind_its_caller(pair):
     both = pair({"e": Echo()})
-    proxy, sock = both.dispense("e"), both.here.channel.sock
+    proxy, send = both.dispense("e"), both.here.channel._send
 
-    class Socket:
-        def send(self, data, *flags):
-            both.here.channel.sock = sock
-            return sock.send(data[:10], *flags)
+    def send_a_part(data, *flags):
+        both.here.channel._send = send
+        return send(data[:10], *flags)
 
-    both.here.channel.sock = Socket()
+    both.here.channel._send = send_a_part
     call = threading.Thread(target=proxy.echo, args=("hello",), daemon=True)
     call.start()
     call.join(20)
