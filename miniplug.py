@@ -4086,9 +4086,8 @@ class _Awaitable(_Future):
         """As the reader: the answer has come. Where callbacks may take long, or a handler strike, the pool
         does the rest."""
         if attends and self._condition.acquire(False):  # who was struck in `result` may hold it for ever
-            try:  # no callback is added meanwhile; asyncio's only send word to a loop
-                modules = [str(getattr(each, "__module__", "")) for each in self._done_callbacks]
-                if all(module.startswith("asyncio.") for module in modules):
+            try:  # no callback is added meanwhile; ours only send word to a loop
+                if all(getattr(each, "func", None) is _wake_task for each in self._done_callbacks):
                     return self._settle(call, come.popleft())
             finally:
                 self._condition.release()
@@ -4141,7 +4140,23 @@ class _Awaitable(_Future):
         return True
 
     def __await__(self) -> Any:
-        return _import("asyncio").wrap_future(self).__await__()
+        asyncio = _import("asyncio")
+        if not self.done():
+            waiter = asyncio.get_running_loop().create_future()
+            self.add_done_callback(partial(_wake_task, waiter))
+            try:
+                yield from waiter
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        try:
+            return self.result()
+        except _import("concurrent.futures").CancelledError:
+            raise asyncio.CancelledError from None
+
+
+def _wake_task(waiter: Any, call: Any) -> None:
+    _call_on(waiter.get_loop(), lambda: waiter.done() or waiter.set_result(None))
 
 
 if TYPE_CHECKING:
