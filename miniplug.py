@@ -3197,7 +3197,7 @@ class _Session:
         kind, flags, number, _, body, _ = message
         request = self.requests.get(number)  # None: it has ended meanwhile
         if kind == _RELEASE:
-            return self.reader.take(come, lambda gone: self.references.release_unless_busy(gone[2]))
+            return self.references.release(come, number)
         if kind == _CREDIT:
             count = self.codec.loads(body, (), 0) if body else None
             if type(count) is not int or not 0 < count <= _WINDOW:
@@ -3678,17 +3678,28 @@ class _References:
             raise ProtocolError(f"a method named {_shown(method)}")
         return self.resolve(number, method) if method else self.loan(number).object
 
-    def release(self, number: int) -> None:
-        """Take one count of a loan back. The pool exits it, as that may take long."""
-        _holding(self._lock, self._release, number)
-
-    def _release(self, number: int) -> None:
+    def release(self, come: deque[_Message], number: int) -> None:
+        """As the reader: the first of `come` takes one count of a loan back."""
         loan = self._loans.get(number) if number else None
         if loan is None:
+            come.popleft()
             return
-        if loan.sent:
-            loan.sent.pop()
-        if loan.sent:
+        self._latest.append(number)  # should a handler raise behind the next step
+        both = zip(itertools.starmap(come.popleft, _ONCE), itertools.starmap(loan.sent.pop, _ONCE))
+        _quietly(_consume, both, kind=IndexError)
+        if not loan.sent:
+            if self._lock.acquire(False):
+                try:
+                    return self._drop(number)
+                finally:
+                    self._lock.release()
+            # a finalizer that calls in the midst of `lend` may wait for who reads
+            _pool.put((_holding, self._lock, self._drop, number))
+
+    def _drop(self, number: int) -> None:
+        """Under the lock: forget a loan that is out no more. The pool exits it, as that may take long."""
+        loan = self._loans.get(number)
+        if loan is None or loan.sent or not number:
             return
         self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
         del self._loans[number]
@@ -3703,25 +3714,20 @@ class _References:
             while self._parting:
                 _exit(self._parting.pop().manager)
 
-    def release_unless_busy(self, number: int) -> None:
-        """For who reads: a finalizer that calls in the midst of `lend` may wait for that one."""
-        if not self._lock.acquire(False):
-            return _pool.put((self.release, number))
-        try:
-            return self.release(number)
-        finally:
-            self._lock.release()
-
     def unlend(self, lent: Any) -> None:
-        """Take back what was lent for a message that was not sent, and what is half lent."""
+        """Take back what was lent for a message that was not sent, and what is half lent or half dropped."""
         _holding(self._lock, self._unlend, lent)
 
     def _unlend(self, lent: Any) -> None:
-        for number in list(self._latest):
-            if number in self._loans and not self._loans[number].sent:
-                self._release(number)
         while lent:
-            self._release(lent.pop())
+            number = lent.pop()
+            loan = self._loans.get(number)
+            if loan is not None and loan.sent:
+                loan.sent.pop()
+            self._drop(number)
+        for number in list(self._latest):
+            self._drop(number)
+        self.lends = len(self._loans) > 1
 
     def close(self) -> None:
         """The connection has ended: exit the context managers, the latest first."""
