@@ -70,8 +70,8 @@ The map of this file; each section uses only those above it:
 #   _Producer._lock, while a message is sent
 #   _References._lock
 #   _Supervisor.news; at interpreter exit _close_all keeps it, and all others may be taken under it
-#   under which no other is taken: _Slots._lock, _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
-#       those of the processes, and the condition of a Call
+#   under which no other is taken: _Door._lock, _Served._lock, _Server._lock, _Guardian._lock, those of the
+#       processes, and the condition of a Call
 #
 # The states of a plugin are drawn at `_Supervisor`, of a connection at `_Session`.
 #
@@ -3681,20 +3681,18 @@ class _References:
     def release(self, come: deque[_Message], number: int) -> None:
         """As the reader: the first of `come` takes one count of a loan back."""
         loan = self._loans.get(number) if number else None
-        if loan is None:
-            come.popleft()
+        self._latest.append(number)  # `unlend` looks again, should a handler raise behind the next step
+        counts = itertools.starmap(loan.sent.pop if loan is not None else bool, _ONCE)
+        _quietly(_consume, zip(itertools.starmap(come.popleft, _ONCE), counts), kind=IndexError)
+        if loan is None or loan.sent:
             return
-        self._latest.append(number)  # should a handler raise behind the next step
-        both = zip(itertools.starmap(come.popleft, _ONCE), itertools.starmap(loan.sent.pop, _ONCE))
-        _quietly(_consume, both, kind=IndexError)
-        if not loan.sent:
-            if self._lock.acquire(False):
-                try:
-                    return self._drop(number)
-                finally:
-                    self._lock.release()
-            # a finalizer that calls in the midst of `lend` may wait for who reads
+        if not self._lock.acquire(False):  # a finalizer that calls in the midst of `lend` may wait for us
             _pool.put((_holding, self._lock, self._drop, number))
+            return
+        try:
+            self._drop(number)
+        finally:
+            self._lock.release()
 
     def _drop(self, number: int) -> None:
         """Under the lock: forget a loan that is out no more. The pool exits it, as that may take long."""
