@@ -4091,7 +4091,7 @@ class _Awaitable(_Future):
         does the rest."""
         if attends and self._condition.acquire(False):  # who was struck in `result` may hold it for ever
             try:  # no callback is added meanwhile; ours only send word to a loop
-                if all(getattr(each, "func", None) is _wake_task for each in self._done_callbacks):
+                if all(type(each) is partial and each.func is _wake_task for each in self._done_callbacks):
                     return self._settle(call, come.popleft())
             finally:
                 self._condition.release()
