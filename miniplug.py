@@ -1255,12 +1255,16 @@ _ALONE = _count_alone()
 class _Seat(dict):
     """Who reads, or who writes: at most one thread at a time. For any thread; no lock.
 
-    One step takes it, `setdefault(0, mine)`, and a `finally` gives it back. `mine` is a list with the
-    thread's ident, made for this very taking: so a finalizer or handler knows a seat that its own thread has,
-    further down. If one strikes in the `finally`, the seat is lost: nothing else refers to `mine` then.
+    One step takes it, `setdefault(0, mine)`, and the first of a `finally` gives it back, with no call before,
+    behind which a handler could strike. `mine` is a list with the thread's ident, made for this very taking:
+    so a finalizer or handler knows a seat that its own thread has, further down. Before Python 3.11 one may
+    strike there all the same: then the seat is lost, and nothing else refers to `mine`.
     """
 
     __slots__ = ()
+
+    def __missing__(self, key: int) -> None:
+        return None  # it is free
 
     def holder(self) -> int:
         """The thread's ident; 0 if the seat is free or lost."""
@@ -1496,7 +1500,7 @@ class _Channel:
             self.batch = None
             self.shutdown()  # what had come before is still read, up to the end of the connection
         finally:
-            if writer.get(0) is mine:
+            if writer[0] is mine:
                 del writer[0]
             if (posted or self.batch is not None) and not writer.holder():
                 self.later()  # what is left here, or was just now; or by who has lost the seat
@@ -2377,7 +2381,7 @@ class _Reader:
                 self._session.end(error)
             call.inbox.append(_ENDED)  # it may have been given up already
         finally:
-            if seat and seat.get(0) is mine:
+            if seat and seat[0] is mine:
                 del seat[0]
             if self.sleepers or self.unattended or self._requests or self._references.lends:
                 self.pass_on()

@@ -1,16 +1,22 @@
 """What a signal handler of the host's raises, `Exception` or not, at any moment: it arrives at the caller as itself, and loses,
 doubles and breaks nothing. One by one, at known moments; and then some hundreds of times at any (MINIPLUG_STORM: how many)."""
 
+import dis
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 
 import pytest
 import storm
 from conftest import WINDOWS, freeze, run_python, until
+from peer import Peer
+from test_random_calls import steady
+from test_session import pair  # noqa: F401
 
 import miniplug
 
@@ -325,3 +331,90 @@ def test_a_storm(how, what, threads):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout
     assert f"{STRIKES} of" in done.stdout
+
+
+# -- behind each step
+
+
+def handler_of(code, offset):
+    """Where an exception goes that is raised there."""
+    return next((entry.target for entry in dis._parse_exception_table(code) if entry.start <= offset < entry.end), None)
+
+
+class Striker:
+    """A trace function: the `left`-th time that a handler could run in code of miniplug's, it raises. From Python 3.11 on that is where
+    a function begins, where a loop goes round, and behind each call."""
+
+    def __init__(self, left):
+        self.left = left
+        self.where = ""
+        self.former = {}
+
+    def __call__(self, frame, event, arg):
+        if frame.f_code.co_filename != miniplug.__file__:
+            return None
+        if "__del__" in [each.f_code.co_name for each, _ in traceback.walk_stack(frame)]:
+            return None  # what is raised there Python prints, and drops
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self.step
+
+    def step(self, frame, event, arg):
+        if event == "opcode":
+            code, offset = frame.f_code, frame.f_lasti
+            name = dis.opname[code.co_code[offset]]
+            former, last = self.former.get(id(frame), ("", offset))
+            self.former[id(frame)] = name, offset
+            # this comes one step late: behind the call, where another handler may be
+            behind = former.startswith("CALL") and handler_of(code, last) == handler_of(code, offset)
+            if behind or name in ("RESUME", "JUMP_BACKWARD"):
+                self.left -= 1
+                if self.left == 0:
+                    self.where = f"{code.co_name}:{frame.f_lineno}"
+                    raise KeyboardInterrupt
+        elif event == "return":
+            self.former.pop(id(frame), None)
+        return self.step
+
+
+def stream_of(proxy):
+    stream = proxy.count(40)
+    return list(stream)
+
+
+WAYS = {"plain": lambda proxy: proxy.echo(5), "tagged": lambda proxy: proxy.echo((5, b"5")),
+        "deadline": lambda proxy: proxy.echo.timeout(20)(5), "submit": lambda proxy: proxy.echo.submit(5).result(20),
+        "callback": lambda proxy: proxy.call(lambda value: value, 5), "lent again": lambda proxy: proxy.call(str, 5),
+        "borrowed": lambda proxy: proxy.give(1)[0](5), "notify": lambda proxy: proxy.note.notify(5),
+        "stream": stream_of, "failing": lambda proxy: pytest.raises(KeyError, proxy.fail, 5) and None}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="there a handler may also run between other steps")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_strike_behind_each_step_of_a_call(pair, way, monkeypatch):  # noqa: F811
+    both, call = pair({"p": Peer()}), WAYS[way]
+    proxy = both.dispense("p")
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: None)  # some strike in a finalizer
+
+    def left():
+        gc.collect()
+        return [(storm.still_open(session), storm.holdings(session)) for session in (both.here, both.there)]
+
+    before, expected, number, strikes = steady(left), call(proxy), 0, 1
+    while strikes:
+        number += 1
+        striker = Striker(number)
+        sys.settrace(striker)
+        try:
+            assert call(proxy) == expected
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        strikes = striker.left <= 0
+        assert proxy.echo(number) == number, striker.where
+        end = time.monotonic() + 10
+        while left() != before:
+            assert time.monotonic() < end, f"struck in {striker.where}: {left()} of {before}"
+            time.sleep(0.005)
+    assert number > 30
