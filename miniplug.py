@@ -1198,6 +1198,7 @@ _TOGETHER = 32  # messages that leave with one system call at most
 _FULL, _FULL_BYTES = 256, 1 << 24  # messages, bytes; while more is left to be written others wait
 _POSTED_LIMIT = 1 << 17  # messages; more that the other side does not take end the connection
 _IN_TIME = "no answer has come in time"
+_IS_CLOSING = "the plugin is shutting down"
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
 _get_ident = threading.get_ident
@@ -2288,11 +2289,12 @@ class _Request:
         if self.producer is not None:
             self.producer.resume()  # it is closed, if it waits for credit
 
-    def on_loop(self, function: Callable[[], Any]) -> bool:
-        """Have the loop that this runs on call a function: the host's, or ours. False if it is closed."""
+    def on_loop(self, function: Callable[[], Any]) -> None:
+        """Have the loop that this runs on call a function, unless it is closed: the host's, or ours."""
         if self.loop is None:
-            return self.session.references.on_loop(function)
-        return _call_on(self.loop, function)
+            self.session.references.on_loop(function)
+        else:
+            _call_on(self.loop, function)
 
 
 def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> bool:
@@ -2301,6 +2303,21 @@ def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> boo
         return True
     except RuntimeError:
         return False
+
+
+class _Errand:
+    """A function for an event loop to call. Should the loop be closed before, `lost` is called instead, as a
+    finalizer."""
+
+    def __init__(self, function: Callable[[], Any], lost: Callable[[], Any]) -> None:
+        self._function, self._lost = function, lost
+
+    def __call__(self) -> None:
+        self._lost = bool
+        self._function()
+
+    def __del__(self) -> None:
+        self._lost()
 
 
 class _Slots:
@@ -2476,7 +2493,8 @@ class _Reader:
             if call.given_up:  # meanwhile
                 self._session.caller.forget(call, inbox)
             call.wake()
-        elif call is not None and call.loop is not None and runner.run_on_loop(call, request):
+        elif call is not None and call.loop is not None:
+            runner.run_on_loop(call, request)
             come.popleft()
         else:
             try:
@@ -2849,12 +2867,15 @@ class _Runner:
         if inbox:  # not given up meanwhile
             inbox.popleft()  # not before: should this thread go, who gives the call up sees to it
 
-    def run_on_loop(self, call: _Call, request: _Request) -> bool:
-        """Have the loop that waits for a call run one made on its behalf. False if that is closed."""
+    def run_on_loop(self, call: _Call, request: _Request) -> None:
+        """Have the loop that waits for a call run one made on its behalf; the pool, if that is closed."""
         request.loop = call.loop
-        if not _call_on(call.loop, partial(self.run, request), call.context):
-            request.loop = None
-        return request.loop is not None
+        lost = partial(_pool.put, (self.leave_loop, request))
+        _call_on(call.loop, _Errand(partial(self.run, request), lost), call.context)
+
+    def leave_loop(self, request: _Request) -> None:
+        request.loop = None
+        self.run_in_slot(request)
 
     # -- running
 
@@ -2865,7 +2886,7 @@ class _Runner:
             if type(call) is not list or [*map(type, call[1:4])] != _CALL_TYPES:
                 raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
             if self._session.closing is not None:
-                raise _Undecodable(PluginClosed("the plugin is shutting down"))
+                raise _Undecodable(PluginClosed(_IS_CLOSING))
             request.body, request.method = call, call[1]
         except _Undecodable as error:
             request.begun = True
@@ -2992,8 +3013,8 @@ class _Runner:
                 if request.cancelled:  # once it has begun, or nothing would end it
                     asyncio.get_running_loop().call_soon(task.cancel)
 
-        if not request.on_loop(begin):
-            self.fail(request, PluginClosed("the plugin is shutting down"), own=True)
+        lost = partial(_pool.put, (self.fail, request, PluginClosed(_IS_CLOSING), True))
+        request.on_loop(_Errand(begin, lost))
 
     async def _await(self, request: _Request, awaitable: Any) -> None:
         try:
@@ -3442,12 +3463,12 @@ class _Served:
         served = self.find(name)[1]
         with self._entering.setdefault(name, threading.RLock()):
             if self._closed:
-                raise PluginClosed("the plugin is shutting down")
+                raise PluginClosed(_IS_CLOSING)
             if name not in self._shared:
                 self._shared[name] = _enter(served() if _makes_instances(served) else served)
             if self._closed:  # meanwhile
                 self.close()
-                raise PluginClosed("the plugin is shutting down")
+                raise PluginClosed(_IS_CLOSING)
             return self._shared[name][0]
 
     def on_loop(self, function: Callable[[], Any]) -> bool:

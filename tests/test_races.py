@@ -399,6 +399,43 @@ def test_a_handler_raises_as_a_deadline_is_set(pair, monkeypatch):  # noqa: F811
     assert alarms == [soon, soon + 1]
 
 
+# -- event loops that are closed
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")  # a coroutine not awaited
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_loop_is_closed_before_it_has_run_a_callback(pair, kind, ran):  # noqa: F811
+    """Then nobody did, and the method in the plugin waited for ever."""
+    class Calls:
+        def call(self, function):
+            go.wait(10)
+            return function(7)
+
+    async def later(value):
+        return value
+
+    async def submit():
+        return proxy.call.submit(later if kind == "async def" else lambda value: value)
+
+    both = pair({"c": Calls()})
+    proxy, loop = both.dispense("c"), asyncio.new_event_loop()
+    go, come, run = threading.Event(), threading.Event(), both.here.runner.run_on_loop
+    both.here.runner.run_on_loop = lambda *what: (run(*what), come.set())[0]
+    call = loop.run_until_complete(submit())
+    go.set()
+    assert come.wait(10)
+    if ran:  # but not what that has begun
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+    loop.close()
+    if ran and kind == "async def":  # its task has not begun
+        with pytest.raises(miniplug.RemoteError, match="shutting down"):
+            call.result(10)
+    else:
+        assert call.result(10) == 7
+
+
 # -- who reads
 
 
