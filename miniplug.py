@@ -2289,18 +2289,17 @@ class _Request:
         if self.producer is not None:
             self.producer.resume()  # it is closed, if it waits for credit
 
-    def on_loop(self, function: Callable[[], Any]) -> None:
-        """Have the loop that this runs on call a function, unless it is closed: the host's, or ours."""
+    def on_loop(self, function: Callable[[], Any]) -> bool:
+        """Have the loop that this runs on call a function: the host's, or ours. False if it is closed."""
         if self.loop is None:
-            self.session.references.on_loop(function)
-        else:
-            _call_on(self.loop, function)
+            return self.session.references.on_loop(function)
+        return _call_on(self.loop, function)
 
 
 def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> bool:
     try:
         loop.call_soon_threadsafe(function, context=context)
-        return True
+        return not loop.is_closed()  # closed just now it may keep that, and call nothing
     except RuntimeError:
         return False
 
@@ -2870,12 +2869,15 @@ class _Runner:
     def run_on_loop(self, call: _Call, request: _Request) -> None:
         """Have the loop that waits for a call run one made on its behalf; the pool, if that is closed."""
         request.loop = call.loop
-        lost = partial(_pool.put, (self.leave_loop, request))
-        _call_on(call.loop, _Errand(partial(self.run, request), lost), call.context)
+        lost = partial(_pool.put, (None, self.leave_loop, request))
+        if not _call_on(call.loop, _Errand(partial(self.run, request), lost), call.context):
+            lost()
 
     def leave_loop(self, request: _Request) -> None:
-        request.loop = None
-        self.run_in_slot(request)
+        if request.loop is not None and not request.begun:
+            request.loop = None
+            if request.slots.take(request):
+                _pool.put((self.run_with_slot, request))
 
     # -- running
 
@@ -3014,7 +3016,8 @@ class _Runner:
                     asyncio.get_running_loop().call_soon(task.cancel)
 
         lost = partial(_pool.put, (self.fail, request, PluginClosed(_IS_CLOSING), True))
-        request.on_loop(_Errand(begin, lost))
+        if not request.on_loop(_Errand(begin, lost)):
+            lost()
 
     async def _await(self, request: _Request, awaitable: Any) -> None:
         try:

@@ -436,6 +436,24 @@ def test_a_loop_is_closed_before_it_has_run_a_callback(pair, kind, ran):  # noqa
         assert call.result(10) == 7
 
 
+def test_a_loop_is_closed_just_as_it_takes_a_callback(pair):  # noqa: F811
+    """It kept that, and called nothing."""
+    class Closed:
+        def call_soon_threadsafe(self, function, context=None):
+            self.kept = function
+
+        def is_closed(self):
+            return True
+
+    here = pair({"e": Echo()}).here
+    call = here.calls[5] = miniplug._Call(5, "echo", None)
+    call.home, call.loop = False, Closed()
+    message = (1, 0, 77, 5, b'[0,"info",[],{}]', ())
+    here.reader._route_call(collections.deque((message,)), message, 77, 5, False)
+    until(lambda: not here.requests, 10)  # the pool has run it
+    assert call.loop.kept
+
+
 # -- who reads
 
 
