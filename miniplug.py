@@ -2807,7 +2807,8 @@ class _Caller:
 
     def _ring(self, when: float) -> None:
         if when < self._next_alarm or self._next_alarm <= time.monotonic():
-            _pool.alarm(when, self._expire)
+            expire = _import("weakref").WeakMethod(self._expire)  # a session that is gone is not kept so long
+            _pool.alarm(when, lambda: (expire() or bool)())
             self._next_alarm = when
 
     def _expire(self) -> None:

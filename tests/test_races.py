@@ -3,9 +3,11 @@
 import asyncio
 import collections
 import functools
+import gc
 import queue
 import threading
 import time
+import weakref
 
 import pytest
 from conftest import until
@@ -397,6 +399,16 @@ def test_a_handler_raises_as_a_deadline_is_set(pair, monkeypatch):  # noqa: F811
         here.caller._ring(soon)
     here.caller._ring(soon + 1)
     assert alarms == [soon, soon + 1]
+
+
+def test_a_far_deadline_keeps_no_session_that_is_gone():
+    with miniplug.local({"e": Echo()}):  # another one
+        plugin = miniplug.local({"e": Echo()}).start()
+        session = weakref.ref(plugin._supervisor.open)
+        assert plugin.dispense("e").echo.timeout(3600).submit(1).result(10) == 1
+        plugin.close()
+        del plugin
+        until(lambda: (gc.collect(), session())[1] is None, 10)
 
 
 # -- event loops that are closed
