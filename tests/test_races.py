@@ -185,6 +185,23 @@ def test_a_thread_takes_the_end_of_a_stream_that_a_task_reads_too(pair):  # noqa
     assert found == [[]]
 
 
+def test_an_item_comes_just_as_its_deadline_passes_for_a_task(pair, monkeypatch):  # noqa: F811
+    async def late(waits, seconds):
+        waits.close()
+        call.inbox.extend([(5, 0, 5, 0, b"[1]", ()), (6, 0, 5, 0, b"", ())])
+        raise asyncio.TimeoutError
+
+    async def main():
+        return [item async for item in stream]
+
+    monkeypatch.setattr(asyncio, "wait_for", late)
+    here = pair({"e": Echo()}).here
+    call = miniplug._Call(5, "count", 1.0)
+    call.streams = True
+    stream = miniplug.Stream(here, call)
+    assert asyncio.run(main()) == [1]
+
+
 def test_a_task_leaves_a_stream_as_that_of_another_loop_begins_to_wait(pair):  # noqa: F811
     """With it went the wish that somebody reads."""
     class Queue(Echo):
