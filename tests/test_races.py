@@ -18,7 +18,7 @@ import miniplug
 pytestmark = pytest.mark.timeout(60)
 
 
-class Looks(collections.deque):
+class Looks(list):
     """An inbox at which something happens right after the look, or before the step, that is named."""
 
     def __init__(self, content, happens, *steps):
@@ -44,9 +44,9 @@ class Looks(collections.deque):
         self._act("extend")
         super().extend(what)
 
-    def popleft(self):
-        found = super().popleft()
-        self._act("popleft")
+    def pop(self, place):
+        found = super().pop(place)
+        self._act("pop")
         return found
 
 
@@ -179,7 +179,7 @@ def test_a_thread_takes_the_end_of_a_stream_that_a_task_reads_too(pair):  # noqa
     call = miniplug._Call(5, "count", None)
     call.streams = True
     stream = miniplug.Stream(here, call)
-    call.inbox = Looks([(6, 0, 5, 0, b"", ())], begin, "popleft")
+    call.inbox = Looks([(6, 0, 5, 0, b"", ())], begin, "pop")
     assert list(stream) == []
     threads[0].join(10)
     assert found == [[]]
@@ -351,7 +351,7 @@ def test_an_answer_and_the_end_are_settled_at_once(pair):  # noqa: F811
     here = pair({"e": Echo()}).here
     call, future = miniplug._Call(5, "echo", None), miniplug.Call()
     call.session, call.future = here, future
-    call.inbox = Looks((), lambda: call.inbox.appendleft(miniplug._ENDED), "getitem")
+    call.inbox = Looks((), lambda: call.inbox.insert(0, miniplug._ENDED), "getitem")
     future._settle(call, (3, 0, 5, 0, b'"hello"', ()))
     assert future.result(0) == "hello"
 
@@ -363,10 +363,10 @@ def test_an_answer_is_settled_as_its_call_is_given_up(pair, monkeypatch):  # noq
     decode = here.decode
     call.session, call.future = here, future
 
-    class Inbox(collections.deque):
-        def appendleft(self, message):
+    class Inbox(list):
+        def insert(self, place, message):
             here.caller.give_up(call)
-            super().appendleft(message)
+            super().insert(place, message)
 
     call.inbox, answer = Inbox(), (3, 0, 5, 0, b'"hello"', ())
     monkeypatch.setattr(here, "decode", lambda inbox, *safely: (decoded.append(inbox[0]), decode(inbox, *safely))[1])
