@@ -2338,21 +2338,22 @@ class _Slots:
             return False
 
     def give_back(self) -> None:
+        """The first call that waits has the slot, before any that comes; or it is free."""
+        try:
+            if self._queue:
+                request = self._queue.popleft()
+                return _pool.put((request.session.runner.run, request, self))
+        except IndexError:
+            pass  # another thread was quicker
         self.free.append(None)
-        if self._queue:
-            self._share()
+        return self._share() if self._queue else None  # by now
 
     def _share(self) -> None:
-        while self._queue:
-            try:
-                self.free.pop()
-            except IndexError:
-                return  # who has it gives it back
-            try:
-                request = self._queue.popleft()
-                _pool.put((request.session.runner.run, request, self))
-            except IndexError:  # another thread was quicker; but one more may wait by now
-                self.free.append(None)
+        try:
+            self.free.pop()
+        except IndexError:
+            return  # who has it gives it back
+        self.give_back()
 
 
 class _Reader:

@@ -82,6 +82,7 @@ def test_a_generator_calls_back_before_its_stream_is_read(pair):  # noqa: F811
     """That went to the thread that had opened the stream, as if it waited, and then counted as an item: the end."""
     class Calls:
         def count(self, back):
+            go.wait(10)
             for number in range(3):
                 yield back(number)
 
@@ -89,8 +90,9 @@ def test_a_generator_calls_back_before_its_stream_is_read(pair):  # noqa: F811
         called.set()
         return number
 
-    called = threading.Event()
+    go, called = threading.Event(), threading.Event()
     stream = pair({"c": Calls()}).dispense("c").count(back)
+    go.set()
     assert called.wait(10)
     assert list(stream) == [0, 1, 2]
 
@@ -562,6 +564,40 @@ def test_a_thread_ends_while_only_it_is_there_for_a_task(monkeypatch):
         assert not pool._waits([])
         pool.put((print,))
         assert pool._waits([])
+
+
+def test_who_waits_for_a_slot_has_it_before_who_comes(pair, monkeypatch):  # noqa: F811
+    """With one worker calls were to run in the order in which they had come."""
+    class Free(list):
+        def append(self, slot):
+            super().append(slot)
+            late.append(slots.take(third))
+
+    there, late, tasks = pair({"e": Echo()}).there, [], []
+    monkeypatch.setattr(miniplug._pool, "put", tasks.append)
+    slots = miniplug._Slots(1)
+    first, second, third = (miniplug._Request(there, (1, 0, number, 0, b"", ())) for number in (7, 8, 9))
+    assert slots.take(first) and not slots.take(second)
+    slots.free = Free()
+    slots.give_back()
+    assert [task[1] for task in tasks] == [second]
+    slots.give_back()
+    assert late == [True] and slots.free == []
+
+
+def test_a_call_begins_to_wait_as_a_slot_becomes_free(pair, monkeypatch):  # noqa: F811
+    class Queue(collections.deque):
+        def append(self, request):
+            slots.give_back()  # of another thread
+            super().append(request)
+
+    there, tasks = pair({"e": Echo()}).there, []
+    monkeypatch.setattr(miniplug._pool, "put", tasks.append)
+    slots = miniplug._Slots(1)
+    first, second = (miniplug._Request(there, (1, 0, number, 0, b"", ())) for number in (7, 8))
+    slots._queue = Queue()
+    assert slots.take(first) and not slots.take(second)
+    assert [task[1] for task in tasks] == [second] and slots.free == []
 
 
 # -- what is given back
