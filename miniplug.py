@@ -4220,7 +4220,7 @@ class Stream:
     def __init__(self, session: _Session, call: _Call) -> None:
         self._session = session
         self._call = call
-        self._lock = threading.Lock()  # held by who goes on to the next message
+        self._lock: Any = threading.RLock()  # held by who goes on to the next message
         self._batch: Any = (iter(()), 0)  # the items of the latest message; how many have come in all
         self._waiters: list[Any] = []  # (loop, event) of the tasks that wait for items
         self._over = False
@@ -4236,6 +4236,8 @@ class Stream:
                 return item
             if self._over:
                 raise StopIteration
+            if self._lock._is_owned():
+                raise _waits_for_itself(self._call)
             _holding(self._lock, self._advance, True)
 
     __aiter__ = __iter__

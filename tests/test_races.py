@@ -134,6 +134,30 @@ def test_a_callback_comes_as_the_one_who_waited_goes_with_an_item(pair):  # noqa
     until(lambda: not here.requests, 10)  # the pool has run it
 
 
+@pytest.mark.timeout(30)
+def test_a_callback_reads_the_stream_for_which_it_runs(pair):  # noqa: F811
+    """It waited for the lock that its own thread had."""
+    class Calls:
+        def count(self, back):
+            go.wait(10)
+            back()
+            yield 1
+
+    def back():
+        try:
+            next(streams[0])
+        except BaseException as error:
+            raised.append(error)
+
+    go, streams, raised = threading.Event(), [], []
+    both = pair({"c": Calls()})
+    streams.append(both.dispense("c").count(back))
+    wait = both.here.reader.wait
+    both.here.reader.wait = lambda call: (go.set(), wait(call))[1]  # it is this thread that runs it
+    assert list(streams[0]) == [1]
+    assert [type(error) for error in raised] == [RuntimeError]
+
+
 # -- a stream, closed by another thread
 
 
