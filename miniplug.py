@@ -3698,15 +3698,16 @@ class _References:
         return _holding(self._lock, self._lend, obj, key, manager, lent)
 
     def _lend(self, obj: Any, key: Any, manager: Any, lent: list[int]) -> tuple[str, Any]:
-        number = 0 if obj is self._loans[0].object else self._lent.get(key)
-        if number not in self._loans:  # it is new, or half lent: known here, but not lent
+        number: Any = 0 if obj is self._loans[0].object else self._lent.get(key)
+        loan = self._loans.get(number)
+        if loan is None:  # it is new, or half lent: known here, but not lent
             loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
             number = self._lent.setdefault(key, next(self._numbers))
             self._latest.append(number)
-            self._loans.setdefault(number, loan)
-        loan = self._loans[number]
-        self.lends = True
+            loan = self._loans.setdefault(number, loan)
         loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
+        self._lent[key], self._loans[number] = number, loan  # a finalizer's `unlend` takes what is half lent
+        self.lends = True
         return "$ref", [number, loan.methods, callable(obj)]
 
     def held(self, message: _Message) -> _Message:

@@ -641,6 +641,24 @@ def test_two_threads_release_at_once(pair):  # noqa: F811
     assert len(posted) == 1
 
 
+def test_a_finalizer_takes_back_what_its_own_thread_has_half_lent(pair):  # noqa: F811
+    """That had a KeyError."""
+    class Loans(dict):
+        def setdefault(self, number, loan):
+            found = super().setdefault(number, loan)
+            references._loans = dict(self)
+            references.unlend([])  # as a call that cannot be encoded does
+            return found
+
+    both = pair({"e": Echo()})
+    proxy, references = both.dispense("e"), both.here.references
+    references._loans = Loans(references._loans)
+    function = lambda: 7  # noqa: E731
+    assert proxy.echo(function) is function
+    until(lambda: (gc.collect(), references.lends)[1] is False, 10)
+    assert list(references._loans) == [0] and not references._lent
+
+
 @pytest.mark.parametrize("step", ["find", "number_at"])
 def test_what_was_dispensed_is_released_as_it_is_looked_up(step):
     class At(dict):
