@@ -1198,6 +1198,7 @@ _TOGETHER = 32  # messages that leave with one system call at most
 _FULL, _FULL_BYTES = 256, 1 << 24  # messages, bytes; while more is left to be written others wait
 _POSTED_LIMIT = 1 << 17  # messages; more that the other side does not take end the connection
 _IN_TIME = "no answer has come in time"
+_IS_CLOSING = "the plugin is shutting down"
 _ONCE = ((),)  # for starmap: call it once, without arguments
 
 _get_ident = threading.get_ident
@@ -2130,7 +2131,7 @@ class _Pool:
                 self._lead.release()
             self._waiting.pop()
         if not leads[0]:  # for long: others are enough, unless one that goes now has counted on this one
-            return bool(_sessions and not self._waiting)
+            return not self._waiting and bool(_sessions or not self._tasks.empty())
         if not (taken or _sessions or not self._tasks.empty()):
             return False
         # last: who begins a session, or needs a task done, has looked whether one waits
@@ -2226,6 +2227,7 @@ class _Call:
     gate: Any = None  # of the thread that waits, while it sleeps
     raised: Any = ()  # by calls on its behalf: (number, exception)
     given_up = False
+    leaves = False  # whether it is being submitted: who does that then gives it up, once it is sent
     granted = _WINDOW  # for how many items there was credit
     session: Any = None  # of a submitted one
     watcher: Callable[[], Any] | None = None  # called when an item has come, where no thread waits
@@ -2246,8 +2248,9 @@ class _Call:
     def wake(self) -> None:
         if self.watcher is not None:
             self.watcher()
-        if self.gate is not None:
-            _open(self.gate)
+        gate = self.gate  # one look: who sleeps may go at any moment
+        if gate is not None:
+            _open(gate)
 
 
 def _waits_for_itself(call: _Call) -> Exception:
@@ -2301,9 +2304,24 @@ class _Request:
 def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> bool:
     try:
         loop.call_soon_threadsafe(function, context=context)
-        return True
+        return not loop.is_closed()  # closed just now it may keep that, and call nothing
     except RuntimeError:
         return False
+
+
+class _Errand:
+    """A function for an event loop to call. Should the loop be closed before, `lost` is called instead, as a
+    finalizer."""
+
+    def __init__(self, function: Callable[[], Any], lost: Callable[[], Any]) -> None:
+        self._function, self._lost = function, lost
+
+    def __call__(self) -> None:
+        self._lost = bool
+        self._function()
+
+    def __del__(self) -> None:
+        self._lost()
 
 
 class _Slots:
@@ -2324,21 +2342,22 @@ class _Slots:
             return False
 
     def give_back(self) -> None:
+        """The first call that waits has the slot, before any that comes; or it is free."""
+        try:
+            if self._queue:
+                request = self._queue.popleft()
+                return _pool.put((request.session.runner.run, request, self))
+        except IndexError:
+            pass  # another thread was quicker
         self.free.append(None)
-        if self._queue:
-            self._share()
+        return self._share() if self._queue else None  # by now
 
     def _share(self) -> None:
-        while self._queue:
-            try:
-                self.free.pop()
-            except IndexError:
-                return  # who has it gives it back
-            try:
-                request = self._queue.popleft()
-                _pool.put((request.session.runner.run, request, self))
-            except IndexError:  # another thread was quicker; but one more may wait by now
-                self.free.append(None)
+        try:
+            self.free.pop()
+        except IndexError:
+            return  # who has it gives it back
+        self.give_back()
 
 
 class _Reader:
@@ -2357,8 +2376,8 @@ class _Reader:
         self._references = session.references
         self.seat = _Seat()
         self.sleepers: dict[int, _Call] = {}  # our calls whose threads sleep
-        self.unattended: set[int] = set()  # numbers of those for which somebody has to read though no thread
-        # waits; with -1 somebody always has to
+        self.unattended: set[Any] = set()  # numbers of those for which somebody has to read though no thread
+        # waits, and tasks that do; with -1 somebody always has to
 
     def wait(self, call: _Call) -> None:
         """Wait until something has come about the call, read while nobody else does, and run what is made on
@@ -2457,17 +2476,18 @@ class _Reader:
         opens = kind == _RESULT and flags & _STREAM
         if opens:
             call.streams = True
-        if kind == _ITEM and (len(call.inbox) > _WINDOW or (call.future is not None and not call.streams)):
+        inbox, future = call.inbox, call.future
+        if kind == _ITEM and (len(inbox) > _WINDOW or (future is not None and not call.streams)):
             # each message has one at least
             raise ProtocolError("more items of a stream than there is credit for")
-        if call.future is not None and kind != _ITEM and (opens or not call.streams):
-            call.future._arrive(call, come, attends)
+        if future is not None and kind != _ITEM and (opens or not call.streams):
+            future._arrive(call, come, attends)
         else:
-            call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
+            inbox.extend(itertools.starmap(come.popleft, _ONCE))
         if kind != _ITEM and not opens:
             self._calls.pop(number, None)  # or who waits has done so, as it was quicker
         if call.given_up:  # meanwhile
-            self._session.caller.forget(call)
+            self._session.caller.forget(call, inbox)
         self.unattended.discard(number)
         sleeps = call.gate is not None
         call.wake()
@@ -2485,20 +2505,21 @@ class _Reader:
             come.popleft()
             return request
         call, runner = self._calls.get(parent), self._session.runner
-        if call is not None and call.home and not call.inbox:  # that thread runs one, and no more
-            call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
+        inbox: Any = () if call is None else call.inbox
+        if call is not None and not inbox and call.home:  # in this order; that thread runs one, and no more
+            inbox.extend(itertools.starmap(come.popleft, _ONCE))
             if call.given_up:  # meanwhile
-                self._session.caller.forget(call)
+                self._session.caller.forget(call, inbox)
             call.wake()
-        elif call is not None and call.loop is not None and runner.run_on_loop(call, request):
+        elif call is not None and call.loop is not None:
+            runner.run_on_loop(call, request)
             come.popleft()
         else:
             try:
                 _pool.check()
-                _move(come.popleft, None, runner.run_message)
             except RuntimeError as error:  # no thread to be had: that fails the call
                 runner.fail(request, error, wait=False)
-                come.popleft()
+            _move(come.popleft, None, runner.run_message)
         return None
 
     @staticmethod
@@ -2585,7 +2606,7 @@ class _Attendant:
         """Have another thread attend, in place of the one with this right."""
         if self._right.get(0) is mine:
             self._inline = 0
-            del self._right[0]
+            self._right.pop(0, None)  # `_look` may do so
         self._reader.pass_on()
 
     def watch(self) -> None:
@@ -2639,7 +2660,9 @@ class _Caller:
                 self._calls.pop(call.number, None)
                 return None
             self._reader.wait(call)
-            if not call.streams:
+            if call.streams:
+                call.home = False  # before the message is taken out, at which the reader looks first
+            else:
                 self._calls.pop(call.number, None)
             return self.value(call, _RESULT if kind == _CALL else _PONG)
         except BaseException as error:
@@ -2661,7 +2684,7 @@ class _Caller:
                seconds: float | None) -> _Call:
         """Call; the future, a Call, has the answer when it has come. Raises what sending raises."""
         call = future._call = _Call(next(self._numbers), method, seconds)
-        call.session, call.home = self._session, False
+        call.session, call.home, call.leaves = self._session, False, True
         running = getattr(sys.modules.get("asyncio"), "_get_running_loop", None)  # it may be half imported
         call.loop = running and running()
         if call.loop is not None:
@@ -2671,10 +2694,14 @@ class _Caller:
             self._reader.unattended.add(call.number)
             content = self._codec.dumps((target, method, args, kwargs), None, call.lent)
             self._start(call, _CALL, content, future)
+            call.leaves = False
+            if call.given_up:  # meanwhile
+                _pool.put((self.give_up, call))
             self._reader.pass_on()
             if call.deadline is not None:
                 self._ring(call.deadline)
         except BaseException as error:
+            call.leaves = False
             _pool.put((self.give_up, call))
             if type(error) is not _Late:
                 raise
@@ -2720,11 +2747,12 @@ class _Caller:
         if channel.posted and channel.writer.holder() == _get_ident() and kind != _NOTIFY and future is None:
             raise _waits_for_itself(call)
 
-    def value(self, call: _Call, expected: int = _RESULT) -> Any:
+    def value(self, call: _Call, expected: int = _RESULT, inbox: Any = None) -> Any:
         """What the first message of the inbox stands for: the answer, or items. Raises what it says, and
         StopIteration at the end of a stream."""
+        inbox = inbox or call.inbox  # one look: a stream that is closed just now has a new one
         try:
-            message, value = self._session.decode(call.inbox)
+            message, value = self._session.decode(inbox)
         except _Undecodable as error:
             raise error.args[0] from None
         except ProtocolError as error:
@@ -2749,7 +2777,7 @@ class _Caller:
     def _raised(self, call: _Call, body: Any) -> Any:
         """The exception that a call has raised: what began here comes home as itself."""
         home = body.get("home") if type(body) is dict else None
-        for number, error in call.raised:
+        for number, error in [*call.raised]:
             if type(home) is int and number == home:
                 return error
         error = _decode_error(body)
@@ -2761,20 +2789,23 @@ class _Caller:
         """Want nothing more of a call. The other side is told, unless it is over. For threads of the pool."""
         session = self._session
         call.home, call.given_up = False, True
+        if call.leaves:
+            return
         self._reader.unattended.discard(call.number)
         self._reader.sleepers.pop(call.number, None)
         session.references.unlend(call.lent)
         is_open = self._calls.pop(call.number, None) is not None and session.ended is None
         if is_open:
             session.post(_CANCEL, call.number)
-        self.forget(call)
+        self.forget(call, call.inbox)
         call.wake()
         if is_open and call.streams:
             self.probe(next(self._numbers))  # its producer may wait to send: read until that is answered
         self._reader.pass_on()
 
-    def forget(self, call: _Call) -> None:
-        inbox, call.inbox = call.inbox, [_CLOSED]
+    def forget(self, call: _Call, inbox: list[_Message]) -> None:
+        """Drop what is in an inbox that the call has or had."""
+        call.inbox = [_CLOSED]
         while inbox:
             try:
                 self._session.drop(inbox.pop(0))
@@ -2792,17 +2823,19 @@ class _Caller:
 
     def _ring(self, when: float) -> None:
         if when < self._next_alarm or self._next_alarm <= time.monotonic():
+            expire = _import("weakref").WeakMethod(self._expire)  # a session that is gone is not kept so long
+            _pool.alarm(when, lambda: (expire() or bool)())
             self._next_alarm = when
-            _pool.alarm(when, self._expire)
 
     def _expire(self) -> None:
         now = time.monotonic()
         for call in list(self._calls.values()):
-            if call.future is None or call.deadline is None or call.streams:
+            future = call.future
+            if future is None or call.deadline is None or call.streams:
                 continue
             if call.deadline <= now:
                 self.give_up(call)
-                call.future._fail(_too_late(call))
+                future._fail(_too_late(call))
             else:
                 self._ring(call.deadline)
 
@@ -2844,12 +2877,18 @@ class _Runner:
         if inbox:  # not given up meanwhile
             inbox.pop(0)  # not before: should this thread go, who gives the call up sees to it
 
-    def run_on_loop(self, call: _Call, request: _Request) -> bool:
-        """Have the loop that waits for a call run one made on its behalf. False if that is closed."""
+    def run_on_loop(self, call: _Call, request: _Request) -> None:
+        """Have the loop that waits for a call run one made on its behalf; the pool, if that is closed."""
         request.loop = call.loop
-        if not _call_on(call.loop, partial(self.run, request), call.context):
+        lost = partial(_pool.put, (None, self.leave_loop, request))
+        if not _call_on(call.loop, _Errand(partial(self.run, request), lost), call.context):
+            lost()
+
+    def leave_loop(self, request: _Request) -> None:
+        if request.loop is not None and not request.begun:
             request.loop = None
-        return request.loop is not None
+            if request.slots().take(request):
+                _pool.put((self.run, request, request.slots()))
 
     # -- running
 
@@ -2860,7 +2899,7 @@ class _Runner:
             if type(call) is not list or [*map(type, call[1:4])] != _CALL_TYPES:
                 raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
             if self._session.closing is not None:
-                raise _Undecodable(PluginClosed("the plugin is shutting down"))
+                raise _Undecodable(PluginClosed(_IS_CLOSING))
             return call[:4]
         except _Undecodable as error:
             self.fail(request, error.args[0], own=True)
@@ -2939,7 +2978,8 @@ class _Runner:
             return
         session.references.unlend(request.lent)
         if call is not None and not _is_ending(type(error)):
-            call.raised = deque([*call.raised, (request.number, error)], _RAISED)  # it may come home
+            raised = vars(call).setdefault("raised", deque(maxlen=_RAISED))  # one, also if two fail at once
+            raised.append((request.number, error))  # it may come home
         if request.kind == _NOTIFY:
             _print_error(error)
         elif not request.cancelled:
@@ -2983,12 +3023,15 @@ class _Runner:
         def begin() -> None:
             asyncio = _import("asyncio")
             _current.set(request)
-            request.task = task = asyncio.ensure_future(function())
-            if request.cancelled and request.producer is None:  # once it has begun, or nothing would end it
-                asyncio.get_running_loop().call_soon(task.cancel)
+            task = asyncio.ensure_future(function())
+            if request.producer is None:  # else the task that has the turn is the one
+                request.task = task
+                if request.cancelled:  # once it has begun, or nothing would end it
+                    asyncio.get_running_loop().call_soon(task.cancel)
 
-        if not request.on_loop(begin):
-            self.fail(request, PluginClosed("the plugin is shutting down"), own=True)
+        lost = partial(_pool.put, (self.fail, request, PluginClosed(_IS_CLOSING), True))
+        if not request.on_loop(_Errand(begin, lost)):
+            lost()
 
     async def _await(self, request: _Request, awaitable: Any) -> None:
         try:
@@ -3014,7 +3057,6 @@ class _Producer:
         self._iterator = iterator
         self._is_async = hasattr(type(iterator), "__anext__")
         self._credit = deque([None] * _WINDOW, _WINDOW)  # as long as how many more items may leave
-        self._over = False  # whether the end has been told
         self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._group: list[Any] = []  # items that wait for others
@@ -3043,10 +3085,12 @@ class _Producer:
     async def _produce(self) -> None:
         request, iterator = self._request, self._iterator
         end = StopAsyncIteration if self._is_async else StopIteration
-        while not self._over and (request.cancelled or self._credit):
+        while request.cancelled or self._credit:
             if not self._turn.acquire(False):
                 return
             ended, error = True, None
+            if self._is_async:
+                request.task = _import("asyncio").current_task()
             try:
                 while self._credit and not request.cancelled:
                     self._credit.popleft()  # first: what comes for this item has room then
@@ -3060,8 +3104,9 @@ class _Producer:
             except BaseException as problem:
                 ended, error = True, problem
             if ended:
-                self._over, request.task = True, None
+                request.task = None
                 self._end(error)
+                return  # with the turn: nobody else goes on
             self._turn.release()
 
     def _put(self, item: Any) -> None:
@@ -3271,7 +3316,9 @@ class _Session:
         """Take no more calls, unless it is busy. Returns whether it takes none. (Who calls is among `calls`
         before it looks: so none slips through.)"""
         self.sealed = True
-        self.sealed = self.ended is not None or not self.busy()
+        self.sealed = not self.busy()
+        if self.ended is not None:  # looked at last: it may be just now
+            self.sealed = True
         return self.sealed
 
     def failed(self, error: BaseException, call: _Call) -> BaseException:
@@ -3292,8 +3339,9 @@ class _Session:
         self.reader.unattended.add(-1)  # who reads last closes the channel
         for call in list(self.calls.values()):
             call.inbox.append(_ENDED)
-            if call.future is not None and not call.streams:
-                _pool.put((call.future._settle, call, _ENDED))
+            future = call.future
+            if future is not None and not call.streams:
+                _pool.put((future._settle, call, _ENDED))
             self.calls.pop(call.number, None)
             call.wake()
         self.stop(-1.0 if self.closing is None else self.closing)
@@ -3433,12 +3481,12 @@ class _Served:
         served = self.find(name)[1]
         with self._entering.setdefault(name, threading.RLock()):
             if self._closed:
-                raise PluginClosed("the plugin is shutting down")
+                raise PluginClosed(_IS_CLOSING)
             if name not in self._shared:
                 self._shared[name] = _enter(served() if _makes_instances(served) else served)
             if self._closed:  # meanwhile
                 self.close()
-                raise PluginClosed("the plugin is shutting down")
+                raise PluginClosed(_IS_CLOSING)
             return self._shared[name][0]
 
     def on_loop(self, function: Callable[[], Any]) -> bool:
@@ -3454,8 +3502,8 @@ class _Served:
             self._closed = True
         if self._loop is not None:
             self._loop.close()
-        while self._shared:
-            _exit(self._shared.popitem()[1][1])
+        for name in [*self._shared][::-1]:  # another thread may do the same
+            _exit(self._shared.pop(name, (None, None))[1])
 
 
 def _enter(obj: Any) -> tuple[Any, Any]:
@@ -3505,7 +3553,7 @@ class _Target:
         self.timeout = session.call_timeout  # the deadline of its calls that have no other
         self.identity: Any = (session, number)  # also when it is dispensed anew
         notice: list[_Bytes] = [_FRAME.pack(_HEAD, _WIRE_VERSION, _RELEASE, 0, 0, number, 0)]
-        self._notice = [notice] if number else []  # to be posted, until it is given back
+        self._notice = iter([notice] if number else ())  # posted by the step that takes it out
         session.borrowed.add(id(self))
 
     def here(self) -> tuple[_Caller, int] | None:
@@ -3528,8 +3576,7 @@ class _Target:
 
     def release(self) -> None:
         self.released = True
-        if self._notice:  # the step that posts it forgets it
-            self.session.discard(map(self._notice.pop, (0,)))
+        self.session.discard(self._notice)
         self.session.borrowed.discard(id(self))
 
     def __del__(self) -> None:
@@ -3655,15 +3702,16 @@ class _References:
         return _holding(self._lock, self._lend, obj, key, manager, lent)
 
     def _lend(self, obj: Any, key: Any, manager: Any, lent: list[int]) -> tuple[str, Any]:
-        number = 0 if obj is self._loans[0].object else self._lent.get(key)
-        if number not in self._loans:  # it is new, or half lent: known here, but not lent
+        number: Any = 0 if obj is self._loans[0].object else self._lent.get(key)
+        loan = self._loans.get(number)
+        if loan is None:  # it is new, or half lent: known here, but not lent
             loan = _Loan(obj, key, *manager)  # in there a finalizer may run, and lend the same
             number = self._lent.setdefault(key, next(self._numbers))
             self._latest.append(number)
-            self._loans.setdefault(number, loan)
-        loan = self._loans[number]
-        self.lends = True
+            loan = self._loans.setdefault(number, loan)
         loan.sent.extend(map(lent.append, (number,)))  # one step: or it would be lent without a word
+        self._lent[key], self._loans[number] = number, loan  # a finalizer's `unlend` takes what is half lent
+        self.lends = True
         return "$ref", [number, loan.methods, callable(obj)]
 
     def held(self, message: _Message) -> _Message:
@@ -4105,8 +4153,7 @@ class _Awaitable(_Future):
             call.session.drop(message)
             return
         try:
-            call.inbox.insert(0, message)  # items may have come already
-            value = call.session.caller.value(call)
+            value = call.session.caller.value(call, inbox=[message])
         except BaseException as error:
             self._fail(error)
         else:
@@ -4178,7 +4225,7 @@ class Stream:
     def __init__(self, session: _Session, call: _Call) -> None:
         self._session = session
         self._call = call
-        self._lock = threading.Lock()  # held by who goes on to the next message
+        self._lock: Any = threading.RLock()  # held by who goes on to the next message
         self._batch: Any = (iter(()), 0)  # the items of the latest message; how many have come in all
         self._waiters: list[Any] = []  # (loop, event) of the tasks that wait for items
         self._over = False
@@ -4194,6 +4241,8 @@ class Stream:
                 return item
             if self._over:
                 raise StopIteration
+            if self._lock._is_owned():
+                raise _waits_for_itself(self._call)
             _holding(self._lock, self._advance, True)
 
     __aiter__ = __iter__
@@ -4238,35 +4287,36 @@ class Stream:
             problem = ProtocolError("a stream's items are a list, no longer than there is credit for")
             raise self._session.failed(problem, call)
         self._batch = (iter(values), received)
+        _wake(self._waiters)  # who looked just before
 
     async def _news(self) -> None:
         asyncio, call, reader = _import("asyncio"), self._call, self._session.reader
         waiter = asyncio.get_running_loop(), asyncio.Event()
         self._waiters.append(waiter)
         try:
-            reader.unattended.add(call.number)
+            reader.unattended.add(waiter)
             if not (self._over or call.inbox or self._batch[0].__length_hint__()):
                 reader.pass_on()
                 await asyncio.wait_for(waiter[1].wait(), call.seconds)
         except asyncio.TimeoutError:
-            self.close()
-            raise _too_late(call) from None
+            if not call.inbox:  # what has come counts, also past the deadline
+                self.close()
+                raise _too_late(call) from None
         finally:
             self._waiters.remove(waiter)
-            if not self._waiters:
-                reader.unattended.discard(call.number)
+            reader.unattended.discard(waiter)
 
     def _finish(self) -> None:
         self._batch = (iter(()), self._batch[1])
         self._over = True
         self._session.borrowed.discard(id(self))
+        _wake(self._waiters)
 
     def close(self) -> None:
         """Give the rest up: the plugin's generator is closed."""
         if not self._over:
             _pool.put((self._session.caller.give_up, self._call))
             self._finish()
-            _wake(self._waiters)
 
     async def aclose(self) -> None:
         """As `close`."""
@@ -5941,20 +5991,28 @@ class _Dispensed(_Target):
         return None if target is None else target.place
 
     def number_at(self, session: _Session) -> int | None:
-        return self.at[session].number if session in self.at else None
+        target = self.at.get(session)
+        return None if target is None else target.number
 
     def find(self, asked: _Call) -> tuple[_Session, int]:
         if self.released:
             raise DeadReference(f"{self.label} was released")
         session = self._supervisor.session(asked)  # not under the lock: on_start may want that
-        if session not in self.at:
-            if _holding(self._lock, self._dispense, session, asked, seconds=_left(asked.deadline)) is False:
+        target = self.at.get(session)
+        if target is None:
+            target = _holding(self._lock, self._dispense, session, asked, seconds=_left(asked.deadline))
+            if target is False:
                 raise _too_late(asked)
-        return session, self.at[session].number
+            if self.released:  # meanwhile
+                self.release()
+        return session, target.number
 
-    def _dispense(self, session: _Session, asked: _Call) -> None:
-        if session not in self.at:  # nobody else has, meanwhile
-            self._add(_ask(_Remote, session, 0, "dispense", (self._name,), {}, asked.left())._target)
+    def _dispense(self, session: _Session, asked: _Call) -> _Target:
+        target: Any = self.at.get(session)
+        if target is None:  # nobody else has, meanwhile
+            target = _ask(_Remote, session, 0, "dispense", (self._name,), {}, asked.left())._target
+            self._add(target)
+        return target
 
     def waits(self) -> bool:
         return isinstance(self._supervisor.seek(), _Run)

@@ -64,6 +64,14 @@ class Peer:
                 await asyncio.sleep(0)
             yield value
 
+    def back_count(self, function, number):
+        for value in range(number):
+            yield function(value)
+
+    async def a_back_count(self, function, number):
+        for value in range(number):
+            yield await function.submit(value)
+
     def failing_count(self, number):
         yield from range(number)
         raise KeyError(number)
@@ -85,6 +93,12 @@ class Peer:
 
     def drop(self, key):
         del self.kept[key]
+
+    def until_cancelled(self, function):
+        found = function(3)
+        while not miniplug.cancelled():
+            time.sleep(0.0005)
+        return found
 
     def give(self, number):
         return [lambda value, n=n: [n, value] for n in range(number)]

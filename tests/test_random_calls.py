@@ -113,6 +113,87 @@ class Work:
         if self.rng.random() < 0.5:
             stream.close()
 
+    def aside(self, *functions):
+        """Call each in a thread of its own, and wait for them."""
+        errors = []
+
+        def run(function):
+            try:
+                function()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(function,), daemon=True) for function in functions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(STUCK)
+            assert not thread.is_alive()
+        if errors:
+            raise errors[0]
+
+    def do_close_from_elsewhere(self):
+        stream, found = self.rng.choice([self.proxy.count, self.proxy.a_count])(self.rng.choice([1, 64, 1000])), []
+        pause = self.rng.choice([0, self.rng.uniform(0, 0.003)])
+        self.aside(lambda: found.extend(stream), lambda: (time.sleep(pause), stream.close()))
+        assert found == list(range(len(found)))
+
+    def do_generator_calls_back(self):
+        number = self.rng.choice([1, 3, 70])
+        method = self.rng.choice([self.proxy.back_count, self.proxy.a_back_count])
+        function = self.rng.choice([lambda value: value, lambda value: self.proxy.echo(value)])
+        stream = method.submit(function, number).result(STUCK) if self.rng.random() < 0.4 else method(function, number)
+        if self.rng.random() < 0.5:
+            assert self.proxy.echo(self.step) == self.step
+        found, closes = [], self.rng.random() < 0.4
+        self.aside(lambda: found.extend(stream), *[stream.close] * closes)
+        assert found == list(range(len(found) if closes else number))
+
+    def do_share_a_stream(self):
+        number, found = self.rng.choice([1, 64, 200]), []
+        stream = self.rng.choice([self.proxy.count, self.proxy.a_count])(number)
+
+        async def take():
+            async for item in stream:
+                found.append(item)
+                await asyncio.sleep(0)
+
+        async def main():
+            await asyncio.gather(take(), take())
+
+        self.aside(*self.rng.choices([lambda: asyncio.run(main()), lambda: found.extend(stream)], k=self.rng.randrange(1, 4)))
+        assert sorted(found) == list(range(number))
+
+    def do_leave_a_loop(self):
+        """It is closed while callbacks come to it."""
+        async def main():
+            calls = [self.rng.choice([self.proxy.call, self.proxy.a_call]).submit(lambda value: value, n) for n in range(6)]
+            await asyncio.wait([asyncio.wrap_future(calls[0])], timeout=self.rng.uniform(0, 0.002))
+            return calls
+
+        for call in asyncio.run(main()):
+            call.cancel()
+
+    def do_submit_with_deadlines(self):
+        function = [].append
+        for call in [self.rng.choice([
+            lambda seconds: self.proxy.echo.timeout(seconds).submit(None),
+            lambda seconds: self.proxy.call.timeout(seconds).submit(function, 1),
+            lambda seconds: self.proxy.until_cancelled.timeout(seconds).submit(lambda value: None),
+        ])(self.rng.choice([0.0, 0.0005, 0.002, 0.005])) for _ in range(10)]:
+            assert isinstance(call.exception(STUCK), (miniplug.CallTimeout, type(None)))
+
+    def do_release_from_elsewhere(self):
+        function = self.proxy.give(1)[0]
+
+        def call():
+            try:
+                assert function(self.step) == [0, self.step]
+            except miniplug.DeadReference:
+                pass
+
+        self.aside(call, lambda: miniplug.release(function), lambda: miniplug.release(function))
+
     def do_callback(self):
         value = self.value()
         method = self.rng.choice([self.proxy.call, self.proxy.a_call])
