@@ -328,7 +328,8 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 # one key, which begins with "$" (docs/protocol.md lists them). Before the encoder runs, `fit` looks for what
 # that does not know, or would change without a word, and copies with tags only there.
 
-_SAFE_INTEGER = 2**53 - 1  # what each JSON reader keeps (RFC 8259)
+_MOST = 2**53 - 1  # of an integer that each JSON reader keeps (RFC 8259)
+_LEAST = -_MOST
 _MAX_BITS = 1 << 15  # of an integer: to print it takes a millisecond or two
 _MAX_DIGITS = 10000  # of a Decimal, and its exponent either way
 _MAX_ALIKE = 16  # values with one hash: each is compared with each
@@ -489,7 +490,7 @@ _ITEMS = "items"
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
 _Row = namedtuple("_Row", "type state make")
 _TAGS = {tag: _Row(*row) for tag, row in {
-    "$int": (int, lambda value: hex(_bounded(value)) if abs(value) > _SAFE_INTEGER else None,
+    "$int": (int, lambda value: hex(_bounded(value)) if abs(value) > _MOST else None,
              {str: lambda text: _bounded(int(text, 16))}),
     "$float": (float, lambda value: None if value - value == 0.0 else repr(value), {str: float}),
     "$str": (str, lambda text: _SURROGATE.search(text) and _base64(text.encode("utf-8", "surrogatepass")),
@@ -669,163 +670,6 @@ def _writer() -> Any:
 _encode = _writer()
 
 
-def _are_plain(values: Sequence[Any]) -> bool:
-    """Whether they are atoms of which the encoder changes none; at C speed."""
-    kinds = set(map(type, values))
-    if int not in kinds or not kinds <= _ATOMS:
-        return kinds <= _PLAIN
-    integers = values if len(kinds) == 1 else [value for value in values if type(value) is int]
-    return bool(min(integers) >= -_SAFE_INTEGER and max(integers) <= _SAFE_INTEGER)
-
-
-class _Packer:
-    """One value on its way out, of one thread. `plain` are the types of which it looks at none: without str
-    and float it is careful. Where it fails, `trail` is the way there, from within: what was looked at, and
-    which part of that."""
-
-    tagged = 0
-
-    def __init__(self, codec: _Codec, lent: list[int], label: str | None, plain: Any = _PLAIN) -> None:
-        self.buffers: list[_Bytes] = []  # that go beside the message
-        self.trail: list[tuple[Any, Any]] = []
-        self.label = label  # of what is looked at; None: of a call
-        self._codec = codec
-        self._lent = lent  # the numbers of what was lent
-        self._plain = plain
-
-    def write(self, value: Any) -> _Content:
-        """The content. Raises whatever the encoder or an `encode` raises."""
-        if self.label is None:
-            target, method, args, kwargs = value
-            self.label = "args"
-            args = self.fit([*args])
-            self.label = "kwargs"
-            fitted: Any = target, method, args, kwargs and self.fit(kwargs)
-        else:
-            fitted = self.fit(value)
-        return "".join(_encode(fitted, 0)).encode(), self.buffers, self.tagged, self._lent
-
-    def fit(self, value: Any) -> Any:
-        """The value, or where the encoder would change it without a word, a copy with tags."""
-        kind, parts, copy, plain = type(value), value, None, self._plain
-        if kind is dict:
-            if not _TEXTS.issuperset(map(type, value)) or (len(value) == 1 and next(iter(value))[:1] == "$"):
-                return self.tag(value)
-            if plain is _NEVER and any(map(_SURROGATE.search, value)):
-                return self.tag(value)
-            parts = value.values()
-        elif kind is not list and kind is not tuple:
-            return value if kind in plain else self.tag(value)
-        elif len(value) >= _MANY and plain is _PLAIN:
-            copy = self._fit_many(value)
-        if copy is None:
-            place = 0
-            try:
-                for place, part in enumerate(parts):
-                    its = type(part)
-                    if its in plain or (its is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER):
-                        continue
-                    fitted = self.fit(part) if its in _NESTS else self.tag(part)
-                    if fitted is not part:
-                        copy = copy or [*parts]
-                        copy[place] = fitted
-            except Exception:
-                self.trail.append((value, place))
-                raise
-        if kind is tuple:
-            self.tagged = 1
-            return {"$tuple": value if copy is None else copy}
-        if copy is None:
-            return value
-        return dict(zip(value, copy)) if kind is dict else copy
-
-    def tag(self, value: Any) -> Any:
-        """The value with its tag, or itself if it needs none."""
-        tag, tell = _WAYS[type(value)]
-        try:
-            if tell is None:
-                loan = self._codec.lend(value, self._lent)
-                if loan is None:
-                    raise NotSerializable(
-                        "register it with miniplug.register, lend it with miniplug.ref, or send plain data")
-                self.tagged = 1
-                return dict((loan,))
-            state = tell(value)
-            if state is None:
-                return value
-            self.tagged = 1
-            kind = type(state)
-            if kind is str and state.isascii():
-                return {tag: state}
-            if tag == "$bytes" or tag == "$bytearray":
-                if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-                    return {tag: _base64(state)}
-                self.buffers.append(state)
-                return {tag: len(self.buffers) - 1}
-            return {tag: [state[0], self.fit(state[1])] if tag == "$type" else self.fit(state)}
-        except Exception:
-            self.trail.append((value, None))
-            raise
-
-    def _fit_many(self, values: Any) -> Any:
-        """A long list in its shorter form, or itself if all of it is plain; else None."""
-        kind: Any = type(values[0])
-        code = _CODES.get(kind) if self._codec.arrays else None
-        if [*map(type, values)].count(kind) < len(values) or (kind in _ATOMS and code is None):
-            return values if _are_plain(values) else None
-        if code is not None:
-            try:
-                data = struct.pack(f"<{len(values)}{code}", *values)
-            except struct.error:  # beyond 64 bits
-                return None
-            self.tagged = 1
-            return {"$numbers": [code, self.tag(data)]}
-        if kind is dict:
-            keys = set(map(type, _flatten(values)))
-            if keys == _TEXTS:
-                plain = min(map(len, values)) > 1 and _are_plain([*_flatten(map(dict.values, values))])
-                return values if plain else None
-            if str in keys or not values[0]:
-                return None
-        elif kind is list or kind is tuple:  # short ones, at once
-            if max(map(len, values)) >= _MANY or not _are_plain([*_flatten(values)]):
-                return None
-            if kind is list:
-                return values
-        tag, tell = _WAYS[kind]
-        if tag not in _EACH or not self._codec.arrays:
-            return None
-        states: Any = values
-        if kind is bytes:
-            if max(map(len, values)) > _INLINE:
-                return None
-            states = [*map(_base64, values)]
-        elif kind is not tuple:
-            states = self.fit([*map(tell, values)])
-        self.tagged = 1
-        return {"$each": [tag, states]}
-
-    def explain(self, error: Exception) -> None:
-        if not self.trail:
-            return
-        place, state_of = self.label, None
-        for held, part in reversed(self.trail):
-            if part is None:  # what comes next is its state
-                state_of = held
-                continue
-            if type(state_of) is dict:  # keys and values by turns
-                part = held[part - part % 2]
-            elif type(held) is dict:
-                part = [*held][part]
-            is_field = type(held) is dict and state_of is not None
-            place, state_of = f"{place}.{part}" if is_field else f"{place}[{_shown(part)}]", None
-        why, cause = str(error), error.__cause__
-        if type(error) is not NotSerializable:
-            why, cause = _shown(error), error
-        name = _name_of(type(self.trail[0][0]))
-        raise NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name) from cause
-
-
 # -- decoding
 
 _DIGITS = re.compile("[0-9]{50}")  # of every hundredth character: it may be a very long number
@@ -886,6 +730,28 @@ def _is_deep() -> bool:
         return False
 
 
+def _are_plain(kind: type, rows: Any) -> bool:
+    """Whether the encoder changes nothing in many short lists or dicts, at C speed."""
+    cells = rows
+    if kind is dict and min(map(len, rows)) > 1 and _TEXTS.issuperset(map(type, _flatten(rows))):
+        cells = map(dict.values, rows)
+    elif kind is not list or max(map(len, rows)) >= _MANY:
+        return False
+    cells = [*_flatten(cells)]
+    integers = [cell for cell in cells if type(cell) is int] or [0]
+    return _ATOMS.issuperset(map(type, cells)) and min(integers) >= _LEAST and max(integers) <= _MOST
+
+
+def _explained(error: Exception, label: str | None, part: Any, *steps: str) -> NotSerializable:
+    if label:  # it was fitted as a list of one
+        steps = steps[:-1]
+    elif steps[-1][1].isdigit():
+        label = "args"
+    place, name = "".join((label or "kwargs", *reversed(steps))), _name_of(type(part))
+    why = str(error) if type(error) is NotSerializable else _shown(error)
+    return NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name)
+
+
 class _Codec:
     """Values to bytes and back, for any number of threads. `lend`, `unlend` and `borrow` are what the session
     does with references: `lend` gives the tag and plain state of a value that goes by reference, or None, and
@@ -898,15 +764,19 @@ class _Codec:
         self._scan = _scanner(_hook(borrow))
 
     def dumps(self, value: Any, label: str | None, lent: list[int] | None = None) -> _Content:
-        """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent: the list
-        `lent`, if there is one, which knows each from the start. Raises NotSerializable, naming the place in
-        `label`; None is that of a call, (target, method, args, kwargs)."""
-        lent = [] if lent is None else lent
+        """The bytes, the buffers beside them, whether there are tags, and the numbers of what was lent: the
+        list `lent`, if there is one, which knows each from the start. Raises NotSerializable, naming the place
+        in `label`; None is that of a call, (target, method, args, kwargs)."""
+        if lent is None:
+            lent = []
         try:
-            parts = (value,) if label is not None else value[2]
-            if (_PLAIN.issuperset(map(type, parts)) or _are_plain(parts)) and (label or not value[3]):
+            if label is None:
+                is_plain = not value[3] and _PLAIN.issuperset(map(type, value[2]))
+            else:
+                is_plain = type(value) in _PLAIN
+            if is_plain:
                 return "".join(_encode(value, 0)).encode(), (), 0, lent
-            return _Packer(self, lent, label).write(value)
+            return self._pack(value, label, (_PLAIN, [], lent, []))
         except BaseException as error:
             return self._dumps_carefully(value, label, lent, error)
 
@@ -918,9 +788,9 @@ class _Codec:
                 raise first
             for last in (False, False, True):
                 self.unlend(lent)
-                packer = _Packer(self, lent, label, _NEVER)
+                trail: list[Any] = []
                 try:
-                    content = packer.write(value)
+                    content = self._pack(value, label, (_NEVER, [], lent, trail))
                     break
                 except RecursionError:
                     if _is_deep():
@@ -928,8 +798,9 @@ class _Codec:
                     why = f"{label or 'the call'} is nested too deeply, or contains itself"
                     raise NotSerializable(why, path=label or "the call") from None
                 except Exception as error:
+                    if last and trail:
+                        raise _explained(error, label, *trail) from error.__cause__ or error
                     if last:
-                        packer.explain(error)
                         raise
             if isinstance(first, UnicodeEncodeError) or "JSON compliant" in str(first):
                 return content
@@ -937,6 +808,114 @@ class _Codec:
         except BaseException:
             self.unlend(lent)
             raise
+
+    def _pack(self, value: Any, label: str | None, out: Any) -> _Content:
+        """The content. `out` holds the types of which none is looked at: without str and float it is careful;
+        the buffers that go beside the message; the numbers of what was lent; and the trail: where it fails,
+        the part that cannot travel, and the way back from there."""
+        parts = [value] if label else [*value[2]]
+        fitted = self._fit(parts, out)
+        tagged = fitted is not parts
+        if label:
+            fitted = fitted[0]
+        else:
+            target, method, _, kwargs = value
+            if kwargs:
+                kwargs = self._fit(kwargs, out)
+                tagged = tagged or kwargs is not value[3]
+            fitted = target, method, fitted, kwargs
+        return "".join(_encode(fitted, 0)).encode(), out[1], tagged, out[2]
+
+    def _fit(self, value: Any, out: Any) -> Any:
+        """A list, tuple or dict; or where the encoder would change it without a word, a copy with tags."""
+        kind, parts, copy, plain = type(value), value, None, out[0]
+        if kind is dict:
+            if not _TEXTS.issuperset(map(type, value)) or (len(value) == 1 and next(iter(value))[:1] == "$"):
+                return self._tag(value, out)
+            if plain is _NEVER and any(map(_SURROGATE.search, value)):
+                return self._tag(value, out)
+            parts = value.values()
+        elif len(value) >= _MANY and plain is _PLAIN:
+            copy = self._fit_many(value, out)
+        if copy is None:
+            place, part = 0, None
+            try:
+                for place, part in enumerate(parts):
+                    its = type(part)
+                    if its in plain or (its is int and _LEAST <= part <= _MOST):
+                        continue
+                    fitted = self._fit(part, out) if its in _NESTS else self._tag(part, out)
+                    if fitted is not part:
+                        copy = copy or [*parts]
+                        copy[place] = fitted
+            except Exception:
+                trail = out[3]
+                step = f"[{_shown([*value][place])}]" if kind is dict else f"[{place}]"
+                trail += [step] if trail else [part, step]
+                raise
+        if kind is tuple:
+            return {"$tuple": value if copy is None else copy}
+        if copy is None:
+            return value
+        return dict(zip(value, copy)) if kind is dict else copy
+
+    def _tag(self, value: Any, out: Any) -> Any:
+        """The value with its tag, or itself if it needs none."""
+        tag, tell = _WAYS[type(value)]
+        if tell is None:
+            loan = self.lend(value, out[2])
+            if loan is None:
+                raise NotSerializable(
+                    "register it with miniplug.register, lend it with miniplug.ref, or send plain data")
+            return dict((loan,))
+        state = tell(value)
+        kind = type(state)
+        if kind is list:
+            try:
+                return {tag: self._fit(state, out)}
+            except Exception:
+                trail = out[3]
+                if tag == "$dict":  # keys and values by turns
+                    trail[-1] = f"[{_shown(state[int(trail[-1][1:-1]) & ~1])}]"
+                elif tag == "$type":  # its name, and its state
+                    del trail[-1]
+                    if type(state[1]) is dict and trail[1:]:
+                        trail[-1] = "." + trail[-1].strip("[']")
+                raise
+        if state is None:
+            return value
+        if kind is str:
+            return {tag: state if out[0] is _PLAIN else self._tag(state, out)}
+        buffers = out[1]
+        if len(state) <= _INLINE or len(buffers) == _MAX_BUFFERS:
+            return {tag: _base64(state)}
+        buffers.append(state)
+        return {tag: len(buffers) - 1}
+
+    def _fit_many(self, values: Any, out: Any) -> Any:
+        """A long list in its shorter form, or itself if all of it is plain; else None."""
+        kind: Any = type(values[0])
+        if [*map(type, values)].count(kind) < len(values):
+            return None
+        if kind is str or kind in _NEVER or (kind in _NESTS and _are_plain(kind, values)):
+            return values
+        if not self.arrays:
+            return None
+        if kind in _CODES:
+            code = _CODES[kind]
+            try:
+                data = struct.pack(f"<{len(values)}{code}", *values)
+            except struct.error:  # beyond 64 bits
+                return None
+            return {"$numbers": [code, self._tag(data, out)]}
+        tag, tell = _WAYS[kind]
+        if tag not in _EACH or kind is dict:
+            return None
+        if kind is bytes:
+            if max(map(len, values)) > _INLINE:
+                return None
+            tell = _base64
+        return {"$each": [tag, self._fit([*map(tell, values)], out)]}
 
     def loads(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int, first: Any = None) -> Any:
         """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be here.
