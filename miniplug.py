@@ -87,6 +87,7 @@ _AS_PROGRAM = __name__ == "__main__"
 if _AS_PROGRAM:
     __name__ = "miniplug"
 
+from binascii import b2a_base64
 import binascii
 import builtins
 import enum
@@ -705,12 +706,12 @@ def _hook(borrow: Any, buffers: Sequence[_Bytes] = ()) -> Callable[[dict[str, An
     def unmark(mapping: dict[str, Any]) -> Any:
         if len(mapping) != 1:
             return mapping
-        ((tag, state),) = mapping.items()
+        tag, state = mapping.popitem()
         make = _MAKES.get((tag, type(state)))
         if make is not None:
             return make(state)
         if tag[:1] != "$":
-            return mapping
+            return {tag: state}
         if tag == "$ref" or tag == "$own":
             return borrow(tag, state)
         if type(state) is int and (tag == "$bytes" or tag == "$bytearray"):
@@ -742,14 +743,34 @@ def _are_plain(kind: type, rows: Any) -> bool:
     return _ATOMS.issuperset(map(type, cells)) and min(integers) >= _LEAST and max(integers) <= _MOST
 
 
-def _explained(error: Exception, label: str | None, part: Any, *steps: str) -> NotSerializable:
-    if label:  # it was fitted as a list of one
-        steps = steps[:-1]
-    elif steps[-1][1].isdigit():
-        label = "args"
-    place, name = "".join((label or "kwargs", *reversed(steps))), _name_of(type(part))
-    why = str(error) if type(error) is NotSerializable else _shown(error)
-    return NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name)
+def _explain(error: Any, label: str | None) -> None:
+    """Raise it with its place: the traceback leads through all that holds the part that cannot travel."""
+    steps: list[str] = []
+    holder: dict[str, Any] = {}
+    part, is_state = None, False
+    for frame, _ in _found("traceback.walk_tb")(error.__traceback__):
+        names = frame.f_locals
+        if frame.f_code is _Codec._tag.__code__:
+            holder = names
+        elif frame.f_code is _Codec._fit.__code__:
+            part, place, tag = names["part"], names["place"], holder.get("tag")
+            step = f"[{place}]"
+            if holder.get("kind") is dict:
+                key = [*holder["value"]][place // (2 if tag else 1)]  # if it is tagged, keys and values by turns
+                step = f".{key}" if is_state and not tag else f"[{_shown(key)}]"
+            is_state = tag == "$type"
+            steps += [] if is_state else [step]
+            holder = {}
+    if steps:
+        what, why, cause = _name_of(type(part)), str(error), error.__cause__
+        if type(error) is not NotSerializable:
+            why, cause = _shown(error), error
+        if label:
+            steps[0] = label  # it was fitted as a list of one
+        else:
+            steps.insert(0, "args" if steps[0][1].isdigit() else "kwargs")
+        place = "".join(steps)
+        raise NotSerializable(f"{place} is of type {what}: {why}", path=place, type_name=what) from cause
 
 
 class _Codec:
@@ -763,21 +784,35 @@ class _Codec:
         self.arrays = False
         self._scan = _scanner(_hook(borrow))
 
-    def dumps(self, value: Any, label: str | None, lent: list[int] | None = None) -> _Content:
+    def dumps(self, value: Any, label: str | None, lent: list[int] | None = None,
+              plain: Any = _PLAIN) -> _Content:
         """The bytes, the buffers beside them, whether there are tags, and the numbers of what was lent: the
         list `lent`, if there is one, which knows each from the start. Raises NotSerializable, naming the place
-        in `label`; None is that of a call, (target, method, args, kwargs)."""
+        in `label`; None is that of a call, (target, method, args, kwargs). `plain` are the types of which it
+        looks at none: without str and float it is careful."""
         if lent is None:
             lent = []
         try:
             if label is None:
-                is_plain = not value[3] and _PLAIN.issuperset(map(type, value[2]))
-            else:
-                is_plain = type(value) in _PLAIN
-            if is_plain:
+                target, method, args, kwargs = value
+                if not kwargs and plain.issuperset(map(type, args)):
+                    return "".join(_encode(value, 0)).encode(), (), 0, lent
+                parts = [*args]
+            elif type(value) in plain:
                 return "".join(_encode(value, 0)).encode(), (), 0, lent
-            return self._pack(value, label, (_PLAIN, [], lent, []))
+            else:
+                parts = [value]
+            out: Any = plain, [], lent
+            fitted = self._fit(parts, out)
+            tagged = fitted is not parts
+            if label is None:
+                named = kwargs and self._tag(kwargs, out)
+                tagged = tagged or named is not kwargs
+                fitted = [(target, method, fitted, named)]
+            return "".join(_encode(fitted[0], 0)).encode(), out[1], tagged, lent
         except BaseException as error:
+            if plain is _NEVER:
+                raise
             return self._dumps_carefully(value, label, lent, error)
 
     def _dumps_carefully(self, value: Any, label: str | None, lent: list[int], first: Any) -> _Content:
@@ -788,9 +823,8 @@ class _Codec:
                 raise first
             for last in (False, False, True):
                 self.unlend(lent)
-                trail: list[Any] = []
                 try:
-                    content = self._pack(value, label, (_NEVER, [], lent, trail))
+                    content = self.dumps(value, label, lent, _NEVER)
                     break
                 except RecursionError:
                     if _is_deep():
@@ -798,9 +832,8 @@ class _Codec:
                     why = f"{label or 'the call'} is nested too deeply, or contains itself"
                     raise NotSerializable(why, path=label or "the call") from None
                 except Exception as error:
-                    if last and trail:
-                        raise _explained(error, label, *trail) from error.__cause__ or error
                     if last:
+                        _explain(error, label)
                         raise
             if isinstance(first, UnicodeEncodeError) or "JSON compliant" in str(first):
                 return content
@@ -809,59 +842,34 @@ class _Codec:
             self.unlend(lent)
             raise
 
-    def _pack(self, value: Any, label: str | None, out: Any) -> _Content:
-        """The content. `out` holds the types of which none is looked at: without str and float it is careful;
-        the buffers that go beside the message; the numbers of what was lent; and the trail: where it fails,
-        the part that cannot travel, and the way back from there."""
-        parts = [value] if label else [*value[2]]
-        fitted = self._fit(parts, out)
-        tagged = fitted is not parts
-        if label:
-            fitted = fitted[0]
-        else:
-            target, method, _, kwargs = value
-            if kwargs:
-                kwargs = self._fit(kwargs, out)
-                tagged = tagged or kwargs is not value[3]
-            fitted = target, method, fitted, kwargs
-        return "".join(_encode(fitted, 0)).encode(), out[1], tagged, out[2]
-
-    def _fit(self, value: Any, out: Any) -> Any:
-        """A list, tuple or dict; or where the encoder would change it without a word, a copy with tags."""
-        kind, parts, copy, plain = type(value), value, None, out[0]
-        if kind is dict:
-            if not _TEXTS.issuperset(map(type, value)) or (len(value) == 1 and next(iter(value))[:1] == "$"):
-                return self._tag(value, out)
-            if plain is _NEVER and any(map(_SURROGATE.search, value)):
-                return self._tag(value, out)
-            parts = value.values()
-        elif len(value) >= _MANY and plain is _PLAIN:
-            copy = self._fit_many(value, out)
-        if copy is None:
-            place, part = 0, None
-            try:
-                for place, part in enumerate(parts):
-                    its = type(part)
-                    if its in plain or (its is int and _LEAST <= part <= _MOST):
-                        continue
-                    fitted = self._fit(part, out) if its in _NESTS else self._tag(part, out)
-                    if fitted is not part:
-                        copy = copy or [*parts]
-                        copy[place] = fitted
-            except Exception:
-                trail = out[3]
-                step = f"[{_shown([*value][place])}]" if kind is dict else f"[{place}]"
-                trail += [step] if trail else [part, step]
-                raise
-        if kind is tuple:
-            return {"$tuple": value if copy is None else copy}
-        if copy is None:
-            return value
-        return dict(zip(value, copy)) if kind is dict else copy
+    def _fit(self, parts: Any, out: Any) -> Any:
+        """The parts of a list or dict; or where the encoder would change one without a word, a copy with tags.
+        `out` is `plain`, the buffers that go beside the message, and the numbers of what was lent."""
+        plain, copy, place, part = out[0], None, 0, None
+        if len(parts) >= _MANY and plain is _PLAIN and type(parts) is list:
+            copy = self._fit_many(parts, out)
+            if copy is not None:
+                return copy
+        for part in parts:
+            its = type(part)
+            if its not in plain and (its is not int or not _LEAST <= part <= _MOST):
+                fitted = self._fit(part, out) if its is list else self._tag(part, out)
+                if fitted is not part:
+                    copy = copy or [*parts]
+                    copy[place] = fitted
+            place += 1
+        return copy or parts
 
     def _tag(self, value: Any, out: Any) -> Any:
-        """The value with its tag, or itself if it needs none."""
-        tag, tell = _WAYS[type(value)]
+        """The value with its tag, or itself if it needs none; of a dict a copy, if there are tags in it."""
+        kind, tag = type(value), ""
+        if (kind is dict and _TEXTS.issuperset(map(type, value))
+                and (len(value) != 1 or next(iter(value))[:1] != "$")
+                and (out[0] is _PLAIN or not any(map(_SURROGATE.search, value)))):
+            state = value.values()
+            fitted = self._fit(state, out)
+            return value if fitted is state else dict(zip(value, fitted))
+        tag, tell = _WAYS[kind]
         if tell is None:
             loan = self.lend(value, out[2])
             if loan is None:
@@ -869,28 +877,16 @@ class _Codec:
                     "register it with miniplug.register, lend it with miniplug.ref, or send plain data")
             return dict((loan,))
         state = tell(value)
-        kind = type(state)
-        if kind is list:
-            try:
-                return {tag: self._fit(state, out)}
-            except Exception:
-                trail = out[3]
-                if tag == "$dict":  # keys and values by turns
-                    trail[-1] = f"[{_shown(state[int(trail[-1][1:-1]) & ~1])}]"
-                elif tag == "$type":  # its name, and its state
-                    del trail[-1]
-                    if type(state[1]) is dict and trail[1:]:
-                        trail[-1] = "." + trail[-1].strip("[']")
-                raise
         if state is None:
             return value
-        if kind is str:
+        if type(state) is list:
+            return {tag: self._fit(state, out)}
+        if type(state) is str:
             return {tag: state if out[0] is _PLAIN else self._tag(state, out)}
-        buffers = out[1]
-        if len(state) <= _INLINE or len(buffers) == _MAX_BUFFERS:
-            return {tag: _base64(state)}
-        buffers.append(state)
-        return {tag: len(buffers) - 1}
+        if len(state) <= _INLINE or len(out[1]) == _MAX_BUFFERS:
+            return {tag: b2a_base64(state, newline=False).decode()}
+        out[1].append(state)
+        return {tag: len(out[1]) - 1}
 
     def _fit_many(self, values: Any, out: Any) -> Any:
         """A long list in its shorter form, or itself if all of it is plain; else None."""
