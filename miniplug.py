@@ -87,7 +87,6 @@ _AS_PROGRAM = __name__ == "__main__"
 if _AS_PROGRAM:
     __name__ = "miniplug"
 
-from binascii import b2a_base64
 import binascii
 import builtins
 import enum
@@ -95,7 +94,6 @@ import io
 import itertools
 import json
 import json.encoder
-import json.scanner
 import multiprocessing
 import operator
 import os
@@ -416,10 +414,8 @@ def _make_numbers(code: str, data: bytes) -> list[Any]:
 def _make_each(tag: str, states: list[Any]) -> list[Any]:
     if tag not in _EACH or type(states) is not list:
         raise ValueError("each is a tag, and states")
-    kinds = set(map(type, states))
-    if len(kinds) == 1:
-        return [*map(_maker(tag, kinds.pop()), states)]
-    return [_maker(tag, type(state))(state) for state in states]
+    makes = {kind: _maker(tag, kind) for kind in set(map(type, states))}
+    return [makes[type(state)](state) for state in states]
 
 
 def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
@@ -662,18 +658,16 @@ def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
 
 # -- encoding
 
-def _writer() -> Any:
-    """What writes JSON, in pieces; the second argument is 0. json would make one for each value."""
-    encoder: Any = json.encoder
-    return encoder.c_make_encoder(None, None, encoder.encode_basestring, None, ":", ",", False, False, False)
-
-
-_encode = _writer()
+_encoder: Any = json.encoder
+_encode = _encoder.c_make_encoder(  # writes JSON, in pieces; its second argument is 0
+    None, None, _encoder.encode_basestring, None, ":", ",", False, False, False)
 
 
 # -- decoding
 
-_DIGITS = re.compile("[0-9]{50}")  # of every hundredth character: it may be a very long number
+_LONG_TEXT = 5000  # characters: there may be a very long number, if every hundredth of some is a digit
+_DIGITS = re.compile("[0-9]{50}")
+_SPACES = " \t\r\n"
 
 
 def _refuse(*what: Any) -> NoReturn:
@@ -686,17 +680,12 @@ def _make_integer(text: str) -> int:
     return int(text)
 
 
-_SETTINGS = vars(json.JSONDecoder(parse_constant=_refuse))
-_Namespace: Any = type(sys.implementation)  # types.SimpleNamespace; a decoder made anew takes longer
-
-
-def _scanner(hook: Any, integers: Any = None) -> Any:
+def _scanner(hook: Any = None, integers: Any = int) -> Any:
     """What reads JSON: gives the value that begins at an index of a text, and where it ends."""
-    settings = {**_SETTINGS, "object_hook": hook, "parse_int": integers or int}
-    return json.scanner.make_scanner(_Namespace(**settings))
+    return json.JSONDecoder(object_hook=hook, parse_int=integers, parse_constant=_refuse).scan_once
 
 
-_scan = _scanner(None)
+_scan = _scanner()
 
 
 def _hook(borrow: Any, buffers: Sequence[_Bytes] = ()) -> Callable[[dict[str, Any]], Any]:
@@ -745,32 +734,31 @@ def _are_plain(kind: type, rows: Any) -> bool:
 
 def _explain(error: Any, label: str | None) -> None:
     """Raise it with its place: the traceback leads through all that holds the part that cannot travel."""
+    codes = _Codec._fit.__code__, _Codec._tag.__code__
+    walk = _found("traceback.walk_tb")(error.__traceback__)
+    frames = [frame.f_locals for frame, _ in walk if frame.f_code in codes]
     steps: list[str] = []
-    holder: dict[str, Any] = {}
     part, is_state = None, False
-    for frame, _ in _found("traceback.walk_tb")(error.__traceback__):
-        names = frame.f_locals
-        if frame.f_code is _Codec._tag.__code__:
-            holder = names
-        elif frame.f_code is _Codec._fit.__code__:
-            part, place, tag = names["part"], names["place"], holder.get("tag")
+    for above, names in zip([{}, *frames], frames):
+        if "place" in names:
+            part, place, tag = names["part"], names["place"], above.get("tag")
             step = f"[{place}]"
-            if holder.get("kind") is dict:
-                key = [*holder["value"]][place // (2 if tag else 1)]  # if it is tagged, keys and values by turns
+            if above.get("kind") is dict:
+                key = [*above["value"]][place // (2 if tag else 1)]  # with a tag, keys and values by turns
                 step = f".{key}" if is_state and not tag else f"[{_shown(key)}]"
             is_state = tag == "$type"
             steps += [] if is_state else [step]
-            holder = {}
-    if steps:
-        what, why, cause = _name_of(type(part)), str(error), error.__cause__
-        if type(error) is not NotSerializable:
-            why, cause = _shown(error), error
-        if label:
-            steps[0] = label  # it was fitted as a list of one
-        else:
-            steps.insert(0, "args" if steps[0][1].isdigit() else "kwargs")
-        place = "".join(steps)
-        raise NotSerializable(f"{place} is of type {what}: {why}", path=place, type_name=what) from cause
+    if not steps:
+        return
+    if label:
+        steps[0] = label  # it was fitted as a list of one
+    else:
+        steps.insert(0, "args" if steps[0][1].isdigit() else "kwargs")
+    why, cause = str(error), error.__cause__
+    if type(error) is not NotSerializable:
+        why, cause = _shown(error), error
+    place, name = "".join(steps), _name_of(type(part))
+    raise NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name) from cause
 
 
 class _Codec:
@@ -884,7 +872,7 @@ class _Codec:
         if type(state) is str:
             return {tag: state if out[0] is _PLAIN else self._tag(state, out)}
         if len(state) <= _INLINE or len(out[1]) == _MAX_BUFFERS:
-            return {tag: b2a_base64(state, newline=False).decode()}
+            return {tag: binascii.b2a_base64(state, newline=False).decode()}
         out[1].append(state)
         return {tag: len(out[1]) - 1}
 
@@ -917,12 +905,13 @@ class _Codec:
         """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be here.
         `first`: what was raised when this was tried before."""
         try:
-            text = str(body, "utf-8").strip(" \t\r\n")
+            text = str(body, "utf-8")
             scan = self._scan if tagged else _scan
-            if buffers or len(text) > _MAX_DIGITS // 2:
-                scan = self._scanner_for(text, buffers, tagged)
+            if buffers or len(text) > _LONG_TEXT:
+                integers = _make_integer if _DIGITS.search(text[::100]) else int
+                scan = _scanner(_hook(self.borrow, buffers) if tagged else None, integers)
             value, end = scan(text, 0)
-            if end != len(text):
+            if end != len(text) and text[end:].strip(_SPACES):
                 raise ValueError("more than one value")
             return value
         except RecursionError:
@@ -930,19 +919,15 @@ class _Codec:
                 raise  # it is the caller's stack that is full
             raise ProtocolError("a malformed value: it is nested too deeply") from None
         except Exception as error:
-            if first is not None:
+            if isinstance(first, Exception):
                 if isinstance(error, (NotSerializable, DeadReference, MethodNotFound)):
                     raise _Undecodable(error) from error
-                if isinstance(error, ProtocolError):
-                    raise
                 raise ProtocolError(f"a malformed value: {_shown(error)}") from None
             first = error
-        self.loads(body, buffers, tagged, first)
+        value = self.loads(bytes(body).lstrip(_SPACES.encode()), buffers, tagged, first)
+        if isinstance(first, StopIteration):
+            return value  # there were spaces before it
         raise first.__cause__ or first  # a signal handler's: the value itself is good
-
-    def _scanner_for(self, text: str, buffers: Sequence[_Bytes], tagged: int) -> Any:
-        hook = _hook(self.borrow, buffers) if tagged else None
-        return _scanner(hook, _make_integer if _DIGITS.search(text[::100]) else None)
 
 
 # -- exceptions
