@@ -405,20 +405,22 @@ def _make_dict(state: list[Any]) -> dict[Any, Any]:
     return dict(zip(_told_apart(state[::2]), state[1::2]))
 
 
-def _make_numbers(code: str, data: bytes) -> list[Any]:
-    if code not in _CODES.values() or type(data) is not bytes:
-        raise ValueError('numbers are "q" or "d", and bytes')
+def _make_numbers(state: Any) -> list[Any]:
+    code, data = state
+    if code not in _CODES.values():
+        raise ValueError('numbers are "q" or "d"')
     return [*struct.unpack(f"<{len(data) // 8}{code}", data)]
 
 
-def _make_each(tag: str, states: list[Any]) -> list[Any]:
-    if tag not in _EACH or type(states) is not list:
-        raise ValueError("each is a tag, and states")
-    makes = {kind: _maker(tag, kind) for kind in set(map(type, states))}
-    return [makes[type(state)](state) for state in states]
+def _make_each(state: Any) -> list[Any]:
+    tag, states = state
+    if tag not in _EACH:
+        raise ValueError(f"each is none of {tag!r}")
+    return [_MAKES[tag, type(state)](state) for state in states]
 
 
-def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
+def _make_array(state: Any) -> Any:
+    code, size, order, data = state
     if type(data) is not bytes or order not in ("little", "big"):
         raise ValueError("an array is a letter, a size, a byte order, and bytes")
     if code not in _found("array.typecodes") or _found("array.array")(code).itemsize != size:
@@ -443,8 +445,9 @@ def _moment(value: Any) -> Any:
     return [value.replace(tzinfo=None).isoformat(), value.fold, zone]
 
 
-def _make_moment(name: str, text: str, fold: int, zone: Any) -> Any:
-    return _found(f"datetime.{name}.fromisoformat")(text).replace(fold=fold, tzinfo=zone)
+def _make_moment(read: str, state: Any) -> Any:
+    text, fold, zone = state
+    return _found(read)(text).replace(fold=fold, tzinfo=zone)
 
 
 def _make_zone(key: str) -> Any:
@@ -468,8 +471,6 @@ def _make_decimal(text: str) -> Any:
 
 
 def _make_registered(name: str, held: Any) -> Any:
-    if type(name) is not str:
-        raise ValueError("a registered type goes by its name")
     if name not in _registered:
         raise NotSerializable(f"a {_shown(name)} has come, which is not registered here: both sides have "
                               "to call miniplug.register")
@@ -481,12 +482,19 @@ def _make_registered(name: str, held: Any) -> Any:
         raise NotSerializable(f"a {name!r} cannot be made from what came: {_shown(error)}") from error
 
 
-# By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; the way back,
-# by the type of the state on the wire: _ITEMS is a list, whose items it takes. Names are found on first use.
-_ITEMS = "items"
+def _spread(make: Any) -> Any:
+    return lambda items: _found(make)(*items)
+
+
+def _ways_of_moments(name: str) -> dict[type, Any]:
+    read = f"datetime.{name}.fromisoformat"
+    return {str: read, list: partial(_make_moment, read)}
+
+
+# By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; and by the type
+# of the state on the wire the way back. Names are found on first use.
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
-_Row = namedtuple("_Row", "type state make")
-_TAGS = {tag: _Row(*row) for tag, row in {
+_TAGS: dict[str, tuple[Any, Any, dict[type, Any]]] = {
     "$int": (int, lambda value: hex(_bounded(value)) if abs(value) > _MOST else None,
              {str: lambda text: _bounded(int(text, 16))}),
     "$float": (float, lambda value: None if value - value == 0.0 else repr(value), {str: float}),
@@ -494,51 +502,47 @@ _TAGS = {tag: _Row(*row) for tag, row in {
              {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
     "$tuple": (tuple, list, {list: tuple}),
     "$dict": (dict, _pairs, {list: _make_dict}),
-    "$numbers": (None, None, {_ITEMS: _make_numbers}),
-    "$each": (None, None, {_ITEMS: _make_each}),
+    "$numbers": (None, None, {list: _make_numbers}),
+    "$each": (None, None, {list: _make_each}),
     "$bytes": (bytes, bytes, {str: binascii.a2b_base64}),
     "$bytearray": (bytearray, memoryview,  # a view, so that nobody resizes what is being sent
                    {str: lambda text: bytearray(binascii.a2b_base64(text))}),
     "$set": (set, _told_apart, {list: lambda held: set(_told_apart(held))}),
     "$frozenset": (frozenset, _told_apart, {list: lambda held: frozenset(_told_apart(held))}),
-    "$complex": (complex, lambda z: [z.real, z.imag], {_ITEMS: complex}),
-    "$ellipsis": (type(...), lambda _: [], {_ITEMS: lambda: ...}),
-    "$range": (range, _bounds, {_ITEMS: range}),
-    "$slice": (slice, _bounds, {_ITEMS: slice}),
+    "$complex": (complex, lambda z: [z.real, z.imag], {list: _spread(complex)}),
+    "$ellipsis": (type(...), lambda _: [], {list: lambda _: ...}),
+    "$range": (range, _bounds, {list: _spread(range)}),
+    "$slice": (slice, _bounds, {list: _spread(slice)}),
     "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, a.tobytes()],
-               {_ITEMS: _make_array}),
+               {list: _make_array}),
     "$date": ("datetime.date", "datetime.date.isoformat", {str: "datetime.date.fromisoformat"}),
-    "$datetime": ("datetime.datetime", _moment,
-                  {str: "datetime.datetime.fromisoformat", _ITEMS: partial(_make_moment, "datetime")}),
-    "$time": ("datetime.time", _moment,
-              {str: "datetime.time.fromisoformat", _ITEMS: partial(_make_moment, "time")}),
+    "$datetime": ("datetime.datetime", _moment, _ways_of_moments("datetime")),
+    "$time": ("datetime.time", _moment, _ways_of_moments("time")),
     "$timedelta": ("datetime.timedelta", lambda d: [d.days, d.seconds, d.microseconds],
-                   {_ITEMS: "datetime.timedelta"}),
+                   {list: _spread("datetime.timedelta")}),
     "$timezone": ("datetime.timezone", lambda zone: [*zone.__getinitargs__()],
-                  {_ITEMS: "datetime.timezone"}),
+                  {list: _spread("datetime.timezone")}),
     "$zone": ("zoneinfo.ZoneInfo", lambda zone: zone.__reduce__()[1][0], {str: _make_zone}),
     "$decimal": ("decimal.Decimal", _decimal, {str: _make_decimal}),
     "$fraction": ("fractions.Fraction", lambda f: [f.numerator, f.denominator],
-                  {_ITEMS: lambda *pair: _found("fractions.Fraction")(*map(int.__index__, pair))}),
+                  {list: lambda pair: _found("fractions.Fraction")(*map(int.__index__, pair))}),
     "$uuid": ("uuid.UUID", lambda value: f"{value.int:032x}", {str: "uuid.UUID"}),
     **{f"${name.lower()}": (f"pathlib.{name}", str, {str: f"pathlib.{'Pure' * (name == _FOREIGN)}{name}"})
        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
-    "$type": (None, None, {_ITEMS: _make_registered}),  # each registered type has its own state
-}.items()}
-_OF_TYPE = {row.type: tag for tag, row in _TAGS.items() if row.type}
+    "$type": (None, None, {list: lambda held: _make_registered(*held)}),  # each has its own state
+}
+_OF_TYPE = {kind: tag for tag, (kind, _, _) in _TAGS.items()}
 _EACH = frozenset((  # nothing that is much longer than its state
     "$tuple", "$dict", "$bytes", "$date", "$datetime", "$time", "$timedelta", "$decimal", "$uuid", "$type"))
 
 
-_MAKES: dict[tuple[str, type], Any] = {}  # the ways back found, by the tag and the type of the state
+class _Makes(dict):
+    """The ways back, by the tag and the type of the state."""
 
-
-def _maker(tag: str, kind: type) -> Any:
-    ways = _TAGS[tag].make
-    spreads = kind is list and _ITEMS in ways
-    make = _found(ways[_ITEMS if spreads else kind])
-    _MAKES[tag, kind] = make = (lambda items, make=make: make(*items)) if spreads else make
-    return make
+    def __missing__(self, way: Any) -> Any:
+        tag, kind = way
+        self[way] = make = _found(_TAGS[tag][2][kind])
+        return make
 
 
 class _Ways(dict):
@@ -546,13 +550,14 @@ class _Ways(dict):
 
     def __missing__(self, kind: Any) -> Any:
         name = f"{kind.__module__}.".partition(".")[0] + "." + kind.__qualname__
-        tag = _OF_TYPE.get(kind) or _OF_TYPE.get(name)
-        if tag is None or _found(_TAGS[tag].type) is not kind:
+        tag: Any = _OF_TYPE.get(kind) or _OF_TYPE.get(name)
+        if tag is None or _found(_TAGS[tag][0]) is not kind:
             return "", None
-        self[kind] = way = tag, _found(_TAGS[tag].state)
+        self[kind] = way = tag, _found(_TAGS[tag][1])
         return way
 
 
+_MAKES = _Makes()
 _WAYS = _Ways({memoryview: ("$bytes", memoryview.tobytes)})
 
 
@@ -704,8 +709,8 @@ def _hook(borrow: Any, buffers: Sequence[_Bytes] = ()) -> Callable[[dict[str, An
         if tag == "$ref" or tag == "$own":
             return borrow(tag, state)
         if type(state) is int and (tag == "$bytes" or tag == "$bytearray"):
-            return _TAGS[tag].type(left.pop(state))
-        return _maker(tag, type(state))(state)
+            return _TAGS[tag][0](left.pop(state))
+        return _MAKES[tag, type(state)](state)
 
     return unmark
 
@@ -941,8 +946,8 @@ _GROUPS: Any = getattr(builtins, "BaseExceptionGroup", ())  # new in Python 3.11
 
 def _is_ending(kind: type) -> bool:
     """Whether this would end the program, loop or task that calls."""
-    modules = map(sys.modules.get, ("asyncio.exceptions", "concurrent.futures._base"))
-    cancelled = [getattr(module, "CancelledError", SystemExit) for module in modules]
+    cancelled = (getattr(sys.modules.get(name), "CancelledError", SystemExit)
+                 for name in ("asyncio.exceptions", "concurrent.futures._base"))
     return issubclass(kind, (SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration, StopAsyncIteration,
                              *cancelled))
 
@@ -1055,15 +1060,13 @@ def _remote_type(kind: type) -> Any:
 def _decode_error(body: Any) -> Any:
     """The exception to raise for the body of an error message, whatever is wrong with that."""
     body = body if type(body) is dict else {}
-    state = body["state"] if type(body.get("state")) is dict else {}
     texts = {key: body[key] if type(body.get(key)) is str else "" for key in _TEXT_KEYS}
+    body = {**body, **texts, "state": body["state"] if type(body.get("state")) is dict else {}}
     name, message, traceback, _ = texts.values()
     if body.get("own") and name in _OWN_ERRORS:
-        own = _OWN_ERRORS[name]
-        kinds = {key: type(getattr(own, key)) for key in dir(own) if key[0] != "_"}  # of what it carries
-        return own(message, **{key: state[key] for key, kind in kinds.items()
-                               if type(state.get(key)) is (list if kind is tuple else kind)})
-    body = {**body, **texts, "state": state}
+        own, state = _OWN_ERRORS[name], body["state"]
+        carried = {key: list if held == () else type(held) for key, held in vars(own).items() if key[0] != "_"}
+        return own(message, **{key: state[key] for key, kind in carried.items() if type(state.get(key)) is kind})
     error = _raised_error(body)
     known = {"type_name": name, "message": message, "remote_traceback": traceback, **vars(error)}
     vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
@@ -1075,10 +1078,10 @@ def _decode_error(body: Any) -> Any:
 def _raised_error(body: dict[str, Any]) -> Any:
     """The RemoteError for a body: a registered exception too, or a builtin one, or that with no more than the
     text; else it is plain."""
-    bare = {**body, "state": {}, "args": [body["message"]]}
-    for tell, told in ((_told_registered, body), (_told_builtin, body), (_told_builtin, bare)):
+    builtin = {**body, "registered": None}
+    for told in (body, builtin, {**builtin, "state": {}, "args": [body["message"]]}):
         try:
-            kind, state = tell(told)
+            kind, state = _told(told)
             if _can_be_raised(kind):
                 error = _make_error(_remote_type(kind), state)
                 str(error), repr(error)
@@ -1089,12 +1092,11 @@ def _raised_error(body: dict[str, Any]) -> Any:
     return RemoteError(": ".join(texts) or "the plugin failed and did not say how")
 
 
-def _told_registered(body: dict[str, Any]) -> Any:
-    error = _make_registered(*body["registered"])
-    return type(error), _error_state(error)
-
-
-def _told_builtin(body: dict[str, Any]) -> Any:
+def _told(body: dict[str, Any]) -> Any:
+    """The type and the state that a body tells."""
+    if body.get("registered"):
+        error = _make_registered(*body["registered"])
+        return type(error), _error_state(error)
     args = body.get("args", [body["message"]])
     if body["kind"] == "ExceptionGroup":
         args = [args[0], _decode_parts(body["parts"])]
