@@ -1251,6 +1251,7 @@ class _Channel:
     stuck: Any = staticmethod(lambda *error: None)  # is called before a writer waits: somebody has to read
     later: Any = stuck  # when another thread has to go on writing
     gone: Any = stuck  # with the error, when the descriptors were closed beneath us
+    _ticks = False  # whether each second a read that waits ends: so most deadlines need no poll()
     _gathers = True  # whether frames that are short may leave as one chunk
     limit = 0  # bytes of a message that comes, with its header; 0 in the handshake
     send_limit = _short = 0  # bytes of one that goes, without; and of one that is a single chunk
@@ -1266,6 +1267,7 @@ class _Channel:
         with connection:
             sock = socket.socket(fileno=os.dup(connection.fileno()))
         self.sock: Any = sock
+        self._recv, self._send = sock.recv, sock.send
         try:
             self._end = sock.dup()  # ends the connection when somebody else has closed that number
         except OSError:
@@ -1297,9 +1299,9 @@ class _Channel:
                     self._fill(partial, cut, deadline)
                     continue
                 if not steps:
-                    if deadline is not None:  # spares every read a call
+                    if deadline is not None and (deadline - time.monotonic() < 1.0 or not self._ticks):
                         self._await_more(deadline)
-                    steps.extend(map(self.sock.recv, (_READ_SIZE,)))  # one step
+                    steps.extend(map(self._recv, (_READ_SIZE,)))  # one step
             except OSError as error:
                 if _is_strike(error):
                     raise
@@ -1310,8 +1312,16 @@ class _Channel:
         return self.state[0]
 
     def _await_more(self, deadline: float | None) -> None:
-        if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
+        if deadline is None:
+            return
+        if not self._ticks:  # not before somebody has a deadline: who is idle sleeps
+            _quietly(self._tick)
+        if not self._readable.poll(_left(deadline) * 1000):
             raise _Late(_IN_TIME)
+
+    def _tick(self) -> None:
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 1, 0))
+        self._ticks = True
 
     def _fill(self, partial: Any, cut: Any, deadline: float | None) -> None:
         file, size, counts = cut
@@ -1331,27 +1341,16 @@ class _Channel:
         """What `state` is with these bytes."""
         come: deque[Any] = deque()
         at, size = 0, len(data)
-        while partial is None and size - at >= 28:  # the usual case: a short frame that begins a message
-            length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
-            end = at + 4 + length
-            if end > size or version != _WIRE_VERSION or not _HEAD <= length <= self.limit:
-                break
-            message: Any = kind, flags, number, parent, data[at + 28 : end], [] if count else ()
-            if not count:
-                come.append(message)
-            elif count <= _MAX_BUFFERS:
-                partial = message, count, 0, self.limit - length
-            else:
-                break
-            if end == size:
-                return come, partial, b"", [], None
-            at = end
-        return self._parse_any(come, data, at, partial)
-
-    def _parse_any(self, come: deque[Any], data: bytes, at: int, partial: Any) -> Any:
-        """The same of all frames, from an index on."""
-        size = len(data)
         while size - at >= 4:
+            if partial is None and size - at >= 28:  # the usual case: a short message without buffers
+                length, version, kind, flags, count, number, parent = _FRAME.unpack_from(data, at)
+                end = at + 4 + length
+                if end <= size and not count and version == _WIRE_VERSION and _HEAD <= length <= self.limit:
+                    come.append((kind, flags, number, parent, data[at + 28 : end], ()))
+                    if end == size:
+                        return come, None, b"", [], None
+                    at = end
+                    continue
             start, (length,) = at + 4, _LENGTH.unpack_from(data, at)
             if length == -1:
                 start = at + 12
@@ -1407,7 +1406,8 @@ class _Channel:
              wait: bool = True, deadline: float | None = None) -> None:
         """Write a message with what the codec has made. Raises MessageTooLarge, and what `write` does."""
         body, buffers, tagged, lent = content
-        if len(body) > self._short or buffers:
+        size = len(body)
+        if size > self._short or buffers:
             size = self.check_size(content)
             head = _HEADER.pack(_WIRE_VERSION, kind, flags | tagged, len(buffers), number, parent)
             message = self.frame(body, head)
@@ -1416,8 +1416,8 @@ class _Channel:
             if size < _READ_SIZE and self._gathers:
                 message = [b"".join(message)]
         else:  # to copy little is cheaper than to gather
-            size = len(body) + _HEAD
-            message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags | tagged, 0, number, parent) + body]
+            head = _FRAME.pack(size + _HEAD, _WIRE_VERSION, kind, flags | tagged, 0, number, parent)
+            message = [head + body]
         self.write(message, lent, wait, deadline)
 
     def check_size(self, content: _Content, more: int = 0) -> int:
@@ -1497,7 +1497,7 @@ class _Channel:
         flags = _NO_SIGNAL if blocking else _DONT_WAIT
         try:
             if len(chunks) == 1 and not counts:  # the usual case
-                counts.extend(map(self.sock.send, chunks, (flags,)))  # one step
+                counts.extend(map(self._send, chunks, (flags,)))  # one step
                 if counts[0] == len(chunks[0]):
                     return True
             while True:
@@ -2180,6 +2180,8 @@ class _Call:
     home = True  # whether a thread waits, which runs calls on its behalf
     loop: Any = None  # the event loop that does, if it was submitted where one runs
     context: Any = None  # contextvars.Context, of the submit
+    future: Any = None  # the Call that the user has
+    gate: Any = None  # of the thread that waits, while it sleeps
     raised: Any = ()  # by calls on its behalf: (number, exception)
     given_up = False
     granted = _WINDOW  # for how many items there was credit
@@ -2191,10 +2193,8 @@ class _Call:
         self.method = method
         self.seconds = seconds
         self.deadline = None if seconds is None else time.monotonic() + seconds
-        self.inbox: deque[_Message] = deque()
+        self.inbox: list[_Message] = []
         self.lent: list[int] = []  # references in it, until it is sent
-        self.gate: Any = None  # of the thread that waits, while it sleeps
-        self.future: Any = None  # the Call that the user has
         self.streams = False  # whether it is answered by a stream
         self.over = False  # whether it was answered, and that was decoded
 
@@ -2226,19 +2226,20 @@ class _Request:
     """A call of the other side's, to be answered. `inbox` is its message, until that is decoded."""
 
     outer: _Request | None = None  # the call in which this one is run
-    method = ""
     loop: Any = None  # the host's event loop, where it runs on that
     task: Any = None  # asyncio's, where it runs as one
+    producer: Any = None  # the _Producer of the stream that is its answer
 
     def __init__(self, session: _Session, message: _Message) -> None:
         self.session = session
-        self.inbox = deque((message,))
+        self.inbox = [message]
         self.kind, _, self.number, self.parent, _, _ = message
-        self.slots = session.runner.nested_slots if self.parent else session.runner.slots
         self.begun = self.cancelled = False
         self.lent: list[int] = []  # references in the answer, until that is sent
-        self.body: Any = None  # [target, method, args, kwargs], from when it is decoded until it has run
-        self.producer: Any = None  # the _Producer of the stream that is its answer
+
+    def slots(self) -> _Slots:
+        runner = self.session.runner
+        return runner.nested_slots if self.parent else runner.slots
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -2264,28 +2265,38 @@ def _call_on(loop: Any, function: Callable[[], Any], context: Any = None) -> boo
 
 
 class _Slots:
-    """How many calls may run at once, of all sessions of a plugin. Any thread; `_lock` protects both."""
+    """How many calls may run at once, of all sessions of a plugin. For any thread; each step is one of C."""
 
     def __init__(self, count: int) -> None:
-        self._lock = threading.RLock()  # a handler may drop a message here
         self.free = [None] * count  # as long as how many more calls may run
         self._queue: deque[_Request] = deque()  # calls that wait for a slot
 
     def take(self, request: _Request) -> bool:
         """Whether a call may run now; else it runs when there is a slot."""
-        with self._lock:
-            if self.free:
-                self.free.pop()
-                return True
+        try:
+            self.free.pop()
+            return True
+        except IndexError:
             self._queue.append(request)
+            self._share()  # one may be free by now
             return False
 
     def give_back(self) -> None:
-        with self._lock:
-            if not self._queue:
-                return self.free.append(None)
-            request = self._queue.popleft()
-        return _pool.put((request.session.runner.run_with_slot, request))
+        self.free.append(None)
+        if self._queue:
+            self._share()
+
+    def _share(self) -> None:
+        while self._queue:
+            try:
+                self.free.pop()
+            except IndexError:
+                return  # who has it gives it back
+            try:
+                request = self._queue.popleft()
+                _pool.put((request.session.runner.run, request, self))
+            except IndexError:  # another thread was quicker; but one more may wait by now
+                self.free.append(None)
 
 
 class _Reader:
@@ -2376,7 +2387,10 @@ class _Reader:
                 if flags & _TAGGED and body.find(b'"$own"') >= 0:  # `in` is slow
                     message = come[0] = self._references.held(message)
                 if its == number and kind == _RESULT and not flags & _STREAM:
-                    waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))
+                    if flags:
+                        waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))
+                    else:  # nothing lent is in it, which could get lost
+                        waiting.inbox.append(come.popleft())
                     if not come:
                         return None
                 elif 0 < kind <= _NOTIFY:
@@ -2420,7 +2434,7 @@ class _Reader:
     def _route_call(self, come: deque[_Message], message: _Message, number: int, parent: int,
                     attends: bool) -> _Request | None:
         """Give a call to who runs it. One on behalf of none the attendant runs itself: it is returned."""
-        request, runner = self._requests.get(number), self._session.runner
+        request = self._requests.get(number)
         if request is None:
             request = self._requests[number] = _Request(self._session, message)
         elif not request.inbox or request.inbox[0] is not message:
@@ -2428,7 +2442,7 @@ class _Reader:
         if attends and not parent:
             come.popleft()
             return request
-        call = self._calls.get(parent)
+        call, runner = self._calls.get(parent), self._session.runner
         if call is not None and call.home and not call.inbox:  # that thread runs one, and no more
             call.inbox.extend(itertools.starmap(come.popleft, _ONCE))
             if call.given_up:  # meanwhile
@@ -2498,41 +2512,39 @@ class _Attendant:
             _pool.put((self._attend, mine))
 
     def _attend(self, mine: list[int]) -> None:
-        session, right, seat, runner = self._session, self._right, self._reader.seat, self._session.runner
+        session, right, reader, runner = self._session, self._right, self._reader, self._session.runner
         mine[0], serves = _get_ident(), session.serving  # then it is wanted until the end
-        slow = None
+        seat, slots, number = reader.seat, runner.slots, 0
         try:
             while True:  # a condition here would keep Python 3.11 from making the loop quick
                 if right.get(0) is not mine or not (serves or self._is_wanted()):
                     break
+                self._inline = -number
                 if seat.setdefault(0, mine) is not mine:
                     break
-                request = self._reader.read()
+                request = reader.read()
                 del seat[0]
                 if request is None:
-                    if not self._reader.unattended:
+                    if not reader.unattended:
                         break  # the caller that was woken reads better
-                elif runner.slots.take(request):
-                    runner.decode(request)
-                    if runner.quick.get(request.method, 0) < 3:
-                        slow = request
-                        break
-                    self._inline = request.number
+                elif slots.take(request):
+                    self._inline = number = request.number
                     if not self._watched:
                         self.watch()
-                    runner.run_with_slot(request)
-                    if right.get(0) is mine:
-                        self._inline = -request.number
+                    runner.run(request, slots, mine)
         except BaseException as error:  # the connection's end, or there is no memory
             session.end(error)
         finally:
             if seat.get(0) is mine:
                 del seat[0]
-            if right.get(0) is mine:
-                del right[0]
-            self._reader.pass_on()
-        if slow is not None:
-            runner.run_with_slot(slow)
+            self.leave(mine)
+
+    def leave(self, mine: list[int]) -> None:
+        """Have another thread attend, in place of the one with this right."""
+        if self._right.get(0) is mine:
+            self._inline = 0
+            del self._right[0]
+        self._reader.pass_on()
 
     def watch(self) -> None:
         if not self._watched:
@@ -2670,8 +2682,7 @@ class _Caller:
         """What the first message of the inbox stands for: the answer, or items. Raises what it says, and
         StopIteration at the end of a stream."""
         try:
-            message = call.inbox[0]
-            value = self._session.decode(call.inbox)
+            message, value = self._session.decode(call.inbox)
         except _Undecodable as error:
             raise error.args[0] from None
         except ProtocolError as error:
@@ -2721,10 +2732,10 @@ class _Caller:
         self._reader.pass_on()
 
     def forget(self, call: _Call) -> None:
-        inbox, call.inbox = call.inbox, deque((_CLOSED,))
+        inbox, call.inbox = call.inbox, [_CLOSED]
         while inbox:
             try:
-                self._session.drop(inbox.popleft())
+                self._session.drop(inbox.pop(0))
             except IndexError:
                 return  # another thread was quicker
 
@@ -2775,18 +2786,12 @@ class _Runner:
         request = self._requests.get(message[2])
         if request is not None and request.begun:
             self.fail(request, KeyboardInterrupt(), wait=False)
-        elif request is not None and request.slots.take(request):
-            _pool.put((self.run_with_slot, request))
+        elif request is not None and request.slots().take(request):
+            _pool.put((self.run, request, request.slots()))
 
     def run_in_slot(self, request: _Request) -> None:
-        if request.slots.take(request):
-            self.run_with_slot(request)
-
-    def run_with_slot(self, request: _Request) -> None:
-        try:
-            self.run(request)
-        finally:
-            request.slots.give_back()
+        if request.slots().take(request):
+            self.run(request, request.slots())
 
     def run_nested(self, call: _Call) -> None:
         """As the thread that waits for a call: run the one in its inbox."""
@@ -2795,7 +2800,7 @@ class _Runner:
         if request is not None:
             self.run(request)
         if inbox:  # not given up meanwhile
-            inbox.popleft()  # not before: should this thread go, who gives the call up sees to it
+            inbox.pop(0)  # not before: should this thread go, who gives the call up sees to it
 
     def run_on_loop(self, call: _Call, request: _Request) -> bool:
         """Have the loop that waits for a call run one made on its behalf. False if that is closed."""
@@ -2806,66 +2811,69 @@ class _Runner:
 
     # -- running
 
-    def decode(self, request: _Request) -> None:
-        """Make the call of what has come: `request.body`. Without one it has been answered."""
+    def _decode(self, request: _Request) -> Any:
+        """The call that has come: [target, method, args, kwargs]. Without one it has been answered."""
         try:
-            call = self._session.decode(request.inbox)
+            _, call = self._session.decode(request.inbox)
             if type(call) is not list or [*map(type, call[1:4])] != _CALL_TYPES:
                 raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
             if self._session.closing is not None:
                 raise _Undecodable(PluginClosed("the plugin is shutting down"))
-            request.body, request.method = call, call[1]
+            return call[:4]
         except _Undecodable as error:
-            request.begun = True
             self.fail(request, error.args[0], own=True)
         except ProtocolError as error:
-            request.begun = True
             self._session.end(error)
+        return None
 
-    def run(self, request: _Request) -> None:
+    def run(self, request: _Request, slots: _Slots | None = None, attends: Any = None) -> None:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises
-        is an answer too."""
-        if request.begun and request.producer is None:
-            return
-        outer, returned = _current.get(), False
-        own = True  # whether an error of ours would be about this call itself
+        is an answer too. `slots`: where a slot is given back. `attends`: the right of the attendant, who
+        leaves with a method that may take long."""
+        outer, runs = _current.get(), None  # whether the method runs; None: not yet
         try:
             _current.set(request)
             if request.begun:
-                request.producer.go_on()
+                if request.producer is not None:
+                    request.producer.go_on()
                 return
             request.begun, request.outer = True, outer
-            if request.body is None:
-                self.decode(request)
-                if request.body is None:
-                    return
+            call = self._decode(request)
+            if call is None:
+                return
+            target, method, args, kwargs = call
+            quick = self.quick.get(method, 0)
+            if attends and quick < 3:
+                self._session.attendant.leave(attends)
             start = time.monotonic()
-            target, method, args, kwargs = request.body[:4]
             function = self._session.references.resolve(target, method)
-            own = target == 0
+            runs = True
             value = function(*args, **kwargs)
-            own = returned = True
+            runs = False
             seconds = time.monotonic() - start
-            if seconds > _QUICK or self.quick.get(method, 0) < 3:
-                self._took(method, seconds)
+            if seconds > _QUICK or quick < 3:
+                self._took(method, quick + 1 if seconds <= _QUICK else 0)
             if type(value) in _ANSWER_TYPES or not self._is_more(request, value):
                 self.answer(request, value)
         except BaseException as error:
+            own = not runs or target == 0  # whether an error of ours is about this call itself
             strikes = _in_main_thread() and not self._session.is_abandoned
             if strikes or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
                 _pool.put((self.fail, request, error, own))
             else:
                 self.fail(request, error, own)
-            if _is_ctrl_c(error) or (returned and strikes):  # it is for who waits here, too
+            if _is_ctrl_c(error) or (runs is False and strikes):  # it is for who waits here, too
                 raise
         finally:
             _current.set(outer)
-            request.body = args = kwargs = None  # not kept alive by a frame that lingers
+            call = args = kwargs = None  # not kept alive by a frame that lingers
+            if slots is not None:
+                slots.give_back()
 
-    def _took(self, method: str, seconds: float) -> None:
+    def _took(self, method: str, quick: int) -> None:
         if len(self.quick) > 1000:
             self.quick.clear()  # an object that answers every name
-        self.quick[method] = 0 if seconds > _QUICK else self.quick.get(method, 0) + 1
+        self.quick[method] = quick
 
     def answer(self, request: _Request, value: Any) -> None:
         if request.kind == _CALL and not request.cancelled:
@@ -3151,7 +3159,7 @@ class _Session:
         kind, flags, number, _, body, _ = message
         request = self.requests.get(number)  # None: it has ended meanwhile
         if kind == _RELEASE:
-            return self.reader.take(come, lambda gone: self.references.release_unless_busy(gone[2]))
+            return self.references.release(come, number)
         if kind == _CREDIT:
             count = self.codec.loads(body, (), 0) if body else None
             if type(count) is not int or not 0 < count <= _WINDOW:
@@ -3171,20 +3179,21 @@ class _Session:
         come.popleft()
         return None
 
-    def decode(self, inbox: deque[_Message], safely: bool = False) -> Any:
-        """The value of the first message, which is taken out. References in it are borrowed where no handler
-        strikes: so none gets lost halfway. Raises as the codec does."""
+    def decode(self, inbox: list[_Message], safely: bool = False) -> Any:
+        """Take the first message out, and give it and its value. References in it are borrowed where no
+        handler strikes: so none gets lost halfway. Raises as the codec does, IndexError if there is none."""
         if inbox[0][1] & _TAGGED and not safely and inbox[0][4].find(b'"$ref"') >= 0 and _in_main_thread():
             return _in_pool(self.decode, inbox, True)
-        _, flags, _, _, body, buffers = inbox.popleft()
-        return self.codec.loads(body, buffers, flags & _TAGGED) if body else None
+        message = inbox.pop(0)
+        _, flags, _, _, body, buffers = message
+        return message, self.codec.loads(body, buffers, flags & _TAGGED) if body else None
 
     def drop(self, message: _Message) -> None:
         """A message that nobody waits for any more: a call is run all the same, references are given back."""
         if message[0] in (_CALL, _NOTIFY):
             self.runner.run_message(message)
         elif message[1] & _TAGGED and self.ended is None:
-            _quietly(self.decode, deque((message,)), True, kind=(_Undecodable, ProtocolError))
+            _quietly(self.decode, [message], True, kind=(_Undecodable, ProtocolError))
 
     # -- the end
 
@@ -3569,9 +3578,9 @@ class _References:
         loan = self._loans.get(target) if type(target) is int else None
         if loan is None:
             loan = self.loan(target)
-        obj = loan.object
-        if method in loan.known:  # not by the string that has come: classes cache those they are asked by
-            return getattr(obj, loan.known[method])
+        obj, known = loan.object, loan.known.get(method)
+        if known is not None:  # not by the string that has come: classes cache those they are asked by
+            return getattr(obj, known)
         if not method and callable(obj):
             return obj
         if loan.methods is not None or method.startswith("_"):
@@ -3631,17 +3640,28 @@ class _References:
             raise ProtocolError(f"a method named {_shown(method)}")
         return self.resolve(number, method) if method else self.loan(number).object
 
-    def release(self, number: int) -> None:
-        """Take one count of a loan back. The pool exits it, as that may take long."""
-        _holding(self._lock, self._release, number)
-
-    def _release(self, number: int) -> None:
+    def release(self, come: deque[_Message], number: int) -> None:
+        """As the reader: the first of `come` takes one count of a loan back."""
         loan = self._loans.get(number) if number else None
         if loan is None:
+            come.popleft()
             return
-        if loan.sent:
-            loan.sent.pop()
-        if loan.sent:
+        self._latest.append(number)  # should a handler raise behind the next step
+        both = zip(itertools.starmap(come.popleft, _ONCE), itertools.starmap(loan.sent.pop, _ONCE))
+        _quietly(_consume, both, kind=IndexError)
+        if not loan.sent:
+            if self._lock.acquire(False):
+                try:
+                    return self._drop(number)
+                finally:
+                    self._lock.release()
+            # a finalizer that calls in the midst of `lend` may wait for who reads
+            _pool.put((_holding, self._lock, self._drop, number))
+
+    def _drop(self, number: int) -> None:
+        """Under the lock: forget a loan that is out no more. The pool exits it, as that may take long."""
+        loan = self._loans.get(number)
+        if loan is None or loan.sent or not number:
             return
         self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
         del self._loans[number]
@@ -3656,25 +3676,20 @@ class _References:
             while self._parting:
                 _exit(self._parting.pop().manager)
 
-    def release_unless_busy(self, number: int) -> None:
-        """For who reads: a finalizer that calls in the midst of `lend` may wait for that one."""
-        if not self._lock.acquire(False):
-            return _pool.put((self.release, number))
-        try:
-            return self.release(number)
-        finally:
-            self._lock.release()
-
     def unlend(self, lent: Any) -> None:
-        """Take back what was lent for a message that was not sent, and what is half lent."""
+        """Take back what was lent for a message that was not sent, and what is half lent or half dropped."""
         _holding(self._lock, self._unlend, lent)
 
     def _unlend(self, lent: Any) -> None:
-        for number in list(self._latest):
-            if number in self._loans and not self._loans[number].sent:
-                self._release(number)
         while lent:
-            self._release(lent.pop())
+            number = lent.pop()
+            loan = self._loans.get(number)
+            if loan is not None and loan.sent:
+                loan.sent.pop()
+            self._drop(number)
+        for number in list(self._latest):
+            self._drop(number)
+        self.lends = len(self._loans) > 1
 
     def close(self) -> None:
         """The connection has ended: exit the context managers, the latest first."""
@@ -3804,11 +3819,11 @@ class _Method(_Remote):
     def _act(self, act: Callable[..., Any], args: Any, kwargs: Any, call: Any = None) -> Any:
         """Call `act` with who calls over the session where the object is now, and all that a call needs. One
         that was submitted, `call`, may begin later, if it has to wait for a start."""
-        target, seconds, place = self._target, self._timeout, self._target.here()
+        target, seconds = self._target, self._timeout
+        place = target.here()
         if place is not None:
-            caller, number = place
             try:
-                return act(caller, number, self._name, args, kwargs, seconds)
+                return act(place[0], place[1], self._name, args, kwargs, seconds)
             except _Sealed:
                 pass
         begin = partial(_reach, target.find, partial(_act_at, act), self._name, args, kwargs)
@@ -4039,9 +4054,8 @@ class _Awaitable(_Future):
         """As the reader: the answer has come. Where callbacks may take long, or a handler strike, the pool
         does the rest."""
         if attends and self._condition.acquire(False):  # who was struck in `result` may hold it for ever
-            try:  # no callback is added meanwhile; asyncio's only send word to a loop
-                modules = [str(getattr(each, "__module__", "")) for each in self._done_callbacks]
-                if all(module.startswith("asyncio.") for module in modules):
+            try:  # no callback is added meanwhile; ours only send word to a loop
+                if all(getattr(each, "func", None) is _wake_task for each in self._done_callbacks):
                     return self._settle(call, come.popleft())
             finally:
                 self._condition.release()
@@ -4055,7 +4069,7 @@ class _Awaitable(_Future):
             call.session.drop(message)
             return
         try:
-            call.inbox.appendleft(message)  # items may have come already
+            call.inbox.insert(0, message)  # items may have come already
             value = call.session.caller.value(call)
         except BaseException as error:
             self._fail(error)
@@ -4094,7 +4108,23 @@ class _Awaitable(_Future):
         return True
 
     def __await__(self) -> Any:
-        return _import("asyncio").wrap_future(self).__await__()
+        asyncio = _import("asyncio")
+        if not self.done():
+            waiter = asyncio.get_running_loop().create_future()
+            self.add_done_callback(partial(_wake_task, waiter))
+            try:
+                yield from waiter
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        try:
+            return self.result()
+        except _import("concurrent.futures").CancelledError:
+            raise asyncio.CancelledError from None
+
+
+def _wake_task(waiter: Any, call: Any) -> None:
+    _call_on(waiter.get_loop(), lambda: waiter.done() or waiter.set_result(None))
 
 
 if TYPE_CHECKING:
