@@ -341,7 +341,8 @@ _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
 _NEVER = frozenset((bool, type(None)))  # it does not trip over these
 _NESTS = frozenset((list, tuple, dict))
-_CODES = {int: "q", float: "d"}  # of array and struct
+_CODES = {int: "q", float: "d"}  # of struct
+_ORDER = "" if sys.byteorder == "little" else "<"  # of the bytes: struct takes longer if it is told
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _flatten = itertools.chain.from_iterable
 
@@ -409,7 +410,7 @@ def _make_numbers(state: Any) -> list[Any]:
     code, data = state
     if code not in _CODES.values():
         raise ValueError('numbers are "q" or "d"')
-    return [*struct.unpack(f"<{len(data) // 8}{code}", data)]
+    return [*struct.unpack(f"{_ORDER}{len(data) // 8}{code}", data)]
 
 
 def _make_each(state: Any) -> list[Any]:
@@ -790,19 +791,21 @@ class _Codec:
                 target, method, args, kwargs = value
                 if not kwargs and plain.issuperset(map(type, args)):
                     return "".join(_encode(value, 0)).encode(), (), 0, lent
-                parts = [*args]
+                parts = args
             elif type(value) in plain:
                 return "".join(_encode(value, 0)).encode(), (), 0, lent
             else:
-                parts = [value]
+                parts = (value,)
             out: Any = plain, [], lent
             fitted = self._fit(parts, out)
             tagged = fitted is not parts
-            if label is None:
+            if label is not None:
+                whole = fitted[0]
+            else:
                 named = kwargs and self._tag(kwargs, out)
                 tagged = tagged or named is not kwargs
-                fitted = [(target, method, fitted, named)]
-            return "".join(_encode(fitted[0], 0)).encode(), out[1], tagged, lent
+                whole = target, method, fitted, named
+            return "".join(_encode(whole, 0)).encode(), out[1], tagged, lent
         except BaseException as error:
             if plain is _NEVER:
                 raise
@@ -893,7 +896,7 @@ class _Codec:
         if kind in _CODES:
             code = _CODES[kind]
             try:
-                data = struct.pack(f"<{len(values)}{code}", *values)
+                data = struct.pack(f"{_ORDER}{len(values)}{code}", *values)
             except struct.error:  # beyond 64 bits
                 return None
             return {"$numbers": [code, self._tag(data, out)]}
@@ -913,8 +916,9 @@ class _Codec:
             text = str(body, "utf-8")
             scan = self._scan if tagged else _scan
             if buffers or len(text) > _LONG_TEXT:
-                integers = _make_integer if _DIGITS.search(text[::100]) else int
-                scan = _scanner(_hook(self.borrow, buffers) if tagged else None, integers)
+                is_long = len(text) > _LONG_TEXT and _DIGITS.search(text[::100])
+                hook = _hook(self.borrow, buffers) if tagged else None
+                scan = _scanner(hook, _make_integer if is_long else int)
             value, end = scan(text, 0)
             if end != len(text) and text[end:].strip(_SPACES):
                 raise ValueError("more than one value")
