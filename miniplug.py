@@ -600,7 +600,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
         raise TypeError("encode and decode go together")
     if cls in (bool, type(None), list) or _WAYS[cls][0] not in ("", "$type"):
         raise ValueError(f"{cls.__qualname__} travels by itself")
-    name = name or f"{cls.__module__}.{cls.__qualname__}"
+    name = name or _name_of(cls)
     former = _registered.get(name, (cls,))[0]
     if _name_of(former) != _name_of(cls):
         raise ValueError(f"the name {name!r} is that of {former!r} already")
@@ -634,13 +634,12 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
 def _make_member(cls: Any, state: Any) -> Any:
     if type(state) is str:
         return cls[state]
-    known, member = cls._value2member_map_, None
-    if type(state) is int and issubclass(cls, enum.Flag):
-        if state in known or len(known) < _MAX_COMBINATIONS:
-            member = cls(state)
-    if member is None or member._value_ != state:  # some enums, and Pythons, leave out flags without a name
-        raise ValueError(f"it has no such member, or {_MAX_COMBINATIONS} combinations of its flags already")
-    return member
+    known = cls._value2member_map_
+    if issubclass(cls, enum.Flag) and (state in known or len(known) < _MAX_COMBINATIONS):
+        member = cls(state)
+        if member._value_ == state:  # some enums, and Pythons, leave out flags without a name
+            return member
+    raise ValueError(f"it has no such member, or {_MAX_COMBINATIONS} combinations of its flags already")
 
 
 def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
@@ -671,8 +670,7 @@ _encode = _encoder.c_make_encoder(  # writes JSON, in pieces; its second argumen
 
 # -- decoding
 
-_LONG_TEXT = 5000  # characters: there may be a very long number, if every hundredth of some is a digit
-_DIGITS = re.compile("[0-9]{50}")
+_int_limit: Any = getattr(sys, "get_int_max_str_digits", int)  # new in Python 3.8.14 and its like; or 0
 _SPACES = " \t\r\n"
 
 
@@ -688,7 +686,8 @@ def _make_integer(text: str) -> int:
 
 def _scanner(hook: Any = None, integers: Any = int) -> Any:
     """What reads JSON: gives the value that begins at an index of a text, and where it ends."""
-    return json.JSONDecoder(object_hook=hook, parse_int=integers, parse_constant=_refuse).scan_once
+    decoder: Any = json.JSONDecoder(object_hook=hook, parse_int=integers, parse_constant=_refuse)
+    return decoder.scan_once
 
 
 _scan = _scanner()
@@ -915,10 +914,10 @@ class _Codec:
         try:
             text = str(body, "utf-8")
             scan = self._scan if tagged else _scan
-            if buffers or len(text) > _LONG_TEXT:
-                is_long = len(text) > _LONG_TEXT and _DIGITS.search(text[::100])
+            is_slow = len(text) > _MAX_DIGITS and not 0 < _int_limit() <= _MAX_DIGITS
+            if buffers or is_slow:
                 hook = _hook(self.borrow, buffers) if tagged else None
-                scan = _scanner(hook, _make_integer if is_long else int)
+                scan = _scanner(hook, _make_integer if is_slow else int)
             value, end = scan(text, 0)
             if end != len(text) and text[end:].strip(_SPACES):
                 raise ValueError("more than one value")
@@ -928,7 +927,7 @@ class _Codec:
                 raise  # it is the caller's stack that is full
             raise ProtocolError("a malformed value: it is nested too deeply") from None
         except Exception as error:
-            if isinstance(first, Exception):
+            if first is not None:
                 if isinstance(error, (NotSerializable, DeadReference, MethodNotFound)):
                     raise _Undecodable(error) from error
                 raise ProtocolError(f"a malformed value: {_shown(error)}") from None
