@@ -395,11 +395,6 @@ def _told_apart(values: Iterable[Any]) -> list[Any]:
     return held
 
 
-def _pairs(value: dict[Any, Any]) -> list[Any]:
-    _told_apart(value)
-    return [*_flatten(value.items())]
-
-
 def _make_dict(state: list[Any]) -> dict[Any, Any]:
     if len(state) % 2:
         raise ValueError("a dict is keys and values by turns")
@@ -417,7 +412,8 @@ def _make_each(state: Any) -> list[Any]:
     tag, states = state
     if tag not in _EACH:
         raise ValueError(f"each is none of {tag!r}")
-    return [_MAKES[tag, type(state)](state) for state in states]
+    makes = {kind: _MAKES[tag, kind] for kind in set(map(type, states))}
+    return [makes[type(state)](state) for state in states]
 
 
 def _make_array(state: Any) -> Any:
@@ -458,17 +454,12 @@ def _make_zone(key: str) -> Any:
         raise NotSerializable(f"the time zone {_shown(key)} is not to be had here") from None
 
 
-def _decimal(value: Any, text: str = "") -> str:
-    text = text or str(value)
+def _decimal(held: Any) -> tuple[str, Any]:
+    """A Decimal as text, and as itself; from either."""
+    text, value = str(held), _found("decimal.Decimal")(held)
     if len(text) > _MAX_DIGITS or not -_MAX_DIGITS <= value.adjusted() <= _MAX_DIGITS:
         raise NotSerializable(f"decimals of more than {_MAX_DIGITS} digits, or exponents, do not travel")
-    return text
-
-
-def _make_decimal(text: str) -> Any:
-    value = _found("decimal.Decimal")(text)
-    _decimal(value, text)
-    return value
+    return text, value
 
 
 def _make_registered(name: str, held: Any) -> Any:
@@ -477,9 +468,7 @@ def _make_registered(name: str, held: Any) -> Any:
                               "to call miniplug.register")
     try:
         return _registered[name][1](held)
-    except BaseException as error:
-        if _is_ctrl_c(error):
-            raise
+    except Exception as error:
         raise NotSerializable(f"a {name!r} cannot be made from what came: {_shown(error)}") from error
 
 
@@ -502,7 +491,7 @@ _TAGS: dict[str, tuple[Any, Any, dict[type, Any]]] = {
     "$str": (str, lambda text: _SURROGATE.search(text) and _base64(text.encode("utf-8", "surrogatepass")),
              {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
     "$tuple": (tuple, list, {list: tuple}),
-    "$dict": (dict, _pairs, {list: _make_dict}),
+    "$dict": (dict, lambda value: [*_flatten(zip(_told_apart(value), value.values()))], {list: _make_dict}),
     "$numbers": (None, None, {list: _make_numbers}),
     "$each": (None, None, {list: _make_each}),
     "$bytes": (bytes, bytes, {str: binascii.a2b_base64}),
@@ -524,7 +513,7 @@ _TAGS: dict[str, tuple[Any, Any, dict[type, Any]]] = {
     "$timezone": ("datetime.timezone", lambda zone: [*zone.__getinitargs__()],
                   {list: _spread("datetime.timezone")}),
     "$zone": ("zoneinfo.ZoneInfo", lambda zone: zone.__reduce__()[1][0], {str: _make_zone}),
-    "$decimal": ("decimal.Decimal", _decimal, {str: _make_decimal}),
+    "$decimal": ("decimal.Decimal", lambda value: _decimal(value)[0], {str: lambda text: _decimal(text)[1]}),
     "$fraction": ("fractions.Fraction", lambda f: [f.numerator, f.denominator],
                   {list: lambda pair: _found("fractions.Fraction")(*map(int.__index__, pair))}),
     "$uuid": ("uuid.UUID", lambda value: f"{value.int:032x}", {str: "uuid.UUID"}),
@@ -728,13 +717,16 @@ def _is_deep() -> bool:
 def _are_plain(kind: type, rows: Any) -> bool:
     """Whether the encoder changes nothing in many short lists or dicts, at C speed."""
     cells = rows
-    if kind is dict and min(map(len, rows)) > 1 and _TEXTS.issuperset(map(type, _flatten(rows))):
+    if kind is dict:
+        keys = [*map(type, _flatten(rows))]
+        if keys.count(str) < len(keys) or min(map(len, rows)) < 2:
+            return False
         cells = map(dict.values, rows)
-    elif kind is not list or max(map(len, rows)) >= _MANY:
+    elif max(map(len, rows)) >= _MANY:
         return False
     cells = [*_flatten(cells)]
     integers = [cell for cell in cells if type(cell) is int] or [0]
-    return _ATOMS.issuperset(map(type, cells)) and min(integers) >= _LEAST and max(integers) <= _MOST
+    return {*map(type, cells)} <= _ATOMS and min(integers) >= _LEAST and max(integers) <= _MOST
 
 
 def _explain(error: Any, label: str | None) -> None:
@@ -888,7 +880,7 @@ class _Codec:
         kind: Any = type(values[0])
         if [*map(type, values)].count(kind) < len(values):
             return None
-        if kind is str or kind in _NEVER or (kind in _NESTS and _are_plain(kind, values)):
+        if kind is str or kind in _NEVER or (kind in (list, dict) and _are_plain(kind, values)):
             return values
         if not self.arrays:
             return None

@@ -329,7 +329,8 @@ def test_a_module_that_is_run_again_replaces_its_types(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [
-    '{"$type":["nobody.Knows",{}]}', '{"$type":[1,2]}', '{"$type":["test_values.Point",{"x":1}]}', '{"$type":["test_values.Point",{"x":1,"z":1}]}',
+    '{"$type":[1,2]}',
+    '{"$type":["nobody.Knows",{}]}', '{"$type":["test_values.Point",{"x":1}]}', '{"$type":["test_values.Point",{"x":1,"z":1}]}',
     '{"$type":["test_values.Point",[1,2]]}', '{"$type":["test_values.Point",null]}', '{"$type":["test_values.Color","BLUE"]}',
     '{"$type":["test_values.Perm",64]}', '{"$type":["test_values.Perm",[]]}', '{"$type":["test_values.Slotted",[1,2]]}',
     '{"$type":["test_values.AppError",{}]}', '{"$type":["test_values.AppError",{"args":1}]}', '{"$type":["os.system","true"]}',
