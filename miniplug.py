@@ -324,7 +324,7 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 # === 2. codec ===========================================================================================
 #
 # JSON that keeps Python's types, by the json module's parts in C. What JSON has not is tagged: an object with
-# one key, which begins with "$" (docs/protocol.md lists them). Before the encoder runs, `fit` looks for what
+# one key, which begins with "$" (docs/protocol.md lists them). Before the encoder runs, `_fit` looks for what
 # that does not know, or would change without a word, and copies with tags only there.
 
 _MOST = 2**53 - 1  # of an integer that each JSON reader keeps (RFC 8259)
@@ -731,31 +731,30 @@ def _are_plain(kind: type, rows: Any) -> bool:
 
 def _explain(error: Any, label: str | None) -> None:
     """Raise it with its place: the traceback leads through all that holds the part that cannot travel."""
-    codes = _Codec._fit.__code__, _Codec._tag.__code__
-    walk = _found("traceback.walk_tb")(error.__traceback__)
-    frames = [frame.f_locals for frame, _ in walk if frame.f_code in codes]
     steps: list[str] = []
+    holder: dict[str, Any] = {}
     part, is_state = None, False
-    for above, names in zip([{}, *frames], frames):
-        if "place" in names:
-            part, place, tag = names["part"], names["place"], above.get("tag")
+    for frame, _ in _found("traceback.walk_tb")(error.__traceback__):
+        names = frame.f_locals
+        if frame.f_code is _Codec._tag.__code__:
+            holder = names
+        elif frame.f_code is _Codec._fit.__code__:
+            part, place, tag = names["part"], names["place"], holder.get("tag")
             step = f"[{place}]"
-            if above.get("kind") is dict:
-                key = [*above["value"]][place // (2 if tag else 1)]  # with a tag, keys and values by turns
+            if holder.get("kind") is dict:
+                key = [*holder["value"]][place // (2 if tag else 1)]  # with a tag, keys and values by turns
                 step = f".{key}" if is_state and not tag else f"[{_shown(key)}]"
             is_state = tag == "$type"
             steps += [] if is_state else [step]
-    if not steps:
-        return
-    if label:
-        steps[0] = label  # it was fitted as a list of one
-    else:
-        steps.insert(0, "args" if steps[0][1].isdigit() else "kwargs")
-    why, cause = str(error), error.__cause__
-    if type(error) is not NotSerializable:
-        why, cause = _shown(error), error
-    place, name = "".join(steps), _name_of(type(part))
-    raise NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name) from cause
+            holder = {}
+    if steps:
+        # what is no call was fitted as a list of one; the arguments have numbers
+        steps[:1] = [label] if label else ["args" if steps[0][1].isdigit() else "kwargs", steps[0]]
+        why, cause = str(error), error.__cause__
+        if type(error) is not NotSerializable:
+            why, cause = _shown(error), error
+        path, name = "".join(steps), _name_of(type(part))
+        raise NotSerializable(f"{path} is of type {name}: {why}", path=path, type_name=name) from cause
 
 
 class _Codec:
@@ -832,19 +831,18 @@ class _Codec:
     def _fit(self, parts: Any, out: Any) -> Any:
         """The parts of a list or dict; or where the encoder would change one without a word, a copy with tags.
         `out` is `plain`, the buffers that go beside the message, and the numbers of what was lent."""
-        plain, copy, place, part = out[0], None, 0, None
+        plain, copy = out[0], None
         if len(parts) >= _MANY and plain is _PLAIN and type(parts) is list:
             copy = self._fit_many(parts, out)
             if copy is not None:
                 return copy
-        for part in parts:
+        for place, part in enumerate(parts):
             its = type(part)
             if its not in plain and (its is not int or not _LEAST <= part <= _MOST):
                 fitted = self._fit(part, out) if its is list else self._tag(part, out)
                 if fitted is not part:
                     copy = copy or [*parts]
                     copy[place] = fitted
-            place += 1
         return copy or parts
 
     def _tag(self, value: Any, out: Any) -> Any:
@@ -1039,7 +1037,6 @@ def _make_error(cls: Any, state: Any) -> Any:
 class _First:
     """The first base of a type that is made here: what an exception does to its subclasses is not done."""
 
-    __slots__ = ()
     __reduce__ = RemoteError.__reduce__
 
     def __init_subclass__(cls) -> None:
