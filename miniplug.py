@@ -659,8 +659,8 @@ _encode = _encoder.c_make_encoder(  # writes JSON, in pieces; its second argumen
 
 # -- decoding
 
-_int_limit: Any = getattr(sys, "get_int_max_str_digits", int)  # new in Python 3.8.14 and its like; or 0
 _SPACES = " \t\r\n"
+_int_limit: Any = getattr(sys, "get_int_max_str_digits", int)  # new in Python 3.8.14 and its like; or 0
 
 
 def _refuse(*what: Any) -> NoReturn:
@@ -673,8 +673,10 @@ def _make_integer(text: str) -> int:
     return int(text)
 
 
-def _scanner(hook: Any = None, integers: Any = int) -> Any:
-    """What reads JSON: gives the value that begins at an index of a text, and where it ends."""
+def _scanner(hook: Any = None) -> Any:
+    """What reads JSON: gives the value that begins at an index of a text, and where it ends. One made earlier
+    is good for texts of up to _MAX_DIGITS: `int` may have no limit, or lose it."""
+    integers = int if 0 < _int_limit() <= _MAX_DIGITS else _make_integer
     decoder: Any = json.JSONDecoder(object_hook=hook, parse_int=integers, parse_constant=_refuse)
     return decoder.scan_once
 
@@ -904,12 +906,11 @@ class _Codec:
         try:
             text = str(body, "utf-8")
             scan = self._scan if tagged else _scan
-            is_slow = len(text) > _MAX_DIGITS and not 0 < _int_limit() <= _MAX_DIGITS
-            if buffers or is_slow:
-                hook = _hook(self.borrow, buffers) if tagged else None
-                scan = _scanner(hook, _make_integer if is_slow else int)
+            size = len(text)
+            if buffers or size > _MAX_DIGITS:
+                scan = _scanner(_hook(self.borrow, buffers) if tagged else None)
             value, end = scan(text, 0)
-            if end != len(text) and text[end:].strip(_SPACES):
+            if end != size and text[end:].strip(_SPACES):
                 raise ValueError("more than one value")
             return value
         except RecursionError:
