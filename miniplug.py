@@ -732,30 +732,26 @@ def _are_plain(kind: type, rows: Any) -> bool:
 
 
 def _explain(error: Any, label: str | None) -> None:
-    """Raise it with its place: the traceback leads through all that holds the part that cannot travel."""
+    """Raise it with its place: the traceback leads through all that holds what cannot travel."""
     steps: list[str] = []
-    holder: dict[str, Any] = {}
-    part, is_state = None, False
+    value, tag, is_state = error, "", False
     for frame, _ in _found("traceback.walk_tb")(error.__traceback__):
         names = frame.f_locals
         if frame.f_code is _Codec._tag.__code__:
-            holder = names
+            value, tag = names["value"], names.get("tag", "")
         elif frame.f_code is _Codec._fit.__code__:
-            part, place, tag = names["part"], names["place"], holder.get("tag")
-            step = f"[{place}]"
-            if holder.get("kind") is dict:
-                key = [*holder["value"]][place // (2 if tag else 1)]  # with a tag, keys and values by turns
+            step = f"[{names['place']}]"
+            if type(value) is dict:
+                key = [*value][names["place"] // (2 if tag else 1)]  # with a tag, keys and values by turns
                 step = f".{key}" if is_state and not tag else f"[{_shown(key)}]"
             is_state = tag == "$type"
             steps += [] if is_state else [step]
-            holder = {}
-    if steps:
-        # what is no call was fitted as a list of one; the arguments have numbers
-        steps[:1] = [label] if label else ["args" if steps[0][1].isdigit() else "kwargs", steps[0]]
-        why, cause = str(error), error.__cause__
+            tag = ""
+    if value is not error:  # arguments have numbers, named ones names
+        path = "".join((label or ("args" if steps[0][1].isdigit() else "kwargs"), *steps))
+        name, why, cause = _name_of(type(value)), str(error), error.__cause__
         if type(error) is not NotSerializable:
             why, cause = _shown(error), error
-        path, name = "".join(steps), _name_of(type(part))
         raise NotSerializable(f"{path} is of type {name}: {why}", path=path, type_name=name) from cause
 
 
@@ -783,20 +779,17 @@ class _Codec:
                 target, method, args, kwargs = value
                 if not kwargs and plain.issuperset(map(type, args)):
                     return "".join(_encode(value, 0)).encode(), (), 0, lent
-                parts = args
-            elif type(value) in plain:
-                return "".join(_encode(value, 0)).encode(), (), 0, lent
-            else:
-                parts = (value,)
-            out: Any = plain, [], lent
-            fitted = self._fit(parts, out)
-            tagged = fitted is not parts
-            if label is not None:
-                whole = fitted[0]
-            else:
-                named = kwargs and self._tag(kwargs, out)
-                tagged = tagged or named is not kwargs
+                out: Any = plain, [], lent
+                fitted, named = self._fit(args, out), kwargs and self._tag(kwargs, out)
+                tagged = fitted is not args or named is not kwargs
                 whole = target, method, fitted, named
+            else:
+                its = type(value)
+                if its in plain or (its is int and _LEAST <= value <= _MOST):
+                    return "".join(_encode(value, 0)).encode(), (), 0, lent
+                out = plain, [], lent
+                whole = self._tag(value, out)
+                tagged = whole is not value
             return "".join(_encode(whole, 0)).encode(), out[1], tagged, lent
         except BaseException as error:
             if plain is _NEVER:
@@ -841,15 +834,18 @@ class _Codec:
         for place, part in enumerate(parts):
             its = type(part)
             if its not in plain and (its is not int or not _LEAST <= part <= _MOST):
-                fitted = self._fit(part, out) if its is list else self._tag(part, out)
+                fitted = self._tag(part, out)
                 if fitted is not part:
                     copy = copy or [*parts]
                     copy[place] = fitted
         return copy or parts
 
     def _tag(self, value: Any, out: Any) -> Any:
-        """The value with its tag, or itself if it needs none; of a dict a copy, if there are tags in it."""
-        kind, tag = type(value), ""
+        """The value with its tag, or itself if it needs none; of a list or dict a copy, if there are tags in
+        it."""
+        kind = type(value)
+        if kind is list:
+            return self._fit(value, out)
         if (kind is dict and _TEXTS.issuperset(map(type, value))
                 and (len(value) != 1 or next(iter(value))[:1] != "$")
                 and (out[0] is _PLAIN or not any(map(_SURROGATE.search, value)))):
