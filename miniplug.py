@@ -481,8 +481,8 @@ def _ways_of_moments(name: str) -> dict[type, Any]:
     return {str: read, list: partial(_make_moment, read)}
 
 
-# By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; and by the type
-# of the state on the wire the way back. Names are found on first use.
+# By the tag: the type; what gives its state, which may have tags in turn, or None if it needs no tag; the ways
+# back, by the type of the state on the wire. Names are found on first use.
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
 _TAGS: dict[str, tuple[Any, Any, dict[type, Any]]] = {
     "$int": (int, lambda value: hex(_bounded(value)) if abs(value) > _MOST else None,
@@ -769,9 +769,9 @@ class _Codec:
     def dumps(self, value: Any, label: str | None, lent: list[int] | None = None,
               plain: Any = _PLAIN) -> _Content:
         """The bytes, the buffers beside them, whether there are tags, and the numbers of what was lent: the
-        list `lent`, if there is one, which knows each from the start. Raises NotSerializable, naming the place
-        in `label`; None is that of a call, (target, method, args, kwargs). `plain` are the types of which it
-        looks at none: without str and float it is careful."""
+        list `lent`, if there is one, which knows each from the start. Raises NotSerializable, which names the
+        place in `label`; None is that of a call, (target, method, args, kwargs). `plain`: the types of which
+        it looks at none; without str and float it is careful."""
         if lent is None:
             lent = []
         try:
@@ -824,7 +824,7 @@ class _Codec:
             raise
 
     def _fit(self, parts: Any, out: Any) -> Any:
-        """The parts of a list or dict; or where the encoder would change one without a word, a copy with tags.
+        """The parts of a list or dict; or a copy with tags, where the encoder would change one without a word.
         `out` is `plain`, the buffers that go beside the message, and the numbers of what was lent."""
         plain, copy = out[0], None
         if len(parts) >= _MANY and plain is _PLAIN and type(parts) is list:
@@ -1054,8 +1054,9 @@ def _decode_error(body: Any) -> Any:
     name, message, traceback, _ = texts.values()
     if body.get("own") and name in _OWN_ERRORS:
         own, state = _OWN_ERRORS[name], body["state"]
-        carried = {key: list if held == () else type(held) for key, held in vars(own).items() if key[0] != "_"}
-        return own(message, **{key: state[key] for key, kind in carried.items() if type(state.get(key)) is kind})
+        kinds = {key: type(held) for key, held in vars(own).items() if key[0] != "_"}  # of what it carries
+        return own(message, **{key: state[key] for key, kind in kinds.items()
+                               if type(state.get(key)) is (list if kind is tuple else kind)})
     error = _raised_error(body)
     known = {"type_name": name, "message": message, "remote_traceback": traceback, **vars(error)}
     vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
