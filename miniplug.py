@@ -481,8 +481,8 @@ def _ways_of_moments(name: str) -> dict[type, Any]:
     return {str: read, list: partial(_make_moment, read)}
 
 
-# By the tag: the type; what gives its state, which may have tags in turn, or None if it needs no tag; the ways
-# back, by the type of the state on the wire. Names are found on first use.
+# By the tag: the type; what gives its state, which may have tags in turn, or None if it needs no tag; by the
+# type of the state on the wire the way back. Names are found on first use.
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
 _TAGS: dict[str, tuple[Any, Any, dict[type, Any]]] = {
     "$int": (int, lambda value: hex(_bounded(value)) if abs(value) > _MOST else None,
@@ -824,7 +824,7 @@ class _Codec:
             raise
 
     def _fit(self, parts: Any, out: Any) -> Any:
-        """The parts of a list or dict; or a copy with tags, where the encoder would change one without a word.
+        """The parts of a list or dict; or where the encoder would change one without a word, a tagged copy.
         `out` is `plain`, the buffers that go beside the message, and the numbers of what was lent."""
         plain, copy = out[0], None
         if len(parts) >= _MANY and plain is _PLAIN and type(parts) is list:
