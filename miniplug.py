@@ -70,8 +70,8 @@ The map of this file; each section uses only those above it:
 #   _Producer._lock, while a message is sent
 #   _References._lock
 #   _Supervisor.news; at interpreter exit _close_all keeps it, and all others may be taken under it
-#   under which no other is taken: _Slots._lock, _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
-#       those of the processes, and the condition of a Call
+#   under which no other is taken: _Door._lock, _Served._lock, _Server._lock, _Guardian._lock, those of the
+#       processes, and the condition of a Call
 #
 # The states of a plugin are drawn at `_Supervisor`, of a connection at `_Session`.
 #
@@ -1998,15 +1998,15 @@ def _open(gate: Any) -> None:
     _quietly(gate.release, kind=RuntimeError)  # it may be open
 
 
-def _holding(lock: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function with a lock held. From Python 3.14 on a handler may raise as a `with` begins, and leave
-    its lock held."""
+def _holding(lock: Any, function: Callable[..., Any], *arguments: Any, seconds: float = -1) -> Any:
+    """Call a function with a lock held. False: another thread has had that for so many seconds. A handler may
+    raise behind an `acquire`, from Python 3.14 on also as a `with` begins, and leave its lock held."""
     held: list[bool] = []
     try:
-        held.extend(itertools.starmap(lock.acquire, _ONCE))  # one step
-        return function(*arguments)
+        held.extend(map(lock.acquire, (True,), (seconds,)))  # one step
+        return held[0] and function(*arguments)
     finally:
-        if held:
+        if held and held[0]:
             lock.release()
 
 
@@ -3633,19 +3633,13 @@ class _References:
     def release(self, come: deque[_Message], number: int) -> None:
         """As the reader: the first of `come` takes one count of a loan back."""
         loan = self._loans.get(number) if number else None
-        if loan is None:
-            come.popleft()
+        self._latest.append(number)  # `unlend` looks again, should a handler raise behind the next step
+        counts = itertools.starmap(loan.sent.pop if loan is not None else bool, _ONCE)
+        _quietly(_consume, zip(itertools.starmap(come.popleft, _ONCE), counts), kind=IndexError)
+        if loan is None or loan.sent:
             return
-        self._latest.append(number)  # should a handler raise behind the next step
-        both = zip(itertools.starmap(come.popleft, _ONCE), itertools.starmap(loan.sent.pop, _ONCE))
-        _quietly(_consume, both, kind=IndexError)
-        if not loan.sent:
-            if self._lock.acquire(False):
-                try:
-                    return self._drop(number)
-                finally:
-                    self._lock.release()
-            # a finalizer that calls in the midst of `lend` may wait for who reads
+        if _holding(self._lock, self._drop, number, seconds=0) is False:
+            # a finalizer that calls in the midst of `lend` may wait for us
             _pool.put((_holding, self._lock, self._drop, number))
 
     def _drop(self, number: int) -> None:
@@ -4045,7 +4039,7 @@ class _Awaitable(_Future):
         does the rest."""
         if attends and self._condition.acquire(False):  # who was struck in `result` may hold it for ever
             try:  # no callback is added meanwhile; ours only send word to a loop
-                if all(getattr(each, "func", None) is _wake_task for each in self._done_callbacks):
+                if all(type(each) is partial and each.func is _wake_task for each in self._done_callbacks):
                     return self._settle(call, come.popleft())
             finally:
                 self._condition.release()
@@ -4158,11 +4152,7 @@ class Stream:
                 return item
             if self._over:
                 raise StopAsyncIteration
-            if self._lock.acquire(False):
-                try:
-                    self._advance(False)
-                finally:
-                    self._lock.release()
+            _holding(self._lock, self._advance, False, seconds=0)
             await self._news()
 
     def _advance(self, wait: bool) -> None:
@@ -5906,15 +5896,13 @@ class _Dispensed(_Target):
             raise DeadReference(f"{self.label} was released")
         session = self._supervisor.session(asked)  # not under the lock: on_start may want that
         if session not in self.at:
-            if not self._lock.acquire(timeout=_left(asked.deadline)):
+            if _holding(self._lock, self._dispense, session, asked, seconds=_left(asked.deadline)) is False:
                 raise _too_late(asked)
-            try:
-                if session not in self.at:
-                    found = _ask(_Remote, session, 0, "dispense", (self._name,), {}, asked.left())
-                    self._add(found._target)
-            finally:
-                self._lock.release()
         return session, self.at[session].number
+
+    def _dispense(self, session: _Session, asked: _Call) -> None:
+        if session not in self.at:  # nobody else has, meanwhile
+            self._add(_ask(_Remote, session, 0, "dispense", (self._name,), {}, asked.left())._target)
 
     def waits(self) -> bool:
         return isinstance(self._supervisor.seek(), _Run)
