@@ -827,7 +827,7 @@ class _Codec:
         """The parts of a list or dict; or where the encoder would change one without a word, a tagged copy.
         `out` is `plain`, the buffers that go beside the message, and the numbers of what was lent."""
         plain, copy = out[0], None
-        if len(parts) >= _MANY and plain is _PLAIN and type(parts) is list:
+        if len(parts) >= _MANY and plain is _PLAIN and type(parts) in _NESTS:  # no dict's
             copy = self._fit_many(parts, out)
             if copy is not None:
                 return copy
@@ -846,6 +846,8 @@ class _Codec:
         kind = type(value)
         if kind is list:
             return self._fit(value, out)
+        if kind is tuple:
+            return {"$tuple": self._fit(value, out)}
         if (kind is dict and _TEXTS.issuperset(map(type, value))
                 and (len(value) != 1 or next(iter(value))[:1] != "$")
                 and (out[0] is _PLAIN or not any(map(_SURROGATE.search, value)))):
