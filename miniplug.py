@@ -428,10 +428,6 @@ def _make_array(state: Any) -> Any:
     return array
 
 
-def _bounds(held: Any) -> list[Any]:
-    return [held.start, held.stop, held.step]
-
-
 def _moment(value: Any) -> Any:
     """A datetime or time as one text, if that says all; else as text without a zone, fold and zone."""
     zone, offset = value.tzinfo, ()
@@ -442,9 +438,9 @@ def _moment(value: Any) -> Any:
     return [value.replace(tzinfo=None).isoformat(), value.fold, zone]
 
 
-def _make_moment(read: str, state: Any) -> Any:
+def _make_moment(name: str, state: Any) -> Any:
     text, fold, zone = state
-    return _found(read)(text).replace(fold=fold, tzinfo=zone)
+    return _found(f"datetime.{name}.fromisoformat")(text).replace(fold=fold, tzinfo=zone)
 
 
 def _make_zone(key: str) -> Any:
@@ -476,11 +472,6 @@ def _spread(make: Any) -> Any:
     return lambda items: _found(make)(*items)
 
 
-def _ways_of_moments(name: str) -> dict[type, Any]:
-    read = f"datetime.{name}.fromisoformat"
-    return {str: read, list: partial(_make_moment, read)}
-
-
 # By the tag: the type; what gives its state, which may have tags in turn, or None if it needs no tag; by the
 # type of the state on the wire the way back. Names are found on first use.
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
@@ -491,23 +482,24 @@ _TAGS: dict[str, tuple[Any, Any, dict[type, Any]]] = {
     "$str": (str, lambda text: _SURROGATE.search(text) and _base64(text.encode("utf-8", "surrogatepass")),
              {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
     "$tuple": (tuple, list, {list: tuple}),
-    "$dict": (dict, lambda value: [*_flatten(zip(_told_apart(value), value.values()))], {list: _make_dict}),
+    "$dict": (dict, lambda value: _told_apart(value) and [*_flatten(value.items())], {list: _make_dict}),
     "$numbers": (None, None, {list: _make_numbers}),
     "$each": (None, None, {list: _make_each}),
     "$bytes": (bytes, bytes, {str: binascii.a2b_base64}),
     "$bytearray": (bytearray, memoryview,  # a view, so that nobody resizes what is being sent
                    {str: lambda text: bytearray(binascii.a2b_base64(text))}),
-    "$set": (set, _told_apart, {list: lambda held: set(_told_apart(held))}),
-    "$frozenset": (frozenset, _told_apart, {list: lambda held: frozenset(_told_apart(held))}),
+    **{f"${kind.__name__}": (kind, _told_apart, {list: lambda held, kind=kind: kind(_told_apart(held))})
+       for kind in (set, frozenset)},
     "$complex": (complex, lambda z: [z.real, z.imag], {list: _spread(complex)}),
     "$ellipsis": (type(...), lambda _: [], {list: lambda _: ...}),
-    "$range": (range, _bounds, {list: _spread(range)}),
-    "$slice": (slice, _bounds, {list: _spread(slice)}),
+    **{f"${kind.__name__}": (kind, lambda held: [held.start, held.stop, held.step], {list: _spread(kind)})
+       for kind in (range, slice)},
     "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, a.tobytes()],
                {list: _make_array}),
     "$date": ("datetime.date", "datetime.date.isoformat", {str: "datetime.date.fromisoformat"}),
-    "$datetime": ("datetime.datetime", _moment, _ways_of_moments("datetime")),
-    "$time": ("datetime.time", _moment, _ways_of_moments("time")),
+    **{f"${name}": (f"datetime.{name}", _moment,
+                    {str: f"datetime.{name}.fromisoformat", list: partial(_make_moment, name)})
+       for name in ("datetime", "time")},
     "$timedelta": ("datetime.timedelta", lambda d: [d.days, d.seconds, d.microseconds],
                    {list: _spread("datetime.timedelta")}),
     "$timezone": ("datetime.timezone", lambda zone: [*zone.__getinitargs__()],
