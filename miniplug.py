@@ -94,7 +94,6 @@ import io
 import itertools
 import json
 import json.encoder
-import json.scanner
 import multiprocessing
 import operator
 import os
@@ -325,10 +324,11 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 # === 2. codec ===========================================================================================
 #
 # JSON that keeps Python's types, by the json module's parts in C. What JSON has not is tagged: an object with
-# one key, which begins with "$" (docs/protocol.md lists them). Before the encoder runs, `fit` looks for what
+# one key, which begins with "$" (docs/protocol.md lists them). Before the encoder runs, `_fit` looks for what
 # that does not know, or would change without a word, and copies with tags only there.
 
-_SAFE_INTEGER = 2**53 - 1  # what each JSON reader keeps (RFC 8259)
+_MOST = 2**53 - 1  # of an integer that each JSON reader keeps (RFC 8259)
+_LEAST = -_MOST
 _MAX_BITS = 1 << 15  # of an integer: to print it takes a millisecond or two
 _MAX_DIGITS = 10000  # of a Decimal, and its exponent either way
 _MAX_ALIKE = 16  # values with one hash: each is compared with each
@@ -341,7 +341,8 @@ _ATOMS = _PLAIN | {int}
 _TEXTS = frozenset((str,))
 _NEVER = frozenset((bool, type(None)))  # it does not trip over these
 _NESTS = frozenset((list, tuple, dict))
-_CODES = {int: "q", float: "d"}  # of array and struct
+_CODES = {int: "q", float: "d"}  # of struct
+_ORDER = "" if sys.byteorder == "little" else "<"  # of the bytes: struct takes longer if it is told
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _flatten = itertools.chain.from_iterable
 
@@ -394,33 +395,29 @@ def _told_apart(values: Iterable[Any]) -> list[Any]:
     return held
 
 
-def _pairs(value: dict[Any, Any]) -> list[Any]:
-    _told_apart(value)
-    return [*_flatten(value.items())]
-
-
 def _make_dict(state: list[Any]) -> dict[Any, Any]:
     if len(state) % 2:
         raise ValueError("a dict is keys and values by turns")
     return dict(zip(_told_apart(state[::2]), state[1::2]))
 
 
-def _make_numbers(code: str, data: bytes) -> list[Any]:
-    if code not in _CODES.values() or type(data) is not bytes:
-        raise ValueError('numbers are "q" or "d", and bytes')
-    return [*struct.unpack(f"<{len(data) // 8}{code}", data)]
+def _make_numbers(state: Any) -> list[Any]:
+    code, data = state
+    if code not in _CODES.values():
+        raise ValueError('numbers are "q" or "d"')
+    return [*struct.unpack(f"{_ORDER}{len(data) // 8}{code}", data)]
 
 
-def _make_each(tag: str, states: list[Any]) -> list[Any]:
-    if tag not in _EACH or type(states) is not list:
-        raise ValueError("each is a tag, and states")
-    kinds = set(map(type, states))
-    if len(kinds) == 1:
-        return [*map(_maker(tag, kinds.pop()), states)]
-    return [_maker(tag, type(state))(state) for state in states]
+def _make_each(state: Any) -> list[Any]:
+    tag, states = state
+    if tag not in _EACH:
+        raise ValueError(f"each is none of {tag!r}")
+    makes = {kind: _MAKES[tag, kind] for kind in set(map(type, states))}
+    return [makes[type(state)](state) for state in states]
 
 
-def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
+def _make_array(state: Any) -> Any:
+    code, size, order, data = state
     if type(data) is not bytes or order not in ("little", "big"):
         raise ValueError("an array is a letter, a size, a byte order, and bytes")
     if code not in _found("array.typecodes") or _found("array.array")(code).itemsize != size:
@@ -429,10 +426,6 @@ def _make_array(code: str, size: int, order: str, data: bytes) -> Any:
     if order != sys.byteorder:
         array.byteswap()
     return array
-
-
-def _bounds(held: Any) -> list[Any]:
-    return [held.start, held.stop, held.step]
 
 
 def _moment(value: Any) -> Any:
@@ -445,7 +438,8 @@ def _moment(value: Any) -> Any:
     return [value.replace(tzinfo=None).isoformat(), value.fold, zone]
 
 
-def _make_moment(name: str, text: str, fold: int, zone: Any) -> Any:
+def _make_moment(name: str, state: Any) -> Any:
+    text, fold, zone = state
     return _found(f"datetime.{name}.fromisoformat")(text).replace(fold=fold, tzinfo=zone)
 
 
@@ -456,91 +450,81 @@ def _make_zone(key: str) -> Any:
         raise NotSerializable(f"the time zone {_shown(key)} is not to be had here") from None
 
 
-def _decimal(value: Any, text: str = "") -> str:
-    text = text or str(value)
+def _decimal(held: Any) -> tuple[str, Any]:
+    """A Decimal as text, and as itself; from either."""
+    text, value = str(held), _found("decimal.Decimal")(held)
     if len(text) > _MAX_DIGITS or not -_MAX_DIGITS <= value.adjusted() <= _MAX_DIGITS:
         raise NotSerializable(f"decimals of more than {_MAX_DIGITS} digits, or exponents, do not travel")
-    return text
-
-
-def _make_decimal(text: str) -> Any:
-    value = _found("decimal.Decimal")(text)
-    _decimal(value, text)
-    return value
+    return text, value
 
 
 def _make_registered(name: str, held: Any) -> Any:
-    if type(name) is not str:
-        raise ValueError("a registered type goes by its name")
     if name not in _registered:
         raise NotSerializable(f"a {_shown(name)} has come, which is not registered here: both sides have "
                               "to call miniplug.register")
     try:
         return _registered[name][1](held)
-    except BaseException as error:
-        if _is_ctrl_c(error):
-            raise
+    except Exception as error:
         raise NotSerializable(f"a {name!r} cannot be made from what came: {_shown(error)}") from error
 
 
-# By the tag: the type; what gives its state, to be packed in turn, or None if it needs no tag; the way back,
-# by the type of the state on the wire: _ITEMS is a list, whose items it takes. Names are found on first use.
-_ITEMS = "items"
+def _spread(make: Any) -> Any:
+    return lambda items: _found(make)(*items)
+
+
+# By the tag: the type; what gives its state, which may have tags in turn, or None if it needs no tag; by the
+# type of the state on the wire the way back. Names are found on first use.
 _FOREIGN = "PosixPath" if _WINDOWS else "WindowsPath"  # cannot exist here: it arrives as a pure one
-_Row = namedtuple("_Row", "type state make")
-_TAGS = {tag: _Row(*row) for tag, row in {
-    "$int": (int, lambda value: hex(_bounded(value)) if abs(value) > _SAFE_INTEGER else None,
+_TAGS: dict[str, tuple[Any, Any, dict[type, Any]]] = {
+    "$int": (int, lambda value: hex(_bounded(value)) if abs(value) > _MOST else None,
              {str: lambda text: _bounded(int(text, 16))}),
     "$float": (float, lambda value: None if value - value == 0.0 else repr(value), {str: float}),
     "$str": (str, lambda text: _SURROGATE.search(text) and _base64(text.encode("utf-8", "surrogatepass")),
              {str: lambda text: binascii.a2b_base64(text).decode("utf-8", "surrogatepass")}),
     "$tuple": (tuple, list, {list: tuple}),
-    "$dict": (dict, _pairs, {list: _make_dict}),
-    "$numbers": (None, None, {_ITEMS: _make_numbers}),
-    "$each": (None, None, {_ITEMS: _make_each}),
+    "$dict": (dict, lambda value: _told_apart(value) and [*_flatten(value.items())], {list: _make_dict}),
+    "$numbers": (None, None, {list: _make_numbers}),
+    "$each": (None, None, {list: _make_each}),
     "$bytes": (bytes, bytes, {str: binascii.a2b_base64}),
     "$bytearray": (bytearray, memoryview,  # a view, so that nobody resizes what is being sent
                    {str: lambda text: bytearray(binascii.a2b_base64(text))}),
-    "$set": (set, _told_apart, {list: lambda held: set(_told_apart(held))}),
-    "$frozenset": (frozenset, _told_apart, {list: lambda held: frozenset(_told_apart(held))}),
-    "$complex": (complex, lambda z: [z.real, z.imag], {_ITEMS: complex}),
-    "$ellipsis": (type(...), lambda _: [], {_ITEMS: lambda: ...}),
-    "$range": (range, _bounds, {_ITEMS: range}),
-    "$slice": (slice, _bounds, {_ITEMS: slice}),
+    **{f"${kind.__name__}": (kind, _told_apart, {list: lambda held, kind=kind: kind(_told_apart(held))})
+       for kind in (set, frozenset)},
+    "$complex": (complex, lambda z: [z.real, z.imag], {list: _spread(complex)}),
+    "$ellipsis": (type(...), lambda _: [], {list: lambda _: ...}),
+    **{f"${kind.__name__}": (kind, lambda held: [held.start, held.stop, held.step], {list: _spread(kind)})
+       for kind in (range, slice)},
     "$array": ("array.array", lambda a: [a.typecode, a.itemsize, sys.byteorder, a.tobytes()],
-               {_ITEMS: _make_array}),
+               {list: _make_array}),
     "$date": ("datetime.date", "datetime.date.isoformat", {str: "datetime.date.fromisoformat"}),
-    "$datetime": ("datetime.datetime", _moment,
-                  {str: "datetime.datetime.fromisoformat", _ITEMS: partial(_make_moment, "datetime")}),
-    "$time": ("datetime.time", _moment,
-              {str: "datetime.time.fromisoformat", _ITEMS: partial(_make_moment, "time")}),
+    **{f"${name}": (f"datetime.{name}", _moment,
+                    {str: f"datetime.{name}.fromisoformat", list: partial(_make_moment, name)})
+       for name in ("datetime", "time")},
     "$timedelta": ("datetime.timedelta", lambda d: [d.days, d.seconds, d.microseconds],
-                   {_ITEMS: "datetime.timedelta"}),
+                   {list: _spread("datetime.timedelta")}),
     "$timezone": ("datetime.timezone", lambda zone: [*zone.__getinitargs__()],
-                  {_ITEMS: "datetime.timezone"}),
+                  {list: _spread("datetime.timezone")}),
     "$zone": ("zoneinfo.ZoneInfo", lambda zone: zone.__reduce__()[1][0], {str: _make_zone}),
-    "$decimal": ("decimal.Decimal", _decimal, {str: _make_decimal}),
+    "$decimal": ("decimal.Decimal", lambda value: _decimal(value)[0], {str: lambda text: _decimal(text)[1]}),
     "$fraction": ("fractions.Fraction", lambda f: [f.numerator, f.denominator],
-                  {_ITEMS: lambda *pair: _found("fractions.Fraction")(*map(int.__index__, pair))}),
+                  {list: lambda pair: _found("fractions.Fraction")(*map(int.__index__, pair))}),
     "$uuid": ("uuid.UUID", lambda value: f"{value.int:032x}", {str: "uuid.UUID"}),
     **{f"${name.lower()}": (f"pathlib.{name}", str, {str: f"pathlib.{'Pure' * (name == _FOREIGN)}{name}"})
        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
-    "$type": (None, None, {_ITEMS: _make_registered}),  # each registered type has its own state
-}.items()}
-_OF_TYPE = {row.type: tag for tag, row in _TAGS.items() if row.type}
+    "$type": (None, None, {list: lambda held: _make_registered(*held)}),  # each has its own state
+}
+_OF_TYPE = {kind: tag for tag, (kind, _, _) in _TAGS.items()}
 _EACH = frozenset((  # nothing that is much longer than its state
     "$tuple", "$dict", "$bytes", "$date", "$datetime", "$time", "$timedelta", "$decimal", "$uuid", "$type"))
 
 
-_MAKES: dict[tuple[str, type], Any] = {}  # the ways back found, by the tag and the type of the state
+class _Makes(dict):
+    """The ways back, by the tag and the type of the state."""
 
-
-def _maker(tag: str, kind: type) -> Any:
-    ways = _TAGS[tag].make
-    spreads = kind is list and _ITEMS in ways
-    make = _found(ways[_ITEMS if spreads else kind])
-    _MAKES[tag, kind] = make = (lambda items, make=make: make(*items)) if spreads else make
-    return make
+    def __missing__(self, way: Any) -> Any:
+        tag, kind = way
+        self[way] = make = _found(_TAGS[tag][2][kind])
+        return make
 
 
 class _Ways(dict):
@@ -548,13 +532,14 @@ class _Ways(dict):
 
     def __missing__(self, kind: Any) -> Any:
         name = f"{kind.__module__}.".partition(".")[0] + "." + kind.__qualname__
-        tag = _OF_TYPE.get(kind) or _OF_TYPE.get(name)
-        if tag is None or _found(_TAGS[tag].type) is not kind:
+        tag: Any = _OF_TYPE.get(kind) or _OF_TYPE.get(name)
+        if tag is None or _found(_TAGS[tag][0]) is not kind:
             return "", None
-        self[kind] = way = tag, _found(_TAGS[tag].state)
+        self[kind] = way = tag, _found(_TAGS[tag][1])
         return way
 
 
+_MAKES = _Makes()
 _WAYS = _Ways({memoryview: ("$bytes", memoryview.tobytes)})
 
 
@@ -596,7 +581,7 @@ def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, 
         raise TypeError("encode and decode go together")
     if cls in (bool, type(None), list) or _WAYS[cls][0] not in ("", "$type"):
         raise ValueError(f"{cls.__qualname__} travels by itself")
-    name = name or f"{cls.__module__}.{cls.__qualname__}"
+    name = name or _name_of(cls)
     former = _registered.get(name, (cls,))[0]
     if _name_of(former) != _name_of(cls):
         raise ValueError(f"the name {name!r} is that of {former!r} already")
@@ -630,13 +615,12 @@ def _own_state(cls: Any) -> tuple[Any, Any]:
 def _make_member(cls: Any, state: Any) -> Any:
     if type(state) is str:
         return cls[state]
-    known, member = cls._value2member_map_, None
-    if type(state) is int and issubclass(cls, enum.Flag):
-        if state in known or len(known) < _MAX_COMBINATIONS:
-            member = cls(state)
-    if member is None or member._value_ != state:  # some enums, and Pythons, leave out flags without a name
-        raise ValueError(f"it has no such member, or {_MAX_COMBINATIONS} combinations of its flags already")
-    return member
+    known = cls._value2member_map_
+    if issubclass(cls, enum.Flag) and (state in known or len(known) < _MAX_COMBINATIONS):
+        member = cls(state)
+        if member._value_ == state:  # some enums, and Pythons, leave out flags without a name
+            return member
+    raise ValueError(f"it has no such member, or {_MAX_COMBINATIONS} combinations of its flags already")
 
 
 def _record_state(fields: Sequence[str], value: Any) -> dict[str, Any]:
@@ -660,175 +644,15 @@ def _make_record(cls: Any, fields: Sequence[str], state: Any) -> Any:
 
 # -- encoding
 
-def _writer() -> Any:
-    """What writes JSON, in pieces; the second argument is 0. json would make one for each value."""
-    encoder: Any = json.encoder
-    return encoder.c_make_encoder(None, None, encoder.encode_basestring, None, ":", ",", False, False, False)
-
-
-_encode = _writer()
-
-
-def _are_plain(values: Sequence[Any]) -> bool:
-    """Whether they are atoms of which the encoder changes none; at C speed."""
-    kinds = set(map(type, values))
-    if int not in kinds or not kinds <= _ATOMS:
-        return kinds <= _PLAIN
-    integers = values if len(kinds) == 1 else [value for value in values if type(value) is int]
-    return bool(min(integers) >= -_SAFE_INTEGER and max(integers) <= _SAFE_INTEGER)
-
-
-class _Packer:
-    """One value on its way out, of one thread. `plain` are the types of which it looks at none: without str
-    and float it is careful. Where it fails, `trail` is the way there, from within: what was looked at, and
-    which part of that."""
-
-    tagged = 0
-
-    def __init__(self, codec: _Codec, lent: list[int], label: str | None, plain: Any = _PLAIN) -> None:
-        self.buffers: list[_Bytes] = []  # that go beside the message
-        self.trail: list[tuple[Any, Any]] = []
-        self.label = label  # of what is looked at; None: of a call
-        self._codec = codec
-        self._lent = lent  # the numbers of what was lent
-        self._plain = plain
-
-    def write(self, value: Any) -> _Content:
-        """The content. Raises whatever the encoder or an `encode` raises."""
-        if self.label is None:
-            target, method, args, kwargs = value
-            self.label = "args"
-            args = self.fit([*args])
-            self.label = "kwargs"
-            fitted: Any = target, method, args, kwargs and self.fit(kwargs)
-        else:
-            fitted = self.fit(value)
-        return "".join(_encode(fitted, 0)).encode(), self.buffers, self.tagged, self._lent
-
-    def fit(self, value: Any) -> Any:
-        """The value, or where the encoder would change it without a word, a copy with tags."""
-        kind, parts, copy, plain = type(value), value, None, self._plain
-        if kind is dict:
-            if not _TEXTS.issuperset(map(type, value)) or (len(value) == 1 and next(iter(value))[:1] == "$"):
-                return self.tag(value)
-            if plain is _NEVER and any(map(_SURROGATE.search, value)):
-                return self.tag(value)
-            parts = value.values()
-        elif kind is not list and kind is not tuple:
-            return value if kind in plain else self.tag(value)
-        elif len(value) >= _MANY and plain is _PLAIN:
-            copy = self._fit_many(value)
-        if copy is None:
-            place = 0
-            try:
-                for place, part in enumerate(parts):
-                    its = type(part)
-                    if its in plain or (its is int and -_SAFE_INTEGER <= part <= _SAFE_INTEGER):
-                        continue
-                    fitted = self.fit(part) if its in _NESTS else self.tag(part)
-                    if fitted is not part:
-                        copy = copy or [*parts]
-                        copy[place] = fitted
-            except Exception:
-                self.trail.append((value, place))
-                raise
-        if kind is tuple:
-            self.tagged = 1
-            return {"$tuple": value if copy is None else copy}
-        if copy is None:
-            return value
-        return dict(zip(value, copy)) if kind is dict else copy
-
-    def tag(self, value: Any) -> Any:
-        """The value with its tag, or itself if it needs none."""
-        tag, tell = _WAYS[type(value)]
-        try:
-            if tell is None:
-                loan = self._codec.lend(value, self._lent)
-                if loan is None:
-                    raise NotSerializable(
-                        "register it with miniplug.register, lend it with miniplug.ref, or send plain data")
-                self.tagged = 1
-                return dict((loan,))
-            state = tell(value)
-            if state is None:
-                return value
-            self.tagged = 1
-            kind = type(state)
-            if kind is str and state.isascii():
-                return {tag: state}
-            if tag == "$bytes" or tag == "$bytearray":
-                if len(state) <= _INLINE or len(self.buffers) == _MAX_BUFFERS:
-                    return {tag: _base64(state)}
-                self.buffers.append(state)
-                return {tag: len(self.buffers) - 1}
-            return {tag: [state[0], self.fit(state[1])] if tag == "$type" else self.fit(state)}
-        except Exception:
-            self.trail.append((value, None))
-            raise
-
-    def _fit_many(self, values: Any) -> Any:
-        """A long list in its shorter form, or itself if all of it is plain; else None."""
-        kind: Any = type(values[0])
-        code = _CODES.get(kind) if self._codec.arrays else None
-        if [*map(type, values)].count(kind) < len(values) or (kind in _ATOMS and code is None):
-            return values if _are_plain(values) else None
-        if code is not None:
-            try:
-                data = struct.pack(f"<{len(values)}{code}", *values)
-            except struct.error:  # beyond 64 bits
-                return None
-            self.tagged = 1
-            return {"$numbers": [code, self.tag(data)]}
-        if kind is dict:
-            keys = set(map(type, _flatten(values)))
-            if keys == _TEXTS:
-                plain = min(map(len, values)) > 1 and _are_plain([*_flatten(map(dict.values, values))])
-                return values if plain else None
-            if str in keys or not values[0]:
-                return None
-        elif kind is list or kind is tuple:  # short ones, at once
-            if max(map(len, values)) >= _MANY or not _are_plain([*_flatten(values)]):
-                return None
-            if kind is list:
-                return values
-        tag, tell = _WAYS[kind]
-        if tag not in _EACH or not self._codec.arrays:
-            return None
-        states: Any = values
-        if kind is bytes:
-            if max(map(len, values)) > _INLINE:
-                return None
-            states = [*map(_base64, values)]
-        elif kind is not tuple:
-            states = self.fit([*map(tell, values)])
-        self.tagged = 1
-        return {"$each": [tag, states]}
-
-    def explain(self, error: Exception) -> None:
-        if not self.trail:
-            return
-        place, state_of = self.label, None
-        for held, part in reversed(self.trail):
-            if part is None:  # what comes next is its state
-                state_of = held
-                continue
-            if type(state_of) is dict:  # keys and values by turns
-                part = held[part - part % 2]
-            elif type(held) is dict:
-                part = [*held][part]
-            is_field = type(held) is dict and state_of is not None
-            place, state_of = f"{place}.{part}" if is_field else f"{place}[{_shown(part)}]", None
-        why, cause = str(error), error.__cause__
-        if type(error) is not NotSerializable:
-            why, cause = _shown(error), error
-        name = _name_of(type(self.trail[0][0]))
-        raise NotSerializable(f"{place} is of type {name}: {why}", path=place, type_name=name) from cause
+_encoder: Any = json.encoder
+_encode = _encoder.c_make_encoder(  # writes JSON, in pieces; its second argument is 0
+    None, None, _encoder.encode_basestring, None, ":", ",", False, False, False)
 
 
 # -- decoding
 
-_DIGITS = re.compile("[0-9]{50}")  # of every hundredth character: it may be a very long number
+_SPACES = " \t\r\n"
+_int_limit: Any = getattr(sys, "get_int_max_str_digits", int)  # new in Python 3.8.14 and its like; or 0
 
 
 def _refuse(*what: Any) -> NoReturn:
@@ -841,17 +665,15 @@ def _make_integer(text: str) -> int:
     return int(text)
 
 
-_SETTINGS = vars(json.JSONDecoder(parse_constant=_refuse))
-_Namespace: Any = type(sys.implementation)  # types.SimpleNamespace; a decoder made anew takes longer
+def _scanner(hook: Any = None) -> Any:
+    """What reads JSON: gives the value that begins at an index of a text, and where it ends. One made earlier
+    is good for texts of up to _MAX_DIGITS: `int` may have no limit, or lose it."""
+    integers = int if 0 < _int_limit() <= _MAX_DIGITS else _make_integer
+    decoder: Any = json.JSONDecoder(object_hook=hook, parse_int=integers, parse_constant=_refuse)
+    return decoder.scan_once
 
 
-def _scanner(hook: Any, integers: Any = None) -> Any:
-    """What reads JSON: gives the value that begins at an index of a text, and where it ends."""
-    settings = {**_SETTINGS, "object_hook": hook, "parse_int": integers or int}
-    return json.scanner.make_scanner(_Namespace(**settings))
-
-
-_scan = _scanner(None)
+_scan = _scanner()
 
 
 def _hook(borrow: Any, buffers: Sequence[_Bytes] = ()) -> Callable[[dict[str, Any]], Any]:
@@ -861,17 +683,17 @@ def _hook(borrow: Any, buffers: Sequence[_Bytes] = ()) -> Callable[[dict[str, An
     def unmark(mapping: dict[str, Any]) -> Any:
         if len(mapping) != 1:
             return mapping
-        ((tag, state),) = mapping.items()
+        tag, state = mapping.popitem()
         make = _MAKES.get((tag, type(state)))
         if make is not None:
             return make(state)
         if tag[:1] != "$":
-            return mapping
+            return {tag: state}
         if tag == "$ref" or tag == "$own":
             return borrow(tag, state)
         if type(state) is int and (tag == "$bytes" or tag == "$bytearray"):
-            return _TAGS[tag].type(left.pop(state))
-        return _maker(tag, type(state))(state)
+            return _TAGS[tag][0](left.pop(state))
+        return _MAKES[tag, type(state)](state)
 
     return unmark
 
@@ -886,6 +708,45 @@ def _is_deep() -> bool:
         return False
 
 
+def _are_plain(kind: type, rows: Any) -> bool:
+    """Whether the encoder changes nothing in many short lists or dicts, at C speed."""
+    cells = rows
+    if kind is dict:
+        keys = [*map(type, _flatten(rows))]
+        if keys.count(str) < len(keys) or min(map(len, rows)) < 2:
+            return False
+        cells = map(dict.values, rows)
+    elif max(map(len, rows)) >= _MANY:
+        return False
+    cells = [*_flatten(cells)]
+    integers = [cell for cell in cells if type(cell) is int] or [0]
+    return {*map(type, cells)} <= _ATOMS and min(integers) >= _LEAST and max(integers) <= _MOST
+
+
+def _explain(error: Any, label: str | None) -> None:
+    """Raise it with its place: the traceback leads through all that holds what cannot travel."""
+    steps: list[str] = []
+    value, tag, is_state = error, "", False
+    for frame, _ in _found("traceback.walk_tb")(error.__traceback__):
+        names = frame.f_locals
+        if frame.f_code is _Codec._tag.__code__:
+            value, tag = names["value"], names.get("tag", "")
+        elif frame.f_code is _Codec._fit.__code__:
+            step = f"[{names['place']}]"
+            if type(value) is dict:
+                key = [*value][names["place"] // (2 if tag else 1)]  # with a tag, keys and values by turns
+                step = f".{key}" if is_state and not tag else f"[{_shown(key)}]"
+            is_state = tag == "$type"
+            steps += [] if is_state else [step]
+            tag = ""
+    if value is not error:  # arguments have numbers, named ones names
+        path = "".join((label or ("args" if steps[0][1].isdigit() else "kwargs"), *steps))
+        name, why, cause = _name_of(type(value)), str(error), error.__cause__
+        if type(error) is not NotSerializable:
+            why, cause = _shown(error), error
+        raise NotSerializable(f"{path} is of type {name}: {why}", path=path, type_name=name) from cause
+
+
 class _Codec:
     """Values to bytes and back, for any number of threads. `lend`, `unlend` and `borrow` are what the session
     does with references: `lend` gives the tag and plain state of a value that goes by reference, or None, and
@@ -897,17 +758,34 @@ class _Codec:
         self.arrays = False
         self._scan = _scanner(_hook(borrow))
 
-    def dumps(self, value: Any, label: str | None, lent: list[int] | None = None) -> _Content:
-        """The bytes, the buffers beside them, 1 if there are tags, and the numbers of what was lent: the list
-        `lent`, if there is one, which knows each from the start. Raises NotSerializable, naming the place in
-        `label`; None is that of a call, (target, method, args, kwargs)."""
-        lent = [] if lent is None else lent
+    def dumps(self, value: Any, label: str | None, lent: list[int] | None = None,
+              plain: Any = _PLAIN) -> _Content:
+        """The bytes, the buffers beside them, whether there are tags, and the numbers of what was lent: the
+        list `lent`, if there is one, which knows each from the start. Raises NotSerializable, which names the
+        place in `label`; None is that of a call, (target, method, args, kwargs). `plain`: the types of which
+        it looks at none; without str and float it is careful."""
+        if lent is None:
+            lent = []
         try:
-            parts = (value,) if label is not None else value[2]
-            if (_PLAIN.issuperset(map(type, parts)) or _are_plain(parts)) and (label or not value[3]):
-                return "".join(_encode(value, 0)).encode(), (), 0, lent
-            return _Packer(self, lent, label).write(value)
+            if label is None:
+                target, method, args, kwargs = value
+                if not kwargs and plain.issuperset(map(type, args)):
+                    return "".join(_encode(value, 0)).encode(), (), 0, lent
+                out: Any = plain, [], lent
+                fitted, named = self._fit(args, out), kwargs and self._tag(kwargs, out)
+                tagged = fitted is not args or named is not kwargs
+                whole = target, method, fitted, named
+            else:
+                its = type(value)
+                if its in plain or (its is int and _LEAST <= value <= _MOST):
+                    return "".join(_encode(value, 0)).encode(), (), 0, lent
+                out = plain, [], lent
+                whole = self._tag(value, out)
+                tagged = whole is not value
+            return "".join(_encode(whole, 0)).encode(), out[1], tagged, lent
         except BaseException as error:
+            if plain is _NEVER:
+                raise
             return self._dumps_carefully(value, label, lent, error)
 
     def _dumps_carefully(self, value: Any, label: str | None, lent: list[int], first: Any) -> _Content:
@@ -918,9 +796,8 @@ class _Codec:
                 raise first
             for last in (False, False, True):
                 self.unlend(lent)
-                packer = _Packer(self, lent, label, _NEVER)
                 try:
-                    content = packer.write(value)
+                    content = self.dumps(value, label, lent, _NEVER)
                     break
                 except RecursionError:
                     if _is_deep():
@@ -929,7 +806,7 @@ class _Codec:
                     raise NotSerializable(why, path=label or "the call") from None
                 except Exception as error:
                     if last:
-                        packer.explain(error)
+                        _explain(error, label)
                         raise
             if isinstance(first, UnicodeEncodeError) or "JSON compliant" in str(first):
                 return content
@@ -938,16 +815,92 @@ class _Codec:
             self.unlend(lent)
             raise
 
+    def _fit(self, parts: Any, out: Any) -> Any:
+        """The parts of a list or dict; or where the encoder would change one without a word, a tagged copy.
+        `out` is `plain`, the buffers that go beside the message, and the numbers of what was lent."""
+        plain, copy = out[0], None
+        if len(parts) >= _MANY and plain is _PLAIN and type(parts) in _NESTS:  # no dict's
+            copy = self._fit_many(parts, out)
+            if copy is not None:
+                return copy
+        for place, part in enumerate(parts):
+            its = type(part)
+            if its not in plain and (its is not int or not _LEAST <= part <= _MOST):
+                fitted = self._tag(part, out)
+                if fitted is not part:
+                    copy = copy or [*parts]
+                    copy[place] = fitted
+        return copy or parts
+
+    def _tag(self, value: Any, out: Any) -> Any:
+        """The value with its tag, or itself if it needs none; of a list or dict a copy, if there are tags in
+        it."""
+        kind = type(value)
+        if kind is list:
+            return self._fit(value, out)
+        if kind is tuple:
+            return {"$tuple": self._fit(value, out)}
+        if (kind is dict and _TEXTS.issuperset(map(type, value))
+                and (len(value) != 1 or next(iter(value))[:1] != "$")
+                and (out[0] is _PLAIN or not any(map(_SURROGATE.search, value)))):
+            state = value.values()
+            fitted = self._fit(state, out)
+            return value if fitted is state else dict(zip(value, fitted))
+        tag, tell = _WAYS[kind]
+        if tell is None:
+            loan = self.lend(value, out[2])
+            if loan is None:
+                raise NotSerializable(
+                    "register it with miniplug.register, lend it with miniplug.ref, or send plain data")
+            return dict((loan,))
+        state = tell(value)
+        if state is None:
+            return value
+        if type(state) is list:
+            return {tag: self._fit(state, out)}
+        if type(state) is str:
+            return {tag: state if out[0] is _PLAIN else self._tag(state, out)}
+        if len(state) <= _INLINE or len(out[1]) == _MAX_BUFFERS:
+            return {tag: binascii.b2a_base64(state, newline=False).decode()}
+        out[1].append(state)
+        return {tag: len(out[1]) - 1}
+
+    def _fit_many(self, values: Any, out: Any) -> Any:
+        """A long list in its shorter form, or itself if all of it is plain; else None."""
+        kind: Any = type(values[0])
+        if [*map(type, values)].count(kind) < len(values):
+            return None
+        if kind is str or kind in _NEVER or (kind in (list, dict) and _are_plain(kind, values)):
+            return values
+        if not self.arrays:
+            return None
+        if kind in _CODES:
+            code = _CODES[kind]
+            try:
+                data = struct.pack(f"{_ORDER}{len(values)}{code}", *values)
+            except struct.error:  # beyond 64 bits
+                return None
+            return {"$numbers": [code, self._tag(data, out)]}
+        tag, tell = _WAYS[kind]
+        if tag not in _EACH or kind is dict:
+            return None
+        if kind is bytes:
+            if max(map(len, values)) > _INLINE:
+                return None
+            tell = _base64
+        return {"$each": [tag, self._fit([*map(tell, values)], out)]}
+
     def loads(self, body: _Bytes, buffers: Sequence[_Bytes], tagged: int, first: Any = None) -> Any:
         """The value. Raises ProtocolError for what is malformed, _Undecodable for what cannot be here.
         `first`: what was raised when this was tried before."""
         try:
-            text = str(body, "utf-8").strip(" \t\r\n")
+            text = str(body, "utf-8")
             scan = self._scan if tagged else _scan
-            if buffers or len(text) > _MAX_DIGITS // 2:
-                scan = self._scanner_for(text, buffers, tagged)
+            size = len(text)
+            if buffers or size > _MAX_DIGITS:
+                scan = _scanner(_hook(self.borrow, buffers) if tagged else None)
             value, end = scan(text, 0)
-            if end != len(text):
+            if end != size and text[end:].strip(_SPACES):
                 raise ValueError("more than one value")
             return value
         except RecursionError:
@@ -958,16 +911,12 @@ class _Codec:
             if first is not None:
                 if isinstance(error, (NotSerializable, DeadReference, MethodNotFound)):
                     raise _Undecodable(error) from error
-                if isinstance(error, ProtocolError):
-                    raise
                 raise ProtocolError(f"a malformed value: {_shown(error)}") from None
             first = error
-        self.loads(body, buffers, tagged, first)
+        value = self.loads(bytes(body).lstrip(_SPACES.encode()), buffers, tagged, first)
+        if isinstance(first, StopIteration):
+            return value  # there were spaces before it
         raise first.__cause__ or first  # a signal handler's: the value itself is good
-
-    def _scanner_for(self, text: str, buffers: Sequence[_Bytes], tagged: int) -> Any:
-        hook = _hook(self.borrow, buffers) if tagged else None
-        return _scanner(hook, _make_integer if _DIGITS.search(text[::100]) else None)
 
 
 # -- exceptions
@@ -981,8 +930,8 @@ _GROUPS: Any = getattr(builtins, "BaseExceptionGroup", ())  # new in Python 3.11
 
 def _is_ending(kind: type) -> bool:
     """Whether this would end the program, loop or task that calls."""
-    modules = map(sys.modules.get, ("asyncio.exceptions", "concurrent.futures._base"))
-    cancelled = [getattr(module, "CancelledError", SystemExit) for module in modules]
+    cancelled = (getattr(sys.modules.get(name), "CancelledError", SystemExit)
+                 for name in ("asyncio.exceptions", "concurrent.futures._base"))
     return issubclass(kind, (SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration, StopAsyncIteration,
                              *cancelled))
 
@@ -1079,7 +1028,6 @@ def _make_error(cls: Any, state: Any) -> Any:
 class _First:
     """The first base of a type that is made here: what an exception does to its subclasses is not done."""
 
-    __slots__ = ()
     __reduce__ = RemoteError.__reduce__
 
     def __init_subclass__(cls) -> None:
@@ -1095,15 +1043,14 @@ def _remote_type(kind: type) -> Any:
 def _decode_error(body: Any) -> Any:
     """The exception to raise for the body of an error message, whatever is wrong with that."""
     body = body if type(body) is dict else {}
-    state = body["state"] if type(body.get("state")) is dict else {}
     texts = {key: body[key] if type(body.get(key)) is str else "" for key in _TEXT_KEYS}
+    body = {**body, **texts, "state": body["state"] if type(body.get("state")) is dict else {}}
     name, message, traceback, _ = texts.values()
     if body.get("own") and name in _OWN_ERRORS:
-        own = _OWN_ERRORS[name]
-        kinds = {key: type(getattr(own, key)) for key in dir(own) if key[0] != "_"}  # of what it carries
+        own, state = _OWN_ERRORS[name], body["state"]
+        kinds = {key: type(held) for key, held in vars(own).items() if key[0] != "_"}  # of what it carries
         return own(message, **{key: state[key] for key, kind in kinds.items()
                                if type(state.get(key)) is (list if kind is tuple else kind)})
-    body = {**body, **texts, "state": state}
     error = _raised_error(body)
     known = {"type_name": name, "message": message, "remote_traceback": traceback, **vars(error)}
     vars(error).update(known, _body=body, _origin=None)  # its own attributes win, but for the last two
@@ -1115,10 +1062,10 @@ def _decode_error(body: Any) -> Any:
 def _raised_error(body: dict[str, Any]) -> Any:
     """The RemoteError for a body: a registered exception too, or a builtin one, or that with no more than the
     text; else it is plain."""
-    bare = {**body, "state": {}, "args": [body["message"]]}
-    for tell, told in ((_told_registered, body), (_told_builtin, body), (_told_builtin, bare)):
+    builtin = {**body, "registered": None}
+    for told in (body, builtin, {**builtin, "state": {}, "args": [body["message"]]}):
         try:
-            kind, state = tell(told)
+            kind, state = _told(told)
             if _can_be_raised(kind):
                 error = _make_error(_remote_type(kind), state)
                 str(error), repr(error)
@@ -1129,12 +1076,11 @@ def _raised_error(body: dict[str, Any]) -> Any:
     return RemoteError(": ".join(texts) or "the plugin failed and did not say how")
 
 
-def _told_registered(body: dict[str, Any]) -> Any:
-    error = _make_registered(*body["registered"])
-    return type(error), _error_state(error)
-
-
-def _told_builtin(body: dict[str, Any]) -> Any:
+def _told(body: dict[str, Any]) -> Any:
+    """The type and the state that a body tells."""
+    if body.get("registered"):
+        error = _make_registered(*body["registered"])
+        return type(error), _error_state(error)
     args = body.get("args", [body["message"]])
     if body["kind"] == "ExceptionGroup":
         args = [args[0], _decode_parts(body["parts"])]

@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import fractions
+import json
 import math
 import pathlib
 import struct
@@ -107,6 +108,24 @@ def test_plain_data_is_plain_json():
 def test_numbers_at_the_edges(value):
     assert same(trip([value]), [value])
     assert codec().dumps(value, "value")[2] == (isinstance(value, int) and abs(value) >= 2**53)
+
+
+@pytest.mark.parametrize("tagged", [0, 1])
+@pytest.mark.parametrize("text", ['{"a":[1,"b"]}', "5", '" "', "{}"])
+def test_spaces_around_a_value_are_json(text, tagged):
+    for before, after in (("", " \r\n"), (" \t", ""), ("\n", "\n\n")):
+        whole = (before + text + after).encode()
+        for body in (whole, bytearray(whole), memoryview(whole)):
+            assert codec().loads(body, (), tagged) == json.loads(text)
+    for bad in (f"{text} 1", f" {text}]", f"\x0b{text}", f"{text}\xa0", "", " "):
+        with pytest.raises(miniplug.ProtocolError):
+            codec().loads(bad.encode(), (), tagged)
+
+
+def test_what_comes_with_spaces_around_it_is_borrowed_once():
+    borrowed = []
+    made = miniplug._Codec(None, None, lambda tag, state: borrowed.append(state))
+    assert made.loads(b' [{"$ref":[1,null,true]}] ', (), 1) == [None] and borrowed == [[1, None, True]]
 
 
 def test_long_bytes_go_beside_the_message():

@@ -203,6 +203,26 @@ def test_what_cannot_travel_is_named_wherever_it_sits(beside, around):
     assert caught.value.path == f"args[0]{path}" and caught.value.type_name == "object"
 
 
+@pytest.mark.parametrize(("args", "kwargs", "path"), [
+    ((1, object()), {}, "args[1]"), ([(), [object()]], {"a": 1}, "args[1][0]"), ((), {"a": object()}, "kwargs['a']"),
+    ((float("nan"),), {"a": {"b": [(object(),)]}}, "kwargs['a']['b'][0][0]"), ((), {"$a": object()}, "kwargs['$a']"),
+    ((), {"0": Point(0, {1: object()})}, "kwargs['0'].y[1]"), ((), {"a": Slotted(object())}, "kwargs['a'][0]"),
+    ((0,) * 40 + ({object()},), {}, "args[40][0]"), ((Point3([Pair(1, {"k": object()})]),), {}, "args[0].x[0].right['k']"),
+    (({"k": {object(): 1}},), {}, "args[0]['k'][")])
+def test_the_place_in_a_call_is_named(args, kwargs, path):
+    with pytest.raises(miniplug.NotSerializable, match="is of type object: register it with ") as caught:
+        codec().dumps((1, "method", args, kwargs), None)
+    assert caught.value.path.startswith(path) and (caught.value.path == path or path.endswith("["))
+    assert caught.value.type_name == "object" and str(caught.value).startswith(f"{caught.value.path} is of type")
+
+
+def test_a_call_of_many_arguments_arrives_as_it_was():
+    for args in (tuple(range(40)), (1.5,) * 40, ((1, "a"),) * 40, ("a",) * 40, (b"x", 2**70) * 20):
+        data, buffers, tagged, _ = codec().dumps((1, "method", args, {"$a": args}), None)
+        back = codec().loads(data, buffers, tagged)
+        assert shown(back) == shown([1, "method", [*args], {"$a": args}])
+
+
 @quick
 @given(data=st.binary(max_size=60), at=st.integers(0, 200), cut=st.integers(0, 60))
 def test_garbage_is_refused(data, at, cut):
@@ -329,6 +349,7 @@ def test_a_module_that_is_run_again_replaces_its_types(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [
+    '{"$type":[1,2]}',
     '{"$type":["nobody.Knows",{}]}', '{"$type":["test_values.Point",{"x":1}]}', '{"$type":["test_values.Point",{"x":1,"z":1}]}',
     '{"$type":["test_values.Point",[1,2]]}', '{"$type":["test_values.Point",null]}', '{"$type":["test_values.Color","BLUE"]}',
     '{"$type":["test_values.Perm",64]}', '{"$type":["test_values.Perm",[]]}', '{"$type":["test_values.Slotted",[1,2]]}',
@@ -341,7 +362,7 @@ def test_what_cannot_be_made_here_fails_the_call(text):
 
 
 @pytest.mark.parametrize("text", [
-    '{"$type":"x"}', '{"$type":[]}', '{"$type":["x"]}', '{"$type":[1,2]}', '{"$type":[["x"],2]}',
+    '{"$type":"x"}', '{"$type":[]}', '{"$type":["x"]}', '{"$type":[["x"],2]}',
     '{"$set":[{"$type":["test_values.Point",{"x":1,"y":2}]}]}',
     '{"$zone":"../../etc/passwd"}', '{"$array":["i",4,"middle",{"$bytes":""}]}', '{"$array":["i",4,"little",{"$bytes":"AAA="}]}',
     '{"$array":["i",4,"little",[1]]}', '{"$fraction":[1,0]}', '{"$fraction":[1.5,2]}', '{"$fraction":["1/3"]}'])
