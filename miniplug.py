@@ -1792,6 +1792,14 @@ class Handshake(_Handshake):
 _Terms = namedtuple("_Terms", "protocol_version max_message features")
 
 
+def _sha256() -> Any:
+    """Python's own, if it has one: hashlib and hmac load OpenSSL, which takes a tenth of a plugin's start."""
+    try:
+        return _import("_sha256" if sys.version_info < (3, 12) else "_sha2").sha256
+    except ImportError:
+        return _import("hashlib").sha256
+
+
 class _Hello:
     """One handshake over one channel, for either role, on one thread. Raises AuthenticationError,
     HandshakeError, ProtocolError and OSError."""
@@ -1836,13 +1844,16 @@ class _Hello:
     def check(self) -> None:
         expected = self._mac(self._other)
         proof = ascii(self.hear().get("proof"))
-        if not _import("hmac").compare_digest(ascii(expected), proof):
+        if not _import("_operator")._compare_digest(ascii(expected), proof):
             raise AuthenticationError(f"the {self._other} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
         parts = role.encode(), os.fsencode(self._address), *self._said
         said = b"".join(struct.pack("!I", len(part)) + part for part in parts)
-        return _import("hmac").new(self._key, said, "sha256").hexdigest()
+        sha256 = _sha256()
+        key = (sha256(self._key).digest() if len(self._key) > 64 else self._key).ljust(64, b"\0")
+        inner, outer = (bytes(byte ^ pad for byte in key) for pad in (0x36, 0x5C))
+        return sha256(outer + sha256(inner + said).digest()).hexdigest()
 
     def as_host(self, versions: Sequence[int], max_message: int) -> _Terms:
         self.greet(versions, max_message, codec="json")
@@ -2060,7 +2071,7 @@ class _Pool:
     def __init__(self) -> None:
         self._tasks = _import("_queue").SimpleQueue()
         self.put: Callable[[tuple[Any, ...]], None] = self._tasks.put
-        self._alarms: list[Any] = []  # a heap of (when, number, function)
+        self._alarms: list[Any] = []  # (when, number, function), sorted
         self._numbers = itertools.count()
         self._lead = threading.Lock()
         self._waiting: list[None] = []  # counts, in one step, the threads that wait or are about to
@@ -2125,18 +2136,18 @@ class _Pool:
 
     def _next(self, taken: list[Any]) -> None:
         """As who leads: take a task, unless there is no session any more."""
-        heapq, alarms = _import("heapq"), self._alarms
+        alarms = self._alarms
         while not taken and (_sessions or not self._tasks.empty()):
             seconds = alarms[0][0] - time.monotonic() if alarms else _FOREVER
             if seconds <= 0:
-                taken.append(heapq.heappop(alarms)[2:])
+                taken.append(alarms.pop(0)[2:])
                 return
             try:
                 taken.extend(map(self._tasks.get, (True,), (min(seconds, _FOREVER),)))  # one step
             except _import("_queue").Empty:
                 continue
             if type(taken[0][0]) is float:
-                heapq.heappush(alarms, taken.pop())
+                _import("bisect").insort(alarms, taken.pop())
             elif taken[0][0] is None:
                 _, function, argument = taken.pop()
                 function(argument)
@@ -3231,9 +3242,10 @@ class _Session:
         _open(self.finished)
 
     def drain(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+        deadline, pause = time.monotonic() + seconds, 1e-4  # mostly an answer has just been sent
         while self.requests and time.monotonic() < deadline:
-            time.sleep(0.005)
+            time.sleep(pause)
+            pause = min(pause * 2, 0.005)
 
     def busy(self) -> bool:
         return bool(self.calls or self.requests or self.borrowed or self.references.lends)
@@ -5112,16 +5124,18 @@ def _or_forever(seconds: float | None) -> float:
 _SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if _WINDOWS else "").split()
 
 # Run by the plugin's interpreter: this very file is miniplug there, from the bytecode cache, or the zip file
-# that the host is packed in. The first lines are for any Python at all.
+# that the host is packed in. The first lines are for any Python at all. What is loaded here stays: there is no
+# garbage to be looked for in it, now or at the end. And a connection hardly ever needs tempfile, which is slow.
 _BOOTSTRAP = """
-import sys
+import gc, sys
+gc.disable()
 if sys.path[:1] == [""]:  # a json.py that lies there is not meant
     del sys.path[0]
 if sys.version_info < (3, 8):
     sys.exit("miniplug needs Python 3.8 or newer: this is " + sys.version)
 import os
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
+from _frozen_importlib import module_from_spec
+from _frozen_importlib_external import PathFinder
 folder, name = os.path.split(sys.argv[1])
 spec = PathFinder.find_spec(name.partition(".")[0], [folder])
 if spec is None:
@@ -5129,6 +5143,16 @@ if spec is None:
 module = sys.modules["miniplug"] = module_from_spec(spec)
 module.__name__ = "miniplug"
 exec(spec.loader.get_code(spec.name), vars(module))
+def forget():
+    if sys.modules.get("tempfile") is later:
+        del sys.modules["tempfile"]
+later = type(sys)("tempfile")
+later.__getattr__ = lambda name: forget() or getattr(__import__("tempfile"), name)
+sys.modules.setdefault("tempfile", later)
+import multiprocessing.connection
+forget()
+getattr(gc, "freeze", bool)()  # PyPy has none
+gc.enable()
 module._run_plugin(*sys.argv[2:])
 """
 _FROZEN = "--miniplug-plugin"  # the first argument of a frozen application that is to be a plugin
@@ -6320,7 +6344,7 @@ def _run_file(path: str, name: str) -> ModuleType:
     module = type(sys)(name)
     module.__file__ = path
     if name != "__main__":
-        module.__spec__ = _import("importlib.util").spec_from_file_location(name, path)
+        module.__spec__ = _import("_frozen_importlib_external").spec_from_file_location(name, path)
     sys.modules[name] = module
     sys.path.insert(0, os.path.dirname(path))
     with open(path, "rb") as file:
@@ -6359,14 +6383,14 @@ class _Finder:
 
     def __init__(self, name: str) -> None:
         self._names = {"miniplug", name}
-        self._machinery = _import("importlib.machinery")
+        self._find = _import("_frozen_importlib_external").PathFinder.find_spec  # importlib loads more
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        find, found = self._machinery.PathFinder.find_spec, None
+        find, found = self._find, None
         if name not in self._names and f"{name.rpartition('.')[2]}.py" == os.path.basename(_FILE):
             found = find(name, path)
         if name in self._names or (found and os.path.realpath(str(found.origin)) == os.path.realpath(_FILE)):
-            return self._machinery.ModuleSpec(name, self)
+            return _import("importlib.machinery").ModuleSpec(name, self)
         return find(name, self.library) if path is None and self.library else None
 
     def create_module(self, spec: Any) -> ModuleType:
@@ -6389,7 +6413,7 @@ def _load_file(path: str) -> ModuleType:
         sys.exit(f"miniplug: there is no file {path}")
     library = os.path.dirname(getattr(os, "__file__", ""))  # frozen, it has none
     _Finder.library = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
-    find = _import("importlib.machinery").PathFinder.find_spec
+    find = _import("_frozen_importlib_external").PathFinder.find_spec
     name = os.path.splitext(os.path.basename(path))[0]
     if name in sys.modules or name in sys.builtin_module_names or find(name, _Finder.library):
         name = f"_plugin_{name}"
