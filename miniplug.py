@@ -5127,13 +5127,13 @@ _SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if
 # that the host is packed in. The first lines are for any Python at all. What is loaded here stays: there is no
 # garbage to be looked for in it, now or at the end. And a connection hardly ever needs tempfile, which is slow.
 _BOOTSTRAP = """
-import gc, sys
-gc.disable()
+import sys
 if sys.path[:1] == [""]:  # a json.py that lies there is not meant
     del sys.path[0]
 if sys.version_info < (3, 8):
     sys.exit("miniplug needs Python 3.8 or newer: this is " + sys.version)
-import os
+import gc, os
+gc.disable()
 from _frozen_importlib import module_from_spec
 from _frozen_importlib_external import PathFinder
 folder, name = os.path.split(sys.argv[1])
