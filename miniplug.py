@@ -1289,6 +1289,7 @@ class _Channel:
     stuck: Any = staticmethod(lambda *error: None)  # is called before a writer waits: somebody has to read
     later: Any = stuck  # when another thread has to go on writing
     gone: Any = stuck  # with the error, when the descriptors were closed beneath us
+    _ticks = False  # whether each second a read that waits ends: so most deadlines need no poll()
     _gathers = True  # whether frames that are short may leave as one chunk
     limit = 0  # bytes of a message that comes, with its header; 0 in the handshake
     send_limit = _short = 0  # bytes of one that goes, without; and of one that is a single chunk
@@ -1336,7 +1337,7 @@ class _Channel:
                     self._fill(partial, cut, deadline)
                     continue
                 if not steps:
-                    if deadline is not None:  # spares every read a call
+                    if deadline is not None and (deadline - time.monotonic() < 1.0 or not self._ticks):
                         self._await_more(deadline)
                     steps.extend(map(self._recv, (_READ_SIZE,)))  # one step
             except OSError as error:
@@ -1349,8 +1350,16 @@ class _Channel:
         return self.state[0]
 
     def _await_more(self, deadline: float | None) -> None:
-        if deadline is not None and not self._readable.poll(_left(deadline) * 1000):
+        if deadline is None:
+            return
+        if not self._ticks:  # not before somebody has a deadline: who is idle sleeps
+            _quietly(self._tick)
+        if not self._readable.poll(_left(deadline) * 1000):
             raise _Late(_IN_TIME)
+
+    def _tick(self) -> None:
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 1, 0))
+        self._ticks = True
 
     def _fill(self, partial: Any, cut: Any, deadline: float | None) -> None:
         file, size, counts = cut
@@ -1435,7 +1444,8 @@ class _Channel:
              wait: bool = True, deadline: float | None = None) -> None:
         """Write a message with what the codec has made. Raises MessageTooLarge, and what `write` does."""
         body, buffers, tagged, lent = content
-        if len(body) > self._short or buffers:
+        size = len(body)
+        if size > self._short or buffers:
             size = self.check_size(content)
             head = _HEADER.pack(_WIRE_VERSION, kind, flags | tagged, len(buffers), number, parent)
             message = self.frame(body, head)
@@ -1444,8 +1454,8 @@ class _Channel:
             if size < _READ_SIZE and self._gathers:
                 message = [b"".join(message)]
         else:  # to copy little is cheaper than to gather
-            size = len(body) + _HEAD
-            message = [_FRAME.pack(size, _WIRE_VERSION, kind, flags | tagged, 0, number, parent) + body]
+            head = _FRAME.pack(size + _HEAD, _WIRE_VERSION, kind, flags | tagged, 0, number, parent)
+            message = [head + body]
         self.write(message, lent, wait, deadline)
 
     def check_size(self, content: _Content, more: int = 0) -> int:
@@ -2232,7 +2242,7 @@ class _Call:
         self.method = method
         self.seconds = seconds
         self.deadline = None if seconds is None else time.monotonic() + seconds
-        self.inbox: deque[_Message] = deque()
+        self.inbox: list[_Message] = []
         self.lent: list[int] = []  # references in it, until it is sent
         self.streams = False  # whether it is answered by a stream
         self.over = False  # whether it was answered, and that was decoded
@@ -2271,7 +2281,7 @@ class _Request:
 
     def __init__(self, session: _Session, message: _Message) -> None:
         self.session = session
-        self.inbox = deque((message,))
+        self.inbox = [message]
         self.kind, _, self.number, self.parent, _, _ = message
         self.begun = self.cancelled = False
         self.lent: list[int] = []  # references in the answer, until that is sent
@@ -2426,7 +2436,10 @@ class _Reader:
                 if flags & _TAGGED and body.find(b'"$own"') >= 0:  # `in` is slow
                     message = come[0] = self._references.held(message)
                 if its == number and kind == _RESULT and not flags & _STREAM:
-                    waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))
+                    if flags:
+                        waiting.inbox.extend(itertools.starmap(come.popleft, _ONCE))
+                    else:  # nothing lent is in it, which could get lost
+                        waiting.inbox.append(come.popleft())
                     if not come:
                         return None
                 elif 0 < kind <= _NOTIFY:
@@ -2550,11 +2563,12 @@ class _Attendant:
     def _attend(self, mine: list[int]) -> None:
         session, right, reader, runner = self._session, self._right, self._reader, self._session.runner
         mine[0], serves = _get_ident(), session.serving  # then it is wanted until the end
-        seat, slots = reader.seat, runner.slots
+        seat, slots, number = reader.seat, runner.slots, 0
         try:
             while True:  # a condition here would keep Python 3.11 from making the loop quick
                 if right.get(0) is not mine or not (serves or self._is_wanted()):
                     break
+                self._inline = -number
                 if seat.setdefault(0, mine) is not mine:
                     break
                 request = reader.read()
@@ -2563,12 +2577,10 @@ class _Attendant:
                     if not reader.unattended:
                         break  # the caller that was woken reads better
                 elif slots.take(request):
-                    self._inline = request.number
+                    self._inline = number = request.number
                     if not self._watched:
                         self.watch()
                     runner.run(request, slots, mine)
-                    if right.get(0) is mine:
-                        self._inline = -request.number
         except BaseException as error:  # the connection's end, or there is no memory
             session.end(error)
         finally:
@@ -2769,10 +2781,10 @@ class _Caller:
         self._reader.pass_on()
 
     def forget(self, call: _Call) -> None:
-        inbox, call.inbox = call.inbox, deque((_CLOSED,))
+        inbox, call.inbox = call.inbox, [_CLOSED]
         while inbox:
             try:
-                self._session.drop(inbox.popleft())
+                self._session.drop(inbox.pop(0))
             except IndexError:
                 return  # another thread was quicker
 
@@ -2837,7 +2849,7 @@ class _Runner:
         if request is not None:
             self.run(request)
         if inbox:  # not given up meanwhile
-            inbox.popleft()  # not before: should this thread go, who gives the call up sees to it
+            inbox.pop(0)  # not before: should this thread go, who gives the call up sees to it
 
     def run_on_loop(self, call: _Call, request: _Request) -> bool:
         """Have the loop that waits for a call run one made on its behalf. False if that is closed."""
@@ -2867,8 +2879,7 @@ class _Runner:
         """Run a call of the other side's and answer it, or go on with its stream. Whatever the method raises
         is an answer too. `slots`: where a slot is given back. `attends`: the right of the attendant, who
         leaves with a method that may take long."""
-        outer, returned = _current.get(), False
-        own = True  # whether an error of ours would be about this call itself
+        outer, runs = _current.get(), None  # whether the method runs; None: not yet
         try:
             _current.set(request)
             if request.begun:
@@ -2885,21 +2896,22 @@ class _Runner:
                 self._session.attendant.leave(attends)
             start = time.monotonic()
             function = self._session.references.resolve(target, method)
-            own = target == 0
+            runs = True
             value = function(*args, **kwargs)
-            own = returned = True
+            runs = False
             seconds = time.monotonic() - start
             if seconds > _QUICK or quick < 3:
                 self._took(method, quick + 1 if seconds <= _QUICK else 0)
             if type(value) in _ANSWER_TYPES or not self._is_more(request, value):
                 self.answer(request, value)
         except BaseException as error:
+            own = not runs or target == 0  # whether an error of ours is about this call itself
             strikes = _in_main_thread() and not self._session.is_abandoned
             if strikes or issubclass(type(error), RecursionError):  # nothing strikes there, and there is room
                 _pool.put((self.fail, request, error, own))
             else:
                 self.fail(request, error, own)
-            if _is_ctrl_c(error) or (returned and strikes):  # it is for who waits here, too
+            if _is_ctrl_c(error) or (runs is False and strikes):  # it is for who waits here, too
                 raise
         finally:
             _current.set(outer)
@@ -3216,12 +3228,12 @@ class _Session:
         come.popleft()
         return None
 
-    def decode(self, inbox: deque[_Message], safely: bool = False) -> Any:
+    def decode(self, inbox: list[_Message], safely: bool = False) -> Any:
         """Take the first message out, and give it and its value. References in it are borrowed where no
         handler strikes: so none gets lost halfway. Raises as the codec does, IndexError if there is none."""
         if inbox[0][1] & _TAGGED and not safely and inbox[0][4].find(b'"$ref"') >= 0 and _in_main_thread():
             return _in_pool(self.decode, inbox, True)
-        message = inbox.popleft()
+        message = inbox.pop(0)
         _, flags, _, _, body, buffers = message
         return message, self.codec.loads(body, buffers, flags & _TAGGED) if body else None
 
@@ -3230,7 +3242,7 @@ class _Session:
         if message[0] in (_CALL, _NOTIFY):
             self.runner.run_message(message)
         elif message[1] & _TAGGED and self.ended is None:
-            _quietly(self.decode, deque((message,)), True, kind=(_Undecodable, ProtocolError))
+            _quietly(self.decode, [message], True, kind=(_Undecodable, ProtocolError))
 
     # -- the end
 
@@ -3616,9 +3628,9 @@ class _References:
         loan = self._loans.get(target) if type(target) is int else None
         if loan is None:
             loan = self.loan(target)
-        obj = loan.object
-        if method in loan.known:  # not by the string that has come: classes cache those they are asked by
-            return getattr(obj, loan.known[method])
+        obj, known = loan.object, loan.known.get(method)
+        if known is not None:  # not by the string that has come: classes cache those they are asked by
+            return getattr(obj, known)
         if not method and callable(obj):
             return obj
         if loan.methods is not None or method.startswith("_"):
@@ -3851,11 +3863,11 @@ class _Method(_Remote):
     def _act(self, act: Callable[..., Any], args: Any, kwargs: Any, call: Any = None) -> Any:
         """Call `act` with who calls over the session where the object is now, and all that a call needs. One
         that was submitted, `call`, may begin later, if it has to wait for a start."""
-        target, seconds, place = self._target, self._timeout, self._target.here()
+        target, seconds = self._target, self._timeout
+        place = target.here()
         if place is not None:
-            caller, number = place
             try:
-                return act(caller, number, self._name, args, kwargs, seconds)
+                return act(place[0], place[1], self._name, args, kwargs, seconds)
             except _Sealed:
                 pass
         begin = partial(_reach, target.find, partial(_act_at, act), self._name, args, kwargs)
@@ -4086,9 +4098,8 @@ class _Awaitable(_Future):
         """As the reader: the answer has come. Where callbacks may take long, or a handler strike, the pool
         does the rest."""
         if attends and self._condition.acquire(False):  # who was struck in `result` may hold it for ever
-            try:  # no callback is added meanwhile; asyncio's only send word to a loop
-                modules = [str(getattr(each, "__module__", "")) for each in self._done_callbacks]
-                if all(module.startswith("asyncio.") for module in modules):
+            try:  # no callback is added meanwhile; ours only send word to a loop
+                if all(getattr(each, "func", None) is _wake_task for each in self._done_callbacks):
                     return self._settle(call, come.popleft())
             finally:
                 self._condition.release()
@@ -4102,7 +4113,7 @@ class _Awaitable(_Future):
             call.session.drop(message)
             return
         try:
-            call.inbox.appendleft(message)  # items may have come already
+            call.inbox.insert(0, message)  # items may have come already
             value = call.session.caller.value(call)
         except BaseException as error:
             self._fail(error)
@@ -4141,7 +4152,23 @@ class _Awaitable(_Future):
         return True
 
     def __await__(self) -> Any:
-        return _import("asyncio").wrap_future(self).__await__()
+        asyncio = _import("asyncio")
+        if not self.done():
+            waiter = asyncio.get_running_loop().create_future()
+            self.add_done_callback(partial(_wake_task, waiter))
+            try:
+                yield from waiter
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        try:
+            return self.result()
+        except _import("concurrent.futures").CancelledError:
+            raise asyncio.CancelledError from None
+
+
+def _wake_task(waiter: Any, call: Any) -> None:
+    _call_on(waiter.get_loop(), lambda: waiter.done() or waiter.set_result(None))
 
 
 if TYPE_CHECKING:

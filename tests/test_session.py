@@ -261,6 +261,26 @@ def test_a_deadline_that_passes_leaves_nothing_to_the_collector(pair):
         go_on.set()
 
 
+@pytest.mark.parametrize("ticks", [True, False])
+def test_a_deadline_that_is_more_than_a_second_away_passes_in_time(pair, ticks):
+    """Also where a read cannot be made to end by itself, and while it is this one that reads."""
+    class Slow:
+        def wait(self):
+            return go_on.wait(20)
+
+    go_on = threading.Event()
+    both = pair({"s": Slow()})
+    if not ticks:
+        both.here.channel._tick = lambda: os.rmdir("")  # an OSError
+    start = time.monotonic()
+    try:
+        with pytest.raises(miniplug.CallTimeout):
+            both.dispense("s").wait.timeout(1.3)()
+        assert 1.3 <= time.monotonic() - start < 2.3
+    finally:
+        go_on.set()
+
+
 @pytest.mark.skipif(WINDOWS, reason="a message of a pipe goes whole")
 def test_a_small_call_of_which_only_a_part_goes_at_once_is_finished_behind_its_caller(pair):
     both = pair({"e": Echo()})
@@ -776,7 +796,7 @@ def test_to_mend_a_seat_takes_it_from_nobody():
 @pytest.mark.timeout(30)
 def test_an_answer_is_not_lost_that_comes_as_who_waits_looks(pair):
     """It was taken for the call that had been there, run and dropped: threads switched all the time, once in minutes."""
-    class Inbox(collections.deque):
+    class Inbox(list):
         def __len__(self):  # what bool() asks
             found = super().__len__()
             self.extend([late.pop()] if late else [])
@@ -791,7 +811,7 @@ def test_an_answer_is_not_lost_that_comes_as_who_waits_looks(pair):
 
 @pytest.mark.timeout(30)
 def test_a_stream_may_be_closed_as_who_waits_for_it_looks(pair):
-    class Inbox(collections.deque):
+    class Inbox(list):
         def __getitem__(self, place):
             here.caller.give_up(call)  # as stream.close() in another thread
             return super().__getitem__(place)
