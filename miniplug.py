@@ -322,6 +322,14 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
         function(*args)
 
 
+def _until(condition: Callable[[], Any], seconds: float) -> None:
+    """Look for what no event tells of, at first very often. For at most so many seconds."""
+    deadline, pause = time.monotonic() + seconds, 1e-4
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(pause * 2, 0.01)
+
+
 # === 2. codec ===========================================================================================
 #
 # JSON that keeps Python's types, by the json module's parts in C. What JSON has not is tagged: an object with
@@ -1920,7 +1928,7 @@ class _Door:
 
     `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or, for one
     that is refused, the HandshakeError. Unless it `stays` open, the door closes before the first comes in.
-    Any thread may close it. `_lock` protects `_open` and `_callers`.
+    Any thread may close it. `_lock` protects `_open` and `callers`.
     """
 
     _CROWD = 128  # callers in the handshake at once
@@ -1931,7 +1939,7 @@ class _Door:
         self.strangers = 0
         self._greet, self._arrived, self._stays = greet, arrived, stays
         self._lock, self._open = threading.Lock(), True
-        self._callers: list[_Channel] = []
+        self.callers: list[_Channel] = []
         try:
             self._thread = _start_thread("miniplug-door", self._accept)
         except BaseException:
@@ -1949,9 +1957,9 @@ class _Door:
                 if not self._open:
                     channel.close()
                     return
-                self._callers.append(channel)
-                if len(self._callers) > self._CROWD:  # by chance: the oldest would be just proving the key
-                    self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
+                self.callers.append(channel)
+                if len(self.callers) > self._CROWD:  # by chance: the oldest would be just proving the key
+                    self.callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
             _aside("miniplug-hello", self._meet, channel)
 
     def _meet(self, channel: _Channel) -> None:
@@ -1963,23 +1971,18 @@ class _Door:
         except Exception:  # a stranger
             self.strangers += 1
         with self._lock:
-            enters = terms is not None and self._open and channel in self._callers
+            enters = terms is not None and self._open and channel in self.callers
             self._open = self._open and (self._stays or not enters)
-            self._callers = [each for each in self._callers if each is not channel]
+            self.callers = [each for each in self.callers if each is not channel]
         if enters:  # who hears of it may close the door
             self._arrived(channel, terms)
         else:
             channel.close()
 
-    def settle(self) -> None:
-        deadline = time.monotonic() + 0.2
-        while self._callers and time.monotonic() < deadline:
-            time.sleep(0.005)
-
     def close(self) -> None:
         with self._lock:
             self._open = False
-            for channel in self._callers:
+            for channel in self.callers:
                 channel.shutdown()
         if _WINDOWS:  # where nothing else ends `accept`
             _quietly(lambda: _connect(self.listener.address, 1.0).close(), kind=(OSError, RuntimeError))
@@ -3253,12 +3256,6 @@ class _Session:
             request.cancel()
         _open(self.finished)
 
-    def drain(self, seconds: float) -> None:
-        deadline, pause = time.monotonic() + seconds, 1e-4  # mostly an answer has just been sent
-        while self.requests and time.monotonic() < deadline:
-            time.sleep(pause)
-            pause = min(pause * 2, 0.005)
-
     def busy(self) -> bool:
         return bool(self.calls or self.requests or self.borrowed or self.references.lends)
 
@@ -4503,7 +4500,7 @@ class _Server:
         """Give the calls that run their time; let go of sessions, and then of what is served."""
         deadline = time.monotonic() + self._grace / 2
         for session in sessions:
-            session.drain(_left(deadline))
+            _until(partial(operator.not_, session.requests), _left(deadline))
             session.references.close()
         for each in served:
             each.close()
@@ -5507,7 +5504,7 @@ class _Run:
             self._spawn(argv, above, door.listener, key)
             in_time = self._arrival.wait(_or_forever(self.recipe.start_timeout))
             if self.gone.is_set():
-                door.settle()  # it may have been refused just before
+                _until(lambda: not door.callers, 0.2)  # it may have been refused just before
             if came and isinstance(came[1], _Terms):
                 self._meet(*came[:2])
             if not self.takes_calls:
@@ -5605,9 +5602,7 @@ class _Run:
 
     def drain(self, seconds: float) -> None:
         """End it, as soon as it is not busy, or after so many seconds."""
-        deadline = time.monotonic() + seconds
-        while not self.session.seal() and time.monotonic() < deadline:
-            self.ended.wait(0.02)
+        _until(self.session.seal, seconds)
         if self.session.ended is None:  # else it has crashed, which its calls are told
             _end_runs([self], _GRACE)
 
@@ -5618,9 +5613,8 @@ class _Run:
             self.output.stop()
             self.output.close(1.0)
             if self.config is not None and self.owned:
-                deadline = time.monotonic() + 1.0  # a child may have the socket, too, and end later
-                while not _remove_stale(self.config["address"]) and time.monotonic() < deadline:
-                    time.sleep(0.02)
+                # a child may have the socket, too, and end later
+                _until(partial(_remove_stale, self.config["address"]), 1.0)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
             self._over()

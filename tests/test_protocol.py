@@ -210,7 +210,7 @@ def be_plugin(channel):
     session = plugin_session(channel, hello(channel, "plugin"))
     assert session.finished.acquire(timeout=SECONDS)
     assert session.closing == 2.0
-    session.drain(SECONDS)
+    miniplug._until(lambda: not session.requests, SECONDS)
     return session
 
 
