@@ -552,7 +552,7 @@ LOADED = """
 def test_a_plugin_loads_nothing_that_its_first_call_does_not_need(write):
     """OpenSSL, above all: of that a start would have more than a tenth."""
     bare = subprocess.run([sys.executable, "-c", "import sys; print(*sys.modules)"], capture_output=True, text=True, check=True)
-    names = {"_hashlib", "asyncio", "concurrent.futures", "ctypes", "heapq", "hashlib", "hmac", "importlib.util", "inspect", "logging",
+    names = {"_hashlib", "asyncio", "concurrent.futures", "ctypes", "hashlib", "hmac", "importlib.util", "inspect", "logging",
              "pathlib", "random", "shutil", "tempfile", "traceback", "typing"}
     with miniplug.launch(write("loaded.py", LOADED) + ":Loaded") as plugin:
         assert names.intersection(plugin.dispense().modules()) <= set(bare.stdout.split())
