@@ -1783,7 +1783,6 @@ def _remove_stale(path: str) -> bool:
 # right, nothing is read but short JSON.
 
 _HELLO_SECONDS = 5.0
-_KNOCK_SECONDS = 0.5  # for one try in a crowd: one of the system's takes seconds
 
 
 if TYPE_CHECKING:
@@ -1811,7 +1810,7 @@ _Terms = namedtuple("_Terms", "protocol_version max_message features")
 
 
 def _sha256() -> Any:
-    """Python's own, if it has one: hashlib and hmac load OpenSSL, which takes a tenth of a plugin's start."""
+    """Python's own, if it has one: to load OpenSSL for hmac would take a tenth of a plugin's start."""
     try:
         return _import("_sha256" if sys.version_info < (3, 12) else "_sha2").sha256
     except ImportError:
@@ -1907,7 +1906,8 @@ class _Hello:
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
     """Connect to a door and run the handshake; at a TCP port, which strangers may crowd, again and again."""
-    limit, patience = (_KNOCK_SECONDS, 30.0) if _transport(address) == "tcp" else (_HELLO_SECONDS, 0.0)
+    # in a crowd one try of the system's takes seconds
+    limit, patience = (0.5, 30.0) if _transport(address) == "tcp" else (_HELLO_SECONDS, 0.0)
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -5148,8 +5148,8 @@ def _or_forever(seconds: float | None) -> float:
 _SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if _WINDOWS else "").split()
 
 # Run by the plugin's interpreter: this very file is miniplug there, from the bytecode cache, or the zip file
-# that the host is packed in. The first lines are for any Python at all. What is loaded here stays: there is no
-# garbage to be looked for in it, now or at the end. And a connection hardly ever needs tempfile, which is slow.
+# that the host is packed in. The first lines are for any Python at all. In what is loaded here no garbage is
+# ever looked for; and tempfile, which is slow, is not loaded for a connection, which hardly ever needs it.
 _BOOTSTRAP = """
 import sys
 if sys.path[:1] == [""]:  # a json.py that lies there is not meant
@@ -5175,7 +5175,7 @@ later.__getattr__ = lambda name: forget() or getattr(__import__("tempfile"), nam
 sys.modules.setdefault("tempfile", later)
 import multiprocessing.connection
 forget()
-getattr(gc, "freeze", bool)()  # PyPy has none
+getattr(gc, "freeze", bool)()
 gc.enable()
 module._run_plugin(*sys.argv[2:])
 """
@@ -6384,7 +6384,11 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
             sys.exit(f"miniplug: {spec!r} is no spec: write module:Attr or path/to/file.py:Attr")
         if name in ("system", *plugins):
             sys.exit(f"miniplug: the name {name!r} is taken: write NAME={spec}")
-        plugins[name] = _load(source, attribute)
+        found = _load_file(os.path.abspath(source)) if source.endswith(".py") else _load_module(source)
+        try:
+            plugins[name] = operator.attrgetter(attribute)(found)
+        except AttributeError as error:
+            sys.exit(f"miniplug: {error}")
     try:
         secret = os.urandom(32)
         if authkey_file:
@@ -6419,14 +6423,6 @@ class _Finder:
 
     def exec_module(self, module: ModuleType) -> None:
         pass  # it has run
-
-
-def _load(source: str, attribute: str) -> Any:
-    found = _load_file(os.path.abspath(source)) if source.endswith(".py") else _load_module(source)
-    try:
-        return operator.attrgetter(attribute)(found)
-    except AttributeError as error:
-        sys.exit(f"miniplug: {error}")
 
 
 def _load_file(path: str) -> ModuleType:
