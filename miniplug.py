@@ -70,8 +70,8 @@ The map of this file; each section uses only those above it:
 #   _Producer._lock, while a message is sent
 #   _References._lock
 #   _Supervisor.news; at interpreter exit _close_all keeps it, and all others may be taken under it
-#   under which no other is taken: _Slots._lock, _Door._lock, _Served._lock, _Server._lock, _Guardian._lock,
-#       those of the processes, and the condition of a Call
+#   under which no other is taken: _Door._lock, _Served._lock, _Server._lock, _Guardian._lock, those of the
+#       processes, and the condition of a Call
 #
 # The states of a plugin are drawn at `_Supervisor`, of a connection at `_Session`.
 #
@@ -3211,7 +3211,7 @@ class _Session:
         kind, flags, number, _, body, _ = message
         request = self.requests.get(number)  # None: it has ended meanwhile
         if kind == _RELEASE:
-            return self.reader.take(come, lambda gone: self.references.release_unless_busy(gone[2]))
+            return self.references.release(come, number)
         if kind == _CREDIT:
             count = self.codec.loads(body, (), 0) if body else None
             if type(count) is not int or not 0 < count <= _WINDOW:
@@ -3687,17 +3687,26 @@ class _References:
             raise ProtocolError(f"a method named {_shown(method)}")
         return self.resolve(number, method) if method else self.loan(number).object
 
-    def release(self, number: int) -> None:
-        """Take one count of a loan back. The pool exits it, as that may take long."""
-        _holding(self._lock, self._release, number)
-
-    def _release(self, number: int) -> None:
+    def release(self, come: deque[_Message], number: int) -> None:
+        """As the reader: the first of `come` takes one count of a loan back."""
         loan = self._loans.get(number) if number else None
-        if loan is None:
+        self._latest.append(number)  # `unlend` looks again, should a handler raise behind the next step
+        counts = itertools.starmap(loan.sent.pop if loan is not None else bool, _ONCE)
+        _quietly(_consume, zip(itertools.starmap(come.popleft, _ONCE), counts), kind=IndexError)
+        if loan is None or loan.sent:
             return
-        if loan.sent:
-            loan.sent.pop()
-        if loan.sent:
+        if not self._lock.acquire(False):  # a finalizer that calls in the midst of `lend` may wait for us
+            _pool.put((_holding, self._lock, self._drop, number))
+            return
+        try:
+            self._drop(number)
+        finally:
+            self._lock.release()
+
+    def _drop(self, number: int) -> None:
+        """Under the lock: forget a loan that is out no more. The pool exits it, as that may take long."""
+        loan = self._loans.get(number)
+        if loan is None or loan.sent or not number:
             return
         self._held[number] = _ref_to(loan, lambda gone: self._held.pop(number, None))
         del self._loans[number]
@@ -3712,25 +3721,20 @@ class _References:
             while self._parting:
                 _exit(self._parting.pop().manager)
 
-    def release_unless_busy(self, number: int) -> None:
-        """For who reads: a finalizer that calls in the midst of `lend` may wait for that one."""
-        if not self._lock.acquire(False):
-            return _pool.put((self.release, number))
-        try:
-            return self.release(number)
-        finally:
-            self._lock.release()
-
     def unlend(self, lent: Any) -> None:
-        """Take back what was lent for a message that was not sent, and what is half lent."""
+        """Take back what was lent for a message that was not sent, and what is half lent or half dropped."""
         _holding(self._lock, self._unlend, lent)
 
     def _unlend(self, lent: Any) -> None:
-        for number in list(self._latest):
-            if number in self._loans and not self._loans[number].sent:
-                self._release(number)
         while lent:
-            self._release(lent.pop())
+            number = lent.pop()
+            loan = self._loans.get(number)
+            if loan is not None and loan.sent:
+                loan.sent.pop()
+            self._drop(number)
+        for number in list(self._latest):
+            self._drop(number)
+        self.lends = len(self._loans) > 1
 
     def close(self) -> None:
         """The connection has ended: exit the context managers, the latest first."""
@@ -4096,7 +4100,7 @@ class _Awaitable(_Future):
         does the rest."""
         if attends and self._condition.acquire(False):  # who was struck in `result` may hold it for ever
             try:  # no callback is added meanwhile; ours only send word to a loop
-                if all(getattr(each, "func", None) is _wake_task for each in self._done_callbacks):
+                if all(type(each) is partial and each.func is _wake_task for each in self._done_callbacks):
                     return self._settle(call, come.popleft())
             finally:
                 self._condition.release()

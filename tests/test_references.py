@@ -1,6 +1,7 @@
 """Callbacks and references: what is lent, comes home, is given back; and nesting by them."""
 
 import asyncio
+import collections
 import functools
 import gc
 import threading
@@ -671,7 +672,7 @@ def test_a_handler_that_strikes_while_something_is_lent_or_released_leaves_nothi
         return references.lend(None, print, lent)[1][0]
 
     def release():
-        return references.release(lent.pop())
+        return references.release(collections.deque(["what says so"]), lent.pop())
 
     if when == "releasing":
         lend()
