@@ -6099,8 +6099,7 @@ class Plugin:
     @property
     def exit_code(self) -> int | None:
         """How the last process ended: negative for a signal; None if none has."""
-        run = self._run
-        return None if run is None else run.exit_code
+        return getattr(self._run, "exit_code", None)
 
     @property
     def restarts(self) -> int:
