@@ -2060,15 +2060,15 @@ def _open(gate: Any) -> None:
     _quietly(gate.release, kind=RuntimeError)  # it may be open
 
 
-def _holding(lock: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function with a lock held. From Python 3.14 on a handler may raise as a `with` begins, and leave
-    its lock held."""
+def _holding(lock: Any, function: Callable[..., Any], *arguments: Any, seconds: float = -1) -> Any:
+    """Call a function with a lock held. False: another thread has had that for so many seconds. A handler may
+    raise behind an `acquire`, from Python 3.14 on also as a `with` begins, and leave its lock held."""
     held: list[bool] = []
     try:
-        held.extend(itertools.starmap(lock.acquire, _ONCE))  # one step
-        return function(*arguments)
+        held.extend(map(lock.acquire, (True,), (seconds,)))  # one step
+        return held[0] and function(*arguments)
     finally:
-        if held:
+        if held and held[0]:
             lock.release()
 
 
@@ -3695,13 +3695,9 @@ class _References:
         _quietly(_consume, zip(itertools.starmap(come.popleft, _ONCE), counts), kind=IndexError)
         if loan is None or loan.sent:
             return
-        if not self._lock.acquire(False):  # a finalizer that calls in the midst of `lend` may wait for us
+        if _holding(self._lock, self._drop, number, seconds=0) is False:
+            # a finalizer that calls in the midst of `lend` may wait for us
             _pool.put((_holding, self._lock, self._drop, number))
-            return
-        try:
-            self._drop(number)
-        finally:
-            self._lock.release()
 
     def _drop(self, number: int) -> None:
         """Under the lock: forget a loan that is out no more. The pool exits it, as that may take long."""
@@ -4213,11 +4209,7 @@ class Stream:
                 return item
             if self._over:
                 raise StopAsyncIteration
-            if self._lock.acquire(False):
-                try:
-                    self._advance(False)
-                finally:
-                    self._lock.release()
+            _holding(self._lock, self._advance, False, seconds=0)
             await self._news()
 
     def _advance(self, wait: bool) -> None:
@@ -5970,15 +5962,13 @@ class _Dispensed(_Target):
             raise DeadReference(f"{self.label} was released")
         session = self._supervisor.session(asked)  # not under the lock: on_start may want that
         if session not in self.at:
-            if not self._lock.acquire(timeout=_left(asked.deadline)):
+            if _holding(self._lock, self._dispense, session, asked, seconds=_left(asked.deadline)) is False:
                 raise _too_late(asked)
-            try:
-                if session not in self.at:
-                    found = _ask(_Remote, session, 0, "dispense", (self._name,), {}, asked.left())
-                    self._add(found._target)
-            finally:
-                self._lock.release()
         return session, self.at[session].number
+
+    def _dispense(self, session: _Session, asked: _Call) -> None:
+        if session not in self.at:  # nobody else has, meanwhile
+            self._add(_ask(_Remote, session, 0, "dispense", (self._name,), {}, asked.left())._target)
 
     def waits(self) -> bool:
         return isinstance(self._supervisor.seek(), _Run)
