@@ -321,6 +321,14 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
         function(*args)
 
 
+def _until(condition: Callable[[], Any], seconds: float) -> None:
+    """Look for what no event tells of, at first very often. For at most so many seconds."""
+    deadline, pause = time.monotonic() + seconds, 1e-4
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(pause * 2, 0.01)
+
+
 # === 2. codec ===========================================================================================
 #
 # JSON that keeps Python's types, by the json module's parts in C. What JSON has not is tagged: an object with
@@ -1726,7 +1734,6 @@ def _remove_stale(path: str) -> bool:
 # right, nothing is read but short JSON.
 
 _HELLO_SECONDS = 5.0
-_KNOCK_SECONDS = 0.5  # for one try in a crowd: one of the system's takes seconds
 
 
 if TYPE_CHECKING:
@@ -1751,6 +1758,14 @@ class Handshake(_Handshake):
 
 
 _Terms = namedtuple("_Terms", "protocol_version max_message features")
+
+
+def _sha256() -> Any:
+    """Python's own, if it has one: to load OpenSSL for hmac would take a tenth of a plugin's start."""
+    try:
+        return _import("_sha256" if sys.version_info < (3, 12) else "_sha2").sha256
+    except ImportError:
+        return _import("hashlib").sha256
 
 
 class _Hello:
@@ -1797,13 +1812,16 @@ class _Hello:
     def check(self) -> None:
         expected = self._mac(self._other)
         proof = ascii(self.hear().get("proof"))
-        if not _import("hmac").compare_digest(ascii(expected), proof):
+        if not _import("_operator")._compare_digest(ascii(expected), proof):
             raise AuthenticationError(f"the {self._other} at {self._address} does not hold the key")
 
     def _mac(self, role: str) -> str:
         parts = role.encode(), os.fsencode(self._address), *self._said
         said = b"".join(struct.pack("!I", len(part)) + part for part in parts)
-        return _import("hmac").new(self._key, said, "sha256").hexdigest()
+        sha256 = _sha256()
+        key = (sha256(self._key).digest() if len(self._key) > 64 else self._key).ljust(64, b"\0")
+        inner, outer = (bytes(byte ^ pad for byte in key) for pad in (0x36, 0x5C))
+        return sha256(outer + sha256(inner + said).digest()).hexdigest()
 
     def as_host(self, versions: Sequence[int], max_message: int) -> _Terms:
         self.greet(versions, max_message, codec="json")
@@ -1839,7 +1857,8 @@ class _Hello:
 
 def _come_in(address: str, greet: Callable[[_Channel], _Terms]) -> tuple[_Channel, _Terms]:
     """Connect to a door and run the handshake; at a TCP port, which strangers may crowd, again and again."""
-    limit, patience = (_KNOCK_SECONDS, 30.0) if _transport(address) == "tcp" else (_HELLO_SECONDS, 0.0)
+    # in a crowd one try of the system's takes seconds
+    limit, patience = (0.5, 30.0) if _transport(address) == "tcp" else (_HELLO_SECONDS, 0.0)
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -1860,7 +1879,7 @@ class _Door:
 
     `greet` runs the handshake; `arrived` is called on that thread with the channel, and the terms or, for one
     that is refused, the HandshakeError. Unless it `stays` open, the door closes before the first comes in.
-    Any thread may close it. `_lock` protects `_open` and `_callers`.
+    Any thread may close it. `_lock` protects `_open` and `callers`.
     """
 
     _CROWD = 128  # callers in the handshake at once
@@ -1871,7 +1890,7 @@ class _Door:
         self.strangers = 0
         self._greet, self._arrived, self._stays = greet, arrived, stays
         self._lock, self._open = threading.Lock(), True
-        self._callers: list[_Channel] = []
+        self.callers: list[_Channel] = []
         try:
             self._thread = _start_thread("miniplug-door", self._accept)
         except BaseException:
@@ -1889,9 +1908,9 @@ class _Door:
                 if not self._open:
                     channel.close()
                     return
-                self._callers.append(channel)
-                if len(self._callers) > self._CROWD:  # by chance: the oldest would be just proving the key
-                    self._callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
+                self.callers.append(channel)
+                if len(self.callers) > self._CROWD:  # by chance: the oldest would be just proving the key
+                    self.callers.pop(os.urandom(1)[0] % self._CROWD).shutdown()
             _aside("miniplug-hello", self._meet, channel)
 
     def _meet(self, channel: _Channel) -> None:
@@ -1903,23 +1922,18 @@ class _Door:
         except Exception:  # a stranger
             self.strangers += 1
         with self._lock:
-            enters = terms is not None and self._open and channel in self._callers
+            enters = terms is not None and self._open and channel in self.callers
             self._open = self._open and (self._stays or not enters)
-            self._callers = [each for each in self._callers if each is not channel]
+            self.callers = [each for each in self.callers if each is not channel]
         if enters:  # who hears of it may close the door
             self._arrived(channel, terms)
         else:
             channel.close()
 
-    def settle(self) -> None:
-        deadline = time.monotonic() + 0.2
-        while self._callers and time.monotonic() < deadline:
-            time.sleep(0.005)
-
     def close(self) -> None:
         with self._lock:
             self._open = False
-            for channel in self._callers:
+            for channel in self.callers:
                 channel.shutdown()
         if _WINDOWS:  # where nothing else ends `accept`
             _quietly(lambda: _connect(self.listener.address, 1.0).close(), kind=(OSError, RuntimeError))
@@ -2021,7 +2035,7 @@ class _Pool:
     def __init__(self) -> None:
         self._tasks = _import("_queue").SimpleQueue()
         self.put: Callable[[tuple[Any, ...]], None] = self._tasks.put
-        self._alarms: list[Any] = []  # a heap of (when, number, function)
+        self._alarms: list[Any] = []  # (when, number, function), sorted
         self._numbers = itertools.count()
         self._lead = threading.Lock()
         self._waiting: list[None] = []  # counts, in one step, the threads that wait or are about to
@@ -2086,18 +2100,18 @@ class _Pool:
 
     def _next(self, taken: list[Any]) -> None:
         """As who leads: take a task, unless there is no session any more."""
-        heapq, alarms = _import("heapq"), self._alarms
+        alarms = self._alarms
         while not taken and (_sessions or not self._tasks.empty()):
             seconds = alarms[0][0] - time.monotonic() if alarms else _FOREVER
             if seconds <= 0:
-                taken.append(heapq.heappop(alarms)[2:])
+                taken.append(alarms.pop(0)[2:])
                 return
             try:
                 taken.extend(map(self._tasks.get, (True,), (min(seconds, _FOREVER),)))  # one step
             except _import("_queue").Empty:
                 continue
             if type(taken[0][0]) is float:
-                heapq.heappush(alarms, taken.pop())
+                _import("bisect").insort(alarms, taken.pop())
             elif taken[0][0] is None:
                 _, function, argument = taken.pop()
                 function(argument)
@@ -3236,11 +3250,6 @@ class _Session:
         for request in list(self.requests.values()):
             request.cancel()
         _open(self.finished)
-
-    def drain(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while self.requests and time.monotonic() < deadline:
-            time.sleep(0.005)
 
     def busy(self) -> bool:
         return bool(self.calls or self.requests or self.borrowed or self.references.lends)
@@ -4487,7 +4496,7 @@ class _Server:
         """Give the calls that run their time; let go of sessions, and then of what is served."""
         deadline = time.monotonic() + self._grace / 2
         for session in sessions:
-            session.drain(_left(deadline))
+            _until(partial(operator.not_, session.requests), _left(deadline))
             session.references.close()
         for each in served:
             each.close()
@@ -5135,16 +5144,18 @@ def _or_forever(seconds: float | None) -> float:
 _SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if _WINDOWS else "").split()
 
 # Run by the plugin's interpreter: this very file is miniplug there, from the bytecode cache, or the zip file
-# that the host is packed in. The first lines are for any Python at all.
+# that the host is packed in. The first lines are for any Python at all. In what is loaded here no garbage is
+# ever looked for; and tempfile, which is slow, is not loaded for a connection, which hardly ever needs it.
 _BOOTSTRAP = """
 import sys
 if sys.path[:1] == [""]:  # a json.py that lies there is not meant
     del sys.path[0]
 if sys.version_info < (3, 8):
     sys.exit("miniplug needs Python 3.8 or newer: this is " + sys.version)
-import os
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
+import gc, os
+gc.disable()
+from _frozen_importlib import module_from_spec
+from _frozen_importlib_external import PathFinder
 folder, name = os.path.split(sys.argv[1])
 spec = PathFinder.find_spec(name.partition(".")[0], [folder])
 if spec is None:
@@ -5152,6 +5163,16 @@ if spec is None:
 module = sys.modules["miniplug"] = module_from_spec(spec)
 module.__name__ = "miniplug"
 exec(spec.loader.get_code(spec.name), vars(module))
+def forget():
+    if sys.modules.get("tempfile") is later:
+        del sys.modules["tempfile"]
+later = type(sys)("tempfile")
+later.__getattr__ = lambda name: forget() or getattr(__import__("tempfile"), name)
+sys.modules.setdefault("tempfile", later)
+import multiprocessing.connection
+forget()
+getattr(gc, "freeze", bool)()
+gc.enable()
 module._run_plugin(*sys.argv[2:])
 """
 _FROZEN = "--miniplug-plugin"  # the first argument of a frozen application that is to be a plugin
@@ -5479,7 +5500,7 @@ class _Run:
             self._spawn(argv, above, door.listener, key)
             in_time = self._arrival.wait(_or_forever(self.recipe.start_timeout))
             if self.gone.is_set():
-                door.settle()  # it may have been refused just before
+                _until(lambda: not door.callers, 0.2)  # it may have been refused just before
             if came and isinstance(came[1], _Terms):
                 self._meet(*came[:2])
             if not self.takes_calls:
@@ -5577,9 +5598,7 @@ class _Run:
 
     def drain(self, seconds: float) -> None:
         """End it, as soon as it is not busy, or after so many seconds."""
-        deadline = time.monotonic() + seconds
-        while not self.session.seal() and time.monotonic() < deadline:
-            self.ended.wait(0.02)
+        _until(self.session.seal, seconds)
         if self.session.ended is None:  # else it has crashed, which its calls are told
             _end_runs([self], _GRACE)
 
@@ -5590,9 +5609,8 @@ class _Run:
             self.output.stop()
             self.output.close(1.0)
             if self.config is not None and self.owned:
-                deadline = time.monotonic() + 1.0  # a child may have the socket, too, and end later
-                while not _remove_stale(self.config["address"]) and time.monotonic() < deadline:
-                    time.sleep(0.02)
+                # a child may have the socket, too, and end later
+                _until(partial(_remove_stale, self.config["address"]), 1.0)
             crashed = self.session is not None and not self.asked
             self.exit_code = self.process.reap()
             self._over()
@@ -6079,8 +6097,7 @@ class Plugin:
     @property
     def exit_code(self) -> int | None:
         """How the last process ended: negative for a signal; None if none has."""
-        run = self._run
-        return None if run is None else run.exit_code
+        return getattr(self._run, "exit_code", None)
 
     @property
     def restarts(self) -> int:
@@ -6349,7 +6366,7 @@ def _run_file(path: str, name: str) -> ModuleType:
     module = type(sys)(name)
     module.__file__ = path
     if name != "__main__":
-        module.__spec__ = _import("importlib.util").spec_from_file_location(name, path)
+        module.__spec__ = _import("_frozen_importlib_external").spec_from_file_location(name, path)
     sys.modules[name] = module
     sys.path.insert(0, os.path.dirname(path))
     with open(path, "rb") as file:
@@ -6368,7 +6385,11 @@ def _serve_specs(*specs: str, address: str | None = None, authkey_file: str | No
             sys.exit(f"miniplug: {spec!r} is no spec: write module:Attr or path/to/file.py:Attr")
         if name in ("system", *plugins):
             sys.exit(f"miniplug: the name {name!r} is taken: write NAME={spec}")
-        plugins[name] = _load(source, attribute)
+        found = _load_file(os.path.abspath(source)) if source.endswith(".py") else _load_module(source)
+        try:
+            plugins[name] = operator.attrgetter(attribute)(found)
+        except AttributeError as error:
+            sys.exit(f"miniplug: {error}")
     try:
         secret = os.urandom(32)
         if authkey_file:
@@ -6388,14 +6409,14 @@ class _Finder:
 
     def __init__(self, name: str) -> None:
         self._names = {"miniplug", name}
-        self._machinery = _import("importlib.machinery")
+        self._find = _import("_frozen_importlib_external").PathFinder.find_spec  # importlib loads more
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        find, found = self._machinery.PathFinder.find_spec, None
+        find, found = self._find, None
         if name not in self._names and f"{name.rpartition('.')[2]}.py" == os.path.basename(_FILE):
             found = find(name, path)
         if name in self._names or (found and os.path.realpath(str(found.origin)) == os.path.realpath(_FILE)):
-            return self._machinery.ModuleSpec(name, self)
+            return _import("importlib.machinery").ModuleSpec(name, self)
         return find(name, self.library) if path is None and self.library else None
 
     def create_module(self, spec: Any) -> ModuleType:
@@ -6405,20 +6426,12 @@ class _Finder:
         pass  # it has run
 
 
-def _load(source: str, attribute: str) -> Any:
-    found = _load_file(os.path.abspath(source)) if source.endswith(".py") else _load_module(source)
-    try:
-        return operator.attrgetter(attribute)(found)
-    except AttributeError as error:
-        sys.exit(f"miniplug: {error}")
-
-
 def _load_file(path: str) -> ModuleType:
     if not os.path.isfile(path):
         sys.exit(f"miniplug: there is no file {path}")
     library = os.path.dirname(getattr(os, "__file__", ""))  # frozen, it has none
     _Finder.library = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
-    find = _import("importlib.machinery").PathFinder.find_spec
+    find = _import("_frozen_importlib_external").PathFinder.find_spec
     name = os.path.splitext(os.path.basename(path))[0]
     if name in sys.modules or name in sys.builtin_module_names or find(name, _Finder.library):
         name = f"_plugin_{name}"

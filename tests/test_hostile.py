@@ -531,7 +531,7 @@ def test_strangers_do_not_hold_up_the_plugin(doors, decoded, kinds):
                     with contextlib.suppress(OSError):
                         while sock.recv(65536):
                             pass
-            until(lambda: not made[0]._callers)
+            until(lambda: not made[0].callers)
             assert all(length <= 4096 for length in decoded)
     finally:
         stop.set()
@@ -800,8 +800,8 @@ def test_of_a_crowd_chance_picks_who_has_to_go(monkeypatch):
             callers.append(stranger(door.listener.address))
             until(lambda: len(inside) == count)  # noqa: B023 -- waited for here
         first = inside[:2]
-        assert all(any(each is one for each in door._callers) for one in first)
-        assert len(door._callers) == 4
+        assert all(any(each is one for each in door.callers) for one in first)
+        assert len(door.callers) == 4
         end = stranger(door.listener.address)
         assert isinstance(shake(channel_of(end), door.listener.address, key), miniplug._Terms)
         end.close()

@@ -1,5 +1,6 @@
 """Launching, calling, ending and crashing, each with a real process."""
 
+import gc
 import logging
 import os
 import shutil
@@ -512,6 +513,72 @@ def test_too_old_a_python(write):
     """)
     os.chmod(fake, 0o755)
     assert "miniplug needs Python 3.8 or newer" in str(fails(WORKSHOP, python=fake))
+
+
+# -- what a start costs
+
+LOADED = """
+    import gc
+    import multiprocessing.connection
+    import sys
+    import weakref
+
+    class Knot:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            print("untied", flush=True)
+
+    class Loaded:
+        def modules(self):
+            return [*sys.modules]
+        def collector(self):
+            return gc.isenabled(), gc.get_freeze_count(), gc.is_tracked(self) and self in gc.get_objects()
+        def tie(self):
+            Knot()
+            return gc.collect()
+        def keep(self):
+            self.knot = Knot()  # up to the end
+        def tempfile(self):
+            before = "tempfile" in sys.modules
+            address = multiprocessing.connection.arbitrary_address("AF_UNIX")  # by which it is used after all
+            import tempfile
+            folder = multiprocessing.connection.tempfile.gettempdir()
+            return before, address.startswith(tempfile.gettempdir()), folder == tempfile.gettempdir(), tempfile.__file__
+"""
+
+
+def test_a_plugin_loads_nothing_that_its_first_call_does_not_need(write):
+    """OpenSSL, above all: of that a start would have more than a tenth."""
+    bare = subprocess.run([sys.executable, "-c", "import sys; print(*sys.modules)"], capture_output=True, text=True, check=True)
+    names = {"_hashlib", "asyncio", "concurrent.futures", "ctypes", "hashlib", "hmac", "importlib.util", "inspect", "logging",
+             "pathlib", "random", "shutil", "tempfile", "traceback", "typing"}
+    with miniplug.launch(write("loaded.py", LOADED) + ":Loaded") as plugin:
+        assert names.intersection(plugin.dispense().modules()) <= set(bare.stdout.split())
+
+
+@pytest.mark.skipif(not hasattr(gc, "freeze"), reason="its collector has nothing of the kind")
+def test_garbage_is_looked_for_in_what_is_the_plugins_own(write):
+    lines = []
+    with miniplug.launch(write("loaded.py", LOADED) + ":Loaded", stdout=lines.append) as plugin:
+        loaded = plugin.dispense()
+        enabled, frozen, own = loaded.collector()
+        assert enabled and frozen > 5000 and own
+        assert loaded.tie() > 0
+        until(lambda: lines == ["untied"])
+        loaded.keep()
+    assert lines == ["untied", "untied"]
+
+
+@pytest.mark.parametrize("early", [False, pytest.param(True, marks=posix)], ids=["late", "early"])
+def test_a_plugin_has_tempfile_when_it_is_asked_for(write, tmp_path, early):
+    """Early: a Python whose multiprocessing.connection uses it while it is imported."""
+    if early:
+        write("_winapi.py", "from tempfile import gettempdir; gettempdir(); raise ImportError")
+    with miniplug.launch(write("loaded.py", LOADED) + ":Loaded", env={"PYTHONPATH": str(tmp_path)} if early else {}) as plugin:
+        *found, file = plugin.dispense().tempfile()
+        assert found == [early, True, True] and os.path.basename(file) == "tempfile.py"
 
 
 @pytest.mark.parametrize("allowed", range(5))

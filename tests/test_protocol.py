@@ -7,6 +7,8 @@ import decimal
 import enum
 import fractions
 import gc
+import hashlib
+import hmac
 import json
 import os
 import pathlib
@@ -210,7 +212,7 @@ def be_plugin(channel):
     session = plugin_session(channel, hello(channel, "plugin"))
     assert session.finished.acquire(timeout=SECONDS)
     assert session.closing == 2.0
-    session.drain(SECONDS)
+    miniplug._until(lambda: not session.requests, SECONDS)
     return session
 
 
@@ -261,6 +263,21 @@ def test_a_proof_is_of_one_key_and_one_address(ends, nonce, role, change):
             assert read(other, len(data)) == data
     with pytest.raises(miniplug.AuthenticationError):
         side.result()
+
+
+@pytest.mark.parametrize("lacks", [False, True], ids=["of Python", "of OpenSSL"])
+def test_a_proof_is_what_hmac_makes(monkeypatch, lacks):
+    """Whichever SHA-256 there is, and however long the key is: one of more than a block is hashed first."""
+    if lacks:
+        monkeypatch.setitem(sys.modules, "_sha256", None)
+        monkeypatch.setitem(sys.modules, "_sha2", None)
+        assert miniplug._sha256() is hashlib.sha256
+    for size in (16, 32, 63, 64, 65, 1000):
+        key = bytes(each % 251 for each in range(size))
+        hello = miniplug._Hello(None, "/tmp/s", key, "host")
+        hello._said = [b"first", b"second"]
+        said = b"".join(len(part).to_bytes(4, "big") + part for part in (b"plugin", b"/tmp/s", b"first", b"second"))
+        assert hello._mac("plugin") == hmac.new(key, said, "sha256").hexdigest()
 
 
 def test_each_message_of_the_handshake_is_covered_by_a_proof(ends, nonce):
