@@ -2565,7 +2565,6 @@ class _Attendant:
     def leave(self, mine: list[int]) -> None:
         """Have another thread attend, in place of the one with this right."""
         if self._right.get(0) is mine:
-            self._inline = 0
             self._right.pop(0, None)  # `_look` may do so
         self._reader.pass_on()
 
@@ -2580,8 +2579,8 @@ class _Attendant:
         self._seen = inline
         if session.channel.posted:
             session.flush()
-        if inline == seen and inline > 0:
-            if self._right and not self._reader.seat:
+        if inline == seen and inline > 0 and self._right:
+            if not self._reader.seat:
                 self._right.pop(0, None)  # that one reads no more
                 self._begin()
         elif inline == seen:
@@ -3722,9 +3721,8 @@ class _References:
     def _unlend(self, lent: Any) -> None:
         while lent:
             number = lent.pop()
-            loan = self._loans.get(number)
-            if loan is not None and loan.sent:
-                loan.sent.pop()
+            if number in self._loans:
+                _quietly(self._loans[number].sent.pop, kind=IndexError)
             self._drop(number)
         for number in list(self._latest):
             self._drop(number)
