@@ -388,7 +388,7 @@ WAYS = {"plain": lambda proxy: proxy.echo(5), "tagged": lambda proxy: proxy.echo
         "stream": lambda proxy: list(proxy.count(40)), "failing": failing}
 
 
-@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="before, a handler may run between more steps; later, few steps are traced")
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="before, more steps; later, not each is traced")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_strike_behind_each_step_of_a_call(pair, way, monkeypatch):  # noqa: F811
