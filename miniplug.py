@@ -1972,7 +1972,7 @@ class _Door:
 _CALL, _NOTIFY, _RESULT, _ERROR, _ITEM, _END = 1, 2, 3, 4, 5, 6
 _CREDIT, _CANCEL, _RELEASE, _PING, _PONG, _SHUTDOWN = 7, 8, 9, 10, 11, 12
 _TAGGED, _IGNORABLE, _STREAM = 1, 2, 4
-_CALL_TYPES = [str, list, dict]  # of what follows a call's target: method, arguments, those with names
+_CALL_TYPES = (str, list, dict)  # of what follows a call's target: method, arguments, those with names
 _ANSWER_TYPES = _ATOMS | _NESTS | {bytes}  # what a method returns, mostly
 _ANSWERS = frozenset((_RESULT, _ERROR, _ITEM, _END, _PONG))
 _NOTHING: Any = (b"", (), 0, [])  # a content without a value
@@ -2855,11 +2855,12 @@ class _Runner:
         """The call that has come: [target, method, args, kwargs]. Without one it has been answered."""
         try:
             _, call = self._session.decode(request.inbox)
-            if type(call) is not list or [*map(type, call[1:4])] != _CALL_TYPES:
+            call = call[:4] if type(call) is list else []
+            if len(call) < 4 or (type(call[1]), type(call[2]), type(call[3])) != _CALL_TYPES:
                 raise ProtocolError("a call is [target, method, [argument, ...], {name: argument, ...}]")
             if self._session.closing is not None:
                 raise _Undecodable(PluginClosed(_IS_CLOSING))
-            return call[:4]
+            return call
         except _Undecodable as error:
             self.fail(request, error.args[0], own=True)
         except ProtocolError as error:
@@ -3818,6 +3819,9 @@ class MethodInfo(namedtuple("_MethodInfo", "name signature doc")):
         doc: str | None
 
 
+_call = _Caller.call  # which Python 3.11 does not look up quickly
+
+
 def _act_at(act: Callable[..., Any], session: _Session, *what: Any) -> Any:
     return act(session.caller, *what)
 
@@ -3833,7 +3837,7 @@ class _Method(_Remote):
         self._timeout = target.timeout if timeout is None else timeout
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._act(_Caller.call, args, kwargs)
+        return self._act(_call, args, kwargs)
 
     def submit(self, *args: Any, **kwargs: Any) -> Call:
         """Call without waiting: returns a Call, a concurrent.futures.Future that asyncio can await."""
