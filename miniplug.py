@@ -472,7 +472,9 @@ def _make_registered(name: str, held: Any) -> Any:
                               "to call miniplug.register")
     try:
         return _registered[name][1](held)
-    except Exception as error:
+    except BaseException as error:
+        if _is_ctrl_c(error):
+            raise
         raise NotSerializable(f"a {name!r} cannot be made from what came: {_shown(error)}") from error
 
 
