@@ -2066,10 +2066,7 @@ class _Pool:
                     function(*arguments)
             except BaseException as error:
                 failed = type(error)
-                try:
-                    _import("traceback").print_exc()
-                except BaseException:
-                    pass  # there may be no memory
+                _quietly(lambda: _import("traceback").print_exc(), kind=BaseException)  # without memory, say
             function = arguments = None
 
     def _mend(self, failed: Any) -> None:
@@ -2822,7 +2819,11 @@ class _Runner:
         request = self._requests.get(message[2])
         if request is not None and request.begun:
             self.fail(request, KeyboardInterrupt(), wait=False)
-        elif request is not None and request.slots().take(request):
+        elif request is not None:
+            self._run_later(request)
+
+    def _run_later(self, request: _Request) -> None:
+        if request.slots().take(request):
             _pool.put((self.run, request, request.slots()))
 
     def run_in_slot(self, request: _Request) -> None:
@@ -2848,8 +2849,7 @@ class _Runner:
     def leave_loop(self, request: _Request) -> None:
         if request.loop is not None and not request.begun:
             request.loop = None
-            if request.slots().take(request):
-                _pool.put((self.run, request, request.slots()))
+            self._run_later(request)
 
     # -- running
 
