@@ -1313,7 +1313,7 @@ class _Channel:
     def _await_more(self, deadline: float | None) -> None:
         if deadline is None:
             return
-        if not self._ticks:  # not before somebody has a deadline: who is idle sleeps
+        if self.limit and not self._ticks:  # not before a call has a deadline: who is idle sleeps
             _quietly(self._tick)
         if not self._readable.poll(_left(deadline) * 1000):
             raise _Late(_IN_TIME)
