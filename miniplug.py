@@ -4426,7 +4426,7 @@ class _Server:
         self.stays = False  # also when its hosts are gone
         self.config: dict[str, Any] = {}  # what another host needs to attach
         self._served = {version: _Served(plugins, info) for version, plugins in versions.items()}
-        self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
+        self._max_message = max_message
         self._slots = _Slots(_checked_count(max_workers, "max_workers", 1))
         self._door: _Door | None = None
         self._threads: list[threading.Thread] = []  # that attend to those who have come through it
@@ -4435,15 +4435,14 @@ class _Server:
         self._grace = _GRACE  # in seconds, that the calls have and what is served
         self.over = threading.Event()  # set once it is to end
 
-    def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
+    def greet(self, key: bytes, cookie: Mapping[str, Any], channel: _Channel, address: str) -> _Terms:
         versions = None if None in self._served else sorted(self._served)
         hello = _Hello(channel, address, key, "plugin")
         return hello.as_plugin(versions, self._max_message, cookie, *["persist"] * self.stays)
 
     def listen(self, address: str, key: bytes) -> None:
         """Let hosts attach. They need no cookie: it is not they who start this program."""
-        self._door = _Door(lambda channel, address: self.greet(channel, address, key, {"matches": True}),
-                           self._arrived, address, stays=True)
+        self._door = _Door(partial(self.greet, key, {"matches": True}), self._arrived, address, stays=True)
         address = self._door.listener.address
         version = max((each for each in self._served if each is not None), default=1)
         self.config.update(network=_transport(address), address=address, authkey=key.hex(), pid=os.getpid(),
@@ -4458,12 +4457,12 @@ class _Server:
             self._threads.remove(threading.current_thread())
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
-        """Serve the host that started this process. Exits if there is none, or if it refuses."""
+        """Exits if there is none, or if it refuses."""
         try:
             channel, terms = _come_in(
-                address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
+                address, lambda channel: self.greet(_checked_key(key), cookie, channel, address))
         except (OSError, EOFError, ValueError, PluginError) as error:
-            sys.exit(f"miniplug: no host at {address} takes this plugin: {type(error).__name__}: {error}")
+            sys.exit(f"miniplug: no host at {address} takes this plugin: {error!r}")
         cause = self.attend(channel, terms, launcher=True)
         if isinstance(cause, (ProtocolError, MemoryError)) and not self.stays:
             sys.exit(f"miniplug: the connection to the host has failed: {cause!r}")
@@ -4529,7 +4528,7 @@ def _turn_output_away() -> None:
 
 
 def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
-    """{version: {name: object, ...}, ...}. Raises ValueError or TypeError for what cannot be served."""
+    """{version: {name: object, ...}, ...}. Raises ValueError, TypeError."""
     by_version = hasattr(plugins, "keys") and plugins and all(type(key) is int for key in plugins)
     versions = plugins if by_version else {handshake.protocol_version: plugins}
     for version, mapping in versions.items():
@@ -4651,15 +4650,13 @@ class _Lines:
             last = min(last, time.monotonic() + 0.8) if over else last
             held = self._log and self._log.trace  # a traceback that may go on
             if self._await_more(0.0 if over else 0.1 if held else None, wake):
-                try:
-                    data = os.read(self.file.fileno(), 1 << 16)
-                except OSError:
-                    data = b""
+                data = os.read(self.file.fileno(), 1 << 16)
                 self._take(data)
                 more = bool(data)
             else:
                 more = not over
                 self._flush()
+        self._take(b"")
         self._flush()
 
     def _await_more(self, seconds: float | None, wake: int) -> bool:
@@ -4759,9 +4756,12 @@ class _LogSink:
             self.trace.append(line)
             return
         self.flush()
+        fields = _record_of(line) if self._stderr else None
         if self._stderr and line.startswith(self._HEADS):
             self.trace = [line]
-        elif not (self._stderr and self._record(line)):
+        elif fields is not None:
+            self._record(fields)
+        else:
             self._logger.log(30 if self._stderr else 20, "%s", line)
 
     def _goes_on(self, line: str) -> bool:
@@ -4775,11 +4775,7 @@ class _LogSink:
         if lines:
             self._logger.error("%s", "\n".join(lines).rstrip("\n"))
 
-    def _record(self, line: str) -> bool:
-        """Log a line of hclog's JSON with its level, logger and fields. False if it is none."""
-        fields = _record_of(line)
-        if fields is None:
-            return False
+    def _record(self, fields: dict[str, Any]) -> None:
         level, word, module = (fields.pop(key, "") for key in ("@levelno", "@level", "@module"))
         if type(level) is not int or not 0 < level <= 100:  # a logger remembers each that it was asked for
             level = _LEVELS.get(str(word).lower(), 20)
@@ -4793,7 +4789,6 @@ class _LogSink:
                 setattr(record, key, value)
         if logger.isEnabledFor(level):
             logger.handle(record)
-        return True
 
     def _nearest(self, name: str) -> Any:
         """The logger of that name, or the nearest above it: one that were made would stay for good."""
@@ -4822,16 +4817,7 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
     return _import("subprocess").Popen(argv, bufsize=0, **options)
 
 
-if TYPE_CHECKING:
-    class _Limits(NamedTuple):
-        memory: int | None
-        cpu_seconds: float | None
-        open_files: int | None
-else:
-    _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
-
-
-class Limits(_Limits):
+class Limits(namedtuple("_Limits", "memory cpu_seconds open_files")):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
     - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more
@@ -4845,6 +4831,9 @@ class Limits(_Limits):
     """
 
     __slots__ = ()
+    memory: int | None
+    cpu_seconds: float | None
+    open_files: int | None
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
@@ -4922,7 +4911,6 @@ for each; do
     "${each%%@*}$target" | -*) kill -s KILL -- "$target" ;;
     esac
 done 2>/dev/null
-exit 0
 """
 
 
@@ -4948,12 +4936,10 @@ class _Guardian:
             if not self._told or self._process is None or self._process.poll() is not None:
                 self._part()  # nothing is left; or it is the first, or somebody has killed it
                 line = "\n".join(self._told)
-            if self._told and self._process is None:
-                self._begin()
-            try:
-                os.write(self._pipe[1], os.fsencode(line) + b"\n")
-            except (OSError, IndexError):
-                pass  # somebody has stopped it; or there is none
+                if self._told:
+                    self._begin()
+            for end in self._pipe[1:]:
+                _quietly(os.write, end, os.fsencode(line) + b"\n")  # somebody may have stopped it
 
     def _begin(self) -> None:
         nested = _ADDRESS in {**_environment, **os.environ}  # another guardian waits for this host
@@ -4986,8 +4972,7 @@ _guardian = _Guardian()
 
 
 class _PosixProcess:
-    """A process, and the group that it leads unless it shares the terminal. `_lock` protects `_reaped`: after
-    that its number may be another's, who is not signalled."""
+    """`_lock` protects `_reaped`: after that its number may be another's, who is not signalled."""
 
     def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         self._leads = not terminal
@@ -5035,8 +5020,7 @@ class _PosixProcess:
 
 
 class _WindowsProcess:
-    """A process in a job object, which ends with the host's handle of it. `_lock` protects `_job`: what has
-    the number of a closed handle is left alone."""
+    """`_lock` protects `_job`: what has the number of a closed handle is left alone."""
 
     def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         suspended, new_group, no_window = 0x4, 0x200, 0x08000000
@@ -5078,9 +5062,8 @@ class _WindowsProcess:
 
     def reap(self) -> int:
         with self._lock:
-            job, self._job = self._job, None
-            if job:
-                self._system.CloseHandle(job)
+            self._system.CloseHandle(self._job)
+            self._job = None
         return int(self._popen.wait())
 
 
