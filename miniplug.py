@@ -5062,8 +5062,9 @@ class _WindowsProcess:
 
     def reap(self) -> int:
         with self._lock:
-            self._system.CloseHandle(self._job)
-            self._job = None
+            job, self._job = self._job, None
+            if job:
+                self._system.CloseHandle(job)
         return int(self._popen.wait())
 
 
