@@ -4366,8 +4366,8 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
     if host is None and not persist and address is None:
-        sys.exit("This program is a plugin: an application starts it, with miniplug.launch(). To serve by "
-                 "hand give an address (--listen ADDRESS) or persist=True (--persist).")
+        sys.exit("This program is a plugin: an application starts it, with miniplug.launch(). By hand give "
+                 "an address (--listen) or persist=True (--persist).")
     if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
@@ -4429,7 +4429,7 @@ class _Server:
         self._max_message = max_message
         self._slots = _Slots(_checked_count(max_workers, "max_workers", 1))
         self._door: _Door | None = None
-        self._threads: list[threading.Thread] = []  # that attend to those who have come through it
+        self._parting = threading.Lock()  # held while a session is let go of
         self._lock = threading.Lock()
         self._sessions: list[_Session] = []  # those that are not disposed of
         self._grace = _GRACE  # in seconds, that the calls have and what is served
@@ -4452,9 +4452,7 @@ class _Server:
 
     def _arrived(self, channel: _Channel, terms: Any) -> None:
         if isinstance(terms, _Terms):  # or the host has refused this plugin
-            self._threads.append(threading.current_thread())
             self.attend(channel, terms)
-            self._threads.remove(threading.current_thread())
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
         """Exits if there is none, or if it refuses."""
@@ -4487,8 +4485,9 @@ class _Server:
             self.stop(grace)
         elif not self.stays and all(each.closing is not None for each in list(self._sessions)):
             self.stop()  # the last one is gone
-        if not self.over.is_set():  # else `close` does that
-            self._part([session])
+        with self._parting:
+            if not self.over.is_set():  # else `close` does that
+                self._part([session])
         return session.cause
 
     def _part(self, sessions: list[_Session], served: Iterable[_Served] = ()) -> None:
@@ -4515,9 +4514,8 @@ class _Server:
         self.stop()
         if self._door is not None:
             self._door.close()
-        for thread in list(self._threads):
-            thread.join()
-        self._part(list(self._sessions), self._served.values())
+        with self._parting:
+            self._part(list(self._sessions), self._served.values())
 
 
 def _turn_output_away() -> None:
@@ -4608,8 +4606,7 @@ def _set_up_logging(logging: Any, level: int) -> None:
 
 
 def _log_line(formatter: Any, record: Any) -> str:
-    datetime = _import("datetime")
-    when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+    when = _found("datetime.datetime.fromtimestamp")(record.created, _found("datetime.timezone.utc"))
     trace = formatter.formatException(record.exc_info) if record.exc_info else record.exc_text
     fields = {"@level": next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace"),
               "@levelno": record.levelno, "@module": record.name, "@message": record.getMessage(),
@@ -4668,8 +4665,7 @@ class _Lines:
         handle = _import("msvcrt").get_osfhandle(self.file.fileno())
         peek = partial(_import("_winapi").PeekNamedPipe, handle, 0)
         try:
-            if not peek()[0]:
-                time.sleep(seconds)
+            _until(lambda: peek()[0], seconds)
             return bool(peek()[0])
         except OSError:
             return True  # its end
@@ -4679,7 +4675,7 @@ class _Lines:
         text = self._decoder.decode(data, final=not data)
         if text:
             text, self._returned = text[self._returned and text[0] == "\n" :], text[-1] == "\r"
-        first, *others = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        first, *others = re.split("\r\n?|\n", text)
         self._line.write(first)
         for text in others:
             self._end_line()
@@ -4701,16 +4697,14 @@ class _Lines:
         return lines if len(lines) <= _TAIL_LINES else [*lines[:half], *lines[-half:]]
 
 
-def _record_of(line: str) -> dict[str, Any] | None:
-    """The fields of a line of hclog's JSON. None for any other."""
-    if not line.startswith("{"):
-        return None
+def _record_of(line: str) -> dict[str, Any]:
+    """The fields of a line of hclog's JSON. Of any other none."""
     try:
-        fields = json.loads(line, parse_int=_make_integer)
+        fields = json.loads(line, parse_int=_make_integer) if line.startswith("{") else {}
     except (ValueError, RecursionError):
-        return None
+        fields = {}
     if not isinstance(fields.get("@message"), str):
-        return None
+        return {}
     return {key: _clean(value) for key, value in fields.items()
             if not key.startswith("@") or isinstance(value, (str, int))}
 
@@ -4722,11 +4716,10 @@ def _clean(value: Any) -> Any:
 def _readable(line: str) -> str:
     """A log record as text. Any other line is itself."""
     fields = _record_of(line)
-    if fields is None:
+    if not fields:
         return line
-    trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
     level = str(fields.get("@level", "info")).upper()
-    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}{trace}"
+    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}\n{fields.get('@traceback', '')}"
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
@@ -4756,10 +4749,10 @@ class _LogSink:
             self.trace.append(line)
             return
         self.flush()
-        fields = _record_of(line) if self._stderr else None
+        fields = _record_of(line) if self._stderr else {}
         if self._stderr and line.startswith(self._HEADS):
             self.trace = [line]
-        elif fields is not None:
+        elif fields:
             self._record(fields)
         else:
             self._logger.log(30 if self._stderr else 20, "%s", line)
@@ -5085,12 +5078,10 @@ class _NoProcess:
         (self._thread.join if self._thread else self._let_go.wait)()
 
     def reap(self) -> int | None:
-        return None if self._thread is None else 0
+        return 0 if self._thread else None
 
-    def keep(self) -> None:
+    def disown(self) -> None:
         pass
-
-    disown = keep
 
 
 def _end_words(code: int | None) -> tuple[str, str | None]:
