@@ -4370,8 +4370,8 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
     host, key = _environment.get(_ADDRESS), _environment.pop(_AUTHKEY, "")
     server.stays = persist = persist or _PERSIST in _environment
     if host is None and not persist and address is None:
-        sys.exit("This program is a plugin: an application starts it, with miniplug.launch(). To serve by "
-                 "hand give an address (--listen ADDRESS) or persist=True (--persist).")
+        sys.exit("This program is a plugin: an application starts it, with miniplug.launch(). By hand give "
+                 "an address (--listen) or persist=True (--persist).")
     if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
@@ -4430,24 +4430,23 @@ class _Server:
         self.stays = False  # also when its hosts are gone
         self.config: dict[str, Any] = {}  # what another host needs to attach
         self._served = {version: _Served(plugins, info) for version, plugins in versions.items()}
-        self._max_message = _checked_count(max_message, "max_message", _HELLO_LIMIT)
+        self._max_message = max_message
         self._slots = _Slots(_checked_count(max_workers, "max_workers", 1))
         self._door: _Door | None = None
-        self._threads: list[threading.Thread] = []  # that attend to those who have come through it
+        self._parting = threading.Lock()  # held while a session is let go of
         self._lock = threading.Lock()
         self._sessions: list[_Session] = []  # those that are not disposed of
         self._grace = _GRACE  # in seconds, that the calls have and what is served
         self.over = threading.Event()  # set once it is to end
 
-    def greet(self, channel: _Channel, address: str, key: bytes, cookie: Mapping[str, Any]) -> _Terms:
+    def greet(self, key: bytes, cookie: Mapping[str, Any], channel: _Channel, address: str) -> _Terms:
         versions = None if None in self._served else sorted(self._served)
         hello = _Hello(channel, address, key, "plugin")
         return hello.as_plugin(versions, self._max_message, cookie, *["persist"] * self.stays)
 
     def listen(self, address: str, key: bytes) -> None:
         """Let hosts attach. They need no cookie: it is not they who start this program."""
-        self._door = _Door(lambda channel, address: self.greet(channel, address, key, {"matches": True}),
-                           self._arrived, address, stays=True)
+        self._door = _Door(partial(self.greet, key, {"matches": True}), self._arrived, address, stays=True)
         address = self._door.listener.address
         version = max((each for each in self._served if each is not None), default=1)
         self.config.update(network=_transport(address), address=address, authkey=key.hex(), pid=os.getpid(),
@@ -4457,17 +4456,15 @@ class _Server:
 
     def _arrived(self, channel: _Channel, terms: Any) -> None:
         if isinstance(terms, _Terms):  # or the host has refused this plugin
-            self._threads.append(threading.current_thread())
             self.attend(channel, terms)
-            self._threads.remove(threading.current_thread())
 
     def serve_launcher(self, address: str, key: str, cookie: Mapping[str, Any]) -> None:
-        """Serve the host that started this process. Exits if there is none, or if it refuses."""
+        """Exits if there is none, or if it refuses."""
         try:
             channel, terms = _come_in(
-                address, lambda channel: self.greet(channel, address, _checked_key(key), cookie))
+                address, lambda channel: self.greet(_checked_key(key), cookie, channel, address))
         except (OSError, EOFError, ValueError, PluginError) as error:
-            sys.exit(f"miniplug: no host at {address} takes this plugin: {type(error).__name__}: {error}")
+            sys.exit(f"miniplug: no host at {address} takes this plugin: {error!r}")
         cause = self.attend(channel, terms, launcher=True)
         if isinstance(cause, (ProtocolError, MemoryError)) and not self.stays:
             sys.exit(f"miniplug: the connection to the host has failed: {cause!r}")
@@ -4492,8 +4489,9 @@ class _Server:
             self.stop(grace)
         elif not self.stays and all(each.closing is not None for each in list(self._sessions)):
             self.stop()  # the last one is gone
-        if not self.over.is_set():  # else `close` does that
-            self._part([session])
+        with self._parting:
+            if not self.over.is_set():  # else `close` does that
+                self._part([session])
         return session.cause
 
     def _part(self, sessions: list[_Session], served: Iterable[_Served] = ()) -> None:
@@ -4520,9 +4518,8 @@ class _Server:
         self.stop()
         if self._door is not None:
             self._door.close()
-        for thread in list(self._threads):
-            thread.join()
-        self._part(list(self._sessions), self._served.values())
+        with self._parting:
+            self._part(list(self._sessions), self._served.values())
 
 
 def _turn_output_away() -> None:
@@ -4533,7 +4530,7 @@ def _turn_output_away() -> None:
 
 
 def _versions(plugins: Mapping[Any, Any], handshake: Handshake) -> Mapping[int, Mapping[str, Any]]:
-    """{version: {name: object, ...}, ...}. Raises ValueError or TypeError for what cannot be served."""
+    """{version: {name: object, ...}, ...}. Raises ValueError, TypeError."""
     by_version = hasattr(plugins, "keys") and plugins and all(type(key) is int for key in plugins)
     versions = plugins if by_version else {handshake.protocol_version: plugins}
     for version, mapping in versions.items():
@@ -4613,8 +4610,7 @@ def _set_up_logging(logging: Any, level: int) -> None:
 
 
 def _log_line(formatter: Any, record: Any) -> str:
-    datetime = _import("datetime")
-    when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+    when = _found("datetime.datetime.fromtimestamp")(record.created, _found("datetime.timezone.utc"))
     trace = formatter.formatException(record.exc_info) if record.exc_info else record.exc_text
     fields = {"@level": next((name for name, number in _LEVELS.items() if record.levelno >= number), "trace"),
               "@levelno": record.levelno, "@module": record.name, "@message": record.getMessage(),
@@ -4655,15 +4651,13 @@ class _Lines:
             last = min(last, time.monotonic() + 0.8) if over else last
             held = self._log and self._log.trace  # a traceback that may go on
             if self._await_more(0.0 if over else 0.1 if held else None, wake):
-                try:
-                    data = os.read(self.file.fileno(), 1 << 16)
-                except OSError:
-                    data = b""
+                data = os.read(self.file.fileno(), 1 << 16)
                 self._take(data)
                 more = bool(data)
             else:
                 more = not over
                 self._flush()
+        self._take(b"")
         self._flush()
 
     def _await_more(self, seconds: float | None, wake: int) -> bool:
@@ -4675,8 +4669,7 @@ class _Lines:
         handle = _import("msvcrt").get_osfhandle(self.file.fileno())
         peek = partial(_import("_winapi").PeekNamedPipe, handle, 0)
         try:
-            if not peek()[0]:
-                time.sleep(seconds)
+            _until(lambda: peek()[0], seconds)
             return bool(peek()[0])
         except OSError:
             return True  # its end
@@ -4686,7 +4679,7 @@ class _Lines:
         text = self._decoder.decode(data, final=not data)
         if text:
             text, self._returned = text[self._returned and text[0] == "\n" :], text[-1] == "\r"
-        first, *others = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        first, *others = re.split("\r\n?|\n", text)
         self._line.write(first)
         for text in others:
             self._end_line()
@@ -4708,16 +4701,14 @@ class _Lines:
         return lines if len(lines) <= _TAIL_LINES else [*lines[:half], *lines[-half:]]
 
 
-def _record_of(line: str) -> dict[str, Any] | None:
-    """The fields of a line of hclog's JSON. None for any other."""
-    if not line.startswith("{"):
-        return None
+def _record_of(line: str) -> dict[str, Any]:
+    """The fields of a line of hclog's JSON. Of any other none."""
     try:
-        fields = json.loads(line, parse_int=_make_integer)
+        fields = json.loads(line, parse_int=_make_integer) if line.startswith("{") else {}
     except (ValueError, RecursionError):
-        return None
+        fields = {}
     if not isinstance(fields.get("@message"), str):
-        return None
+        return {}
     return {key: _clean(value) for key, value in fields.items()
             if not key.startswith("@") or isinstance(value, (str, int))}
 
@@ -4729,11 +4720,10 @@ def _clean(value: Any) -> Any:
 def _readable(line: str) -> str:
     """A log record as text. Any other line is itself."""
     fields = _record_of(line)
-    if fields is None:
+    if not fields:
         return line
-    trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
     level = str(fields.get("@level", "info")).upper()
-    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}{trace}"
+    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}\n{fields.get('@traceback', '')}"
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
@@ -4763,9 +4753,12 @@ class _LogSink:
             self.trace.append(line)
             return
         self.flush()
+        fields = _record_of(line) if self._stderr else {}
         if self._stderr and line.startswith(self._HEADS):
             self.trace = [line]
-        elif not (self._stderr and self._record(line)):
+        elif fields:
+            self._record(fields)
+        else:
             self._logger.log(30 if self._stderr else 20, "%s", line)
 
     def _goes_on(self, line: str) -> bool:
@@ -4779,11 +4772,7 @@ class _LogSink:
         if lines:
             self._logger.error("%s", "\n".join(lines).rstrip("\n"))
 
-    def _record(self, line: str) -> bool:
-        """Log a line of hclog's JSON with its level, logger and fields. False if it is none."""
-        fields = _record_of(line)
-        if fields is None:
-            return False
+    def _record(self, fields: dict[str, Any]) -> None:
         level, word, module = (fields.pop(key, "") for key in ("@levelno", "@level", "@module"))
         if type(level) is not int or not 0 < level <= 100:  # a logger remembers each that it was asked for
             level = _LEVELS.get(str(word).lower(), 20)
@@ -4797,7 +4786,6 @@ class _LogSink:
                 setattr(record, key, value)
         if logger.isEnabledFor(level):
             logger.handle(record)
-        return True
 
     def _nearest(self, name: str) -> Any:
         """The logger of that name, or the nearest above it: one that were made would stay for good."""
@@ -4826,16 +4814,7 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
     return _import("subprocess").Popen(argv, bufsize=0, **options)
 
 
-if TYPE_CHECKING:
-    class _Limits(NamedTuple):
-        memory: int | None
-        cpu_seconds: float | None
-        open_files: int | None
-else:
-    _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
-
-
-class Limits(_Limits):
+class Limits(namedtuple("_Limits", "memory cpu_seconds open_files")):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
     - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more
@@ -4849,6 +4828,9 @@ class Limits(_Limits):
     """
 
     __slots__ = ()
+    memory: int | None
+    cpu_seconds: float | None
+    open_files: int | None
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
@@ -4926,7 +4908,6 @@ for each; do
     "${each%%@*}$target" | -*) kill -s KILL -- "$target" ;;
     esac
 done 2>/dev/null
-exit 0
 """
 
 
@@ -4952,12 +4933,10 @@ class _Guardian:
             if not self._told or self._process is None or self._process.poll() is not None:
                 self._part()  # nothing is left; or it is the first, or somebody has killed it
                 line = "\n".join(self._told)
-            if self._told and self._process is None:
-                self._begin()
-            try:
-                os.write(self._pipe[1], os.fsencode(line) + b"\n")
-            except (OSError, IndexError):
-                pass  # somebody has stopped it; or there is none
+                if self._told:
+                    self._begin()
+            for end in self._pipe[1:]:
+                _quietly(os.write, end, os.fsencode(line) + b"\n")  # somebody may have stopped it
 
     def _begin(self) -> None:
         nested = _ADDRESS in {**_environment, **os.environ}  # another guardian waits for this host
@@ -4990,8 +4969,7 @@ _guardian = _Guardian()
 
 
 class _PosixProcess:
-    """A process, and the group that it leads unless it shares the terminal. `_lock` protects `_reaped`: after
-    that its number may be another's, who is not signalled."""
+    """`_lock` protects `_reaped`: after that its number may be another's, who is not signalled."""
 
     def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         self._leads = not terminal
@@ -5039,8 +5017,7 @@ class _PosixProcess:
 
 
 class _WindowsProcess:
-    """A process in a job object, which ends with the host's handle of it. `_lock` protects `_job`: what has
-    the number of a closed handle is left alone."""
+    """`_lock` protects `_job`: what has the number of a closed handle is left alone."""
 
     def __init__(self, argv: Sequence[str], limits: Limits | None, terminal: bool, **popen: Any) -> None:
         suspended, new_group, no_window = 0x4, 0x200, 0x08000000
@@ -5105,12 +5082,10 @@ class _NoProcess:
         (self._thread.join if self._thread else self._let_go.wait)()
 
     def reap(self) -> int | None:
-        return None if self._thread is None else 0
+        return 0 if self._thread else None
 
-    def keep(self) -> None:
+    def disown(self) -> None:
         pass
-
-    disown = keep
 
 
 def _end_words(code: int | None) -> tuple[str, str | None]:

@@ -188,6 +188,24 @@ def test_everything_before_a_crash_arrives():
     assert lines == [*map(str, range(20000)), "out: last words"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there the job ends whatever could hold the pipe")
+def test_the_last_words_arrive_though_another_process_holds_the_pipe(write):
+    path = write("plugin.py", """
+        import os, subprocess, sys
+        class P:
+            def leave(self):
+                stray = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+                os.write(1, b"%d\\nno end" % stray.pid)
+                os._exit(3)
+    """)
+    lines = []
+    with miniplug.launch(f"{path}:P", stdout=lines.append) as plugin:
+        with pytest.raises(miniplug.PluginCrashed):
+            plugin.dispense().leave()
+        os.kill(int(lines[0]), 9)
+    assert lines[1:] == ["no end"]
+
+
 def test_lines_of_any_length_and_any_bytes():
     lines = []
     with miniplug.launch(WORKSHOP, stdout=lines.append) as plugin:
