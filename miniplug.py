@@ -4723,7 +4723,8 @@ def _readable(line: str) -> str:
     if not fields:
         return line
     level = str(fields.get("@level", "info")).upper()
-    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}\n{fields.get('@traceback', '')}"
+    trace = f"\n{fields['@traceback']}" if fields.get("@traceback") else ""
+    return f"[{level}] {fields.get('@module', '')}: {fields['@message']}{trace}"
 
 
 def _guard(function: Callable[..., Any], *args: Any, what: str = "what takes a plugin's output") -> None:
@@ -4814,7 +4815,16 @@ def _popen(argv: Sequence[str], **options: Any) -> Any:
     return _import("subprocess").Popen(argv, bufsize=0, **options)
 
 
-class Limits(namedtuple("_Limits", "memory cpu_seconds open_files")):
+if TYPE_CHECKING:
+    class _Limits(NamedTuple):
+        memory: int | None
+        cpu_seconds: float | None
+        open_files: int | None
+else:
+    _Limits = namedtuple("_Limits", "memory cpu_seconds open_files")
+
+
+class Limits(_Limits):
     """What a plugin, and each process that it starts, may use at most. None, the default, is no limit.
 
     - `memory` (bytes): on POSIX the address space of each process, of which Node, Go and Java need far more
@@ -4828,9 +4838,6 @@ class Limits(namedtuple("_Limits", "memory cpu_seconds open_files")):
     """
 
     __slots__ = ()
-    memory: int | None
-    cpu_seconds: float | None
-    open_files: int | None
 
     def __new__(cls, memory: int | None = None, cpu_seconds: float | None = None,
                 open_files: int | None = None) -> Limits:
