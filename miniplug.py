@@ -5163,14 +5163,12 @@ if spec is None:
 module = sys.modules["miniplug"] = module_from_spec(spec)
 module.__name__ = "miniplug"
 exec(spec.loader.get_code(spec.name), vars(module))
-def forget():
-    if sys.modules.get("tempfile") is later:
-        del sys.modules["tempfile"]
 later = type(sys)("tempfile")
-later.__getattr__ = lambda name: forget() or getattr(__import__("tempfile"), name)
-sys.modules.setdefault("tempfile", later)
+later.__getattr__ = lambda name: getattr(__import__("tempfile"), name)
+found = sys.modules.setdefault("tempfile", later)
 import multiprocessing.connection
-forget()
+if found is later:
+    del sys.modules["tempfile"]
 getattr(gc, "freeze", bool)()
 gc.enable()
 module._run_plugin(*sys.argv[2:])
@@ -5251,9 +5249,9 @@ class _Recipe:
         elif not self.is_list:
             self.command = [self.source]
         digests: Any = options["sha256"] or {}
-        if isinstance(digests, str) and self.is_module:
-            raise ValueError(f"sha256={digests!r}: of a module it is {{path: digest}}")
         if isinstance(digests, str):
+            if self.is_module:
+                raise ValueError(f"sha256={digests!r}: of a module it is {{path: digest}}")
             digests = {self.source: digests}
         self.sha256 = {self._whole(os.fsdecode(path)): digest.lower() for path, digest in digests.items()}
 
@@ -5521,10 +5519,9 @@ class _Run:
         stdin = {"discard": _DEVNULL, "inherit": None}.get(recipe.stdin, recipe.stdin)
         sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
         stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
-        place = None if recipe.folder == _current_folder() else recipe.folder  # may be closed to us by now
         terminal = recipe.stdin == "inherit" and os.isatty(0)
-        self._begin(recipe.process(argv, recipe.limits, terminal, env=env, cwd=place, stdin=stdin,
-                                   stdout=stdout, stderr=stderr), sinks)
+        self._begin(recipe.process(argv, recipe.limits, terminal, env=env, stdin=stdin, stdout=stdout,
+                                   stderr=stderr, cwd=recipe.folder or None), sinks)
 
     def _begin(self, process: Any, sinks: Sequence[_Sink | None] = ()) -> None:
         self.process, self.output = process, _Voice(process, sinks)
@@ -5777,8 +5774,8 @@ class _Supervisor:
     def _await(self, start: _Run, asked: _Call | None = None) -> None:
         with self.news:
             while not start.settled:
-                left = _FOREVER if asked is None else _or_forever(asked.left())
-                if asked is not None and left == 0.0:
+                left = _or_forever(asked.left() if asked else None)
+                if left == 0.0:
                     raise _too_late(asked)
                 self.news.wait(min(left, 1.0))
         if start.failure is not None:
@@ -6053,7 +6050,7 @@ class Plugin:
         run = self._run
         if run is not None:
             run.ended.wait(_or_forever(timeout))
-        return None if run is None else run.exit_code
+        return getattr(run, "exit_code", None)
 
     __enter__ = start
 
@@ -6112,7 +6109,7 @@ class Plugin:
     @property
     def info(self) -> dict[str, Any]:
         """What the plugin says about itself: the `info` given to `serve`."""
-        return dict(self._ask_system("info", (), dict))
+        return self._ask_system("info", (), dict)
 
     # -- its use
 
@@ -6586,7 +6583,7 @@ def _parser(argparse: Any) -> Any:
     serve("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
     serve("--persist", action="store_true", help="stay when the last host is gone")
     for add in (call, inspect, doctor):
-        add("--python", metavar="PATH", help="the interpreter for the plugin")
+        add("--python", help="the interpreter for the plugin")
     for add in (call, inspect):
         add("--verbose", "-v", action="store_true", help="what the plugin writes goes to stderr")
         add("PLUGIN", help="a program, a .py file, or a spec such as path/to/file.py:Attr")
@@ -6605,8 +6602,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     try:
         _prepare_output()
         status = {"call": _call_once, "inspect": _inspect, "doctor": _doctor}[given.verb](given)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)
         sys.exit(status)
     except (PluginError, ValueError) as error:
         sys.exit(f"miniplug: {_one_line(error)}")
