@@ -1887,7 +1887,6 @@ class _Door:
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
                  address: str = "", stays: bool = False) -> None:
         self.listener = _Listener(address)
-        self.strangers = 0
         self._greet, self._arrived, self._stays = greet, arrived, stays
         self._lock, self._open = threading.Lock(), True
         self.callers: list[_Channel] = []
@@ -1919,8 +1918,8 @@ class _Door:
             terms = self._greet(channel, self.listener.address)
         except HandshakeError as error:
             self._arrived(channel, error)
-        except Exception:  # a stranger
-            self.strangers += 1
+        except Exception:
+            pass  # a stranger
         with self._lock:
             enters = terms is not None and self._open and channel in self.callers
             self._open = self._open and (self._stays or not enters)
@@ -5306,16 +5305,15 @@ class _Recipe:
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
 
-    def failure(self, run: _Run, argv: list[str], refusal: Any, strangers: int | None) -> LaunchError:
-        """Why a process did not come up. `strangers`: how many came instead, if it is overdue."""
+    def failure(self, run: _Run, argv: list[str], refusal: Any, in_time: bool) -> LaunchError:
+        """Why a process did not come up."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
             run.ended.wait(1.0)  # it says on stderr that it was refused
             kind, reason, told = HandshakeError, str(refusal), vars(refusal)
-        elif strangers is not None:
+        elif not in_time:
             _end_runs([run], None)
-            others = f" ({strangers} callers without the key did)" if strangers else ""
-            reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
+            reason = f"it did not connect within {self.start_timeout:g} s; does it call serve()?"
         elif run.exit_code == 0:
             kind, reason = HandshakeError, "it exited without connecting: it does not call serve()"
         else:
@@ -5502,8 +5500,7 @@ class _Run:
             if came and isinstance(came[1], _Terms):
                 self._meet(*came[:2])
             if not self.takes_calls:
-                strangers = None if in_time else door.strangers
-                raise self.recipe.failure(self, argv, came[1] if came else None, strangers)
+                raise self.recipe.failure(self, argv, came[1] if came else None, in_time)
         finally:
             door.close()
             if folder:
