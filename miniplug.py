@@ -6311,25 +6311,17 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     warn = _import("logging").getLogger("miniplug").warning
     for distribution in _import("importlib.metadata").distributions():
         try:
-            text = distribution.read_text("entry_points.txt") or ""
+            entries = [each for each in distribution.entry_points if each.group == group]
         except Exception as error:  # whatever is wrong with it
-            text = ""
-            where = getattr(distribution, "_path", distribution)
+            entries, where = [], getattr(distribution, "_path", distribution)
             warn("the entry points of %s cannot be read: %r", where, error)
-        section = ""
-        for line in map(str.strip, text.splitlines()):  # importlib's way, one bad entry may hide others
-            if line.startswith("["):
-                section = line.strip("[] ")
-            elif section == group and line and line[0] not in "#;":
-                entry = re.fullmatch(_ENTRY, line)
-                if entry:
-                    found.setdefault(entry[1], f"{entry[2]}:{entry[3]}")
-                else:
-                    warn("the entry point names no attribute of a module: %s", line)
+        for each in entries:
+            spec = re.fullmatch(rf"({_NAME}(?:\.\w+)*)\s*:\s*({_NAME}(?:\.\w+)*)\s*(?:\[.*)?", each.value)
+            if spec:
+                found.setdefault(each.name, f"{spec[1]}:{spec[2]}")
+            else:
+                warn("the entry point names no attribute of a module: %s = %s", each.name, each.value)
     return found
-
-
-_ENTRY = rf"([^=]*[^=\s])\s*=\s*({_NAME}(?:\.\w+)*)\s*:\s*({_NAME}(?:\.\w+)*)\s*(?:\[.*)?"
 
 
 # === 12. command line ===================================================================================
