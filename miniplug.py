@@ -5162,12 +5162,14 @@ if spec is None:
 module = sys.modules["miniplug"] = module_from_spec(spec)
 module.__name__ = "miniplug"
 exec(spec.loader.get_code(spec.name), vars(module))
+def forget():
+    if sys.modules.get("tempfile") is later:
+        del sys.modules["tempfile"]
 later = type(sys)("tempfile")
-later.__getattr__ = lambda name: getattr(__import__("tempfile"), name)
-found = sys.modules.setdefault("tempfile", later)
+later.__getattr__ = lambda name: forget() or getattr(__import__("tempfile"), name)
+sys.modules.setdefault("tempfile", later)
 import multiprocessing.connection
-if found is later:
-    del sys.modules["tempfile"]
+forget()
 getattr(gc, "freeze", bool)()
 gc.enable()
 module._run_plugin(*sys.argv[2:])
