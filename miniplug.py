@@ -5232,8 +5232,7 @@ class _Recipe:
         try:
             self.command = [os.fsdecode(part) for part in (command if self.is_list else [command])]
         except TypeError:
-            wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of them"
-            raise TypeError(f"command={command!r}: it is {wanted}") from None
+            raise TypeError(f"command={command!r}: it is a path, a spec, or a list of arguments") from None
         scripts = [part for part in self.command if part.endswith((".py", ".pyw"))]
         name, source, attribute = "", (scripts or self.command or [""])[0], ""
         if not self.is_list:
@@ -5274,17 +5273,14 @@ class _Recipe:
         if not self.command:
             raise self.not_started([], "the command is empty")
         argv = [*self._loader(), *self.task] if self.task else [*self.command]
-        if not self.task and self._whole(argv[0]) in self.sha256:
+        if self._whole(argv[0]) in self.sha256:
             argv[0] = self._whole(argv[0])  # and not one of that name on the PATH
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
             how = "a spec is 'path/to/file.py:Attr' or 'module:Attr'; a program of the PATH is a list"
             raise self.not_started(argv, f"there is no such file as {self.source}; {how}")
         for path, expected in self.sha256.items():
-            digest = _import("hashlib").sha256()
             with open(path, "rb") as file:
-                for block in iter(partial(file.read, 1 << 20), b""):
-                    digest.update(block)
-            actual = digest.hexdigest()
+                actual = _import("hashlib").sha256(file.read()).hexdigest()
             if actual != expected:
                 reason = f"the SHA-256 of {path} is {actual}, not {expected}"
                 raise self.not_started(argv, reason, ChecksumError,
@@ -6328,6 +6324,9 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
 
 # === 12. command line ===================================================================================
 
+_importing: Any = _import("_frozen_importlib_external")  # importlib loads more
+
+
 def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT``. `name`: by which a host has imported this file."""
     sys.meta_path.insert(0, _Finder(name))
@@ -6354,7 +6353,7 @@ def _run_file(path: str, name: str) -> ModuleType:
     module = type(sys)(name)
     module.__file__ = path
     if name != "__main__":
-        module.__spec__ = _import("_frozen_importlib_external").spec_from_file_location(name, path)
+        module.__spec__ = _importing.spec_from_file_location(name, path)
     sys.modules[name] = module
     sys.path.insert(0, os.path.dirname(path))
     with open(path, "rb") as file:
@@ -6397,10 +6396,9 @@ class _Finder:
 
     def __init__(self, name: str) -> None:
         self._names = {"miniplug", name}
-        self._find = _import("_frozen_importlib_external").PathFinder.find_spec  # importlib loads more
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        find, found = self._find, None
+        find, found = _importing.PathFinder.find_spec, None
         if name not in self._names and f"{name.rpartition('.')[2]}.py" == os.path.basename(_FILE):
             found = find(name, path)
         if name in self._names or (found and os.path.realpath(str(found.origin)) == os.path.realpath(_FILE)):
@@ -6419,8 +6417,7 @@ def _load_file(path: str) -> ModuleType:
         sys.exit(f"miniplug: there is no file {path}")
     library = os.path.dirname(getattr(os, "__file__", ""))  # frozen, it has none
     _Finder.library = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
-    find = _import("_frozen_importlib_external").PathFinder.find_spec
-    name = os.path.splitext(os.path.basename(path))[0]
+    name, find = os.path.splitext(os.path.basename(path))[0], _importing.PathFinder.find_spec
     if name in sys.modules or name in sys.builtin_module_names or find(name, _Finder.library):
         name = f"_plugin_{name}"
     return _run_file(path, name)
