@@ -5222,9 +5222,7 @@ class _Recipe:
         options["protocol_versions"] = [*versions] if hasattr(versions, "__iter__") else versions
         _check(Plugin.__init__, options)
         vars(self).update(options)
-        self.folder = _current_folder()  # what is relative starts there
-        if self.cwd is not None:
-            self.folder = os.path.join(self.folder, os.fsdecode(self.cwd))
+        self.folder = os.path.join(_current_folder(), os.fsdecode(self.cwd or ""))  # where paths start
         python = os.fsdecode(self.python or sys.executable or "")
         self.is_own = python == (sys.executable or "")
         self.interpreter = os.path.join(self.folder, python) if os.path.dirname(python) else python
@@ -5304,7 +5302,6 @@ class _Recipe:
         return os.path.normpath(os.path.join(self.folder, path))
 
     def failure(self, run: _Run, argv: list[str], refusal: Any, in_time: bool) -> LaunchError:
-        """Why a process did not come up."""
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
             run.ended.wait(1.0)  # it says on stderr that it was refused
@@ -5478,7 +5475,6 @@ class _Run:
             raise
 
     def _launch(self, argv: list[str], above: list[Any]) -> None:
-        """Start a process, and wait until it has connected, or will not."""
         key = os.urandom(32)
         came: list[Any] = []
 
@@ -6126,7 +6122,8 @@ class Plugin:
         found = self._ask_system("dispense", (name,), _Remote)
         target = _Dispensed(self._supervisor, name, found._target)
         target.label = f"the plugin {name or self.name!r}"
-        target.timeout = target.timeout if timeout is None else timeout
+        if timeout is not None:
+            target.timeout = timeout
         proxy: Any = _Proxy(target, found._names)
         if wanted is not None:
             proxy._adopt(wanted)
@@ -6145,10 +6142,9 @@ class Plugin:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
         MethodNotFound if the plugin, in another language, does not say."""
         found = self._ask_system("describe", (), dict)
-        found.pop("system", None)
         return {plugin: {name: MethodInfo(name, *each[:2])
                          for name, each in _checked_description(methods).items()}
-                for plugin, methods in found.items() if type(plugin) is str}
+                for plugin, methods in found.items() if type(plugin) is str and plugin != "system"}
 
     def reattach_config(self) -> dict[str, Any]:
         """What another host needs to `attach`, as a dict for json. Who has it can call the plugin. Raises
@@ -6443,7 +6439,7 @@ def freeze_support() -> None:
     application, and what lies beside its own file.
 
     With `python=` that interpreter loads this file from where ``miniplug.__file__`` says: pack it there as a
-    data file, too (PyInstaller: ``--add-data miniplug.py:.``).
+    data file, too.
     """
     if not hasattr(sys, "frozen"):
         return
