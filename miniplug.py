@@ -5144,7 +5144,7 @@ _SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if
 
 # Run by the plugin's interpreter: this very file is miniplug there, from the bytecode cache, or the zip file
 # that the host is packed in. The first lines are for any Python at all. In what is loaded here no garbage is
-# ever looked for; and tempfile, which is slow, is not loaded for a connection, which hardly ever needs it.
+# ever looked for; and tempfile, which is slow, is only loaded when somebody uses it.
 _BOOTSTRAP = """
 import sys
 if sys.path[:1] == [""]:  # a json.py that lies there is not meant
@@ -5222,7 +5222,9 @@ class _Recipe:
         options["protocol_versions"] = [*versions] if hasattr(versions, "__iter__") else versions
         _check(Plugin.__init__, options)
         vars(self).update(options)
-        self.folder = os.path.join(_current_folder(), os.fsdecode(self.cwd or ""))  # where paths start
+        self.folder = _current_folder()  # what is relative starts there
+        if self.cwd is not None:
+            self.folder = os.path.join(self.folder, os.fsdecode(self.cwd))
         python = os.fsdecode(self.python or sys.executable or "")
         self.is_own = python == (sys.executable or "")
         self.interpreter = os.path.join(self.folder, python) if os.path.dirname(python) else python
@@ -5347,7 +5349,7 @@ class _Recipe:
                 why = "this process is still being started as one; what launches plugins stands under"
                 raise RuntimeError(f'{self.label} is not launched: {why}  if __name__ == "__main__":')
             try:
-                if not _WINDOWS and address:
+                if not _WINDOWS:
                     _connect(address, _HELLO_SECONDS).close()
             except OSError:
                 raise RuntimeError("a host above this process is gone") from None
@@ -5383,8 +5385,8 @@ class _Voice:
     """What a process says: a thread for each of its output streams delivers the lines."""
 
     def __init__(self, process: Any, sinks: Sequence[_Sink | None]) -> None:
-        files = (process.stdout, process.stderr)
-        self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
+        pairs = zip((process.stdout, process.stderr), sinks)
+        self._streams = [_Lines(file, sink) for file, sink in pairs if file and sink]
         self._threads: list[threading.Thread] = []
         self._wake: list[int] = []  # a pipe, the end of which wakes them
 
@@ -5442,7 +5444,6 @@ class _Run:
     # -- how it comes up
 
     def open(self) -> None:
-        """Raises LaunchError, PluginClosed, RuntimeError."""
         recipe, above, argv = self.recipe, self.recipe.above(), []
         try:
             config = recipe.attaches_to()
@@ -5510,9 +5511,10 @@ class _Run:
         stdin = {"discard": _DEVNULL, "inherit": None}.get(recipe.stdin, recipe.stdin)
         sinks = _sink(recipe.stdout, logger, "stdout"), _sink(recipe.stderr, logger, "stderr")
         stdout, stderr = (None if sink is None else _PIPE for sink in sinks)
+        place = None if recipe.folder == _current_folder() else recipe.folder  # may be closed to us by now
         terminal = recipe.stdin == "inherit" and os.isatty(0)
-        self._begin(recipe.process(argv, recipe.limits, terminal, env=env, stdin=stdin, stdout=stdout,
-                                   stderr=stderr, cwd=recipe.folder or None), sinks)
+        self._begin(recipe.process(argv, recipe.limits, terminal, env=env, cwd=place, stdin=stdin,
+                                   stdout=stdout, stderr=stderr), sinks)
 
     def _begin(self, process: Any, sinks: Sequence[_Sink | None] = ()) -> None:
         self.process, self.output = process, _Voice(process, sinks)
@@ -5766,7 +5768,7 @@ class _Supervisor:
         with self.news:
             while not start.settled:
                 left = _or_forever(asked.left() if asked else None)
-                if left == 0.0:
+                if asked and left == 0.0:
                     raise _too_late(asked)
                 self.news.wait(min(left, 1.0))
         if start.failure is not None:
@@ -5786,10 +5788,10 @@ class _Supervisor:
                 start.open()
             if not start.settled and on_start is not None:
                 on_start(self.plugin)
+        except StopIteration:  # which no asyncio future takes
+            error = RuntimeError("on_start raised StopIteration")
         except BaseException as problem:
             error = problem
-            if isinstance(problem, StopIteration):  # which no asyncio future takes
-                error = RuntimeError("on_start raised StopIteration")
         with self.news:
             error = start.failure or error or (None if start.takes_calls else start.error())
             if error is None:
@@ -5893,8 +5895,8 @@ def _disown_all() -> None:
 
 
 _import("atexit").register(_close_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_disown_all)
+if not _WINDOWS:
+    _posix.register_at_fork(after_in_child=_disown_all)
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
@@ -5939,12 +5941,10 @@ class _Dispensed(_Target):
             target.session.borrowed.discard(id(each))  # it keeps no run up
 
     def here(self) -> tuple[_Caller, int] | None:
-        target = self.at.get(self._supervisor.open)
-        return None if target is None else target.place
+        return getattr(self.at.get(self._supervisor.open), "place", None)
 
     def number_at(self, session: _Session) -> int | None:
-        target = self.at.get(session)
-        return None if target is None else target.number
+        return getattr(self.at.get(session), "number", None)
 
     def find(self, asked: _Call) -> tuple[_Session, int]:
         if self.released:
@@ -6000,8 +6000,6 @@ class Plugin:
         _refuse_monkey_patches()
         self._supervisor = _Supervisor(_Recipe(**options), self)
         self.name = self._supervisor.recipe.name
-
-    # -- its life
 
     def start(self) -> Plugin:
         """Start the plugin, unless it runs. Raises what `launch` does."""
@@ -6063,7 +6061,7 @@ class Plugin:
         await self.aclose()
 
     def __repr__(self) -> str:
-        return f"<Plugin {self.name!r}, {f'pid {self.pid}' if self.running else 'not running'}>"
+        return f"<Plugin {self.name!r}, pid {self.pid}>"
 
     @property
     def _run(self) -> Any:
@@ -6100,9 +6098,7 @@ class Plugin:
     @property
     def info(self) -> dict[str, Any]:
         """What the plugin says about itself: the `info` given to `serve`."""
-        return self._ask_system("info", (), dict)
-
-    # -- its use
+        return self._ask_system(dict, "info")
 
     def dispense(self, name: str | None = None, interface: Callable[..., _I] | None = None, *,
                  timeout: float | None = None) -> _I:
@@ -6119,7 +6115,7 @@ class Plugin:
         wanted: Any = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
         if wanted is not None and not isinstance(wanted, type):
             raise TypeError(f"interface={interface!r}: it is a class")
-        found = self._ask_system("dispense", (name,), _Remote)
+        found = self._ask_system(_Remote, "dispense", name)
         target = _Dispensed(self._supervisor, name, found._target)
         target.label = f"the plugin {name or self.name!r}"
         if timeout is not None:
@@ -6131,7 +6127,7 @@ class Plugin:
             proxy = _Method(target, "")  # what is served is a function
         return proxy
 
-    def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
+    def _ask_system(self, kind: type, method: str, *args: Any) -> Any:
         seconds = self._supervisor.recipe.call_timeout
         return _reach(self._find, partial(_ask, kind), method, args, {}, seconds)
 
@@ -6141,7 +6137,7 @@ class Plugin:
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
         MethodNotFound if the plugin, in another language, does not say."""
-        found = self._ask_system("describe", (), dict)
+        found = self._ask_system(dict, "describe")
         return {plugin: {name: MethodInfo(name, *each[:2])
                          for name, each in _checked_description(methods).items()}
                 for plugin, methods in found.items() if type(plugin) is str and plugin != "system"}
@@ -6395,7 +6391,7 @@ class _Finder:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         find, found = _importing.PathFinder.find_spec, None
-        if name not in self._names and f"{name.rpartition('.')[2]}.py" == os.path.basename(_FILE):
+        if f"{name.rpartition('.')[2]}.py" == os.path.basename(_FILE):
             found = find(name, path)
         if name in self._names or (found and os.path.realpath(str(found.origin)) == os.path.realpath(_FILE)):
             return _import("importlib.machinery").ModuleSpec(name, self)
@@ -6505,7 +6501,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _doctor(given: Any) -> int:
-    """What this machine allows, each as a line. The last counts: whether a plugin runs here."""
+    """The last line counts."""
     checks: dict[str, Callable[[], str]] = {
         "miniplug": lambda: f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}",
         "transport": _check_listening,
@@ -6564,7 +6560,7 @@ def _parser(argparse: Any) -> Any:
 
     serve("SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
     serve("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
-    serve("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
+    serve("--authkey-file", metavar="FILE", help="has their key, in hexadecimal digits")
     serve("--persist", action="store_true", help="stay when the last host is gone")
     for add in (call, inspect, doctor):
         add("--python", help="the interpreter for the plugin")
@@ -6590,7 +6586,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(status)
     except (PluginError, ValueError) as error:
         sys.exit(f"miniplug: {_one_line(error)}")
-    except OSError as error:  # what is printed cannot be written; or nobody reads it, as behind ``head``
+    except OSError as error:  # nobody reads what is printed, as behind ``head``; or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter flushes at its end
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"miniplug: {error}")
     except KeyboardInterrupt:

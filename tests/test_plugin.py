@@ -697,7 +697,7 @@ def test_closing_while_it_starts(write):
 def test_state_over_a_life():
     plugin = miniplug.Plugin(WORKSHOP)
     assert (plugin.running, plugin.pid, plugin.exit_code, plugin.wait(0)) == (False, None, None, None)
-    assert "not running" in repr(plugin)
+    assert "pid None" in repr(plugin)
     plugin.start()
     assert plugin.start() is plugin
     assert plugin.running and plugin.exit_code is None and plugin.wait(0) is None
