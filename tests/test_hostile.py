@@ -582,7 +582,7 @@ def test_a_proof_cannot_be_replayed():
         with contextlib.suppress(OSError):
             while sock.recv(4096):
                 pass
-    until(lambda: door.strangers == 1)
+    until(lambda: not door.callers)
     door.close()
     assert not met
 
@@ -595,7 +595,7 @@ def test_a_handshake_cannot_be_relayed():
     pump = Relay(theirs, stranger(door.listener.address))
     assert isinstance(shake(ours, "/tmp/elsewhere/s", key), (OSError, EOFError))
     pump.join()
-    until(lambda: door.strangers == 1)
+    until(lambda: not door.callers)
     door.close()
     assert not met
 
@@ -610,7 +610,7 @@ def test_a_proof_cannot_be_reflected():
             if not data:
                 break
             sock.sendall(data)
-    until(lambda: door.strangers == 1)
+    until(lambda: not door.callers)
     door.close()
     assert not met
 
