@@ -5692,7 +5692,7 @@ class _Supervisor:
         if self.owner != os.getpid():
             raise PluginError(f"{self.recipe.label} belongs to the process that has forked this one")
         start = self.start
-        if start is None or start.thread == threading.get_ident():
+        if start is None or start.thread == _get_ident():
             return start
         return start if start.session and start.session.caller._parent() else None
 
@@ -5775,7 +5775,7 @@ class _Supervisor:
             raise start.failure
 
     def _bring_up(self, start: _Run, drain: float | None, counts: bool) -> None:
-        start.thread = threading.get_ident()
+        start.thread = _get_ident()
         old, on_start = self.run, self.recipe.on_start
         error: BaseException | None = None
         try:
@@ -5950,18 +5950,16 @@ class _Dispensed(_Target):
         if self.released:
             raise DeadReference(f"{self.label} was released")
         session = self._supervisor.session(asked)  # not under the lock: on_start may want that
-        target = self.at.get(session)
-        if target is None:
-            target = _holding(self._lock, self._dispense, session, asked, seconds=_left(asked.deadline))
-            if target is False:
-                raise _too_late(asked)
-            if self.released:  # meanwhile
-                self.release()
+        target = _holding(self._lock, self._dispense, session, asked, seconds=_left(asked.deadline))
+        if target is False:
+            raise _too_late(asked)
+        if self.released:  # meanwhile
+            self.release()
         return session, target.number
 
     def _dispense(self, session: _Session, asked: _Call) -> _Target:
         target: Any = self.at.get(session)
-        if target is None:  # nobody else has, meanwhile
+        if target is None:  # nobody else has
             target = _ask(_Remote, session, 0, "dispense", (self._name,), {}, asked.left())._target
             self._add(target)
         return target
