@@ -1889,7 +1889,6 @@ class _Door:
     def __init__(self, greet: Callable[[_Channel, str], _Terms], arrived: Callable[[_Channel, Any], None],
                  address: str = "", stays: bool = False) -> None:
         self.listener = _Listener(address)
-        self.strangers = 0
         self._greet, self._arrived, self._stays = greet, arrived, stays
         self._lock, self._open = threading.Lock(), True
         self.callers: list[_Channel] = []
@@ -1921,8 +1920,8 @@ class _Door:
             terms = self._greet(channel, self.listener.address)
         except HandshakeError as error:
             self._arrived(channel, error)
-        except Exception:  # a stranger
-            self.strangers += 1
+        except Exception:
+            pass  # a stranger
         with self._lock:
             enters = terms is not None and self._open and channel in self.callers
             self._open = self._open and (self._stays or not enters)
@@ -5131,7 +5130,7 @@ _SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if
 
 # Run by the plugin's interpreter: this very file is miniplug there, from the bytecode cache, or the zip file
 # that the host is packed in. The first lines are for any Python at all. In what is loaded here no garbage is
-# ever looked for; and tempfile, which is slow, is not loaded for a connection, which hardly ever needs it.
+# ever looked for; and tempfile, which is slow, is only loaded when somebody uses it.
 _BOOTSTRAP = """
 import sys
 if sys.path[:1] == [""]:  # a json.py that lies there is not meant
@@ -5219,8 +5218,7 @@ class _Recipe:
         try:
             self.command = [os.fsdecode(part) for part in (command if self.is_list else [command])]
         except TypeError:
-            wanted = "a path, a spec such as 'path/to/file.py:Attr', or a list of them"
-            raise TypeError(f"command={command!r}: it is {wanted}") from None
+            raise TypeError(f"command={command!r}: it is a path, a spec, or a list of arguments") from None
         scripts = [part for part in self.command if part.endswith((".py", ".pyw"))]
         name, source, attribute = "", (scripts or self.command or [""])[0], ""
         if not self.is_list:
@@ -5237,9 +5235,9 @@ class _Recipe:
         elif not self.is_list:
             self.command = [self.source]
         digests: Any = options["sha256"] or {}
-        if isinstance(digests, str) and self.is_module:
-            raise ValueError(f"sha256={digests!r}: of a module it is {{path: digest}}")
         if isinstance(digests, str):
+            if self.is_module:
+                raise ValueError(f"sha256={digests!r}: of a module it is {{path: digest}}")
             digests = {self.source: digests}
         self.sha256 = {self._whole(os.fsdecode(path)): digest.lower() for path, digest in digests.items()}
 
@@ -5261,17 +5259,14 @@ class _Recipe:
         if not self.command:
             raise self.not_started([], "the command is empty")
         argv = [*self._loader(), *self.task] if self.task else [*self.command]
-        if not self.task and self._whole(argv[0]) in self.sha256:
+        if self._whole(argv[0]) in self.sha256:
             argv[0] = self._whole(argv[0])  # and not one of that name on the PATH
         if not (self.is_list or self.is_module or os.path.isfile(self.source)):
             how = "a spec is 'path/to/file.py:Attr' or 'module:Attr'; a program of the PATH is a list"
             raise self.not_started(argv, f"there is no such file as {self.source}; {how}")
         for path, expected in self.sha256.items():
-            digest = _import("hashlib").sha256()
             with open(path, "rb") as file:
-                for block in iter(partial(file.read, 1 << 20), b""):
-                    digest.update(block)
-            actual = digest.hexdigest()
+                actual = _import("hashlib").sha256(file.read()).hexdigest()
             if actual != expected:
                 reason = f"the SHA-256 of {path} is {actual}, not {expected}"
                 raise self.not_started(argv, reason, ChecksumError,
@@ -5294,16 +5289,14 @@ class _Recipe:
     def _whole(self, path: str) -> str:
         return os.path.normpath(os.path.join(self.folder, path))
 
-    def failure(self, run: _Run, argv: list[str], refusal: Any, strangers: int | None) -> LaunchError:
-        """Why a process did not come up. `strangers`: how many came instead, if it is overdue."""
+    def failure(self, run: _Run, argv: list[str], refusal: Any, in_time: bool) -> LaunchError:
         kind, told = LaunchError, {}
         if isinstance(refusal, HandshakeError):
             run.ended.wait(1.0)  # it says on stderr that it was refused
             kind, reason, told = HandshakeError, str(refusal), vars(refusal)
-        elif strangers is not None:
+        elif not in_time:
             _end_runs([run], None)
-            others = f" ({strangers} callers without the key did)" if strangers else ""
-            reason = f"it did not connect within {self.start_timeout:g} s{others}; does it call serve()?"
+            reason = f"it did not connect within {self.start_timeout:g} s; does it call serve()?"
         elif run.exit_code == 0:
             kind, reason = HandshakeError, "it exited without connecting: it does not call serve()"
         else:
@@ -5342,7 +5335,7 @@ class _Recipe:
                 why = "this process is still being started as one; what launches plugins stands under"
                 raise RuntimeError(f'{self.label} is not launched: {why}  if __name__ == "__main__":')
             try:
-                if not _WINDOWS and address:
+                if not _WINDOWS:
                     _connect(address, _HELLO_SECONDS).close()
             except OSError:
                 raise RuntimeError("a host above this process is gone") from None
@@ -5378,8 +5371,8 @@ class _Voice:
     """What a process says: a thread for each of its output streams delivers the lines."""
 
     def __init__(self, process: Any, sinks: Sequence[_Sink | None]) -> None:
-        files = (process.stdout, process.stderr)
-        self._streams = [_Lines(file, sink) for file, sink in zip(files, sinks) if file and sink]
+        pairs = zip((process.stdout, process.stderr), sinks)
+        self._streams = [_Lines(file, sink) for file, sink in pairs if file and sink]
         self._threads: list[threading.Thread] = []
         self._wake: list[int] = []  # a pipe, the end of which wakes them
 
@@ -5437,7 +5430,6 @@ class _Run:
     # -- how it comes up
 
     def open(self) -> None:
-        """Raises LaunchError, PluginClosed, RuntimeError."""
         recipe, above, argv = self.recipe, self.recipe.above(), []
         try:
             config = recipe.attaches_to()
@@ -5470,7 +5462,6 @@ class _Run:
             raise
 
     def _launch(self, argv: list[str], above: list[Any]) -> None:
-        """Start a process, and wait until it has connected, or will not."""
         key = os.urandom(32)
         came: list[Any] = []
 
@@ -5490,8 +5481,7 @@ class _Run:
             if came and isinstance(came[1], _Terms):
                 self._meet(*came[:2])
             if not self.takes_calls:
-                strangers = None if in_time else door.strangers
-                raise self.recipe.failure(self, argv, came[1] if came else None, strangers)
+                raise self.recipe.failure(self, argv, came[1] if came else None, in_time)
         finally:
             door.close()
             if folder:
@@ -5688,7 +5678,7 @@ class _Supervisor:
         if self.owner != os.getpid():
             raise PluginError(f"{self.recipe.label} belongs to the process that has forked this one")
         start = self.start
-        if start is None or start.thread == threading.get_ident():
+        if start is None or start.thread == _get_ident():
             return start
         return start if start.session and start.session.caller._parent() else None
 
@@ -5763,15 +5753,15 @@ class _Supervisor:
     def _await(self, start: _Run, asked: _Call | None = None) -> None:
         with self.news:
             while not start.settled:
-                left = _FOREVER if asked is None else _or_forever(asked.left())
-                if asked is not None and left == 0.0:
+                left = _or_forever(asked.left() if asked else None)
+                if asked and left == 0.0:
                     raise _too_late(asked)
                 self.news.wait(min(left, 1.0))
         if start.failure is not None:
             raise start.failure
 
     def _bring_up(self, start: _Run, drain: float | None, counts: bool) -> None:
-        start.thread = threading.get_ident()
+        start.thread = _get_ident()
         old, on_start = self.run, self.recipe.on_start
         error: BaseException | None = None
         try:
@@ -5784,10 +5774,10 @@ class _Supervisor:
                 start.open()
             if not start.settled and on_start is not None:
                 on_start(self.plugin)
+        except StopIteration:  # which no asyncio future takes
+            error = RuntimeError("on_start raised StopIteration")
         except BaseException as problem:
             error = problem
-            if isinstance(problem, StopIteration):  # which no asyncio future takes
-                error = RuntimeError("on_start raised StopIteration")
         with self.news:
             error = start.failure or error or (None if start.takes_calls else start.error())
             if error is None:
@@ -5891,8 +5881,8 @@ def _disown_all() -> None:
 
 
 _import("atexit").register(_close_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_disown_all)
+if not _WINDOWS:
+    _posix.register_at_fork(after_in_child=_disown_all)
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any, undo: Callable[[], Any] = bool) -> Any:
@@ -5937,29 +5927,25 @@ class _Dispensed(_Target):
             target.session.borrowed.discard(id(each))  # it keeps no run up
 
     def here(self) -> tuple[_Caller, int] | None:
-        target = self.at.get(self._supervisor.open)
-        return None if target is None else target.place
+        return getattr(self.at.get(self._supervisor.open), "place", None)
 
     def number_at(self, session: _Session) -> int | None:
-        target = self.at.get(session)
-        return None if target is None else target.number
+        return getattr(self.at.get(session), "number", None)
 
     def find(self, asked: _Call) -> tuple[_Session, int]:
         if self.released:
             raise DeadReference(f"{self.label} was released")
         session = self._supervisor.session(asked)  # not under the lock: on_start may want that
-        target = self.at.get(session)
-        if target is None:
-            target = _holding(self._lock, self._dispense, session, asked, seconds=_left(asked.deadline))
-            if target is False:
-                raise _too_late(asked)
-            if self.released:  # meanwhile
-                self.release()
+        target = _holding(self._lock, self._dispense, session, asked, seconds=_left(asked.deadline))
+        if target is False:
+            raise _too_late(asked)
+        if self.released:  # meanwhile
+            self.release()
         return session, target.number
 
     def _dispense(self, session: _Session, asked: _Call) -> _Target:
         target: Any = self.at.get(session)
-        if target is None:  # nobody else has, meanwhile
+        if target is None:  # nobody else has
             target = _ask(_Remote, session, 0, "dispense", (self._name,), {}, asked.left())._target
             self._add(target)
         return target
@@ -5999,8 +5985,6 @@ class Plugin:
         self._supervisor = _Supervisor(_Recipe(**options), self)
         self.name = self._supervisor.recipe.name
 
-    # -- its life
-
     def start(self) -> Plugin:
         """Start the plugin, unless it runs. Raises what `launch` does."""
         self._supervisor.start_up()
@@ -6039,7 +6023,7 @@ class Plugin:
         run = self._run
         if run is not None:
             run.ended.wait(_or_forever(timeout))
-        return None if run is None else run.exit_code
+        return getattr(run, "exit_code", None)
 
     __enter__ = start
 
@@ -6061,7 +6045,7 @@ class Plugin:
         await self.aclose()
 
     def __repr__(self) -> str:
-        return f"<Plugin {self.name!r}, {f'pid {self.pid}' if self.running else 'not running'}>"
+        return f"<Plugin {self.name!r}, pid {self.pid}>"
 
     @property
     def _run(self) -> Any:
@@ -6098,9 +6082,7 @@ class Plugin:
     @property
     def info(self) -> dict[str, Any]:
         """What the plugin says about itself: the `info` given to `serve`."""
-        return dict(self._ask_system("info", (), dict))
-
-    # -- its use
+        return self._ask_system(dict, "info")
 
     def dispense(self, name: str | None = None, interface: Callable[..., _I] | None = None, *,
                  timeout: float | None = None) -> _I:
@@ -6117,10 +6099,11 @@ class Plugin:
         wanted: Any = getattr(interface, "__origin__", interface)  # of Store[int] it is Store
         if wanted is not None and not isinstance(wanted, type):
             raise TypeError(f"interface={interface!r}: it is a class")
-        found = self._ask_system("dispense", (name,), _Remote)
+        found = self._ask_system(_Remote, "dispense", name)
         target = _Dispensed(self._supervisor, name, found._target)
         target.label = f"the plugin {name or self.name!r}"
-        target.timeout = target.timeout if timeout is None else timeout
+        if timeout is not None:
+            target.timeout = timeout
         proxy: Any = _Proxy(target, found._names)
         if wanted is not None:
             proxy._adopt(wanted)
@@ -6128,7 +6111,7 @@ class Plugin:
             proxy = _Method(target, "")  # what is served is a function
         return proxy
 
-    def _ask_system(self, method: str, args: Sequence[Any], kind: type) -> Any:
+    def _ask_system(self, kind: type, method: str, *args: Any) -> Any:
         seconds = self._supervisor.recipe.call_timeout
         return _reach(self._find, partial(_ask, kind), method, args, {}, seconds)
 
@@ -6138,11 +6121,10 @@ class Plugin:
     def describe(self) -> dict[str, dict[str, MethodInfo]]:
         """What the plugins can do: ``{plugin: {method: MethodInfo(name, signature, doc)}}``. Raises
         MethodNotFound if the plugin, in another language, does not say."""
-        found = self._ask_system("describe", (), dict)
-        found.pop("system", None)
+        found = self._ask_system(dict, "describe")
         return {plugin: {name: MethodInfo(name, *each[:2])
                          for name, each in _checked_description(methods).items()}
-                for plugin, methods in found.items() if type(plugin) is str}
+                for plugin, methods in found.items() if type(plugin) is str and plugin != "system"}
 
     def reattach_config(self) -> dict[str, Any]:
         """What another host needs to `attach`, as a dict for json. Who has it can call the plugin. Raises
@@ -6303,28 +6285,23 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     warn = _import("logging").getLogger("miniplug").warning
     for distribution in _import("importlib.metadata").distributions():
         try:
-            text = distribution.read_text("entry_points.txt") or ""
+            entries = [each for each in distribution.entry_points if each.group == group]
         except Exception as error:  # whatever is wrong with it
-            text = ""
-            where = getattr(distribution, "_path", distribution)
+            entries, where = [], getattr(distribution, "_path", distribution)
             warn("the entry points of %s cannot be read: %r", where, error)
-        section = ""
-        for line in map(str.strip, text.splitlines()):  # importlib's way, one bad entry may hide others
-            if line.startswith("["):
-                section = line.strip("[] ")
-            elif section == group and line and line[0] not in "#;":
-                entry = re.fullmatch(_ENTRY, line)
-                if entry:
-                    found.setdefault(entry[1], f"{entry[2]}:{entry[3]}")
-                else:
-                    warn("the entry point names no attribute of a module: %s", line)
+        for each in entries:
+            spec = re.fullmatch(rf"({_NAME}(?:\.\w+)*)\s*:\s*({_NAME}(?:\.\w+)*)\s*(?:\[.*)?", each.value)
+            if spec:
+                found.setdefault(each.name, f"{spec[1]}:{spec[2]}")
+            else:
+                warn("the entry point names no attribute of a module: %s = %s", each.name, each.value)
     return found
 
 
-_ENTRY = rf"([^=]*[^=\s])\s*=\s*({_NAME}(?:\.\w+)*)\s*:\s*({_NAME}(?:\.\w+)*)\s*(?:\[.*)?"
-
-
 # === 12. command line ===================================================================================
+
+_importing: Any = _import("_frozen_importlib_external")  # importlib loads more
+
 
 def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT``. `name`: by which a host has imported this file."""
@@ -6352,7 +6329,7 @@ def _run_file(path: str, name: str) -> ModuleType:
     module = type(sys)(name)
     module.__file__ = path
     if name != "__main__":
-        module.__spec__ = _import("_frozen_importlib_external").spec_from_file_location(name, path)
+        module.__spec__ = _importing.spec_from_file_location(name, path)
     sys.modules[name] = module
     sys.path.insert(0, os.path.dirname(path))
     with open(path, "rb") as file:
@@ -6395,11 +6372,10 @@ class _Finder:
 
     def __init__(self, name: str) -> None:
         self._names = {"miniplug", name}
-        self._find = _import("_frozen_importlib_external").PathFinder.find_spec  # importlib loads more
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        find, found = self._find, None
-        if name not in self._names and f"{name.rpartition('.')[2]}.py" == os.path.basename(_FILE):
+        find, found = _importing.PathFinder.find_spec, None
+        if f"{name.rpartition('.')[2]}.py" == os.path.basename(_FILE):
             found = find(name, path)
         if name in self._names or (found and os.path.realpath(str(found.origin)) == os.path.realpath(_FILE)):
             return _import("importlib.machinery").ModuleSpec(name, self)
@@ -6417,8 +6393,7 @@ def _load_file(path: str) -> ModuleType:
         sys.exit(f"miniplug: there is no file {path}")
     library = os.path.dirname(getattr(os, "__file__", ""))  # frozen, it has none
     _Finder.library = [library, os.path.join(library, "lib-dynload"), os.path.join(sys.base_prefix, "DLLs")]
-    find = _import("_frozen_importlib_external").PathFinder.find_spec
-    name = os.path.splitext(os.path.basename(path))[0]
+    name, find = os.path.splitext(os.path.basename(path))[0], _importing.PathFinder.find_spec
     if name in sys.modules or name in sys.builtin_module_names or find(name, _Finder.library):
         name = f"_plugin_{name}"
     return _run_file(path, name)
@@ -6444,7 +6419,7 @@ def freeze_support() -> None:
     application, and what lies beside its own file.
 
     With `python=` that interpreter loads this file from where ``miniplug.__file__`` says: pack it there as a
-    data file, too (PyInstaller: ``--add-data miniplug.py:.``).
+    data file, too.
     """
     if not hasattr(sys, "frozen"):
         return
@@ -6510,7 +6485,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _doctor(given: Any) -> int:
-    """What this machine allows, each as a line. The last counts: whether a plugin runs here."""
+    """The last line counts."""
     checks: dict[str, Callable[[], str]] = {
         "miniplug": lambda: f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}",
         "transport": _check_listening,
@@ -6569,10 +6544,10 @@ def _parser(argparse: Any) -> Any:
 
     serve("SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
     serve("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
-    serve("--authkey-file", metavar="FILE", help="has the key that they must hold, in hexadecimal digits")
+    serve("--authkey-file", metavar="FILE", help="has their key, in hexadecimal digits")
     serve("--persist", action="store_true", help="stay when the last host is gone")
     for add in (call, inspect, doctor):
-        add("--python", metavar="PATH", help="the interpreter for the plugin")
+        add("--python", help="the interpreter for the plugin")
     for add in (call, inspect):
         add("--verbose", "-v", action="store_true", help="what the plugin writes goes to stderr")
         add("PLUGIN", help="a program, a .py file, or a spec such as path/to/file.py:Attr")
@@ -6591,12 +6566,11 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     try:
         _prepare_output()
         status = {"call": _call_once, "inspect": _inspect, "doctor": _doctor}[given.verb](given)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)
         sys.exit(status)
     except (PluginError, ValueError) as error:
         sys.exit(f"miniplug: {_one_line(error)}")
-    except OSError as error:  # what is printed cannot be written; or nobody reads it, as behind ``head``
+    except OSError as error:  # nobody reads what is printed, as behind ``head``; or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter flushes at its end
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"miniplug: {error}")
     except KeyboardInterrupt:
