@@ -50,18 +50,16 @@ The map of this file; each section uses only those above it:
 # One call, `greeter.greet("world")`, there and back (docs/review.md has a longer route):
 #
 # In the host `_Method.__call__` asks its `_Target` where the object is now; the `_Supervisor` starts the
-# plugin if it has to. `_Caller.call` makes a `_Call`, with a number and an inbox; `_Codec.dumps` makes bytes
-# of it, and `_Channel.send` a message. `_Reader.wait` takes the seat and reads, or sleeps while another
-# thread reads.
+# plugin if it has to. `_Caller.call` makes a `_Call`, with an inbox; `_Codec.dumps` makes bytes of it, and
+# `_Channel.send` a message. `_Reader.wait` takes the seat and reads, or sleeps while another thread reads.
 #
 # In the plugin `_Channel.receive` makes messages of bytes, and `_Reader.read` a `_Request` of a call.
-# `_Attendant._attend` runs it, if such are quick; else it first has another thread read. `_Runner.run`
-# decodes it; `_References.resolve` finds the bound method, which is called; `_Runner.answer` or `fail` sends
-# back what came of it.
+# `_Runner.run` decodes it, in the thread that has read it if such are quick, and else first has another one
+# read. `_References.resolve` finds the bound method, which is called; `_Runner.answer` or `fail` answers.
 #
 # In the host `_Reader.read` puts that into the inbox of the `_Call`, and `_Caller.value` decodes it, in the
-# thread that called. A callback is the same with the sides exchanged; it names the call on whose behalf it is
-# made, and `_Runner.run_nested` runs it in the thread that waits for that one.
+# thread that called. A callback is the same with the sides exchanged: `_Runner.run_nested` runs it, in the
+# thread that waits for the call on whose behalf it is made.
 #
 # Locks, outermost first. One is taken only under those of a line above it:
 #
@@ -2491,9 +2489,9 @@ class _Reader:
 
 class _Attendant:
     """Who reads while no caller does: a thread of the pool, where calls come in at any time (in a plugin
-    always, in a host while it has lent something), or an answer is due that no thread waits for. A method
-    that has been quick it runs at once, and reads on; for any other it first has another thread read. `_look`
-    sees twice a second whether a quick one takes long after all.
+    always, in a host while it has lent something), or an answer is due that no thread waits for. It runs
+    what it has read; before a method that has not been quick it leaves. `_look` sees twice a second whether a
+    quick one takes long after all.
 
     Any thread may call `come` and `watch`, the pool all else. `_right` is held by who attends or is about to.
     """
