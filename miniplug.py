@@ -1194,14 +1194,11 @@ def _quietly(function: Callable[..., Any], *arguments: Any, kind: Any = OSError)
         pass
 
 
-_references_to = getattr(sys, "getrefcount", lambda held: 1)
-
-
 def _count_alone() -> int:
     """How many references are seen to what only one place has, by a function that looks at it there."""
     place = {0: [0]}
     mine = place.get(0)
-    return _references_to(mine) if hasattr(sys, "getrefcount") else 0  # 0, not CPython: no seat is lost
+    return sys.getrefcount(mine)
 
 
 _ALONE = _count_alone()
@@ -1224,12 +1221,12 @@ class _Seat(dict):
     def holder(self) -> int:
         """The thread's ident; 0 if the seat is free or lost."""
         mine = self.get(0)
-        return 0 if mine is None or _references_to(mine) <= _ALONE else mine[0]
+        return 0 if mine is None or sys.getrefcount(mine) <= _ALONE else mine[0]
 
     def mend(self) -> None:
         """Free the seat if it is lost. For threads in which no handler strikes."""
         mine = self.get(0)
-        if mine is not None and _references_to(mine) <= _ALONE:
+        if mine is not None and sys.getrefcount(mine) <= _ALONE:
             is_same = map(operator.is_, self.values(), (mine,))
             _consume(map(self.pop, itertools.compress((0,), is_same)))  # one step: it may be another's by now
 
@@ -2210,8 +2207,13 @@ class _Call:
 
 
 def _waits_for_itself(call: _Call) -> Exception:
-    return RuntimeError(f"{call.method}() would wait for ever: a signal handler, __del__ or decode has "
-                        "interrupted what is to bring the answer; use submit or notify there")
+    return RuntimeError(f"{call.method}() would wait for ever: in a signal handler, __del__ or decode, which "
+                        "interrupt what brings answers, use submit or notify")
+
+
+def _refuse_to_block(instead: str) -> None:
+    if _get_ident() in _loop_threads:
+        raise RuntimeError(f"this would block the event loop of the async methods: {instead}")
 
 
 def _too_late(call: _Call) -> Exception:
@@ -2603,9 +2605,8 @@ class _Caller:
              seconds: float | None, kind: int = _CALL) -> Any:
         """Call and wait for the answer, which may be a Stream. Raises what the method raised, CallTimeout,
         _Sealed, and what `lost` made of the connection's end."""
-        if _loop_threads and kind != _NOTIFY and _get_ident() in _loop_threads:
-            text = f"{method}() would block the event loop of the async methods: await {method}.submit(...)"
-            raise RuntimeError(text)
+        if _loop_threads and kind != _NOTIFY:
+            _refuse_to_block(f"await {method}.submit(...)")
         call = _Call(next(self._numbers), method, seconds)
         try:
             what: Any = target, method, args, kwargs
@@ -2667,8 +2668,7 @@ class _Caller:
         """Wait for a message of a stream. Raises as `call` does; the stream gives the call up then."""
         if call.inbox:
             return
-        if _loop_threads and _get_ident() in _loop_threads:
-            raise RuntimeError("this would block the event loop of the async methods: use async for")
+        _refuse_to_block("use async for")
         call.deadline = None if call.seconds is None else time.monotonic() + call.seconds
         try:
             call.home = True
