@@ -987,7 +987,8 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
 
 def _format_traceback(error: BaseException) -> str:
     frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_globals is globals():  # miniplug's own
+    while frames is not None and (  # miniplug's own, and importlib's
+            frames.tb_frame.f_globals is globals() or frames.tb_frame.f_code.co_filename[:7] == "<frozen"):
         frames = frames.tb_next
     try:
         return "".join(_found("traceback.format_exception")(type(error), error, frames))
@@ -2092,7 +2093,7 @@ class _Pool:
         return True
 
     def _next(self, taken: list[Any]) -> None:
-        """As who leads: take a task, unless there is no session any more."""
+        """As who leads: take a task, unless no session is left."""
         alarms = self._alarms
         while not taken and (_sessions or not self._tasks.empty()):
             seconds = alarms[0][0] - time.monotonic() if alarms else _FOREVER
@@ -2144,7 +2145,7 @@ _sessions: set[_Session] = set()  # those that have not ended: a forked child le
 
 
 def _after_fork() -> None:
-    """In a forked child: the connections are its parent's, and the threads are not here."""
+    """In a forked child: the connections are its parent's, the threads are gone."""
     global _pool
     _pool = _Pool()
     while _sessions:
@@ -2207,8 +2208,8 @@ class _Call:
 
 
 def _waits_for_itself(call: _Call) -> Exception:
-    return RuntimeError(f"{call.method}() would wait for ever: in a signal handler, __del__ or decode, which "
-                        "interrupt what brings answers, use submit or notify")
+    return RuntimeError(f"{call.method}() would wait for ever, for what it has interrupted: in a handler, "
+                        "__del__ or decode use submit or notify")
 
 
 def _refuse_to_block(instead: str) -> None:
@@ -2808,11 +2809,9 @@ class _Runner:
         self.slots = slots
         self.nested_slots = _Slots(_NESTED)  # of their own: who waits for one may hold the last of the others
 
-    # -- which thread
-
     def run_message(self, message: _Message) -> None:
-        """Have the pool run the call that a message is, once there is a slot. One that a thread has left half
-        run fails. This does not wait."""
+        """Have the pool run the call that a message is, once there is a slot. One that was left half run
+        fails. This does not wait."""
         request = self._requests.get(message[2])
         if request is not None and request.begun:
             self.fail(request, KeyboardInterrupt(), wait=False)
@@ -2847,8 +2846,6 @@ class _Runner:
         if request.loop is not None and not request.begun:
             request.loop = None
             self._run_later(request)
-
-    # -- running
 
     def _decode(self, request: _Request) -> Any:
         """The call that has come: [target, method, args, kwargs]. Without one it has been answered."""
@@ -2958,8 +2955,6 @@ class _Runner:
         """The number of the call that raised an exception here, which then came from the other side."""
         origin = vars(error).get("_origin") if issubclass(type(error), RemoteError) else None
         return {"home": origin[1]} if origin is not None and origin[0]() is self._session else {}
-
-    # -- coroutines and streams
 
     def _is_more(self, request: _Request, value: Any) -> bool:
         """Whether what a method has returned is not its answer yet: a coroutine, or a stream."""
@@ -4325,8 +4320,8 @@ def _refuse_monkey_patches() -> None:
     for function in (socket.socket, threading.get_ident, time.sleep):
         library = str(getattr(function, "__module__", "")).partition(".")[0]
         if library in ("gevent", "eventlet"):
-            raise RuntimeError(f"miniplug does not run under the monkey patches of {library}: let a process "
-                               "without them have the plugins")
+            raise RuntimeError(f"miniplug does not run under the monkey patches of {library}: have the "
+                               "plugins in a process without them")
 
 
 def serve(plugins: Mapping[Any, Any], *, info: Mapping[str, Any] | None = None,
@@ -4368,7 +4363,7 @@ def _serve(server: _Server, cookie: Mapping[str, Any], address: str | None, secr
     server.stays = persist = persist or _PERSIST in _environment
     if host is None and not persist and address is None:
         sys.exit("This program is a plugin: an application starts it, with miniplug.launch(). By hand give "
-                 "an address (--listen) or persist=True (--persist).")
+                 "an address (--listen ADDRESS) or persist=True (--persist).")
     if host == "":
         raise RuntimeError("this process has served its host already: serve() works once")
     _environment[_ADDRESS] = ""
@@ -5123,7 +5118,7 @@ def _or_forever(seconds: float | None) -> float:
     return _FOREVER if seconds is None else min(seconds, _FOREVER)
 
 
-# Without these a Windows program does not start.
+# what a Windows program does not start without
 _SYSTEM_VARIABLES = ("SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT TEMP TMP" if _WINDOWS else "").split()
 
 # Run by the plugin's interpreter: this very file is miniplug there, from the bytecode cache, or the zip file
@@ -5249,8 +5244,6 @@ class _Recipe:
                     **carried: Any) -> LaunchError:
         words = _last_words(carried.get("output", ()))
         return kind(f"{self.label} did not start: {reason}{words}", command=argv, **carried)
-
-    # -- what to run
 
     def argv(self) -> list[str]:
         """What to run. Raises LaunchError, and OSError for a file that cannot be read."""
@@ -5680,8 +5673,6 @@ class _Supervisor:
             return start
         return start if start.session and start.session.caller._parent() else None
 
-    # -- starting
-
     def seek(self) -> Any:
         """The session that this thread may call on, or the start to wait for, which may begin now."""
         own = self.own_start()
@@ -5797,8 +5788,6 @@ class _Supervisor:
             self.open = self.run.session if self.state == "up" else None
             start.settled, start.failure, self.start = True, start.failure or error, None
             self.news.notify_all()
-
-    # -- its end
 
     def notice(self) -> None:
         """Look whether the run that serves has ended."""
@@ -6304,7 +6293,7 @@ _importing: Any = _import("_frozen_importlib_external")  # importlib loads more
 def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT``. `name`: by which a host has imported this file."""
     sys.meta_path.insert(0, _Finder(name))
-    sys.excepthook = _show_error
+    sys.excepthook = lambda kind, error, frames: _print_error(error.with_traceback(frames and frames.tb_next))
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
@@ -6313,13 +6302,6 @@ def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
         _run_file(arguments[0], "__main__")
     else:
         _serve_specs(*arguments, **options)
-
-
-def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
-    """As sys.excepthook, without the frames of miniplug and of importing that come first."""
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((__file__, "<")):
-        frames = frames.tb_next
-    sys.__excepthook__(kind, error.with_traceback(frames), frames)
 
 
 def _run_file(path: str, name: str) -> ModuleType:
@@ -6459,8 +6441,6 @@ def _printable(value: Any) -> str:
 def _inspect(given: Any) -> None:
     indent = _import("textwrap").indent
     with _opened(given) as plugin:
-        for key, value in plugin.info.items():
-            print(f"{key}: {_printable(value)}")
         for name, methods in sorted(plugin.describe().items()):
             print(name)
             for method in methods.values():
@@ -6531,7 +6511,7 @@ def _parser(argparse: Any) -> Any:
         def error(self, message: str) -> None:
             self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
 
-    parser = Parser(prog="python -m miniplug", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m miniplug")
     parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
