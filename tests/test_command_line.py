@@ -283,11 +283,9 @@ def test_inspect(write):
             def other(self): pass
         class Adder:
             def add(self, a, b=1): "Add two numbers."
-        miniplug.serve({"greeter": Greeter, "adder": Adder}, info={"version": "1.2", "needs": ["net"]})
+        miniplug.serve({"greeter": Greeter, "adder": Adder})
     """)
     assert prints("inspect", path) == """\
-version: "1.2"
-needs: ["net"]
 adder
     add(a, b=1)
         Add two numbers.

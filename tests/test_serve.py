@@ -132,7 +132,7 @@ def test_under_monkey_patches_it_says_so(library, side, write):
     """)
     status, out, err = run_python(path, library)
     assert status == 1 and out == ""
-    assert f"miniplug does not run under the monkey patches of {library}: let a process" in err.splitlines()[-1]
+    assert f"miniplug does not run under the monkey patches of {library}: have the plugins in a" in err.splitlines()[-1]
 
 
 # -- one file, one module
