@@ -4474,7 +4474,7 @@ class _Server:
                 return None
             session = _open_session(channel, terms, self._max_message, served, lost, True, self._slots)
             self._sessions.append(session)
-        while not session.finished.acquire(True, _LOOK_AGAIN):
+        while not session.finished.acquire(True, 3 * _LOOK_AGAIN):
             pass  # what a signal raises just before this waits too
         grace = session.closing or 0.0
         if grace >= 0:
