@@ -26,7 +26,7 @@ What `dispense` gives is a proxy, with the plugin's public methods. Each can be 
     m.notify(...)      wants no answer
     m.timeout(5)(...)  waits at most 5 seconds; so do m.timeout(5).submit(...) and .notify(...)
 
-Whatever the plugin does in its process (raise, leak, exit, crash) is an exception in the host, with the exit
+Whatever the plugin does in its process (raise, exit, crash) is an exception in the host, with the exit
 code and the last lines it wrote. However the host ends, the plugin and all that it started end too. What it
 prints and logs goes to the host's ``logging``. The two talk over a private socket or pipe, with a fresh key
 for every launch, in JSON that keeps Python's types. Nothing that arrives is ever run as code.
@@ -73,9 +73,8 @@ The map of this file; each section uses only those above it:
 #
 # The states of a plugin are drawn at `_Supervisor`, of a connection at `_Session`.
 #
-# Who holds `_Pool._lead`, `_Producer._turn` or `_Run._claim` has a work to do that others leave to it. Code
-# of the user may run in any thread that waits for a call, and a finalizer anywhere: so those only append to a
-# queue.
+# Who holds `_Pool._lead`, `_Producer._turn` or `_Run._claim` has a work to do that others leave to it. A
+# finalizer may run anywhere: so those only append to a queue.
 
 from __future__ import annotations
 
@@ -269,7 +268,7 @@ if TYPE_CHECKING:
 
 
 def _on_first_use(name: str) -> Any:
-    """What has bases that are slow to import is made when it is first asked for."""
+    """What has bases that are slow to import is made on first use."""
     if name in globals():
         return globals()[name]
     if name == "CallTimeout":
@@ -312,7 +311,7 @@ def _start_thread(name: str, target: Callable[..., Any], *args: Any) -> threadin
 
 
 def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
-    """Call a function in a thread of its own, or here if there is none."""
+    """Call a function in a thread of its own, or else here."""
     try:
         _start_thread(name, function, *args)
     except RuntimeError:
@@ -320,7 +319,7 @@ def _aside(name: str, function: Callable[..., Any], *args: Any) -> None:
 
 
 def _until(condition: Callable[[], Any], seconds: float) -> None:
-    """Look for what no event tells of, at first very often. For at most so many seconds."""
+    """Look for what no event tells of, at first often, for at most so many seconds."""
     deadline, pause = time.monotonic() + seconds, 1e-4
     while not condition() and time.monotonic() < deadline:
         time.sleep(pause)
@@ -985,11 +984,16 @@ def _encode_error(error: Any, own: bool = False, bare: bool = False) -> dict[str
     return body
 
 
-def _format_traceback(error: BaseException) -> str:
-    frames = error.__traceback__
-    while frames is not None and (  # miniplug's own, and importlib's
+def _theirs(frames: Any) -> Any:
+    """Of a traceback what comes behind miniplug's own frames, and importlib's."""
+    while frames is not None and (
             frames.tb_frame.f_globals is globals() or frames.tb_frame.f_code.co_filename[:7] == "<frozen"):
         frames = frames.tb_next
+    return frames
+
+
+def _format_traceback(error: BaseException) -> str:
+    frames = _theirs(error.__traceback__)
     try:
         return "".join(_found("traceback.format_exception")(type(error), error, frames))
     except BaseException:  # such as a __repr__ that calls sys.exit()
@@ -997,7 +1001,7 @@ def _format_traceback(error: BaseException) -> str:
 
 
 def _print_error(error: BaseException) -> None:
-    """In one piece, so that it is one record of the host's log."""
+    """In one piece: it is one record of the host's log."""
     print(_format_traceback(error), end="", file=sys.stderr)
 
 
@@ -1998,7 +2002,7 @@ def cancelled() -> bool:
 
 
 def _gate() -> Any:
-    """A lock used as a wake-up: to wait is to acquire it. It is shut."""
+    """A lock used as a wake-up: to wait is to acquire it."""
     gate = threading.Lock()
     gate.acquire()
     return gate
@@ -2114,7 +2118,7 @@ class _Pool:
 
 
 def _move(take: Callable[[], Any], *task: Any) -> None:
-    """Have the pool do a task with what `take`, a queue's popleft, gives as its last part: in one step."""
+    """Have the pool do a task with what `take`, a queue's popleft, gives: in one step."""
     _consume(map(_pool.put, zip(*[(part,) for part in task], itertools.starmap(take, _ONCE))))
 
 
@@ -2160,7 +2164,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _leave_fork(error: BaseException | None) -> None:
-    """End a forked child whose method has ended there: it must neither answer nor serve beside its parent."""
+    """End a forked child whose method has ended: it must neither answer nor serve beside its parent."""
     code: Any = error.code if isinstance(error, SystemExit) else int(error is not None)
     try:
         if error is not None and not isinstance(error, SystemExit):
@@ -2742,7 +2746,7 @@ class _Caller:
         return error
 
     def give_up(self, call: _Call) -> None:
-        """Want nothing more of a call. The other side is told, unless it is over. For threads of the pool."""
+        """Want nothing more of a call; tell the other side, unless it is over. For threads of the pool."""
         session = self._session
         call.home, call.given_up = False, True
         if call.leaves:
@@ -2769,7 +2773,7 @@ class _Caller:
                 return  # another thread was quicker
 
     def probe(self, number: int = 0) -> bool:
-        """Ping without waiting, unless the last such ping is still out. Returns whether it was not."""
+        """Ping without waiting. False: the last such ping is still out."""
         if number in self._reader.unattended:
             return False
         self._reader.unattended.add(number)
@@ -4474,7 +4478,7 @@ class _Server:
                 return None
             session = _open_session(channel, terms, self._max_message, served, lost, True, self._slots)
             self._sessions.append(session)
-        while not session.finished.acquire(True, 3 * _LOOK_AGAIN):
+        while not session.finished.acquire(True, _LOOK_AGAIN):
             pass  # what a signal raises just before this waits too
         grace = session.closing or 0.0
         if grace >= 0:
@@ -6293,7 +6297,7 @@ _importing: Any = _import("_frozen_importlib_external")  # importlib loads more
 def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
     """Be the plugin: ``serve SPEC...``, or ``run SCRIPT``. `name`: by which a host has imported this file."""
     sys.meta_path.insert(0, _Finder(name))
-    sys.excepthook = lambda kind, error, frames: _print_error(error.with_traceback(frames and frames.tb_next))
+    sys.excepthook = _show_error
     _take_environment()
     if _ADDRESS in _environment:
         _prepare_output()
@@ -6302,6 +6306,11 @@ def _run_plugin(name: str, verb: str, *arguments: str, **options: Any) -> None:
         _run_file(arguments[0], "__main__")
     else:
         _serve_specs(*arguments, **options)
+
+
+def _show_error(kind: type[BaseException], error: BaseException, frames: Any) -> None:
+    frames = _theirs(frames and frames.tb_next)
+    sys.__excepthook__(kind, error.with_traceback(frames), frames)  # imports nothing: Ctrl-C stays one
 
 
 def _run_file(path: str, name: str) -> ModuleType:
@@ -6497,7 +6506,7 @@ def _check_fips() -> str:
         _import("hashlib").md5(b"")
         return "off"
     except ValueError:
-        return "on; miniplug needs no MD5"
+        return "on"
 
 
 def _check_plugin(python: str | None) -> str:
