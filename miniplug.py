@@ -3304,7 +3304,7 @@ class _Session:
 
     def abandon(self) -> None:
         """In a forked child: leave the connection to its parent."""
-        text = "the connection belongs to the process that this one was forked from"
+        text = "the connection is that of the process this one was forked from"
         self.ended = lambda calls: PluginError(text)
         self.sealed = self.is_abandoned = True
         self.channel.abandon()
@@ -6527,7 +6527,7 @@ def _parser(argparse: Any) -> Any:
     serve = verbs.add_parser("serve", help="be a plugin: serve what the specs name").add_argument
     call = verbs.add_parser("call", help="call a plugin once, print the result").add_argument
     inspect = verbs.add_parser("inspect", help="tell what a plugin can do").add_argument
-    doctor = verbs.add_parser("doctor", help="what this machine allows; whether a plugin runs").add_argument
+    doctor = verbs.add_parser("doctor", help="what this machine allows").add_argument
 
     serve("SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
     serve("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
@@ -6539,7 +6539,7 @@ def _parser(argparse: Any) -> Any:
         add("--verbose", "-v", action="store_true", help="what the plugin writes goes to stderr")
         add("PLUGIN", help="a program, a .py file, or a spec such as path/to/file.py:Attr")
     call("METHOD", help="or NAME.METHOD, if it serves several")
-    call("ARG", nargs="*", help="JSON, or else a string; after -- also with a dash")
+    call("ARG", nargs="*", help="JSON, or else a string")
     doctor("--json", action="store_true")
     return parser
 
