@@ -1513,8 +1513,6 @@ class _Channel:
                 raise
             return False
 
-    # -- the end
-
     def shutdown(self) -> None:
         """End the connection both ways, and wake whoever reads or writes."""
         try:
@@ -2746,7 +2744,7 @@ class _Caller:
         return error
 
     def give_up(self, call: _Call) -> None:
-        """Want nothing more of a call; tell the other side, unless it is over. For threads of the pool."""
+        """Want nothing more of a call; tell the other side, unless it is over."""
         session = self._session
         call.home, call.given_up = False, True
         if call.leaves:
@@ -3180,8 +3178,6 @@ class _Session:
         if serving:
             self.keep_reading()
 
-    # -- sending
-
     def post(self, kind: int, number: int, value: Any = None) -> None:
         content = _NOTHING if value is None else self.codec.dumps(value, "a message")
         self.channel.send(kind, 0, number, content, wait=False)
@@ -3196,8 +3192,6 @@ class _Session:
         """Write what is left. For threads of the pool."""
         self.channel.writer.mend()
         self.channel.write([])
-
-    # -- what is neither a call nor an answer
 
     def steer(self, come: deque[_Message], message: _Message) -> None:
         """As the reader: the first of `come` is about a call, a reference, or the whole."""
@@ -3239,8 +3233,6 @@ class _Session:
             self.runner.run_message(message)
         elif message[1] & _TAGGED and self.ended is None:
             _quietly(self.decode, [message], True, kind=(_Undecodable, ProtocolError))
-
-    # -- the end
 
     def stop(self, grace: float) -> None:
         """Take no more of their calls, and tell those that run that they are given up."""
@@ -3844,7 +3836,7 @@ class _Method(_Remote):
             self._act(call._begin, args, kwargs, call)
             return call
         except BaseException:
-            _pool.put((call.cancel,))
+            _pool.put((call._withdraw,))
             raise
 
     def notify(self, *args: Any, **kwargs: Any) -> None:
@@ -4088,6 +4080,11 @@ class _Awaitable(_Future):
         call = caller.submit(self, *what)
         if self._state[:9] == "CANCELLED":  # meanwhile, by a signal handler
             _pool.put((caller.give_up, call))
+
+    def _withdraw(self) -> None:
+        if self._call is not None:
+            self._call.leaves = False  # a handler may have struck before
+        self.cancel()
 
     def _arrive(self, call: _Call, come: deque[_Message], attends: bool) -> None:
         """As the reader: the answer has come. Where callbacks may take long, or a handler strike, the pool
@@ -5422,8 +5419,6 @@ class _Run:
         self._arrival = threading.Event()  # of its connection, or its end
         self._claim = threading.Lock()
 
-    # -- how it comes up
-
     def open(self) -> None:
         recipe, above, argv = self.recipe, self.recipe.above(), []
         try:
@@ -5545,8 +5540,6 @@ class _Run:
                 self._why = f"answered no ping for {heartbeat:g} s"
                 self.process.signal(kill=True)
                 return
-
-    # -- how it ends
 
     def ask(self, grace: float | None) -> None:
         """Ask it to end, or without a grace kill it; another host's let go, or without a grace ask."""

@@ -571,6 +571,7 @@ def test_garbage_is_looked_for_in_what_is_the_plugins_own(write):
     assert lines == ["untied", "untied"]
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="there multiprocessing.connection imports it only to use it")
 @pytest.mark.parametrize("early", [False, pytest.param(True, marks=posix)], ids=["late", "early"])
 def test_a_plugin_has_tempfile_when_it_is_asked_for(write, tmp_path, early):
     """Early: a Python whose multiprocessing.connection uses it while it is imported."""
