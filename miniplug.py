@@ -47,7 +47,7 @@ The map of this file; each section uses only those above it:
     12 command line: python -m miniplug
 """
 
-# One call, `greeter.greet("world")`, there and back (docs/review.md has a longer route):
+# One call, `greeter.greet("world")`, there and back:
 #
 # In the host `_Method.__call__` asks its `_Target` where the object is now; the `_Supervisor` starts the
 # plugin if it has to. `_Caller.call` makes a `_Call`, with an inbox; `_Codec.dumps` makes bytes of it, and
@@ -566,8 +566,7 @@ if TYPE_CHECKING:  # a decorated class keeps its type
 
 def register(cls: Any = None, *, name: str | None = None, encode: _Step = None, decode: _Step = None) -> Any:
     """Let instances of `cls` travel by value. Both sides call it, usually in a module that they share.
-    Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``. To register a class
-    again is harmless.
+    Returns `cls`, or without one a decorator: ``@register``, ``@register(name="user")``.
 
     - `cls` (a class, without its subclasses): dataclasses, enums, named tuples and exceptions know their own
       state, and come back without a call of ``__init__``. Any other class needs `encode` and `decode`.
@@ -1286,8 +1285,6 @@ class _Channel:
         self.limit, self.send_limit = limit + _HEAD, send_limit
         self._short = min(send_limit, _READ_SIZE - _HEAD - 1)
 
-    # -- receiving
-
     def receive(self, deadline: float | None = None) -> deque[_Message]:
         """The messages that have come, at least one; who takes one removes it. Raises _Late, _Broken and
         ProtocolError."""
@@ -1392,8 +1389,6 @@ class _Channel:
         limit = (self.limit or _HELLO_LIMIT) if partial is None else partial[3]
         if not 0 <= size <= limit:
             raise ProtocolError(f"a frame of {size} bytes, where at most {limit} are allowed")
-
-    # -- sending
 
     @staticmethod
     def frame(body: _Bytes, head: bytes = b"") -> list[_Bytes]:
@@ -6232,7 +6227,7 @@ def discover(directory: _Path, pattern: str = "*") -> list[Path]:
     `pattern` is a glob, relative to the folder: ``"*/plugin.py"`` finds one in each folder there, ``**``
     stands for any folders below. A file can be run that ends with ``.py`` or ``.pyw``, or is executable (on
     Windows: an ``.exe``, ``.com``, ``.bat`` or ``.cmd``). Left out is what has, or lies in a folder that has,
-    a name that begins with ``.`` or ``_``. Nothing is run or imported. For a spec add ``:Attr``.
+    a name that begins with ``.`` or ``_``.
 
     Raises OSError for a folder that cannot be read, ValueError or TypeError for a pattern that is none.
     """
@@ -6269,17 +6264,24 @@ def discover_entry_points(group: str, *, python: _Path | None = None) -> dict[st
     warn = _import("logging").getLogger("miniplug").warning
     for distribution in _import("importlib.metadata").distributions():
         try:
-            entries = [each for each in distribution.entry_points if each.group == group]
+            text = distribution.read_text("entry_points.txt") or ""
         except Exception as error:  # whatever is wrong with it
-            entries, where = [], getattr(distribution, "_path", distribution)
+            text, where = "", getattr(distribution, "_path", distribution)
             warn("the entry points of %s cannot be read: %r", where, error)
-        for each in entries:
-            spec = re.fullmatch(rf"({_NAME}(?:\.\w+)*)\s*:\s*({_NAME}(?:\.\w+)*)\s*(?:\[.*)?", each.value)
-            if spec:
-                found.setdefault(each.name, f"{spec[1]}:{spec[2]}")
-            else:
-                warn("the entry point names no attribute of a module: %s = %s", each.name, each.value)
+        section = ""
+        for line in map(str.strip, text.splitlines()):  # importlib's way, one bad entry may hide others
+            if line.startswith("["):
+                section = line.strip("[] ")
+            elif section == group and line and line[0] not in "#;":
+                entry = re.fullmatch(_ENTRY, line)
+                if entry:
+                    found.setdefault(entry[1], f"{entry[2]}:{entry[3]}")
+                else:
+                    warn("the entry point names no attribute of a module: %s", line)
     return found
+
+
+_ENTRY = rf"([^=]*[^=\s])\s*=\s*({_NAME}(?:\.\w+)*)\s*:\s*({_NAME}(?:\.\w+)*)\s*(?:\[.*)?"
 
 
 # === 12. command line ===================================================================================
@@ -6465,7 +6467,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _doctor(given: Any) -> int:
-    """The last line counts."""
     checks: dict[str, Callable[[], str]] = {
         "miniplug": lambda: f"{__version__}, {_FILE}, {sys.version.split()[0]} on {sys.platform}",
         "transport": _check_listening,
@@ -6511,7 +6512,7 @@ def _check_plugin(python: str | None) -> str:
 def _parser(argparse: Any) -> Any:
     class Parser(argparse.ArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> None:
-            self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
+            self.exit(2, f"{self.prog}: {message}\n")
 
     parser = Parser(prog="python -m miniplug")
     parser.add_argument("--version", action="version", version=f"miniplug {__version__}")
@@ -6523,7 +6524,7 @@ def _parser(argparse: Any) -> Any:
     doctor = verbs.add_parser("doctor", help="what this machine allows").add_argument
 
     serve("SPEC", nargs="+", help="module:Attr, path/to/file.py:Attr or NAME=one of these")
-    serve("--listen", metavar="ADDRESS", help="where hosts attach: a path with a / in it, or 127.0.0.1:PORT")
+    serve("--listen", metavar="ADDRESS", help="where hosts attach")
     serve("--authkey-file", metavar="FILE", help="has their key, in hexadecimal digits")
     serve("--persist", action="store_true", help="stay when the last host is gone")
     for add in (call, inspect, doctor):
